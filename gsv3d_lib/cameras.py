@@ -1,0 +1,203 @@
+"""Cameras, orbits and rays: the one place that states this project's conventions.
+
+World    right-handed, z up; the object is centred and fits the unit ball.
+Camera   OpenCV axes: x right, y down, z forward. `viewmats` map world to camera: x_cam = R x_world + t.
+Pixels   the centre of pixel (row i, column j) is (u, v) = (j + 0.5, i + 0.5); K is in pixels.
+Angles   degrees at every function's door. The camera at azimuth a, elevation e, distance r stands at
+         r (cos e cos a, cos e sin a, sin e), looks at the origin, and has +z up in its image.
+         SV3D's polar angle is 90 - elevation.
+Depth    z-depth: the camera-space z of the surface, not the length of the ray.
+
+The defaults (field of view 33.8 degrees, distance 3.509) let a ball of radius 1 just fill the frame; 33.8 degrees is
+SV3D's training renders' field of view.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FOV_DEG = 33.8
+DISTANCE = 3.509
+# SV3D leaves the direction of a growing azimuth undocumented; here the camera moves counter-clockwise seen from above.
+AZIMUTH_SIGN = 1.0
+
+
+@dataclass
+class Cameras:
+    """A batch of V pinhole cameras that share one image size.
+
+    viewmats: [V, 4, 4] world-to-camera, OpenCV axes.  Ks: [V, 3, 3] intrinsics in pixels.
+    """
+
+    viewmats: Tensor
+    Ks: Tensor
+    width: int
+    height: int
+
+    def __post_init__(self):
+        views = self.viewmats.shape[0] if self.viewmats.ndim == 3 else None
+        if views is None or self.viewmats.shape != (views, 4, 4) or self.Ks.shape != (views, 3, 3):
+            raise ValueError(
+                "Cameras need viewmats [V, 4, 4] and Ks [V, 3, 3]; "
+                f"got {tuple(self.viewmats.shape)} and {tuple(self.Ks.shape)}."
+            )
+
+    def __len__(self) -> int:
+        return self.viewmats.shape[0]
+
+    def __getitem__(self, index) -> Cameras:
+        """A subset of the cameras; `index` is an int, slice, list or tensor. Always returns a batch."""
+        index = [index] if isinstance(index, int) else index
+        return Cameras(self.viewmats[index], self.Ks[index], self.width, self.height)
+
+    def to(self, *args, **kwargs) -> Cameras:
+        return Cameras(self.viewmats.to(*args, **kwargs), self.Ks.to(*args, **kwargs), self.width, self.height)
+
+    def c2w(self) -> Tensor:
+        """Camera-to-world matrices [V, 4, 4]."""
+        return invert_rigid(self.viewmats)
+
+    def positions(self) -> Tensor:
+        """Camera centres in the world [V, 3]."""
+        return self.c2w()[:, :3, 3]
+
+    def resized(self, width: int, height: int) -> Cameras:
+        """The same cameras at another resolution: with pixel centres at +0.5, K scales without an offset."""
+        scale = self.Ks.new_tensor([width / self.width, height / self.height, 1.0])
+        return Cameras(self.viewmats, self.Ks * scale[:, None], width, height)
+
+
+def concatenate(cameras: list[Cameras]) -> Cameras:
+    """One batch from several; all must share the image size."""
+    sizes = {(c.width, c.height) for c in cameras}
+    if len(sizes) != 1:
+        raise ValueError(f"Cameras of one batch share an image size; got {sorted(sizes)}. Use `resized` first.")
+    return Cameras(torch.cat([c.viewmats for c in cameras]), torch.cat([c.Ks for c in cameras]), *sizes.pop())
+
+
+def invert_rigid(matrix: Tensor) -> Tensor:
+    """Inverse of rigid transforms [..., 4, 4]: (R, t) -> (R^T, -R^T t). Exact where a general inverse is not."""
+    inverse = torch.zeros_like(matrix)
+    rotation = matrix[..., :3, :3].mT
+    inverse[..., :3, :3] = rotation
+    inverse[..., :3, 3:] = -rotation @ matrix[..., :3, 3:]
+    inverse[..., 3, 3] = 1.0
+    return inverse
+
+
+def intrinsics(size: int, fov_deg: float = FOV_DEG) -> Tensor:
+    """K [3, 3] of a square pinhole image of `size` pixels: f = size / (2 tan(fov / 2)), principal point in the middle."""
+    focal = size / (2 * math.tan(math.radians(fov_deg) / 2))
+    return torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], dtype=torch.float32)
+
+
+def look_at(positions: Tensor) -> Tensor:
+    """World-to-camera matrices [V, 4, 4] of cameras at `positions` [V, 3] that look at the origin, +z up."""
+    forward = -torch.nn.functional.normalize(positions, dim=-1)
+    up = positions.new_tensor([0.0, 0.0, 1.0]).expand_as(forward)
+    right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=-1)
+    if not torch.isfinite(right).all() or (right.norm(dim=-1) < 0.5).any():
+        raise ValueError("A camera straight above or below the object has no defined up; keep |elevation| < 90 degrees.")
+    down = torch.linalg.cross(forward, right)
+    rotation = torch.stack([right, down, forward], dim=-2)  # rows: camera axes in the world
+    viewmats = torch.zeros(len(positions), 4, 4, dtype=positions.dtype)
+    viewmats[:, :3, :3] = rotation
+    viewmats[:, :3, 3:] = -rotation @ positions[..., None]
+    viewmats[:, 3, 3] = 1.0
+    return viewmats
+
+
+def orbit_cameras(
+    azimuths_deg, elevations_deg, size: int, distance: float = DISTANCE, fov_deg: float = FOV_DEG
+) -> Cameras:
+    """Cameras on a sphere. `azimuths_deg` [V] and `elevations_deg` [V] or a number; square images of `size` pixels."""
+    azimuth = torch.deg2rad(AZIMUTH_SIGN * torch.as_tensor(azimuths_deg, dtype=torch.float64).reshape(-1))
+    elevation = torch.deg2rad(torch.as_tensor(elevations_deg, dtype=torch.float64)).expand_as(azimuth)
+    directions = torch.stack(
+        [elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], dim=-1
+    )
+    viewmats = look_at(distance * directions).float()
+    return Cameras(viewmats, intrinsics(size, fov_deg).repeat(len(viewmats), 1, 1), size, size)
+
+
+def sv3d_azimuths(num_frames: int) -> Tensor:
+    """SV3D's static orbit [N] in degrees: evenly spaced, the condition view LAST, at azimuth 0 (paper.md, section 4)."""
+    return torch.linspace(0, 360, num_frames + 1)[1:] % 360
+
+
+def ray_grid(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Rays through the pixel centres of an H x W grid laid over each image.
+
+    Returns origins [V, H, W, 3] and unit directions [V, H, W, 3] in the world. H and W need not be the image's own
+    size: latents and tokens use the same function, with (i + 0.5) / H, which several public relatives get wrong.
+    """
+    grid = cameras.resized(width, height)
+    device, dtype = grid.Ks.device, grid.Ks.dtype
+    v, u = torch.meshgrid(
+        torch.arange(height, device=device, dtype=dtype) + 0.5,
+        torch.arange(width, device=device, dtype=dtype) + 0.5,
+        indexing="ij",
+    )
+    fx, fy, cx, cy = (grid.Ks[:, a, b, None, None] for a, b in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    local = torch.stack([(u - cx) / fx, (v - cy) / fy, torch.ones_like(u).expand(len(grid), -1, -1)], dim=-1)
+    c2w = grid.c2w()
+    directions = torch.einsum("vij,vhwj->vhwi", c2w[:, :3, :3], local)
+    directions = torch.nn.functional.normalize(directions, dim=-1)
+    return c2w[:, None, None, :3, 3].expand_as(directions), directions
+
+
+def pluecker_rays(cameras: Cameras, height: int, width: int) -> Tensor:
+    """Plücker coordinates cat(o x d, d) [V, H, W, 6] of `ray_grid`: a ray as a line, whatever its origin on it."""
+    origins, directions = ray_grid(cameras, height, width)
+    return torch.cat([torch.linalg.cross(origins, directions), directions], dim=-1)
+
+
+# ---------------------------------------------------------------- converters (each is tested as a round trip)
+
+_FLIP_YZ = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
+
+
+def opencv_to_opengl(c2w: Tensor) -> Tensor:
+    """Camera-to-world [..., 4, 4] from OpenCV axes (y down, z forward) to OpenGL axes (y up, z backward)."""
+    return c2w @ _FLIP_YZ.to(c2w)
+
+
+def opengl_to_opencv(c2w: Tensor) -> Tensor:
+    """The inverse of `opencv_to_opengl`; the flip of two axes is its own inverse."""
+    return c2w @ _FLIP_YZ.to(c2w)
+
+
+def to_blender(cameras: Cameras) -> Tensor:
+    """Blender's `matrix_world` [V, 4, 4]: OpenGL camera axes in a z-up world, which is also ours."""
+    return opencv_to_opengl(cameras.c2w())
+
+
+def from_blender(matrix_world: Tensor, Ks: Tensor, width: int, height: int) -> Cameras:
+    """Cameras from Blender's `matrix_world` [V, 4, 4] and intrinsics [V, 3, 3] in pixels."""
+    return from_c2w(opengl_to_opencv(matrix_world), Ks, width, height)
+
+
+def from_c2w(c2w: Tensor, Ks: Tensor, width: int, height: int) -> Cameras:
+    """Cameras from OpenCV camera-to-world matrices [V, 4, 4], as the datasets of this project store them."""
+    return Cameras(invert_rigid(c2w), Ks, width, height)
+
+
+def to_opengl_view(cameras: Cameras) -> Tensor:
+    """OpenGL view matrices (world-to-camera, y up, z backward) [V, 4, 4], in a y-up world as WebGL viewers expect.
+
+    Our world is z up; (x, y, z) becomes (x, z, -y).
+    """
+    return _FLIP_YZ.to(cameras.viewmats) @ cameras.viewmats @ Y_UP_TO_Z_UP.to(cameras.viewmats)
+
+
+def from_opengl_view(view: Tensor, Ks: Tensor, width: int, height: int) -> Cameras:
+    """The inverse of `to_opengl_view`."""
+    return Cameras(_FLIP_YZ.to(view) @ view @ Y_UP_TO_Z_UP.T.to(view), Ks, width, height)
+
+
+# maps a y-up world (glTF, OpenGL viewers) into our z-up world: (x, y, z) -> (x, -z, y)
+Y_UP_TO_Z_UP = torch.tensor([[1.0, 0, 0, 0], [0, 0, -1.0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1.0]])

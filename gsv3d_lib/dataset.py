@@ -1,0 +1,247 @@
+"""Multi-view objects on disk: a folder that holds, per object, a sheet of RGBA views, depth and cameras.
+
+    index.json        a list of rows, each with at least "id"
+    <id>.webp         a sheet of 6 columns of square RGBA views (straight alpha)
+    <id>.npz          depth, K, c2w, az, el, dist (see `write_object`)
+
+The layout is that of `../shared/objects`, so one reader serves scans, meshes rendered here, and procedural objects.
+Views 0-15 are a ring of constant elevation, azimuth 22.5 k degrees; views 16-23 are free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from .cameras import Cameras, from_c2w, orbit_cameras
+
+COLUMNS = 6
+RING = 16  # the first views of an object form a ring of constant elevation
+
+
+@dataclass
+class ObjectViews:
+    """V views of one object. rgba: uint8 [V, H, W, 4], straight alpha; depth: float32 [V, H, W], z-depth, 0 = nothing;
+    azimuths, elevations: float32 [V], degrees."""
+
+    id: str
+    rgba: np.ndarray
+    depth: np.ndarray
+    cameras: Cameras
+    azimuths: np.ndarray
+    elevations: np.ndarray
+
+
+def list_objects(folder: str | Path) -> list[dict]:
+    """The rows of a dataset folder's index, sorted by id. Raises FileNotFoundError with what to do."""
+    index = Path(folder) / "index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"No dataset at {folder}: index.json is missing. Make one with "
+            f"`python -m gsv3d_lib.make_dataset --procedural 200 --out {folder}`."
+        )
+    return sorted(json.loads(index.read_text()), key=lambda row: row["id"])
+
+
+def read_object(folder: str | Path, id: str) -> ObjectViews:
+    """One object with all its views, exactly as stored."""
+    sheet_path, arrays_path = Path(folder) / f"{id}.webp", Path(folder) / f"{id}.npz"
+    try:
+        with Image.open(sheet_path) as sheet, np.load(arrays_path, allow_pickle=False) as arrays:
+            arrays = dict(arrays)
+            depth = decode_depth(arrays["depth"], float(arrays["depth_min"]), float(arrays["depth_range"]))
+            rgba = split_sheet(np.asarray(sheet.convert("RGBA")), *depth.shape)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"Object {id!r} in {folder} cannot be read ({error}); delete its files and render it again.")
+    views, height, width = depth.shape
+    c2w = torch.from_numpy(arrays["c2w"]).float()
+    K = torch.from_numpy(arrays["K"]).float().expand(views, 3, 3)
+    return ObjectViews(
+        id, rgba, depth, from_c2w(c2w, K, width, height), arrays["az"].astype("f4"), arrays["el"].astype("f4")
+    )
+
+
+def write_object(folder: str | Path, views: ObjectViews, quality: int = 85) -> None:
+    """Write `<id>.webp` and `<id>.npz` atomically, in the layout described above."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    depth, depth_min, depth_range = encode_depth(views.depth)
+    arrays = dict(
+        depth=depth,
+        depth_min=np.float32(depth_min),
+        depth_range=np.float32(depth_range),
+        K=views.cameras.Ks[0].numpy(),
+        c2w=views.cameras.c2w().numpy(),
+        az=views.azimuths.astype("f4"),
+        el=views.elevations.astype("f4"),
+        dist=views.cameras.positions().norm(dim=-1).numpy(),
+    )
+    sheet = Image.fromarray(join_sheet(views.rgba), "RGBA")
+    with atomic_path(folder / f"{views.id}.webp") as path:
+        sheet.save(path, format="WEBP", quality=quality, method=4, exact=False)
+    with atomic_path(folder / f"{views.id}.npz") as path, open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def write_index(folder: str | Path, rows: list[dict]) -> None:
+    """Write index.json atomically; every row needs an "id"."""
+    with atomic_path(Path(folder) / "index.json") as path:
+        path.write_text(json.dumps(rows, indent=1))
+
+
+class atomic_path:
+    """Context manager: yields a temporary path beside `path` and renames it over `path` only on success."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.temporary
+
+    def __exit__(self, error, *_):
+        if error is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- encodings
+
+
+def encode_depth(depth: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """float32 z-depth (0 = nothing) -> uint16 with 0 for nothing, and (depth_min, depth_range)."""
+    hit = depth > 0
+    low, high = (float(depth[hit].min()), float(depth[hit].max())) if hit.any() else (0.0, 1.0)
+    span = max(high - low, 1e-6)
+    codes = 1 + np.round(((depth - low) / span * 65534 - 8) / 16).clip(0, 4095)
+    return np.where(hit, codes, 0).astype(np.uint16), low, span
+
+
+def decode_depth(codes: np.ndarray, depth_min: float, depth_range: float) -> np.ndarray:
+    """The inverse: z = depth_min + (16 (d - 1) + 8) / 65534 * depth_range, good to depth_range / 8191."""
+    depth = depth_min + (16.0 * (codes.astype("f4") - 1) + 8) / 65534 * depth_range
+    return np.where(codes > 0, depth, 0).astype("f4")
+
+
+def split_sheet(sheet: np.ndarray, views: int, height: int, width: int) -> np.ndarray:
+    """[rows * H, COLUMNS * W, 4] -> [V, H, W, 4]"""
+    rows = -(-views // COLUMNS)
+    if sheet.shape[:2] != (rows * height, COLUMNS * width):
+        raise ValueError(f"the sheet is {sheet.shape[:2]}, not {(rows * height, COLUMNS * width)}")
+    tiles = sheet.reshape(rows, height, COLUMNS, width, 4).swapaxes(1, 2)
+    return np.ascontiguousarray(tiles.reshape(-1, height, width, 4)[:views])
+
+
+def join_sheet(rgba: np.ndarray) -> np.ndarray:
+    """[V, H, W, 4] -> [rows * H, COLUMNS * W, 4], empty tiles transparent."""
+    views, height, width, _ = rgba.shape
+    rows = -(-views // COLUMNS)
+    tiles = np.zeros((rows * COLUMNS, height, width, 4), np.uint8)
+    tiles[:views] = rgba
+    return tiles.reshape(rows, COLUMNS, height, width, 4).swapaxes(1, 2).reshape(rows * height, COLUMNS * width, 4)
+
+
+# ---------------------------------------------------------------- tensors for training
+
+
+@dataclass
+class Scene:
+    """One object as training sees it. rgb [V, S, S, 3] on white, alpha and depth [V, S, S, 1], all float32;
+    cameras: V of them; azimuths, elevations [V] degrees. View k < 16 has azimuth 22.5 k."""
+
+    rgb: Tensor
+    alpha: Tensor
+    depth: Tensor
+    cameras: Cameras
+    azimuths: Tensor
+    elevations: Tensor
+
+
+@dataclass
+class ViewTensors:
+    """All objects of some dataset folders at one size: rgb uint8 [O, V, S, S, 3] on white, alpha uint8 and depth float32
+    [O, V, S, S, 1], azimuths and elevations float32 [O, V] in degrees. Bytes keep thousands of views in memory."""
+
+    ids: list[str]
+    rgb: Tensor
+    alpha: Tensor
+    depth: Tensor
+    azimuths: Tensor
+    elevations: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def scene(self, index: int, mirror: bool = False, palette: tuple[int, int, int] = (0, 1, 2)) -> Scene:
+        """Object `index`, optionally mirrored (y -> -y, another object with the same statistics) and with its colour
+        channels permuted. Cameras are rebuilt from the angles, so that they fit the mirrored world too."""
+        rgb, alpha, depth = (t[index] for t in (self.rgb, self.alpha, self.depth))
+        azimuths, elevations = self.azimuths[index], self.elevations[index]
+        if mirror:
+            order = torch.cat([-torch.arange(RING) % RING, torch.arange(RING, len(azimuths))])
+            rgb, alpha, depth = (t[order].flip(-2) for t in (rgb, alpha, depth))
+            azimuths, elevations = -azimuths[order] % 360, elevations[order]
+        cameras = orbit_cameras(azimuths, elevations, rgb.shape[-2])
+        rgb, alpha = rgb[..., list(palette)].float() / 255, alpha.float() / 255
+        return Scene(rgb, alpha, depth, cameras, azimuths, elevations)
+
+
+def load_views(
+    folders: list[str | Path],
+    size: int,
+    limit: int | None = None,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> ViewTensors:
+    """Read dataset folders into tensors of `size` pixels. Colours are averaged over areas (alpha-weighted); depth takes
+    the nearest stored sample, because a mean across an edge lies on no surface.
+
+    cache: a folder where the tensors are kept, so that the next call with the same objects takes a second.
+    """
+    rows = [(folder, row["id"]) for folder in folders for row in list_objects(folder)][:limit]
+    if not rows:
+        raise ValueError(f"The dataset folders {[str(f) for f in folders]} hold no objects.")
+    ids = [id for _, id in rows]
+    digest = hashlib.sha256("\n".join([str(size), *ids]).encode()).hexdigest()[:12]
+    stored = None if cache is None else Path(cache) / f"views-{size}px-{digest}.safetensors"
+    if stored is not None and stored.is_file():
+        columns = load_file(stored)
+    else:
+        objects = tqdm(rows, desc="reading objects", disable=not progress, mininterval=5)
+        parts = [resize_views(read_object(folder, id), size) for folder, id in objects]
+        columns = {name: torch.stack(column) for name, column in zip(COLUMN_NAMES, zip(*parts))}
+        if stored is not None:
+            with atomic_path(stored) as path:
+                save_file(columns, path)
+    return ViewTensors(ids, **columns)
+
+
+COLUMN_NAMES = ("rgb", "alpha", "depth", "azimuths", "elevations")
+
+
+def resize_views(views: ObjectViews, size: int) -> tuple[Tensor, ...]:
+    """One object -> (rgb uint8 on white, alpha uint8, depth, azimuths, elevations), the columns of `ViewTensors`."""
+    stored = views.rgba.shape[1]
+    if stored % size:
+        raise ValueError(f"Views of {stored} px can be averaged to a divisor of {stored}, not to {size} px.")
+    block = stored // size
+    rgba = torch.from_numpy(views.rgba).float() / 255
+    alpha = rgba[..., 3:]
+    stacked = torch.cat([rgba[..., :3] * alpha + (1 - alpha), alpha], dim=-1)
+    small = stacked.reshape(len(rgba), size, block, size, block, 4).mean((2, 4))
+    depth = torch.from_numpy(views.depth)[:, block // 2 :: block, block // 2 :: block, None]
+    quantised = (small * 255).round().to(torch.uint8)
+    angles = torch.from_numpy(views.azimuths), torch.from_numpy(views.elevations)
+    return quantised[..., :3], quantised[..., 3:], depth, *angles

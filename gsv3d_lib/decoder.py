@@ -1,0 +1,164 @@
+"""The Gaussian Splatting Decoder: N multi-view latents -> 3D Gaussians (paper.md, section 2).
+
+    latents + Plücker rays -> tokens -> L x (self-attention over all views, cross-attention to DINO, MLP)
+                           -> linear + pixel shuffle -> heads -> one Gaussian per output pixel
+
+Views are told apart by their rays alone, so N may change at run time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from .cameras import Cameras, pluecker_rays, ray_grid
+from .config import Config
+from .gaussians import Gaussians
+
+# channels of the output map
+DEPTH, RGB, OPACITY, SCALE, QUATERNION = slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 8), slice(8, 12)
+OUTPUTS = 12
+HIDDEN = 32  # channels between pixel shuffle and heads
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries [B, T, C] over a context [B, S, D]."""
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width)
+        self.to_kv = nn.Linear(context_width or width, 2 * width)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, C / heads]
+        k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_kv(context).chunk(2, dim=-1))
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention over the tokens of all views -> cross-attention to the DINO features -> MLP, pre-norm."""
+
+    def __init__(self, width: int, heads: int, context_width: int | None):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.cross = None
+        if context_width is not None:
+            self.norm2, self.cross = nn.LayerNorm(width), Attention(width, heads, context_width)
+        self.norm3 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attention(normed, normed)
+        if self.cross is not None:
+            x = x + self.cross(self.norm2(x), context)
+        return x + self.mlp(self.norm3(x))
+
+
+class GaussianDecoder(ModelMixin, ConfigMixin):
+    """Latents [B, N, 4, h, w] and N cameras per object -> B `Gaussians` of N (h up / patch) (w up / patch) splats."""
+
+    @register_to_config
+    def __init__(
+        self,
+        width: int = 192,
+        layers: int = 6,
+        heads: int = 6,
+        patch: int = 1,
+        upsample: int = 4,
+        context_width: int | None = 128,
+        object_radius: float = 1.0,
+        scale_range: tuple[float, float] = (5e-4, 2e-2),
+    ):
+        super().__init__()
+        self.embed = nn.Conv2d(4 + 6, width, patch, stride=patch)
+        self.context_norm = nn.LayerNorm(context_width) if context_width is not None else None
+        self.blocks = nn.ModuleList(Block(width, heads, context_width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.upsampler = nn.Sequential(nn.Linear(width, HIDDEN * upsample**2), nn.Unflatten(-1, (HIDDEN, -1)))
+        self.heads = nn.Conv2d(HIDDEN, OUTPUTS, 3, padding=1)
+        self._start_as_faint_plane()
+
+    @torch.no_grad()
+    def _start_as_faint_plane(self) -> None:
+        """Zero depth, scale and opacity heads: faint Gaussians on the plane through the object's centre."""
+        for channels in (DEPTH, OPACITY, SCALE):
+            self.heads.weight[channels].zero_()
+            self.heads.bias[channels].zero_()
+        self.heads.bias[QUATERNION].copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+
+    def forward(self, latents: Tensor, cameras: list[Cameras], features: Tensor | None = None) -> list[Gaussians]:
+        """Decode B objects.
+
+        latents: [B, N, 4, h, w], scaled by 0.18215.  cameras: B batches of N.
+        features: F_DINO [B, T, context_width]; required unless the decoder was built without DINO.
+        """
+        maps, origins, directions = self.output_maps(latents, cameras, features)
+        return [self.to_gaussians(*parts) for parts in zip(maps, origins, directions)]
+
+    def output_maps(self, latents: Tensor, cameras: list[Cameras], features: Tensor | None = None):
+        """Raw head outputs [B, N, H, W, 12] and the rays (origins, unit directions) [B, N, H, W, 3] they sit on."""
+        self._check(latents, cameras, features)
+        batch, frames, _, height, width = latents.shape
+        rays = torch.stack([pluecker_rays(c, height, width) for c in cameras]).movedim(-1, 2)  # [B, N, 6, h, w]
+        x = self.embed(torch.cat([latents, rays.to(latents)], dim=2).flatten(0, 1))  # [B * N, C, h', w']
+        rows, columns = x.shape[-2:]
+        tokens = x.flatten(2).transpose(1, 2).unflatten(0, (batch, frames)).flatten(1, 2)  # [B, N h' w', C]
+        context = None if self.context_norm is None else self.context_norm(features)
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        x = self.upsampler(self.norm(tokens)).flatten(2).reshape(batch * frames, rows, columns, -1).movedim(-1, 1)
+        maps = self.heads(F.silu(F.pixel_shuffle(x, self.config.upsample)))  # [B * N, 12, H, W]
+        maps = maps.unflatten(0, (batch, frames)).movedim(2, -1)
+        grids = [ray_grid(c, *maps.shape[2:4]) for c in cameras]
+        return maps, *(torch.stack(parts).to(maps) for parts in zip(*grids))
+
+    def to_gaussians(self, maps: Tensor, origins: Tensor, directions: Tensor) -> Gaussians:
+        """Activations, one scene: maps [N, H, W, 12], rays [N, H, W, 3] -> Gaussians of N * H * W splats."""
+        distance = ray_distance(maps[..., DEPTH], origins, self.config.object_radius)
+        low, high = (math.log(2 * self.config.object_radius * s) for s in self.config.scale_range)
+        return Gaussians(
+            means=(origins + distance * directions).reshape(-1, 3),
+            quats=F.normalize(maps[..., QUATERNION], dim=-1).reshape(-1, 4),
+            scales=(low + (high - low) * maps[..., SCALE].sigmoid()).exp().reshape(-1, 3),
+            opacities=(maps[..., OPACITY] - 2).sigmoid().reshape(-1),
+            colors=maps[..., RGB].sigmoid().reshape(-1, 3),
+        )
+
+    def _check(self, latents: Tensor, cameras: list[Cameras], features: Tensor | None) -> None:
+        if latents.ndim != 5 or latents.shape[2] != 4:
+            raise ValueError(f"latents are [B, N, 4, h, w]; got {tuple(latents.shape)}.")
+        if len(cameras) != len(latents) or any(len(c) != latents.shape[1] for c in cameras):
+            raise ValueError(
+                f"{len(latents)} objects of {latents.shape[1]} views need as many cameras; got {[len(c) for c in cameras]}."
+            )
+        width = self.config.context_width
+        if width is not None and (features is None or features.shape[0] != len(latents) or features.shape[-1] != width):
+            got = None if features is None else tuple(features.shape)
+            raise ValueError(f"This decoder needs DINO features [{len(latents)}, T, {width}]; got {got}.")
+
+
+def ray_distance(logits: Tensor, origins: Tensor, radius: float) -> Tensor:
+    """Depth head [..., 1] -> distance along the ray: camera distance + (2 sigmoid - 1) * object radius."""
+    return origins.norm(dim=-1, keepdim=True) + (2 * logits.sigmoid() - 1) * radius
+
+
+def build_decoder(config: Config) -> GaussianDecoder:
+    """A freshly initialised decoder; `config.dino = "none"` leaves the cross-attention out."""
+    return GaussianDecoder(
+        width=config.decoder_width,
+        layers=config.decoder_layers,
+        heads=config.decoder_heads,
+        patch=config.decoder_patch,
+        upsample=config.decoder_upsample,
+        context_width=None if config.dino == "none" else config.dino_width,
+        object_radius=config.object_radius,
+        scale_range=config.scale_range,
+    )

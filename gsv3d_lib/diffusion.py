@@ -1,0 +1,156 @@
+"""EDM diffusion as SV3D uses it: noise levels, preconditioning, guidance, and sampling.
+
+A noisy latent is z = z0 + sigma n with n ~ N(0, 1). The U-Net F predicts "v"; the denoiser built from it is
+
+    D(z; sigma) = c_skip z + c_out F(c_in z, c_noise),                                                  (1)
+    c_skip = 1 / (sigma^2 + 1),  c_out = -sigma / sqrt(sigma^2 + 1),  c_in = 1 / sqrt(sigma^2 + 1),  c_noise = ln(sigma) / 4
+
+(Karras et al. 2022, with sigma_data = 1). Weighting the loss on D by (sigma^2 + 1) / sigma^2 makes it the plain mean
+squared error on F, which is what `diffusion_loss` computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import Config
+
+
+@dataclass
+class Condition:
+    """Everything that SV3D_p knows about the input image R and the orbit, for a batch of B orbits of N views.
+
+    token [B, 1, D]: CLIP embedding of R.  latent [B, 4, h, w]: VAE mode of R, NOT multiplied by 0.18215.
+    polar, azimuth [B, N]: radians; the condition view is the last frame, at azimuth 0.
+    """
+
+    token: Tensor
+    latent: Tensor
+    polar: Tensor
+    azimuth: Tensor
+    cond_aug: float = 1e-5
+
+    def dropped(self, keep: Tensor | None = None) -> Condition:
+        """The null condition where `keep` [B] is 0 (everywhere if None): zero token and latent, the angles stay."""
+        keep = self.token.new_zeros(len(self.token)) if keep is None else keep.to(self.token)
+        return replace(
+            self, token=self.token * keep[:, None, None], latent=self.latent * keep[:, None, None, None]
+        )
+
+
+def scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in, c_noise of equation (1), each shaped like sigma."""
+    root = (sigma**2 + 1).sqrt()
+    return 1 / root**2, -sigma / root, 1 / root, sigma.log() / 4
+
+
+def frames_like(values: Tensor, latents: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1, 1], to multiply with latents [B, N, 4, h, w]."""
+    return values.reshape(-1, *[1] * (latents.ndim - 1))
+
+
+def predict_v(unet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    """F(c_in z, c_noise; condition): noisy latents [B, N, 4, h, w], sigma [B] -> v of the same shape."""
+    if noisy.ndim != 5 or sigma.shape != noisy.shape[:1]:
+        raise ValueError(
+            f"Noisy latents are [B, N, 4, h, w] with sigma [B]; got {tuple(noisy.shape)}, {tuple(sigma.shape)}."
+        )
+    _, _, c_in, c_noise = scalings(sigma)
+    image = condition.latent[:, None].expand(-1, noisy.shape[1], -1, -1, -1)
+    sample = torch.cat([frames_like(c_in, noisy) * noisy, image], dim=2)
+    return unet(sample, c_noise, condition.token, condition.polar, condition.azimuth, condition.cond_aug)
+
+
+def denoise(unet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    """The one-step clean estimate z_hat = D(z; sigma), equation (1). [B, N, 4, h, w]"""
+    c_skip, c_out, _, _ = scalings(sigma)
+    v = predict_v(unet, noisy, sigma, condition)
+    return frames_like(c_skip, noisy) * noisy + frames_like(c_out, noisy) * v
+
+
+def v_target(clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """The F that makes D exact: (z0 - c_skip z) / c_out."""
+    c_skip, c_out, _, _ = scalings(sigma)
+    return (clean - frames_like(c_skip, noisy) * noisy) / frames_like(c_out, noisy)
+
+
+def diffusion_loss(unet, clean: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+    """L_2D, the EDM-weighted loss as the MSE on v, and the z_hat [B, N, 4, h, w] that it scores."""
+    noisy = clean + frames_like(sigma, clean) * noise
+    c_skip, c_out, _, _ = scalings(sigma)
+    v = predict_v(unet, noisy, sigma, condition)
+    loss = (v - v_target(clean, noisy, sigma)).pow(2).mean()
+    return loss, frames_like(c_skip, noisy) * noisy + frames_like(c_out, noisy) * v
+
+
+def draw_sigma(generator: torch.Generator, config: Config) -> Tensor:
+    """One noise level per clip: ln sigma ~ N(0.7, 1.6^2). A scalar."""
+    return (config.log_sigma_mean + config.log_sigma_std * torch.randn((), generator=generator)).exp()
+
+
+def triangular_guidance(num_frames: int, peak: float) -> Tensor:
+    """Guidance scale per frame [N]: 1 at the condition view, rising to `peak` at the back, and down again."""
+    phase = torch.arange(1, num_frames + 1) / num_frames  # the condition view is the last frame: phase 1
+    return 1 + (peak - 1) * (1 - (2 * phase - 1).abs())
+
+
+def build_scheduler(config: Config):
+    """diffusers' `EulerDiscreteScheduler` set up as SVD's: v-prediction, Karras sigmas (rho 7), continuous timesteps."""
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        interpolation_type="linear",
+        use_karras_sigmas=True,
+        sigma_min=config.sigma_min,
+        sigma_max=config.sigma_max,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def sample(
+    unet,
+    condition: Condition,
+    config: Config,
+    *,
+    generator: torch.Generator | None = None,
+    scheduler=None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    progress: bool = True,
+    callback=None,
+) -> Tensor:
+    """Latents [B, N, 4, h, w] of orbits around the object in the condition image, by Euler's method from pure noise.
+
+    guidance: peak of the triangular guidance; 1 switches it off and halves the cost.
+    callback(i, z, z_hat), if given, sees every step.
+    """
+    scheduler = scheduler or build_scheduler(config)
+    steps, peak = steps or config.sampling_steps, config.guidance if guidance is None else guidance
+    scheduler.set_timesteps(steps, device=condition.token.device)
+    (batch, frames), (channels, height, width) = condition.polar.shape, condition.latent.shape[1:]
+    noise = torch.randn(batch, frames, channels, height, width, generator=generator).to(condition.token)
+    z = noise * scheduler.init_noise_sigma
+    weight = triangular_guidance(frames, peak).to(z)[:, None, None, None]
+    for i, timestep in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress, mininterval=1)):
+        sigma = scheduler.sigmas[i].to(z).expand(batch)
+        v = predict_v(unet, z, sigma, condition)
+        if peak != 1:
+            null = predict_v(unet, z, sigma, condition.dropped())
+            v = null + weight * (v - null)
+        output = scheduler.step(v, timestep, z)
+        z = output.prev_sample
+        if callback is not None:
+            callback(i, z, output.pred_original_sample)
+    return z

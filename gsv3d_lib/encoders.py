@@ -1,0 +1,82 @@
+"""The two image encoders: CLIP, whose one token tells the U-Net what the object is, and DINO, whose patch features tell
+the decoder what the input image shows where. Both are transformers' own classes at every scale."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import Config
+from .vae import to_network
+
+# the published normalisation constants of the two models
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def build_clip(config: Config):
+    """A freshly initialised `CLIPVisionModelWithProjection`."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=config.clip_width,
+            intermediate_size=config.clip_mlp,
+            num_hidden_layers=config.clip_layers,
+            num_attention_heads=config.clip_heads,
+            image_size=config.clip_size,
+            patch_size=config.clip_patch,
+            projection_dim=config.clip_dim,
+            hidden_act="gelu",
+        )
+    )
+
+
+def build_dino(config: Config):
+    """A freshly initialised `Dinov2Model`."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    return Dinov2Model(
+        Dinov2Config(
+            hidden_size=config.dino_width,
+            num_hidden_layers=config.dino_layers,
+            num_attention_heads=config.dino_heads,
+            image_size=config.dino_size,
+            patch_size=config.dino_patch,
+        )
+    )
+
+
+def normalised(images: Tensor, size: int, mean: tuple, std: tuple) -> Tensor:
+    """Images [B, H, W, 3] in [0, 1] -> [B, 3, size, size], resized with antialiasing and normalised per channel."""
+    x = to_network(images) / 2 + 0.5
+    if x.shape[-1] != size:
+        x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+
+
+def clip_token(clip, images: Tensor) -> Tensor:
+    """Condition images [B, H, W, 3] -> token [B, 1, D]."""
+    pixels = normalised(images, clip.config.image_size, CLIP_MEAN, CLIP_STD)
+    return clip(pixel_values=pixels).image_embeds[:, None]
+
+
+def dino_features(dino, images: Tensor) -> Tensor:
+    """Condition images [B, H, W, 3] -> F_DINO [B, 1 + patches, D]: the class token and the patch features."""
+    pixels = normalised(images, dino.config.image_size, DINO_MEAN, DINO_STD)
+    return dino(pixel_values=pixels).last_hidden_state
+
+
+def condition_from(images: Tensor, polar: Tensor, azimuth: Tensor, vae, clip, config: Config, noise: Tensor | None = None):
+    """SV3D's `Condition` of condition images [B, H, W, 3]; polar and azimuth [B, N] in radians.
+
+    noise [B, H, W, 3]: standard normal, multiplied by cond_aug = 1e-5 and added to the image, as in training SV3D.
+    """
+    from .diffusion import Condition
+    from .vae import encode
+
+    noisy = images if noise is None else images + config.cond_aug * noise
+    with torch.no_grad():
+        latent = encode(vae, noisy)
+    return Condition(clip_token(clip, images), latent, polar, azimuth, config.cond_aug)

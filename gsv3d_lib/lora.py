@@ -1,0 +1,53 @@
+"""LoRA on the U-Net's attention: W -> W + (alpha / r) B A with A [r, in], B [out, r], B = 0 at the start (peft).
+
+Rank and targets are not stated in the paper; r = 16 on to_q, to_k, to_v, to_out.0 of spatial and temporal attention is this
+project's choice: 256 layers and 414,976 r parameters at paper scale.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def add_lora(unet, rank: int, seed: int = 0):
+    """Freeze `unet` and add trainable LoRA layers in place, starting as the identity. Returns `unet`."""
+    import torch
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=True, target_modules=list(TARGETS))
+        unet.add_adapter(config)
+    return unet
+
+
+def lora_parameters(unet) -> dict:
+    """The trainable LoRA tensors by name."""
+    return {name: p for name, p in unet.named_parameters() if "lora_" in name}
+
+
+def save_lora(unet, folder: str | Path) -> None:
+    """Write the adapter in diffusers' format (`pytorch_lora_weights.safetensors`), readable by its loaders."""
+    unet.save_lora_adapter(folder, safe_serialization=True)
+
+
+def load_lora(unet, folder: str | Path):
+    """Add the adapter stored in `folder` to `unet`. Raises FileNotFoundError with what to do when it is missing."""
+    path = Path(folder) / "pytorch_lora_weights.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"No LoRA at {path}; train one with `make train-tiny` or pass lora=False.")
+    unet.load_lora_adapter(str(folder), prefix=None, weight_name=path.name)
+    return unet
+
+
+def set_lora_scale(unet, scale: float) -> None:
+    """0 switches the adapter off (the base U-Net), 1 is the trained one; values between interpolate."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in unet.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.active_adapters:
+                module.set_scale(name, scale)

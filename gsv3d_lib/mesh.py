@@ -1,0 +1,241 @@
+"""Gaussians -> triangle mesh: render depth from all around, fuse it into a signed distance grid, extract the surface.
+
+Truncated signed distance fusion (Curless and Levoy 1996) of rendered RGB-D, as close relatives of the paper do for
+their Chamfer and IoU numbers, then marching cubes.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gsv3d_lib.cameras import Cameras, orbit_cameras
+from gsv3d_lib.dataset import atomic_path
+from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.rendering import render
+
+if TYPE_CHECKING:
+    import trimesh
+
+EXTENT = 1.05  # the grid spans [-EXTENT, EXTENT]^3: the unit ball and a margin, so that every surface closes
+TRUNCATION = 3.0  # in voxels (0.066 at 96^3): distances saturate there, and views say nothing beyond it behind a surface
+# A view that sees past a point says "empty", not how far the surface is; with full weight that eats thin parts. On a rod
+# of radius 0.03, weights 1, 0.5, 0.25, 0.1 give 73, 87, 100, 112 % of its volume.
+BACKGROUND_WEIGHT = 0.25
+SURFACE_ALPHA = 0.5  # a pixel shows the object when at least this much of it is covered
+MIN_COMPONENT = 0.01  # pieces with less than this share of the solid's volume are floaters
+FORMATS = (".glb", ".obj", ".ply")
+
+
+def fuse_mesh(
+    gaussians: Gaussians, resolution: int = 96, num_views: int = 32, size: int = 128
+) -> trimesh.Trimesh:
+    """A closed, coloured triangle mesh of the Gaussians, in the same z-up world.
+
+    resolution: grid points per axis over [-1.05, 1.05].  num_views: cameras spread over the sphere.  size: pixels a side.
+    Raises ValueError when the Gaussians show no surface from any side.
+    """
+    if len(gaussians) == 0:
+        raise ValueError("There are no Gaussians to make a mesh of: check the opacities, or prune less.")
+    cameras = sphere_cameras(num_views, size)
+    with torch.no_grad():
+        rgb, depth, alpha = render(gaussians.detach(), cameras)
+    return fuse_depth_maps(rgb, depth, alpha, cameras, resolution)
+
+
+def sphere_cameras(num_views: int, size: int) -> Cameras:
+    """Cameras spread evenly over the sphere on a Fibonacci spiral; none looks straight up or down."""
+    index = torch.arange(num_views, dtype=torch.float64)
+    elevations = torch.rad2deg(torch.asin(1 - (2 * index + 1) / num_views))
+    azimuths = index * (180 * (3 - math.sqrt(5))) % 360
+    return orbit_cameras(azimuths, elevations, size)
+
+
+def fuse_depth_maps(
+    rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras, resolution: int = 96
+) -> trimesh.Trimesh:
+    """RGB-D views of one object -> closed, coloured triangle mesh (z-up world, faces counter-clockwise from outside).
+
+    rgb: [V, H, W, 3] in [0, 1] on white.  depth: z-depth [V, H, W, 1], 0 = nothing.  alpha: [V, H, W, 1] in [0, 1].
+    Every camera must have the whole object in its frame: what is outside of a frame counts as empty. A point that no
+    camera sees, nor sees past, counts as solid. Raises ValueError when no pixel shows a surface.
+    """
+    import trimesh
+
+    rgb, depth, alpha = _check_views(rgb, depth, alpha, cameras)
+    grid = _fuse(depth, alpha, cameras, resolution)
+    vertices, faces = _extract_surface(_keep_large_pieces(grid))
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    colors = _vertex_colors(mesh, rgb, depth, alpha, cameras)
+    mesh.visual.vertex_colors = np.round(np.column_stack([colors, np.ones(len(colors))]) * 255).astype(
+        np.uint8
+    )
+    return mesh
+
+
+def _check_views(rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras) -> tuple[np.ndarray, ...]:
+    frame = (len(cameras), cameras.height, cameras.width)
+    shapes = [tuple(image.shape) for image in (rgb, depth, alpha)]
+    if shapes != [(*frame, 3), (*frame, 1), (*frame, 1)]:
+        raise ValueError(
+            f"{frame[0]} cameras of {frame[1:]} pixels need rgb, depth, alpha to match, got {shapes}."
+        )
+    rgb, depth, alpha = (image.detach().cpu().float().numpy() for image in (rgb, depth, alpha))
+    alpha = np.where((alpha >= SURFACE_ALPHA) & (depth > 0), alpha, 0)
+    if not alpha.any():
+        raise ValueError(
+            "No view shows a surface to make a mesh of: the Gaussians are too faint or outside the frame."
+        )
+    return rgb, depth[..., 0], alpha[..., 0]
+
+
+# ---------------------------------------------------------------- fusion
+
+
+def _fuse(depth: np.ndarray, alpha: np.ndarray, cameras: Cameras, resolution: int) -> np.ndarray:
+    """Depth and alpha [V, H, W] -> truncated signed distance [R, R, R] in units of the truncation, positive outside."""
+    if resolution < 8:
+        raise ValueError(f"The grid needs a resolution of at least 8 points per axis, got {resolution}.")
+    axis = np.linspace(-EXTENT, EXTENT, resolution, dtype=np.float32)
+    truncation = TRUNCATION * (axis[1] - axis[0])
+    total, weights = np.zeros((2, resolution, resolution, resolution), dtype=np.float32)
+    surface = np.where(alpha > 0, depth, np.inf).astype(np.float32)
+    for view, projection in zip(surface, _projections(cameras)):
+        distance = _distance_to_surface(view, projection, axis) / truncation
+        # Full weight in front of the surface, fading to none one truncation behind it, where other views know better.
+        weight = np.where(np.isinf(distance), BACKGROUND_WEIGHT, np.clip(1 + distance, 0, 1))
+        total += weight * np.minimum(distance, 1).clip(-1)
+        weights += weight
+    unseen = weights < 1e-3
+    return np.where(unseen, -1, total / np.where(unseen, 1, weights))
+
+
+def _projections(cameras: Cameras) -> np.ndarray:
+    """[V, 3, 4]: world point -> (u z, v z, z)."""
+    return (cameras.Ks.double() @ cameras.viewmats[:, :3].double()).float().cpu().numpy()
+
+
+def _distance_to_surface(view: np.ndarray, projection: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """z-distance [R, R, R] from each grid point to the surface [H, W] the camera sees in its pixel; > 0 in front."""
+    x, y, z = axis[:, None, None], axis[None, :, None], axis[None, None, :]
+    u, v, w = ((row[0] * x + row[1] * y) + (row[2] * z + row[3]) for row in projection)
+    pixels = _nearest_pixels(u / w, v / w, *view.shape)
+    return np.append(view, np.float32(np.inf))[pixels] - w
+
+
+def _nearest_pixels(u: np.ndarray, v: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Flat index of the pixel at image position (u, v); height * width, one past the end, for outside of the frame.
+
+    The nearest pixel, not interpolation: depth must not be blended across an edge, and where it is smooth the views
+    average out (bilinear weights were no better on spheres and boxes, at four times the time).
+    """
+    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return np.where(inside, v.astype(np.int32) * width + u.astype(np.int32), height * width)
+
+
+# ---------------------------------------------------------------- surface
+
+
+def _keep_large_pieces(grid: np.ndarray) -> np.ndarray:
+    """Removes floaters outside of the solid and fills pockets inside of it, which no camera can have seen."""
+    from scipy import ndimage
+
+    labels, count = ndimage.label(grid < 0, structure=np.ones((3, 3, 3)))
+    if count == 0:
+        raise ValueError(
+            "The views agree on no solid: the Gaussians may be too faint, or too thin for this resolution."
+        )
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    kept = (sizes >= MIN_COMPONENT * sizes.sum())[labels]
+    grid = np.where((grid < 0) & ~kept, 1, grid)
+    return np.where(ndimage.binary_fill_holes(kept) & (grid >= 0), -1, grid)
+
+
+def _extract_surface(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Marching cubes at distance 0 -> vertices [N, 3] in the world, faces [M, 3] counter-clockwise from outside."""
+    from skimage.measure import marching_cubes
+
+    padded = np.pad(grid, 1, constant_values=1.0)  # closes what touches the grid's end
+    vertices, faces, _, _ = marching_cubes(padded, level=0.0)
+    step = 2 * EXTENT / (len(grid) - 1)
+    return (vertices - 1) * step - EXTENT, faces
+
+
+def _vertex_colors(
+    mesh: trimesh.Trimesh, rgb: np.ndarray, depth: np.ndarray, alpha: np.ndarray, cameras: Cameras
+) -> np.ndarray:
+    """[N, 3] in [0, 1]: the views' mean at each vertex, weighted by how squarely they see it, hidden views left out."""
+    colors, weights = np.zeros((len(mesh.vertices), 3)), np.zeros((len(mesh.vertices), 1))
+    points = np.column_stack([mesh.vertices, np.ones(len(mesh.vertices))])
+    tolerance = TRUNCATION * 2 * EXTENT / 96
+    images = zip(rgb, depth, alpha, _projections(cameras), cameras.positions().cpu().numpy())
+    for rgb_view, depth_view, alpha_view, projection, position in images:
+        u, v, z = projection @ points.T
+        pixels = _nearest_pixels(u / z, v / z, *depth_view.shape).clip(max=depth_view.size - 1)
+        cover = alpha_view.ravel()[pixels]
+        facing = ((position - mesh.vertices) / z[:, None] * mesh.vertex_normals).sum(axis=1).clip(0)
+        weight = (facing**2 * cover * (np.abs(depth_view.ravel()[pixels] - z) < tolerance))[:, None]
+        bare = (
+            1 - (1 - rgb_view.reshape(-1, 3)[pixels]) / np.maximum(cover, SURFACE_ALPHA)[:, None]
+        )  # white removed
+        colors += weight * bare.clip(0, 1)
+        weights += weight
+    return _fill_from_neighbours(mesh.vertices, colors / np.maximum(weights, 1e-12), weights[:, 0] > 1e-6)
+
+
+def _fill_from_neighbours(points: np.ndarray, colors: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Colours [N, 3] in which points that no view sees take the colour of the nearest one that is seen."""
+    from scipy.spatial import cKDTree
+
+    if known.any() and not known.all():
+        colors[~known] = colors[known][cKDTree(points[known]).query(points[~known])[1]]
+    return colors
+
+
+# ---------------------------------------------------------------- files
+
+
+def save_mesh(mesh: trimesh.Trimesh, path: str | Path) -> None:
+    """Write a coloured mesh as .glb, .obj or .ply, atomically.
+
+    GLB is y-up by its specification, so our z-up world is turned: (x, y, z) -> (x, z, -y), front -y -> +z as glTF wants
+    it; its vertex colours are stored linear and unlit, which shows them as they are here. OBJ and PLY keep z up.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"Meshes are saved as {', '.join(FORMATS)}, got the file name '{path.name}'.")
+    data = (
+        _glb_bytes(mesh) if path.suffix.lower() == ".glb" else mesh.export(file_type=path.suffix[1:].lower())
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def _glb_bytes(mesh: trimesh.Trimesh) -> bytes:
+    turned = mesh.copy()
+    turned.vertices = np.column_stack([mesh.vertices[:, 0], mesh.vertices[:, 2], -mesh.vertices[:, 1]])
+    colors = np.array(mesh.visual.vertex_colors)
+    colors[:, :3] = np.round(_linear(colors[:, :3] / 255) * 255)
+    turned.visual.vertex_colors = colors
+    return turned.export(file_type="glb", tree_postprocessor=_make_unlit)
+
+
+def _linear(srgb: np.ndarray) -> np.ndarray:
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def _make_unlit(tree: dict) -> None:
+    """The views' light is in the colours already, and glTF's default material is a dark metal."""
+    tree["materials"] = [
+        {"pbrMetallicRoughness": {"metallicFactor": 0.0}, "extensions": {"KHR_materials_unlit": {}}}
+    ]
+    tree["extensionsUsed"] = ["KHR_materials_unlit"]
+    for mesh in tree["meshes"]:
+        for primitive in mesh["primitives"]:
+            primitive["material"] = 0

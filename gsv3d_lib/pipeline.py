@@ -1,0 +1,142 @@
+"""One image -> 3D Gaussians: the trained chain behind one object.
+
+    pipe = GSV3DPipeline.from_pretrained("data/checkpoints/tiny")
+    gaussians = pipe("mug.png")
+
+The world of the result is z up and turned so that the input was seen from azimuth 0 (from the +x side).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cameras import Cameras, orbit_cameras, sv3d_azimuths
+from .config import Config, preset
+from .diffusion import Condition, build_scheduler, sample
+from .encoders import condition_from, dino_features
+from .gaussians import Gaussians
+from .images import prepare_condition
+from .lora import load_lora, set_lora_scale
+from .train import load_model
+from .vae import decode_scaled
+
+
+@dataclass
+class Generation:
+    """One object with every intermediate of the chain.
+
+    image [S, S, 3] in [0, 1] on white, the condition R; latents [N, 4, h, w] scaled; cameras: the N views of the orbit;
+    gaussians: the object.
+    """
+
+    image: Tensor
+    latents: Tensor
+    cameras: Cameras
+    gaussians: Gaussians
+
+
+class GSV3DPipeline:
+    """The models of one checkpoint and the two ways to use them: `pipe(image)` and `pipe.generate(image)`."""
+
+    def __init__(self, config: Config, vae, clip, unet, decoder, dino=None):
+        self.config = config
+        self.vae, self.clip, self.unet, self.decoder, self.dino = vae, clip, unet, decoder, dino
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, lora: bool = True, device: str | None = None) -> GSV3DPipeline:
+        """Open a checkpoint folder as `train.py` writes it; with `lora`, its geometric distillation is switched on.
+
+        Raises FileNotFoundError with what to do when the folder or one of its models is missing.
+        """
+        config = load_config(folder)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        names = ["vae", "clip", "unet", "decoder"] + ([] if config.dino == "none" else ["dino"])
+        models = {name: load_model(folder, name).requires_grad_(False).to(device) for name in names}
+        if lora:
+            load_lora(models["unet"], Path(folder) / "lora")
+        return cls(config, **models)
+
+    def __call__(self, image, **options) -> Gaussians:
+        """The object in `image` (a path, PIL image or array) as Gaussians; see `generate` for the options."""
+        return self.generate(image, **options).gaussians
+
+    @torch.no_grad()
+    def generate(
+        self,
+        image,
+        *,
+        elevation: float = 15.0,
+        num_frames: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        lora_scale: float | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Generation:
+        """Run the chain and keep its intermediates.
+
+        elevation: degrees, of the camera that took the input.  num_frames: N, views of the orbit.
+        steps, guidance: of the sampler; defaults from the configuration.  lora_scale: 0 = without the distillation.
+        """
+        rgb = image if isinstance(image, Tensor) else prepare_condition(image, self.config.image_size)[0]
+        frames = num_frames or self.config.num_frames
+        if lora_scale is not None:
+            set_lora_scale(self.unet, lora_scale)
+        cameras = orbit_cameras(sv3d_azimuths(frames), elevation, self.config.image_size)
+        latents = sample(
+            self.unet,
+            self.condition(rgb, elevation, frames),
+            self.config,
+            generator=torch.Generator().manual_seed(seed),
+            scheduler=build_scheduler(self.config),
+            steps=steps,
+            guidance=guidance,
+            progress=progress,
+        )[0]
+        return Generation(rgb, latents, cameras, self.gaussians_from(latents, cameras, rgb))
+
+    def condition(self, rgb: Tensor, elevation: float, frames: int) -> Condition:
+        """SV3D's condition of one image [S, S, 3] for a static orbit of `frames` views at `elevation` degrees."""
+        device = self.unet.device
+        polar = torch.full((1, frames), 90.0 - elevation).deg2rad().to(device)
+        azimuth = sv3d_azimuths(frames)[None].deg2rad().to(device)
+        return condition_from(rgb[None].to(device), polar, azimuth, self.vae, self.clip, self.config)
+
+    @torch.no_grad()
+    def gaussians_from(self, latents: Tensor, cameras: Cameras, rgb: Tensor) -> Gaussians:
+        """The decoder alone: latents [N, 4, h, w] scaled, their cameras, and the condition image [S, S, 3]."""
+        device = latents.device
+        features = None if self.dino is None else dino_features(self.dino, rgb[None].to(device))
+        return self.decoder(latents[None], [cameras.to(device)], features)[0]
+
+    @torch.no_grad()
+    def views_from(self, latents: Tensor) -> Tensor:
+        """The VAE's own multi-view images [N, S, S, 3] of latents [N, 4, h, w], scaled."""
+        return decode_scaled(self.vae, latents)
+
+
+def load_config(folder: str | Path) -> Config:
+    """The configuration stored in a checkpoint folder (`gsv3d.json`)."""
+    path = Path(folder) / "gsv3d.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no GSV3D checkpoint: gsv3d.json is missing. The shipped one is data/checkpoints/tiny; "
+            "`make train-tiny` makes your own."
+        )
+    stored = json.loads(path.read_text())
+    base, fields = preset(stored["name"]), {f.name: f for f in dataclasses.fields(Config)}
+    values = {name: _typed(getattr(base, name), value) for name, value in stored.items() if name in fields}
+    return dataclasses.replace(base, **values)
+
+
+def _typed(like, value):
+    """JSON lists and dicts back into the tuples and `Schedule`s of the configuration."""
+    if dataclasses.is_dataclass(like):
+        return type(like)(**value)
+    return tuple(value) if isinstance(like, tuple) else value

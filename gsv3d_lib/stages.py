@@ -1,0 +1,213 @@
+"""What each training stage draws and minimises. The loop that runs them is `training.train`."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config
+from .dataset import RING, ViewTensors
+from .diffusion import Condition, diffusion_loss, draw_sigma
+from .encoders import clip_token, dino_features
+from .gaussians import Gaussians
+from .losses import pixel_loss, rendering_loss
+from .orbits import Orbits, batch_cameras, radians, ring_frames
+from .training import Stage
+from .vae import to_network
+
+
+def draw(generator: torch.Generator, high: int, *shape: int) -> Tensor:
+    """Integers in [0, high)."""
+    return torch.randint(high, shape, generator=generator)
+
+
+class VAEStage(Stage):
+    """Reconstruction of short clips of neighbouring views: L1 + MSE + a very small KL, as latent diffusion uses."""
+
+    def __init__(self, vae, views: ViewTensors, config: Config, kl_weight: float = 1e-6):
+        super().__init__()
+        self.vae, self.views, self.clip, self.kl_weight = vae, views, config.vae_clip, kl_weight
+
+    def example(self, generator, shared):
+        index = int(draw(generator, len(self.views)))
+        frames = (draw(generator, RING, 1) + torch.arange(self.clip)) % RING
+        channels = torch.randperm(3, generator=generator)  # another palette: colours generalise
+        rgb = self.views.rgb[index][frames].float()[..., channels] / 255
+        size = rgb.shape[-2] // 8
+        return {"rgb": rgb, "noise": torch.randn(self.clip, 4, size, size, generator=generator)}
+
+    def forward(self, batch):
+        images = to_network(batch["rgb"])  # [B * T, 3, H, W]
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean + posterior.std * batch["noise"].flatten(0, 1)
+        decoded = self.vae.decode(latents, num_frames=self.clip).sample
+        mse, l1, kl = F.mse_loss(decoded, images), F.l1_loss(decoded, images), posterior.kl().mean()
+        psnr = -10 * torch.log10(mse.detach() / 4)
+        return mse + l1 + self.kl_weight * kl, {"psnr": psnr, "kl": kl.detach()}
+
+
+class DINOStage(Stage):
+    """Self-distillation with no labels (DINO, Caron et al. 2021), with two *views of one object* as the two crops.
+
+    The student, given one view, predicts what the teacher (an average of past students) says of the other. Centring and a
+    low teacher temperature keep the answer from collapsing to one constant.
+    """
+
+    PROTOTYPES, STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 1024, 0.1, 0.05
+
+    def __init__(self, dino, views: ViewTensors, config: Config):
+        super().__init__()
+        self.dino, self.views = dino, views
+        self.head = DINOHead(config.dino_width, self.PROTOTYPES)
+        self.teacher = copy.deepcopy(nn.ModuleList([dino, self.head])).requires_grad_(False)
+        self.register_buffer("center", torch.zeros(self.PROTOTYPES))
+
+    def training_state(self):
+        teacher = {f"teacher.{name}": p for name, p in self.teacher.named_parameters()}
+        return super().training_state() | teacher | {"center": self.center}
+
+    def example(self, generator, shared):
+        index = int(draw(generator, len(self.views)))
+        pair = draw(generator, len(self.views.azimuths[index]), 2)
+        crops = [random_crop(self.views.rgb[index, k].float() / 255, generator) for k in pair.tolist()]
+        return {"crops": torch.stack(crops)}
+
+    def forward(self, batch):
+        crops = batch["crops"].transpose(0, 1)  # [2, B, S, S, 3]
+        student = [self.head(dino_features(self.dino, x)) / self.STUDENT_TEMPERATURE for x in crops]
+        with torch.no_grad():
+            backbone, head = self.teacher
+            logits = [head(dino_features(backbone, x)) for x in crops]
+            targets = [((t - self.center) / self.TEACHER_TEMPERATURE).softmax(-1) for t in logits]
+            if self.training:
+                self.center.lerp_(torch.cat(logits).mean(0), 0.1)
+        loss = sum(F.cross_entropy(student[a], targets[1 - a]) for a in (0, 1)) / 2
+        return loss, {"target_entropy": torch.distributions.Categorical(probs=targets[0]).entropy().mean()}
+
+    @torch.no_grad()
+    def after_step(self, step: int, steps: int) -> None:
+        momentum = 1 - 0.01 * (1 + math.cos(math.pi * step / steps)) / 2
+        for teacher, student in zip(self.teacher.parameters(), [*self.dino.parameters(), *self.head.parameters()]):
+            teacher.lerp_(student.detach(), 1 - momentum)
+
+
+class DINOHead(nn.Module):
+    """Class token and mean patch -> logits over prototypes on the unit sphere. [B, T, C] -> [B, K]"""
+
+    def __init__(self, width: int, prototypes: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * width, 256), nn.GELU(), nn.Linear(256, 64))
+        self.prototypes = nn.Linear(64, prototypes, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.mlp(torch.cat([features[:, 0], features[:, 1:].mean(1)], dim=-1))
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.prototypes.weight, dim=-1))
+
+
+def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
+    """A random square of 60-100 % of the side, resized back, with a random mirror and brightness. [S, S, 3]"""
+    size = image.shape[0]
+    side = int(size * (0.6 + 0.4 * torch.rand((), generator=generator)))
+    top, left = draw(generator, size - side + 1, 2).tolist()
+    crop = image[top : top + side, left : left + side].movedim(-1, 0)[None]
+    crop = F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True)[0].movedim(0, -1)
+    mirror, brightness = torch.rand(2, generator=generator).tolist()
+    return (crop.flip(1) if mirror < 0.5 else crop) * (0.8 + 0.4 * brightness)
+
+
+class DiffusionStage(Stage):
+    """Multi-view latent diffusion: L_2D on whole orbits. A CLIP tower without pretrained weights learns along with it."""
+
+    def __init__(self, unet, clip, orbits: Orbits, config: Config):
+        super().__init__()
+        self.unet, self.clip, self.orbits, self.config = unet, clip, orbits, config
+
+    def example(self, generator, shared):
+        item, start = int(draw(generator, len(self.orbits))), int(draw(generator, RING))
+        orbit = self.orbits.orbit(item, start, self.config.num_frames)
+        return orbit | diffusion_draws(orbit["latents"], generator, self.config)
+
+    def forward(self, batch):
+        loss, _ = diffusion_loss(
+            self.unet, batch["latents"], batch["noise"], batch["sigma"], orbit_condition(batch, self.clip, self.config)
+        )
+        return loss, {}
+
+
+def diffusion_draws(latents: Tensor, generator: torch.Generator, config: Config) -> dict[str, Tensor]:
+    """The random numbers of one diffusion example: noise, one sigma, and whether the condition is kept."""
+    return {
+        "noise": torch.randn(latents.shape, generator=generator),
+        "sigma": draw_sigma(generator, config),
+        "keep": (torch.rand((), generator=generator) >= config.cond_dropout).float(),
+    }
+
+
+def orbit_condition(batch: dict[str, Tensor], clip, config: Config) -> Condition:
+    """The `Condition` of a batch of orbits, with the joint dropout that guidance needs."""
+    condition = Condition(clip_token(clip, batch["image"]), batch["image_latent"], *radians(batch), config.cond_aug)
+    return condition.dropped(batch["keep"])
+
+
+class DecoderStage(Stage):
+    """Stage 1: the decoder alone, on ground-truth latents, scored on rendered input and novel views."""
+
+    def __init__(self, decoder, dino, orbits: Orbits, config: Config):
+        super().__init__()
+        self.decoder, self.orbits, self.config = decoder, orbits, config
+        self.dino = dino.requires_grad_(False) if dino is not None else None
+
+    def example(self, generator, shared):
+        config = self.config
+        frames = config.view_counts[int(draw(shared, len(config.view_counts)))]
+        item, start = int(draw(generator, len(self.orbits))), int(draw(generator, RING))
+        chosen = torch.randperm(self.orbits.views.rgb.shape[1], generator=generator)[: config.target_views]
+        orbit = self.orbits.orbit(item, start, frames) | self.orbits.targets(item, start, chosen)
+        return orbit | (self._own_pixels(item, start, frames) if config.lambda_pixel else {})
+
+    def _own_pixels(self, item: int, start: int, frames: int) -> dict[str, Tensor]:
+        """The truth at the decoder's output pixels of the input views, for `pixel_loss`."""
+        scene, ring = self.orbits.scene(item), ring_frames(start, frames)
+        block = scene.rgb.shape[1] // (self.orbits.latents.shape[-1] * self.config.decoder_upsample)
+        block *= self.config.decoder_patch
+        pooled = [avg_pool(t[ring], block) for t in (scene.rgb, scene.alpha)]
+        return {"own_rgb": pooled[0], "own_alpha": pooled[1], "own_depth": scene.depth[ring][:, ::block, ::block]}
+
+    def forward(self, batch):
+        size = self.config.image_size
+        cameras = batch_cameras(batch["azimuth"], batch["elevation"], size)
+        features = image_features(self.dino, batch["image"])
+        scenes = self.decoder(batch["latents"], cameras, features)
+        loss, metrics = target_loss(scenes, batch, self.config)
+        if self.config.lambda_pixel:
+            own = zip(scenes, cameras, batch["own_rgb"], batch["own_depth"], batch["own_alpha"])
+            pixel = torch.stack([pixel_loss(*parts) for parts in own]).mean()
+            loss, metrics = loss + self.config.lambda_pixel * pixel, metrics | {"pixel": pixel.detach()}
+        return loss, metrics
+
+
+def avg_pool(images: Tensor, block: int) -> Tensor:
+    """Mean over blocks: [N, H, W, C] -> [N, H / block, W / block, C]."""
+    return F.avg_pool2d(images.movedim(-1, 1), block).movedim(1, -1)
+
+
+@torch.no_grad()
+def image_features(dino, images: Tensor) -> Tensor | None:
+    """F_DINO of the condition images, without gradients; None for a decoder built without DINO."""
+    return None if dino is None else dino_features(dino, images)
+
+
+def target_loss(
+    scenes: list[Gaussians], batch: dict[str, Tensor], config: Config, weight: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_3D averaged over the B objects of a batch, each times `weight` [B] if given, and the averaged metrics."""
+    cameras = batch_cameras(batch["target_azimuth"], batch["target_elevation"], config.image_size)
+    truth = zip(scenes, cameras, batch["target_rgb"], batch["target_depth"], batch["target_alpha"])
+    losses, metrics = zip(*(rendering_loss(*parts, config) for parts in truth))
+    means = {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
+    losses = torch.stack(losses)
+    return (losses if weight is None else losses * weight).mean(), means

@@ -1,0 +1,174 @@
+"""Train the stages of one preset, in order, from the command line or from a notebook.
+
+    python -m gsv3d_lib.train --preset tiny --data data/cache/procedural --run runs/tiny [--stages vae dino ...]
+
+Every stage resumes where it was killed and is skipped once its weights lie in RUN/weights. The weights are in the layout of
+diffusers and transformers (`save_pretrained`), so that `GSV3DPipeline.from_pretrained(RUN/weights)` opens them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from .config import Config, preset
+from .dataset import ViewTensors, atomic_path, load_views
+from .training import train
+
+STAGES = ("vae", "dino", "diffusion", "stage1", "stage2")
+
+
+def train_vae(config: Config, views: ViewTensors, run: Path, **options) -> list[dict]:
+    """The autoencoder, rescaled at the end so that 0.18215 z has unit variance."""
+    from .stages import VAEStage
+    from .vae import build_vae, calibrate
+
+    torch.manual_seed(config.seed)
+    vae = build_vae(config)
+    history = train(VAEStage(vae, views, config), config.vae_schedule, run / "vae", seed=config.seed, **options)
+    some = views.rgb[:: max(1, len(views) // 64), :16:4].flatten(0, 1).float() / 255
+    calibrate(vae, some.to(vae.device))
+    save_model(vae, run, "vae", config)
+    return history
+
+
+def train_dino(config: Config, views: ViewTensors, run: Path, **options) -> list[dict]:
+    """The DINO encoder by self-distillation; the teacher, which averages the students, is what is kept."""
+    from .encoders import build_dino
+    from .stages import DINOStage
+
+    torch.manual_seed(config.seed)
+    stage = DINOStage(build_dino(config), views, config)
+    history = train(stage, config.dino_schedule, run / "dino", seed=config.seed, **options)
+    save_model(stage.teacher[0], run, "dino", config)
+    return history
+
+
+def train_diffusion(config: Config, views: ViewTensors, run: Path, **options) -> list[dict]:
+    """The multi-view U-Net and, where no pretrained one is given, the CLIP tower."""
+    from .encoders import build_clip
+    from .stages import DiffusionStage
+    from .unet import build_unet
+
+    torch.manual_seed(config.seed)
+    stage = DiffusionStage(build_unet(config), build_clip(config), orbits_for(config, views, run), config)
+    history = train(stage, config.diffusion_schedule, run / "diffusion", seed=config.seed, **options)
+    save_model(stage.unet, run, "unet", config)
+    save_model(stage.clip, run, "clip", config)
+    return history
+
+
+def train_stage1(config: Config, views: ViewTensors, run: Path, **options) -> list[dict]:
+    """Stage 1: the Gaussian Splatting Decoder on ground-truth latents."""
+    from .decoder import build_decoder
+    from .stages import DecoderStage
+
+    torch.manual_seed(config.seed)
+    dino = None if config.dino == "none" else load_model(run / "weights", "dino")
+    stage = DecoderStage(build_decoder(config), dino, orbits_for(config, views, run), config)
+    history = train(stage, config.stage1, run / "stage1", seed=config.seed, **options)
+    save_model(stage.decoder, run, "decoder", config)
+    return history
+
+
+def train_stage2(config: Config, views: ViewTensors, run: Path, **options) -> list[dict]:
+    """Stage 2: geometric distillation into a LoRA."""
+    from .distillation import DistillationStage
+    from .lora import add_lora, save_lora
+
+    weights = run / "weights"
+    unet = add_lora(load_model(weights, "unet"), config.lora_rank, config.seed)
+    dino = None if config.dino == "none" else load_model(weights, "dino")
+    parts = unet, load_model(weights, "clip"), load_model(weights, "decoder"), dino
+    stage = DistillationStage(*parts, orbits_for(config, views, run), config)
+    history = train(stage, config.stage2, run / "stage2", seed=config.seed, **options)
+    save_lora(unet, weights / "lora")
+    return history
+
+
+def orbits_for(config: Config, views: ViewTensors, run: Path):
+    """Orbits of all objects and their variants, encoded once by this run's VAE."""
+    from .orbits import load_orbits
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = load_model(run / "weights", "vae").to(device)
+    return load_orbits(views, vae, config.copies, cache=run / f"latents-{config.copies}.safetensors", seed=config.seed)
+
+
+def model_classes() -> dict:
+    """The class behind each folder of a checkpoint."""
+    from diffusers import AutoencoderKLTemporalDecoder
+    from transformers import CLIPVisionModelWithProjection, Dinov2Model
+
+    from .decoder import GaussianDecoder
+    from .unet import SV3DUNet
+
+    return {
+        "vae": AutoencoderKLTemporalDecoder,
+        "clip": CLIPVisionModelWithProjection,
+        "dino": Dinov2Model,
+        "unet": SV3DUNet,
+        "decoder": GaussianDecoder,
+    }
+
+
+def save_model(model, run: Path, name: str, config: Config) -> None:
+    """Write one model to RUN/weights/NAME and the configuration beside it."""
+    folder = Path(run) / "weights"
+    model.save_pretrained(folder / name, safe_serialization=True)
+    save_config(config, folder)
+
+
+def save_config(config: Config, folder: Path) -> None:
+    with atomic_path(Path(folder) / "gsv3d.json") as path:
+        path.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+
+
+def load_model(folder: str | Path, name: str):
+    """Open one model of a checkpoint folder, in float32. Raises FileNotFoundError with what to do when it is missing."""
+    path = Path(folder) / name
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"There are no {name} weights in {folder}; train them with `python -m gsv3d_lib.train --stages ...` "
+            "or point to a folder that has them, such as data/checkpoints/tiny."
+        )
+    return model_classes()[name].from_pretrained(path, local_files_only=True).float().eval()
+
+
+RECIPES = dict(
+    vae=train_vae, dino=train_dino, diffusion=train_diffusion, stage1=train_stage1, stage2=train_stage2
+)
+PRODUCTS = dict(vae="vae", dino="dino", diffusion="clip", stage1="decoder", stage2="lora")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--data", nargs="+", required=True, help="dataset folders")
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--steps", type=int, help="override the number of steps of the named stages")
+    parser.add_argument("--limit", type=int, help="use only the first objects")
+    args = parser.parse_args(arguments)
+    config = preset(args.preset)
+    views = load_views(args.data, config.image_size, limit=args.limit, cache=args.run)
+    for name in args.stages:
+        if (args.run / "weights" / PRODUCTS[name]).is_dir():
+            print(f"{name}: {args.run / 'weights' / PRODUCTS[name]} exists; delete it to train again.")
+            continue
+        RECIPES[name](with_steps(config, name, args.steps), views, args.run)
+
+
+def with_steps(config: Config, stage: str, steps: int | None) -> Config:
+    """The configuration with another number of steps for one stage."""
+    field = stage if stage in ("stage1", "stage2") else f"{stage}_schedule"
+    schedule = getattr(config, field)
+    return config if steps is None else config.replace(**{field: dataclasses.replace(schedule, steps=steps)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""SV3D_p's U-Net: diffusers' `UNetSpatioTemporalConditionModel`, with one camera angle per frame.
+
+SVD adds one embedding (fps, motion, noise) to all frames of a clip. SV3D_p adds, per frame,
+[sin256(cond_aug), sin512(polar), sin512(azimuth)] through the same two-layer MLP (paper.md, section 4). Only that changes, so the
+parameters keep diffusers' names and a saved model opens in diffusers' own class.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNetSpatioTemporalConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor
+
+from .config import Config
+
+
+class SV3DUNet(UNetSpatioTemporalConditionModel):
+    """The multi-view denoiser F(c_in z, c_noise; condition) whose output is v."""
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, token: Tensor, polar: Tensor, azimuth: Tensor, cond_aug: float = 1e-5
+    ) -> Tensor:
+        """Predict v for noisy orbits.
+
+        sample:   [B, N, 8, h, w], c_in * z (4 channels) and the unscaled condition latent (4 channels)
+        timestep: [B], c_noise = ln(sigma) / 4
+        token:    [B, 1, D], the CLIP embedding of the condition image, zeros for the null condition
+        polar, azimuth: [B, N] radians; the condition view is the last frame, at azimuth 0
+        Returns v [B, N, 4, h, w].
+        """
+        self._check(sample, token, polar, azimuth)
+        batch, frames = sample.shape[:2]
+        emb = self._embed(timestep.expand(batch), polar, azimuth, cond_aug, sample.dtype)  # [B * N, E]
+        context = token.repeat_interleave(frames, dim=0)  # [B * N, 1, D]
+        image_only = sample.new_zeros(batch, frames)  # every frame takes part in temporal mixing
+        shared = dict(temb=emb, image_only_indicator=image_only)
+
+        hidden = self.conv_in(sample.flatten(0, 1))
+        skips = [hidden]
+        for block in self.down_blocks:
+            hidden, residuals = block(hidden, **shared, **_attend(block, context))
+            skips.extend(residuals)
+        hidden = self.mid_block(hidden, encoder_hidden_states=context, **shared)
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            residuals, skips = tuple(skips[-count:]), skips[:-count]
+            hidden = block(hidden, res_hidden_states_tuple=residuals, **shared, **_attend(block, context))
+        hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        return hidden.unflatten(0, (batch, frames))
+
+    def _embed(self, timestep: Tensor, polar: Tensor, azimuth: Tensor, cond_aug: float, dtype) -> Tensor:
+        """Time embedding plus the per-frame camera embedding, [B * N, E]."""
+        frames = polar.shape[1]
+        time = self.time_embedding(self.time_proj(timestep).to(dtype)).repeat_interleave(frames, dim=0)
+        return time + self.add_embedding(angle_features(polar, azimuth, cond_aug).flatten(0, 1).to(dtype))
+
+    def _check(self, sample: Tensor, token: Tensor, polar: Tensor, azimuth: Tensor) -> None:
+        batch, frames = sample.shape[:2]
+        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        if sample.ndim != 5 or sample.shape[2] != self.config.in_channels:
+            raise ValueError(f"sample is [B, N, {self.config.in_channels}, h, w]; got {tuple(sample.shape)}.")
+        if sample.shape[3] % factor or sample.shape[4] % factor:
+            raise ValueError(f"The latent height and width must be multiples of {factor}; got {tuple(sample.shape)}.")
+        if polar.shape != (batch, frames) or azimuth.shape != (batch, frames):
+            raise ValueError(
+                f"polar and azimuth are [{batch}, {frames}] like sample; got {tuple(polar.shape)}, {tuple(azimuth.shape)}."
+            )
+        if token.shape != (batch, 1, self.config.cross_attention_dim):
+            raise ValueError(
+                f"token is [{batch}, 1, {self.config.cross_attention_dim}]; got {tuple(token.shape)}."
+            )
+
+
+def _attend(block, context: Tensor) -> dict:
+    """Blocks with cross-attention take the CLIP token, the others must not see the argument."""
+    return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+
+
+def angle_features(polar: Tensor, azimuth: Tensor, cond_aug: float) -> Tensor:
+    """[sin256(cond_aug), sin512(polar), sin512(azimuth)] per frame: [B, N] radians -> [B, N, 1280]."""
+
+    def sinusoid(values: Tensor, width: int) -> Tensor:  # [cos, sin], max period 10000, as SV3D
+        flat = get_timestep_embedding(values.flatten(), width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        return flat.unflatten(0, values.shape)
+
+    noise = torch.full_like(polar, cond_aug)
+    return torch.cat([sinusoid(noise, 256), sinusoid(polar, 512), sinusoid(azimuth, 512)], dim=-1)
+
+
+def build_unet(config: Config) -> SV3DUNet:
+    """A freshly initialised U-Net."""
+    down = ["CrossAttnDownBlockSpatioTemporal" if a else "DownBlockSpatioTemporal" for a in config.unet_attention]
+    up = ["CrossAttnUpBlockSpatioTemporal" if a else "UpBlockSpatioTemporal" for a in config.unet_attention[::-1]]
+    return SV3DUNet(
+        sample_size=config.latent_size,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        block_out_channels=config.unet_channels,
+        layers_per_block=config.unet_layers,
+        num_attention_heads=config.unet_heads,
+        cross_attention_dim=config.clip_dim,
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=256 + 512 + 512,
+        num_frames=config.num_frames,
+    )

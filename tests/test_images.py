@@ -1,0 +1,310 @@
+"""Any picture in, one square white-backed condition out; what cannot be used is refused in one sentence."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gsv3d_lib import images
+from gsv3d_lib.images import cut_out, load_image, prepare_condition
+
+OBJECTS = Path(__file__).parent.parent.parent / "shared" / "objects" / "train"
+
+
+def disc(size: int = 64, colour=(200, 40, 30), radius: float = 0.3, at=(0.5, 0.5)) -> Image.Image:
+    """An opaque disc on nothing; radius and position in units of the frame."""
+    y, x = np.mgrid[:size, :size] + 0.5
+    inside = (x - at[0] * size) ** 2 + (y - at[1] * size) ** 2 <= (radius * size) ** 2
+    return Image.fromarray(
+        np.dstack([np.full((size, size, 3), colour), inside * 255]).astype(np.uint8), "RGBA"
+    )
+
+
+def on_colour(image: Image.Image, colour) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def one_sentence(error) -> bool:
+    text = str(error.value)
+    return "\n" not in text and text.endswith(".") and len(text) < 300
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (200, 90)])
+def test_formats_and_sizes(kind, size, tmp_path):
+    path = tmp_path / "picture.bin"  # the content decides, not the name
+    path.write_bytes(encoded(Image.new("RGB", size, (90, 140, 30)), kind, quality=95))
+    image = load_image(path)
+    assert image.mode == "RGBA" and image.size == size
+    assert np.abs(np.asarray(image).astype(int) - (90, 140, 30, 255)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"]
+)
+def test_modes_keep_the_picture(mode):
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1)))
+    if mode == "PA":
+        image = ramp.convert("P").convert("PA")
+    else:
+        image = ramp.convert("RGB").convert(mode) if mode != "LA" else ramp.convert("LA")
+    pixels = np.asarray(load_image(image)).astype(int)
+    assert pixels.shape == (32, 32, 4) and (pixels[..., 3] == 255).all()
+    if mode not in ("1", "P", "LAB"):  # those three are coarse by nature
+        assert np.abs(pixels[..., :3] - np.asarray(ramp)[..., None]).max() <= 4
+
+
+def test_transparency_in_every_form():
+    picture = disc()
+    alpha = np.asarray(picture)[..., 3]
+    key_colour = Image.fromarray(np.where(alpha[..., None] > 0, 200, 7).repeat(3, -1).astype(np.uint8))
+    sources = [
+        encoded(picture, "PNG"),
+        encoded(picture, "WEBP", lossless=True),
+        encoded(picture.convert("LA"), "PNG"),
+        encoded(picture.quantize(16), "PNG"),
+        encoded(key_colour, "PNG", transparency=(7, 7, 7)),
+        encoded(key_colour.convert("L"), "PNG", transparency=7),
+    ]
+    for source in sources:
+        assert ((np.asarray(load_image(source))[..., 3] > 127) == (alpha > 127)).all()
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    for source in (encoded(Image.fromarray(values), "PNG"), values, Image.fromarray(values.astype(np.int32))):
+        grey = np.asarray(load_image(source))[..., 0].astype(int)
+        assert (grey == np.round(values / 257)).all()
+        assert grey.min() == 0 and grey.max() == 255 and len(np.unique(grey)) == 256
+
+
+def test_exif_rotation_is_applied():
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste((255, 0, 0), (0, 0, 40, 5))  # a red top edge, stored ...
+    exif = Image.Exif()
+    exif[0x0112] = 6  # ... with the note "turn me 90 degrees clockwise"
+    upright = load_image(encoded(image, "JPEG", exif=exif, quality=95))
+    assert upright.size == (20, 40)
+    right = np.asarray(upright)[:, -3:, :3].mean((0, 1))
+    assert right[0] > 200 and right[1] < 80
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (8, 8, 3)])
+def test_arrays(dtype, shape):
+    top = {np.uint8: 255, np.uint16: 65535, np.float32: 1}[dtype]
+    array = np.full(shape, top, dtype=dtype)
+    array[:4] = 0
+    pixels = np.asarray(load_image(array))
+    assert (pixels[:4, :, :3] == 0).all() and (pixels[4:, :, :3] == 255).all()
+    assert (np.asarray(load_image(torch.from_numpy(array.astype(np.float32) / top))) == pixels).all()
+
+
+def test_large_pictures_are_shrunk_while_loading(monkeypatch):
+    monkeypatch.setattr(images, "MAX_SIDE", 100)
+    for kind in ("PNG", "JPEG"):
+        image = load_image(encoded(on_colour(disc(500), "white"), kind))
+        assert max(image.size) == 100
+        assert np.abs(np.asarray(image)[50, 50, :3].astype(int) - (200, 40, 30)).max() < 6
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_missing_file_and_folder(tmp_path):
+    for path in (tmp_path / "nothing.png", tmp_path):
+        with pytest.raises(FileNotFoundError, match="check the path") as error:
+            load_image(path)
+        assert one_sentence(error)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_cut_off_files(kind, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), kind)
+    path = tmp_path / "cut.img"
+    for length in range(0, len(data) - 40, max(1, len(data) // 40)):
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match="empty file|not an image|broken or cut off") as error:
+            load_image(path)
+        assert one_sentence(error) and "cut.img" in str(error.value)
+
+
+def test_flipped_bytes_never_escape_as_something_else():
+    rng = np.random.default_rng(1)
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
+        data = encoded(disc(48).convert("RGB"), kind)
+        for _ in range(30):
+            broken = bytearray(data)
+            for place in rng.integers(0, len(data), 4):
+                broken[place] = rng.integers(0, 256)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    assert load_image(bytes(broken)).mode == "RGBA"
+                except ValueError:
+                    pass
+
+
+def test_not_an_image():
+    with pytest.raises(ValueError, match="not an image.*PNG, JPEG, WebP or BMP") as error:
+        load_image(b"GIF89 is what I claim, but I am a letter")
+    assert one_sentence(error)
+
+
+def test_decompression_bombs_are_refused_before_decoding():
+    # 400 million pixels of one colour are a file of 50 kB; the size is known from the header.
+    header_only = encoded(Image.new("1", (20000, 20000)), "PNG")
+    with pytest.raises(ValueError, match="too large.*100 million pixels") as error:
+        load_image(header_only)
+    assert one_sentence(error)
+    with pytest.raises(ValueError, match="11000 x 10000"):
+        load_image(Image.new("1", (11000, 10000)))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((0, 5, 3), np.uint8), "no pixels"),
+        (np.zeros((4, 4, 2), np.uint8), r"\[H, W, 1, 3 or 4\], got shape \(4, 4, 2\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "got shape"),
+        (np.full((4, 4, 3), 200.0), r"in \[0, 1\]"),
+        (np.full((4, 4, 3), np.nan, np.float32), "finite"),
+        (np.zeros((4, 4, 3), np.int64), "got int64"),
+    ],
+)
+def test_wrong_arrays(array, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_image(array)
+    assert one_sentence(error)
+
+
+def test_zero_sized_image():
+    with pytest.raises(ValueError, match="0 x 5"):
+        load_image(Image.new("RGB", (0, 5)))
+
+
+# ---------------------------------------------------------------- finding the object
+
+
+def test_own_alpha_is_used_untouched_and_silently():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cut_out(disc()).tobytes() == disc().tobytes()
+
+
+@pytest.mark.parametrize("backdrop", ["white", (120, 130, 140), (20, 60, 30)])
+def test_plain_background_is_cut_out_with_a_warning(backdrop):
+    picture = encoded(on_colour(disc(128), backdrop), "JPEG", quality=90)
+    with pytest.warns(UserWarning, match="removed by colour"):
+        alpha = np.asarray(cut_out(load_image(picture), "plain"))[..., 3] > 127
+    truth = np.asarray(disc(128))[..., 3] > 127
+    assert (alpha & truth).sum() / (alpha | truth).sum() > 0.93
+
+
+@pytest.mark.filterwarnings("ignore:The picture has no transparency")
+def test_shaded_backdrop_second_object_and_hole():
+    shade = np.linspace(120, 220, 128)[:, None, None] * np.ones((1, 128, 3))
+    backdrop = Image.fromarray(shade.astype(np.uint8)).convert("RGBA")
+    ring = np.asarray(disc(128)).copy()
+    ring[np.asarray(disc(128, radius=0.15))[..., 3] > 0, 3] = 0
+    small = disc(128, radius=0.05, at=(0.9, 0.9))
+    picture = Image.alpha_composite(Image.alpha_composite(backdrop, Image.fromarray(ring)), small)
+    alpha = np.asarray(cut_out(picture, "plain"))[..., 3] > 127
+    truth = ring[..., 3] > 127
+    assert (alpha & truth).sum() / (alpha | truth).sum() > 0.95
+
+
+@pytest.mark.filterwarnings("ignore:The picture has no transparency")
+def test_nothing_to_find():
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    cases = [
+        (np.full((32, 32, 3), 255, np.uint8), "No object found: the picture is one plain colour"),
+        (np.zeros((32, 32, 4), np.uint8), "fully transparent"),
+        (noise, "background is not plain.*transparent background"),
+    ]
+    for source, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            prepare_condition(source, 32, background="auto" if source.shape[-1] == 4 else "plain")
+        assert one_sentence(error)
+    with pytest.raises(ValueError, match="'auto', 'rembg' or 'plain', got 'magic'"):
+        cut_out(disc(), "magic")
+
+
+# ---------------------------------------------------------------- framing
+
+
+@pytest.mark.parametrize("size", [32, 33, 128, 576])
+@pytest.mark.parametrize("fill", [0.3, images.DEFAULT_FILL, 1.0])
+def test_object_is_centred_and_fills_the_stated_fraction(size, fill):
+    source = disc(300, radius=0.1, at=(0.2, 0.85))
+    rgb, alpha = prepare_condition(source, size, fill=fill)
+    assert rgb.shape == (size, size, 3) and alpha.shape == (size, size, 1)
+    assert rgb.dtype == alpha.dtype == torch.float32 and 0 <= rgb.min() and rgb.max() <= 1
+    rows = torch.nonzero(alpha[..., 0].amax(1) > 0).flatten()
+    columns = torch.nonzero(alpha[..., 0].amax(0) > 0).flatten()
+    for line in (rows, columns):
+        assert line[0] + line[-1] == size - 1  # centred to the pixel
+        assert abs(len(line) - fill * size) <= 1
+
+
+def test_colours_and_white_composite_are_exact():
+    rgba = np.zeros((20, 20, 4), np.float32)
+    rgba[5:15, 5:15] = (0.2, 0.4, 0.6, 1.0)
+    rgba[5:15, 5:10, 3] = 0.6
+    rgb, alpha = prepare_condition(rgba, 10, fill=1.0)  # 10 px object into 10 px frame: a copy
+    assert torch.allclose(rgb[:, 5:], torch.tensor([0.2, 0.4, 0.6]), atol=1e-6)
+    assert torch.allclose(rgb[:, :5], 0.6 * torch.tensor([0.2, 0.4, 0.6]) + 0.4, atol=1e-6)
+    assert torch.allclose(alpha[:, :5], torch.tensor(0.6), atol=1e-6)
+
+
+def test_invisible_colours_do_not_bleed_and_averages_are_by_area():
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[..., 1] = 255  # invisible green everywhere ...
+    rgba[::2, ::2] = (255, 0, 0, 255)  # ... and every fourth pixel opaque red
+    rgba[-1, -1] = (255, 0, 0, 255)
+    rgb, alpha = prepare_condition(rgba, 4, fill=1.0)
+    assert torch.allclose(alpha[:3, :3], torch.tensor(0.25))
+    assert torch.allclose(rgb[0, 0], torch.tensor([1.0, 0.75, 0.75]))  # a quarter red on white: no green tint
+
+
+def test_framing_can_be_kept():
+    source = disc(64, radius=0.2, at=(0.3, 0.5)).crop((0, 0, 64, 32))
+    _, alpha = prepare_condition(source, 64, fill=None)
+    assert torch.equal(alpha[16:48, :, 0], torch.from_numpy(np.asarray(source)[..., 3] / 255.0).float())
+    assert alpha[:16].max() == 0
+
+
+@pytest.mark.parametrize(("size", "fill"), [(0, 0.8), (64, 0.0), (64, 1.5)])
+def test_size_and_fill_are_checked(size, fill):
+    with pytest.raises(ValueError, match="fill in"):
+        prepare_condition(disc(), size, fill=fill)
+
+
+def test_extreme_aspect_ratios():
+    for shape in ((1, 500), (500, 1), (1, 1)):
+        rgb, alpha = prepare_condition(np.full((*shape, 4), 128, np.uint8), 32)
+        assert alpha.max() > 0.4 and torch.isfinite(rgb).all()
+
+
+@pytest.mark.skipif(not OBJECTS.is_dir(), reason="../shared/objects is not on this machine")
+def test_a_training_render_comes_back_as_it_was():
+    sheet = Image.open(min(OBJECTS.glob("*.webp")))
+    view = sheet.crop((0, 256, 128, 384))
+    rgb, alpha = prepare_condition(view, 128, fill=None)
+    straight = torch.from_numpy(np.asarray(view).astype(np.float32) / 255)
+    expected = straight[..., :3] * straight[..., 3:] + 1 - straight[..., 3:]
+    assert torch.allclose(rgb, expected, atol=1e-6) and torch.allclose(alpha, straight[..., 3:], atol=1e-6)

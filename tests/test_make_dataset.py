@@ -1,0 +1,127 @@
+"""The dataset command: layout, angles, going on after a stop, broken meshes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+
+from gsv3d_lib import make_dataset as md
+from gsv3d_lib.dataset import list_objects, read_object
+
+SHARED = Path(__file__).parents[1] / "../shared/objects"
+
+
+@pytest.fixture
+def meshes(tmp_path) -> Path:
+    """A folder with a box, a ball in a folder of its own, and a file that is no mesh."""
+    folder = tmp_path / "meshes"
+    (folder / "ball").mkdir(parents=True)
+    trimesh.creation.box(extents=(1, 2, 3)).export(folder / "a box.ply")
+    trimesh.creation.icosphere(subdivisions=2).export(folder / "ball" / "model.obj")
+    (folder / "broken.glb").write_bytes(b"no mesh at all")
+    return folder
+
+
+def test_angles_are_a_ring_and_random_views():
+    azimuths, elevations = md.dataset_angles(3)
+    assert azimuths[:16] == pytest.approx(np.arange(16) * 22.5) and (elevations[:16] == 15).all()
+    assert len(azimuths) == 24 and (elevations[16:] >= -10).all() and (elevations[16:] <= 40).all()
+    assert not np.array_equal(azimuths[16:], md.dataset_angles(4)[0][16:])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the scans in ../shared/objects are not here")
+def test_the_ring_is_the_one_of_the_shared_objects():
+    views = read_object(SHARED / "gso", "Dino_4")
+    azimuths, elevations = md.dataset_angles(0)
+    assert views.azimuths[:16] == pytest.approx(azimuths[:16]) and views.elevations[:16] == pytest.approx(
+        elevations[:16]
+    )
+
+
+def test_a_procedural_dataset_reads_back(tmp_path):
+    md.main(
+        [
+            "--procedural",
+            "2",
+            "--seed",
+            "5",
+            "--family",
+            "carton",
+            "--size",
+            "32",
+            "--out",
+            str(tmp_path / "set"),
+        ]
+    )
+    rows = list_objects(tmp_path / "set")
+    assert [row["seed"] for row in rows] == [5, 6] and rows[0]["family"] == "carton"
+    stored = read_object(tmp_path / "set", rows[0]["id"])
+    drawn, _ = md.render_object(md.procedural_jobs(1, 5, "carton")[0], size=32)
+    assert stored.rgba.shape == (24, 32, 32, 4) and stored.depth.shape == (24, 32, 32)
+    assert np.abs(stored.depth - drawn.depth).max() < 1e-3
+    assert np.array_equal(stored.depth > 0, drawn.depth > 0)
+    solid = drawn.rgba[..., 3] == 255
+    assert np.abs(stored.rgba[..., :3].astype(int) - drawn.rgba[..., :3])[solid].mean() < 16
+
+
+def test_mesh_folders_are_rendered_and_broken_files_reported(meshes, tmp_path, capsys):
+    rows = md.make_dataset(md.mesh_jobs(meshes), tmp_path / "set", size=16, progress=False)
+    assert [row["id"] for row in rows] == ["a_box", "ball"]
+    report = capsys.readouterr().out.strip()
+    assert report.startswith("skipped broken: Cannot read broken.glb") and "\n" not in report
+    assert read_object(tmp_path / "set", "a_box").rgba[..., 3].max() == 255
+
+
+def test_two_processes_make_the_same_dataset(meshes, tmp_path):
+    for workers in (1, 2):
+        md.make_dataset(
+            md.mesh_jobs(meshes), tmp_path / str(workers), size=16, workers=workers, progress=False
+        )
+    for name in ("ball.webp", "ball.npz", "index.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_a_second_run_renders_only_what_is_missing(meshes, tmp_path, monkeypatch):
+    out, rendered = tmp_path / "set", []
+    run_job = md.run_job
+    monkeypatch.setattr(
+        md, "run_job", lambda job, **options: rendered.append(job.id) or run_job(job, **options)
+    )
+    jobs = [job for job in md.mesh_jobs(meshes) if job.id != "broken"]
+    md.make_dataset(jobs, out, size=16, progress=False)
+    (out / "ball.npz").unlink()
+    assert len(md.make_dataset(jobs, out, size=16, progress=False)) == 2
+    assert rendered == ["a_box", "ball", "ball"]
+
+
+def test_a_stopped_run_keeps_its_index(meshes, tmp_path, monkeypatch):
+    monkeypatch.setattr(md, "INDEX_EVERY", 1)
+    jobs = [job for job in md.mesh_jobs(meshes) if job.id != "broken"]
+    run_job = md.run_job
+
+    def stop_at_ball(job, **options):
+        if job.id == "ball":
+            raise KeyboardInterrupt
+        return run_job(job, **options)
+
+    monkeypatch.setattr(md, "run_job", stop_at_ball)
+    with pytest.raises(KeyboardInterrupt):
+        md.make_dataset(jobs, tmp_path / "set", size=16, progress=False)
+    assert [row["id"] for row in json.loads((tmp_path / "set" / "index.json").read_text())] == ["a_box"]
+
+
+def test_ids_stay_apart(tmp_path):
+    mesh = trimesh.creation.box()
+    mesh.export(tmp_path / "thing.obj")
+    mesh.export(tmp_path / "thing.ply")
+    assert [job.id for job in md.mesh_jobs(tmp_path)] == ["thing", "thing_ply"]
+
+
+def test_an_empty_or_missing_folder_is_refused(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="no mesh file"):
+        md.mesh_jobs(tmp_path)
+    with pytest.raises(SystemExit):
+        md.main(["--meshes", str(tmp_path / "none"), "--out", str(tmp_path / "set")])
+    assert "There is no folder" in capsys.readouterr().err

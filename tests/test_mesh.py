@@ -1,0 +1,202 @@
+"""Depth maps of known shapes must come back as those shapes."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from gsv3d_lib.cameras import ray_grid
+from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.mesh import fuse_depth_maps, fuse_mesh, save_mesh, sphere_cameras
+from gsv3d_lib.metrics import chamfer_distance, occupancy_grid, surface_points, volume_iou
+
+VIEWS, SIZE = 32, 128
+
+
+def ball(origins, directions, radius=0.8, centre=(0.0, 0.0, 0.0)):
+    """Distance along unit rays [V, H, W, 3] to a sphere; infinite where they miss it."""
+    to_centre = torch.tensor(centre) - origins
+    along = (to_centre * directions).sum(-1)
+    inside = radius**2 - (to_centre**2).sum(-1) + along**2
+    return torch.where(inside > 0, along - inside.clamp(min=0).sqrt(), torch.inf)
+
+
+def box(origins, directions, half=(0.6, 0.45, 0.3)):
+    sides = torch.stack([(sign * torch.tensor(half) - origins) / directions for sign in (-1, 1)])
+    enter, leave = sides.amin(0).amax(-1), sides.amax(0).amin(-1)
+    return torch.where(leave > enter, enter, torch.inf)
+
+
+def views_of(distance, color=(0.8, 0.3, 0.1), cameras=None):
+    """Exact RGB-D of a shape given by its ray distance: rgb, depth, alpha, cameras."""
+    cameras = cameras or sphere_cameras(VIEWS, SIZE)
+    origins, directions = ray_grid(cameras, cameras.height, cameras.width)
+    length = distance(origins, directions)[..., None]
+    alpha = torch.isfinite(length).float()
+    forward = cameras.c2w()[:, None, None, :3, 2]
+    depth = torch.where(alpha > 0, length * (directions * forward).sum(-1, keepdim=True), 0)
+    points = origins + directions * torch.where(alpha > 0, length, 0)
+    shade = torch.tensor(color).expand_as(points) if not callable(color) else color(points)
+    return shade * alpha + 1 - alpha, depth, alpha, cameras
+
+
+def dense_points(mesh) -> np.ndarray:
+    return surface_points(mesh, 40_000, seed=9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "truth"),
+    [
+        (ball, trimesh.creation.icosphere(subdivisions=5, radius=0.8)),
+        (box, trimesh.creation.box(extents=(1.2, 0.9, 0.6))),
+    ],
+    ids=["sphere", "box"],
+)
+def test_exact_depth_maps_come_back_as_the_shape(shape, truth):
+    mesh = fuse_depth_maps(*views_of(shape))
+    # Two samples of the truth itself differ by the sampling's own floor; the mesh may add at most 0.01 to it.
+    points = surface_points(truth, seed=1)
+    floor = chamfer_distance(surface_points(truth, seed=2), points)
+    assert chamfer_distance(surface_points(mesh), points) - floor < 0.002
+    assert chamfer_distance(dense_points(mesh), dense_points(truth)) < 0.01 + 0.002
+    assert mesh.is_watertight and mesh.is_winding_consistent
+    assert mesh.volume == pytest.approx(truth.volume, rel=0.03)  # positive: the faces look outwards
+    assert volume_iou(occupancy_grid(mesh), occupancy_grid(truth)) > 0.95
+
+
+def test_sphere_vertices_lie_on_the_sphere_wherever_it_is():
+    centre = (0.15, -0.2, 0.1)
+    mesh = fuse_depth_maps(*views_of(lambda o, d: ball(o, d, 0.5, centre)))
+    radii = np.linalg.norm(mesh.vertices - centre, axis=1)
+    assert np.abs(radii - 0.5).mean() < 0.005 and np.abs(radii - 0.5).max() < 0.02
+
+
+def test_thin_plate_and_rod_survive():
+    plate = fuse_depth_maps(*views_of(lambda o, d: box(o, d, (0.6, 0.5, 0.015))))
+    rod = fuse_depth_maps(*views_of(lambda o, d: box(o, d, (0.03, 0.03, 0.8))))
+    assert plate.volume == pytest.approx(1.2 * 1.0 * 0.03, rel=0.2)
+    assert rod.volume == pytest.approx(0.06 * 0.06 * 1.6, rel=0.2)
+    assert np.allclose(rod.bounds[:, 2], (-0.8, 0.8), atol=0.03)
+
+
+def test_colors_are_those_of_the_nearest_surface():
+    def half_and_half(points):
+        return torch.where(points[..., :1] > 0, torch.tensor([0.9, 0.1, 0.1]), torch.tensor([0.1, 0.2, 0.8]))
+
+    rgb, depth, alpha, cameras = views_of(ball, half_and_half)
+    mesh = fuse_depth_maps(rgb, depth, alpha, cameras)
+    colors = mesh.visual.vertex_colors[:, :3] / 255
+    for side, expected in (
+        (mesh.vertices[:, 0] > 0.05, (0.9, 0.1, 0.1)),
+        (mesh.vertices[:, 0] < -0.05, (0.1, 0.2, 0.8)),
+    ):
+        assert np.abs(colors[side] - expected).max() < 0.02
+
+
+def test_white_background_is_taken_out_of_soft_pixels():
+    rgb, depth, alpha, cameras = views_of(ball, (0.2, 0.4, 0.6))
+    soft = 0.7 * alpha
+    mesh = fuse_depth_maps(soft * rgb + 1 - soft, depth, soft, cameras)
+    assert np.abs(mesh.visual.vertex_colors[:, :3] / 255 - (0.2, 0.4, 0.6)).max() < 0.01
+
+
+def test_small_floaters_are_removed_and_equal_parts_kept():
+    def pair(radius):
+        return lambda o, d: torch.minimum(
+            ball(o, d, 0.5, (-0.3, 0.0, 0.0)), ball(o, d, radius, (0.7, 0.0, 0.0))
+        )
+
+    with_floater = fuse_depth_maps(*views_of(pair(0.08)))
+    assert with_floater.bounds[1, 0] < 0.25 and with_floater.body_count == 1
+    with_part = fuse_depth_maps(*views_of(pair(0.25)))
+    assert with_part.bounds[1, 0] == pytest.approx(0.95, abs=0.03) and with_part.body_count == 2
+
+
+def test_cameras_surround_the_object_at_its_distance():
+    positions = sphere_cameras(64, 32).positions()
+    assert torch.allclose(positions.norm(dim=-1), torch.tensor(3.509))
+    assert positions.mean(0).norm() < 0.1
+    nearest = torch.cdist(positions, positions).fill_diagonal_(9).amin(1)
+    assert nearest.min() > 0.6 * nearest.max()
+
+
+# ---------------------------------------------------------------- from Gaussians
+
+
+def gaussian_ball(count=4000, radius=0.6, color=(0.1, 0.5, 0.9)) -> Gaussians:
+    points = surface_points(trimesh.creation.icosphere(subdivisions=4, radius=radius), count)
+    means = torch.from_numpy(points).float()
+    quats, scales = torch.tensor([1.0, 0, 0, 0]).repeat(count, 1), torch.full((count, 3), 0.02)
+    return Gaussians(means, quats, scales, torch.full((count,), 0.95), torch.tensor(color).repeat(count, 1))
+
+
+def test_gaussians_on_a_sphere_become_a_sphere():
+    mesh = fuse_mesh(gaussian_ball())
+    radii = np.linalg.norm(mesh.vertices, axis=1)
+    # the expected depth of a shell of Gaussians lies about one standard deviation in front of their centres
+    assert mesh.is_watertight and np.abs(radii - 0.61).mean() < 0.02
+    assert np.abs(mesh.visual.vertex_colors[:, :3] / 255 - (0.1, 0.5, 0.9)).max() < 0.05
+
+
+def test_nothing_to_mesh_is_one_clear_error():
+    scene = gaussian_ball(10)
+    faint = Gaussians(*scene.tensors()[:3], scene.opacities * 0.01, scene.colors)
+    with pytest.raises(ValueError, match="There are no Gaussians"):
+        fuse_mesh(scene.select(slice(0, 0)))
+    with pytest.raises(ValueError, match="too faint"):
+        fuse_mesh(faint, num_views=4, size=32)
+
+
+def test_wrong_input_is_named():
+    rgb, depth, alpha, cameras = views_of(ball, cameras=sphere_cameras(4, 16))
+    with pytest.raises(ValueError, match=r"4 cameras of \(16, 16\) pixels"):
+        fuse_depth_maps(rgb[:3], depth[:3], alpha[:3], cameras)
+    with pytest.raises(ValueError, match="at least 8 points per axis, got 4"):
+        fuse_depth_maps(rgb, depth, alpha, cameras, resolution=4)
+    with pytest.raises(ValueError, match="No view shows a surface"):
+        fuse_depth_maps(rgb, depth * 0, alpha * 0, cameras)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture(scope="module")
+def colored_box():
+    mesh = trimesh.creation.box(bounds=[[-0.2, -0.9, -0.4], [0.2, 0.1, 0.5]])
+    mesh.visual.vertex_colors = np.tile([200, 100, 50, 255], (8, 1)).astype(np.uint8)
+    return mesh
+
+
+@pytest.mark.parametrize("suffix", [".obj", ".ply"])
+def test_obj_and_ply_keep_axes_and_colors(colored_box, suffix, tmp_path):
+    path = tmp_path / f"new/box{suffix}"
+    save_mesh(colored_box, path)
+    loaded = trimesh.load(path, process=False)
+    assert np.allclose(loaded.bounds, colored_box.bounds, atol=1e-6)
+    assert np.abs(loaded.visual.vertex_colors[:, :3].astype(int) - (200, 100, 50)).max() <= 1
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file left
+
+
+def test_glb_is_y_up_unlit_and_linear(colored_box, tmp_path):
+    path = tmp_path / "box.glb"
+    save_mesh(colored_box, path)
+    loaded = trimesh.load(path, force="mesh", process=False)
+    low, high = colored_box.bounds
+    assert np.allclose(loaded.bounds, [[low[0], low[2], -high[1]], [high[0], high[2], -low[1]]], atol=1e-6)
+    assert loaded.volume > 0
+    data = path.read_bytes()
+    magic, version, length, json_length = struct.unpack("<4sIII", data[:16])
+    tree = json.loads(data[20 : 20 + json_length])
+    assert (magic, version, length) == (b"glTF", 2, len(data))
+    assert "KHR_materials_unlit" in tree["materials"][0]["extensions"]
+    linear = ((np.array([200, 100, 50]) / 255 + 0.055) / 1.055) ** 2.4
+    assert np.abs(loaded.visual.to_color().vertex_colors[0, :3] / 255 - linear).max() < 1 / 255
+
+
+def test_unknown_suffix(colored_box, tmp_path):
+    with pytest.raises(ValueError, match=r"\.glb, \.obj, \.ply, got the file name 'box.fbx'"):
+        save_mesh(colored_box, tmp_path / "box.fbx")
+    assert not list(tmp_path.iterdir())
