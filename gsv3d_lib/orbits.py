@@ -107,7 +107,7 @@ def encode_rings(views: ViewTensors, variants: list[Variant], vae, progress: boo
     rings = []
     for variant in tqdm(variants, desc="encoding", disable=not progress, mininterval=5):
         rgb = views.scene(variant.index, variant.mirror, variant.palette).rgb[:RING]
-        rings.append(encode(vae, rgb.to(vae.device)).cpu())
+        rings.append(encode(vae, rgb.to(vae.device)).cpu().contiguous())
     return torch.stack(rings)
 
 

@@ -118,7 +118,7 @@ class GSV3DPipeline:
     @torch.no_grad()
     def views_from(self, latents: Tensor) -> Tensor:
         """The VAE's own multi-view images [N, S, S, 3] of latents [N, 4, h, w], scaled."""
-        return decode_scaled(self.vae, latents)
+        return decode_scaled(self.vae, latents, chunk=self.config.vae_clip)
 
 
 def load_config(folder: str | Path) -> Config:

@@ -13,6 +13,7 @@ Layouts
 """
 
 import math
+from collections import namedtuple
 
 import numpy as np
 from numba import njit
@@ -66,6 +67,9 @@ def splat_dtype(real) -> np.dtype:
 
 # ---------------------------------------------------------------------------------------------- projection
 
+# The rows of the rotation W, the translation, and the intrinsics in pixels.
+Camera = namedtuple("Camera", "right down forward translation fx fy cx cy")
+
 
 @njit(**SAFE)
 def dot(a, b):
@@ -88,22 +92,37 @@ def scaled(a, s):
 
 
 @njit(**SAFE)
-def half_axes(quat, scale):
-    """Half axes of the ellipsoid in the world (columns of R S), columns of R, unit quaternion, 1 / |quat|."""
-    inverse_norm = 1 / math.sqrt(quat[0] ** 2 + quat[1] ** 2 + quat[2] ** 2 + quat[3] ** 2)
-    unit = (quat[0] * inverse_norm, quat[1] * inverse_norm, quat[2] * inverse_norm, quat[3] * inverse_norm)
+def half_axes(quats, scales, g):
+    """Half axes of ellipsoid g in the world (columns of R S), columns of R, unit quaternion, 1 / |quat|."""
+    w, x, y, z = quats[g, 0], quats[g, 1], quats[g, 2], quats[g, 3]
+    inverse_norm = 1 / math.sqrt(w * w + x * x + y * y + z * z)
+    unit = (w * inverse_norm, x * inverse_norm, y * inverse_norm, z * inverse_norm)
     columns = rotation_columns(unit[0], unit[1], unit[2], unit[3])
-    axes = (scaled(columns[0], scale[0]), scaled(columns[1], scale[1]), scaled(columns[2], scale[2]))
+    axes = (scaled(columns[0], scales[g, 0]), scaled(columns[1], scales[g, 1]), scaled(columns[2], scales[g, 2]))
     return axes, columns, unit, inverse_norm
 
 
 @njit(**SAFE)
-def to_camera(mean, viewmat):
+def vector(rows, i):
+    """Row i of a [N, 3] array as a tuple: slices of arrays count references, which costs more than the projection."""
+    return (rows[i, 0], rows[i, 1], rows[i, 2])
+
+
+@njit(**SAFE)
+def view_camera(viewmats, Ks, v):
+    """View v as a Camera."""
+    right = (viewmats[v, 0, 0], viewmats[v, 0, 1], viewmats[v, 0, 2])
+    down = (viewmats[v, 1, 0], viewmats[v, 1, 1], viewmats[v, 1, 2])
+    forward = (viewmats[v, 2, 0], viewmats[v, 2, 1], viewmats[v, 2, 2])
+    translation = (viewmats[v, 0, 3], viewmats[v, 1, 3], viewmats[v, 2, 3])
+    return Camera(right, down, forward, translation, Ks[v, 0, 0], Ks[v, 1, 1], Ks[v, 0, 2], Ks[v, 1, 2])
+
+
+@njit(**SAFE)
+def to_camera(mean, camera):
     """World point -> camera point (x, y, z)."""
-    x = viewmat[0, 0] * mean[0] + viewmat[0, 1] * mean[1] + viewmat[0, 2] * mean[2] + viewmat[0, 3]
-    y = viewmat[1, 0] * mean[0] + viewmat[1, 1] * mean[1] + viewmat[1, 2] * mean[2] + viewmat[1, 3]
-    z = viewmat[2, 0] * mean[0] + viewmat[2, 1] * mean[1] + viewmat[2, 2] * mean[2] + viewmat[2, 3]
-    return x, y, z
+    t = camera.translation
+    return dot(camera.right, mean) + t[0], dot(camera.down, mean) + t[1], dot(camera.forward, mean) + t[2]
 
 
 @njit(**SAFE)
@@ -114,19 +133,17 @@ def clamped_slope(slope, focal, centre, size):
 
 
 @njit(**SAFE)
-def jacobian_rows(viewmat, K, slope_x, slope_y, inverse_z):
+def combine(u, a, v, b):
+    """u a + v b for 3-vectors a and b."""
+    return (u * a[0] + v * b[0], u * a[1] + v * b[1], u * a[2] + v * b[2])
+
+
+@njit(**SAFE)
+def jacobian_rows(camera, slope_x, slope_y, inverse_z):
     """Rows of J W: how a small step in the world moves the pixel, [2, 3]."""
-    fx, fy = K[0, 0] * inverse_z, K[1, 1] * inverse_z
-    row_x = (
-        fx * (viewmat[0, 0] - slope_x * viewmat[2, 0]),
-        fx * (viewmat[0, 1] - slope_x * viewmat[2, 1]),
-        fx * (viewmat[0, 2] - slope_x * viewmat[2, 2]),
-    )
-    row_y = (
-        fy * (viewmat[1, 0] - slope_y * viewmat[2, 0]),
-        fy * (viewmat[1, 1] - slope_y * viewmat[2, 1]),
-        fy * (viewmat[1, 2] - slope_y * viewmat[2, 2]),
-    )
+    fx, fy = camera.fx * inverse_z, camera.fy * inverse_z
+    row_x = combine(fx, camera.right, -fx * slope_x, camera.forward)
+    row_y = combine(fy, camera.down, -fy * slope_y, camera.forward)
     return row_x, row_y
 
 
@@ -144,25 +161,25 @@ def tile_range(low, high, size):
 
 
 @njit(**SAFE)
-def project_one(mean, axes, opacity, color, viewmat, K, width, height, splat, box):
+def project_one(mean, axes, opacity, color, camera, width, height, splat, box):
     """Project one Gaussian into one view; leaves the box empty when nothing of it can be seen."""
     box.x0, box.x1, box.y0, box.y1 = 0, 0, 0, 0
-    x, y, z = to_camera(mean, viewmat)
+    x, y, z = to_camera(mean, camera)
     # Written so that a NaN anywhere answers False.
     if not (opacity >= ALPHA_MIN and z > NEAR_PLANE and z < FAR_PLANE):
         return
     inverse_z = 1 / z
-    slope_x = clamped_slope(x * inverse_z, K[0, 0], K[0, 2], width)
-    slope_y = clamped_slope(y * inverse_z, K[1, 1], K[1, 2], height)
-    row_x, row_y = jacobian_rows(viewmat, K, slope_x, slope_y, inverse_z)
+    slope_x = clamped_slope(x * inverse_z, camera.fx, camera.cx, width)
+    slope_y = clamped_slope(y * inverse_z, camera.fy, camera.cy, height)
+    row_x, row_y = jacobian_rows(camera, slope_x, slope_y, inverse_z)
     u, v = project_axes(row_x, axes), project_axes(row_y, axes)
     # The 2D covariance is the sum of the outer products of the three projected half axes.
     cov_xx, cov_xy, cov_yy = dot(u, u) + EPS2D, dot(u, v), dot(v, v) + EPS2D
     determinant = cov_xx * cov_yy - cov_xy * cov_xy
     cutoff = math.log(opacity / ALPHA_MIN)
     extent_x, extent_y = math.sqrt(2 * cutoff * cov_xx), math.sqrt(2 * cutoff * cov_yy)
-    pixel_x = K[0, 0] * x * inverse_z + K[0, 2]
-    pixel_y = K[1, 1] * y * inverse_z + K[1, 2]
+    pixel_x = camera.fx * x * inverse_z + camera.cx
+    pixel_y = camera.fy * y * inverse_z + camera.cy
     inside_x = pixel_x + extent_x > 0 and pixel_x - extent_x < width
     inside_y = pixel_y + extent_y > 0 and pixel_y - extent_y < height
     if not (determinant > 0 and inside_x and inside_y):
@@ -180,12 +197,11 @@ def project_one(mean, axes, opacity, color, viewmat, K, width, height, splat, bo
 def project_gaussians(first, step, means, quats, scales, opacities, colors, viewmats, Ks, width, height, splats, boxes):
     """Fill splats and boxes [V, G] from the Gaussians [G] and cameras [V]."""
     for g in range(first, len(means), step):
-        axes, _, _, _ = half_axes(quats[g], scales[g])
+        mean, color = vector(means, g), vector(colors, g)
+        axes, _, _, _ = half_axes(quats, scales, g)
         for view in range(len(viewmats)):
-            project_one(
-                means[g], axes, opacities[g], colors[g], viewmats[view], Ks[view], width, height,
-                splats[view, g], boxes[view, g],
-            )  # fmt: skip
+            camera = view_camera(viewmats, Ks, view)
+            project_one(mean, axes, opacities[g], color, camera, width, height, splats[view, g], boxes[view, g])
 
 
 # ------------------------------------------------------------------------------------------- sorting into tiles
@@ -401,12 +417,11 @@ def find_live(blocks, live):
 @njit(**FAST)
 def reduce_lanes(sums, out, row):
     """out[k] = the sum over LANES of row k of sums, by halving: LLVM adds a plain loop up one number at a time."""
-    for half in (8, 4, 2, 1):
-        for k in range(NUM_GRADIENTS):
-            for i in range(half):
-                sums[k * LANES + i] += sums[k * LANES + half + i]
     for k in range(NUM_GRADIENTS):
-        out[row, k] = sums[k * LANES]
+        total = sums[k * LANES]
+        for i in range(1, LANES):
+            total += sums[k * LANES + i]
+        out[row, k] = total
 
 
 @njit(**FAST)
@@ -489,7 +504,7 @@ def blend_tiles_backward(
 
 
 @njit(**SAFE)
-def quaternion_gradient(unit, inverse_norm, v_columns, out):
+def quaternion_gradient(unit, inverse_norm, v_columns, out, g):
     """dL/dR (as columns) -> dL/dquat, through the normalisation of the quaternion."""
     w, x, y, z = unit
     (r00, r10, r20), (r01, r11, r21), (r02, r12, r22) = v_columns
@@ -498,10 +513,10 @@ def quaternion_gradient(unit, inverse_norm, v_columns, out):
     v_y = 2 * (w * (r02 - r20) + x * (r01 + r10) + z * (r12 + r21) - 2 * y * (r00 + r22))
     v_z = 2 * (w * (r10 - r01) + x * (r02 + r20) + y * (r12 + r21) - 2 * z * (r00 + r11))
     along = w * v_w + x * v_x + y * v_y + z * v_z  # a longer quaternion is the same rotation
-    out[0] = (v_w - along * w) * inverse_norm
-    out[1] = (v_x - along * x) * inverse_norm
-    out[2] = (v_y - along * y) * inverse_norm
-    out[3] = (v_z - along * z) * inverse_norm
+    out[g, 0] = (v_w - along * w) * inverse_norm
+    out[g, 1] = (v_x - along * x) * inverse_norm
+    out[g, 2] = (v_y - along * y) * inverse_norm
+    out[g, 3] = (v_z - along * z) * inverse_norm
 
 
 @njit(**SAFE)
@@ -524,13 +539,13 @@ def add_combination(accumulator, u, row_x, v, row_y):
 
 
 @njit(**SAFE)
-def project_one_backward(mean, axes, viewmat, K, width, height, splat, total, v_axes, v_mean):
-    """Back through `project_one`: adds to v_mean [3], returns v_axes with this view's share added."""
-    x, y, z = to_camera(mean, viewmat)
+def project_one_backward(mean, axes, camera, width, height, splat, total, v_axes, v_mean):
+    """Back through `project_one`: returns v_axes and v_mean with this view's share added."""
+    x, y, z = to_camera(mean, camera)
     inverse_z = 1 / z
-    slope_x = clamped_slope(x * inverse_z, K[0, 0], K[0, 2], width)
-    slope_y = clamped_slope(y * inverse_z, K[1, 1], K[1, 2], height)
-    row_x, row_y = jacobian_rows(viewmat, K, slope_x, slope_y, inverse_z)
+    slope_x = clamped_slope(x * inverse_z, camera.fx, camera.cx, width)
+    slope_y = clamped_slope(y * inverse_z, camera.fy, camera.cy, height)
+    row_x, row_y = jacobian_rows(camera, slope_x, slope_y, inverse_z)
     u, v = project_axes(row_x, axes), project_axes(row_y, axes)
     v_xx, v_xy, v_yy = covariance_gradient(splat, total)
     v_u = (2 * (v_xx * u[0] + v_xy * v[0]), 2 * (v_xx * u[1] + v_xy * v[1]), 2 * (v_xx * u[2] + v_xy * v[2]))
@@ -544,24 +559,22 @@ def project_one_backward(mean, axes, viewmat, K, width, height, splat, total, v_
     v_row_x = add_combination(add_combination(zero, v_u[0], axes[0], v_u[1], axes[1]), v_u[2], axes[2], 0.0, zero)
     v_row_y = add_combination(add_combination(zero, v_v[0], axes[0], v_v[1], axes[1]), v_v[2], axes[2], 0.0, zero)
 
-    fx, fy = K[0, 0] * inverse_z, K[1, 1] * inverse_z
+    fx, fy = camera.fx * inverse_z, camera.fy * inverse_z
     v_pixel_x = -(2 * splat.qxx * total[1] + splat.qxy * total[2])
     v_pixel_y = -(splat.qxy * total[1] + 2 * splat.qyy * total[2])
-    v_slope_x = -fx * dot(v_row_x, viewmat[2])
-    v_slope_y = -fy * dot(v_row_y, viewmat[2])
-    # d slope = (dx - slope dz) / z, unless it is clamped
     v_x, v_y = fx * v_pixel_x, fy * v_pixel_y
-    v_z = total[9] - (dot(v_row_x, row_x) + dot(v_row_y, row_y)) * inverse_z
-    v_z -= (fx * x * v_pixel_x + fy * y * v_pixel_y) * inverse_z
+    v_z = total[9] - (dot(v_row_x, row_x) + dot(v_row_y, row_y) + v_x * x + v_y * y) * inverse_z
+    # d slope = (dx - slope dz) / z, unless it is clamped
     if slope_x == x * inverse_z:
+        v_slope_x = -fx * dot(v_row_x, camera.forward)
         v_x += v_slope_x * inverse_z
         v_z -= v_slope_x * slope_x * inverse_z
     if slope_y == y * inverse_z:
+        v_slope_y = -fy * dot(v_row_y, camera.forward)
         v_y += v_slope_y * inverse_z
         v_z -= v_slope_y * slope_y * inverse_z
-    for k in range(3):
-        v_mean[k] += viewmat[0, k] * v_x + viewmat[1, k] * v_y + viewmat[2, k] * v_z
-    return v_axes
+    v_mean = add_combination(v_mean, v_x, camera.right, v_y, camera.down)
+    return v_axes, add_combination(v_mean, v_z, camera.forward, 0.0, camera.forward)
 
 
 @njit(**SAFE)
@@ -571,10 +584,10 @@ def project_gaussians_backward(
 ):  # fmt: skip
     """Add up each Gaussian's rows of `gradients` over views and tiles, and carry them back to its parameters [G]."""
     total = np.empty(NUM_GRADIENTS, np.float64)
+    zero = (0.0, 0.0, 0.0)
     for g in range(first, len(means), step):
-        axes, columns, unit, inverse_norm = half_axes(quats[g], scales[g])
-        zero = (0.0, 0.0, 0.0)
-        v_axes = (zero, zero, zero)
+        axes, columns, unit, inverse_norm = half_axes(quats, scales, g)
+        mean, v_mean, v_axes = vector(means, g), zero, (zero, zero, zero)
         for view in range(len(viewmats)):
             box, splat = boxes[view, g], splats[view, g]
             num_tiles = (box.x1 - box.x0) * (box.y1 - box.y0)
@@ -588,12 +601,12 @@ def project_gaussians_backward(
             v_opacities[g] -= total[0] / splat.opacity
             for k in range(3):
                 v_colors[g, k] += total[6 + k]
-            v_axes = project_one_backward(
-                means[g], axes, viewmats[view], Ks[view], width, height, splat, total, v_axes, v_means[g]
-            )
+            camera = view_camera(viewmats, Ks, view)
+            v_axes, v_mean = project_one_backward(mean, axes, camera, width, height, splat, total, v_axes, v_mean)
         for k in range(3):
+            v_means[g, k] = v_mean[k]
             v_scales[g, k] = dot(v_axes[k], columns[k])
         v_columns = (
             scaled(v_axes[0], scales[g, 0]), scaled(v_axes[1], scales[g, 1]), scaled(v_axes[2], scales[g, 2])
         )  # fmt: skip
-        quaternion_gradient(unit, inverse_norm, v_columns, v_quats[g])
+        quaternion_gradient(unit, inverse_norm, v_columns, v_quats, g)

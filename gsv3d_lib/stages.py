@@ -15,7 +15,7 @@ from .diffusion import Condition, diffusion_loss, draw_sigma
 from .encoders import clip_token, dino_features
 from .gaussians import Gaussians
 from .losses import pixel_loss, rendering_loss
-from .orbits import Orbits, batch_cameras, radians, ring_frames
+from .orbits import PALETTES, Orbits, batch_cameras, radians, ring_frames
 from .training import Stage
 from .vae import to_network
 
@@ -26,7 +26,8 @@ def draw(generator: torch.Generator, high: int, *shape: int) -> Tensor:
 
 
 class VAEStage(Stage):
-    """Reconstruction of short clips of neighbouring views: L1 + MSE + a very small KL, as latent diffusion uses."""
+    """Reconstruction of clips of neighbouring views: L1 + MSE on RGB and on two colour differences (without which a short
+    run stays grey), and a very small KL, as latent diffusion uses."""
 
     def __init__(self, vae, views: ViewTensors, config: Config, kl_weight: float = 1e-6):
         super().__init__()
@@ -35,8 +36,8 @@ class VAEStage(Stage):
     def example(self, generator, shared):
         index = int(draw(generator, len(self.views)))
         frames = (draw(generator, RING, 1) + torch.arange(self.clip)) % RING
-        channels = torch.randperm(3, generator=generator)  # another palette: colours generalise
-        rgb = self.views.rgb[index][frames].float()[..., channels] / 255
+        palette = PALETTES[int(draw(generator, len(PALETTES)))]  # another palette: colours generalise
+        rgb = self.views.rgb[index][frames].float()[..., list(palette)] / 255
         size = rgb.shape[-2] // 8
         return {"rgb": rgb, "noise": torch.randn(self.clip, 4, size, size, generator=generator)}
 
@@ -45,9 +46,11 @@ class VAEStage(Stage):
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * batch["noise"].flatten(0, 1)
         decoded = self.vae.decode(latents, num_frames=self.clip).sample
-        mse, l1, kl = F.mse_loss(decoded, images), F.l1_loss(decoded, images), posterior.kl().mean()
-        psnr = -10 * torch.log10(mse.detach() / 4)
-        return mse + l1 + self.kl_weight * kl, {"psnr": psnr, "kl": kl.detach()}
+        error, kl = decoded - images, posterior.kl().mean()
+        chroma = torch.stack([error[:, 0] - error[:, 1], error[:, 2] - error[:, 1]])
+        mse = error.pow(2).mean()
+        loss = mse + error.abs().mean() + chroma.pow(2).mean() + chroma.abs().mean() + self.kl_weight * kl
+        return loss, {"psnr": -10 * torch.log10(mse.detach() / 4), "kl": kl.detach()}
 
 
 class DINOStage(Stage):

@@ -101,14 +101,14 @@ def orbits_for(config: Config, views: ViewTensors, run: Path):
 
 def model_classes() -> dict:
     """The class behind each folder of a checkpoint."""
-    from diffusers import AutoencoderKLTemporalDecoder
     from transformers import CLIPVisionModelWithProjection, Dinov2Model
 
     from .decoder import GaussianDecoder
     from .unet import SV3DUNet
+    from .vae import GroupedVAE
 
     return {
-        "vae": AutoencoderKLTemporalDecoder,
+        "vae": GroupedVAE,
         "clip": CLIPVisionModelWithProjection,
         "dino": Dinov2Model,
         "unet": SV3DUNet,

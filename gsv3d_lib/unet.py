@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from .config import Config
 
 
-class SV3DUNet(UNetSpatioTemporalConditionModel):
+class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
     """The multi-view denoiser F(c_in z, c_noise; condition) whose output is v."""
 
     def forward(

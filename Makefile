@@ -1,0 +1,54 @@
+# Everything a reader or CI needs. `make` alone lists the targets. GNU make 3.81 or newer.
+
+PYTHON ?= python3
+# The tested versions. On a machine that must keep its own: make CONSTRAINTS= ...
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+PIP_QUIET := $(if $(CI),--quiet)
+NOTEBOOKS := $(wildcard notebooks)
+
+.PHONY: help install demo test lab train-tiny bench doctor lint clean
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED) ## make .venv and install the library with its tested versions
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@echo "Setting up $(VENV); the first time this takes some minutes."
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install $(PIP_QUIET) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED) ## one image -> 3D Gaussians; IMAGE=my.png for your own picture
+	$(PY) -m gsv3d_lib.demo $(if $(IMAGE),--image "$(IMAGE)")
+
+test: $(INSTALLED) ## every test and every notebook, offline
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadscope \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=120 tests $(NOTEBOOKS)
+
+lab: $(INSTALLED) ## JupyterLab on the notebooks
+	$(PY) -m jupyterlab --notebook-dir=notebooks
+
+train-tiny: $(INSTALLED) ## train all stages at tiny scale on procedural objects, into runs/tiny
+	$(PY) -m gsv3d_lib.make_dataset --procedural 300 --seed 0 --out data/cache/procedural
+	$(PY) -m gsv3d_lib.train --preset tiny --data data/cache/procedural --run runs/tiny
+
+bench: $(INSTALLED) ## speed of the rasterisers on this machine
+	$(PY) -m gsv3d_lib.benchmark
+
+doctor: $(INSTALLED) ## what this machine has, what falls back, and how to fix it
+	$(PY) -m gsv3d_lib.doctor
+
+lint: $(INSTALLED) ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean: ## remove caches and build leftovers; keeps .venv, runs and data
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .numba_cache
+	find gsv3d_lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

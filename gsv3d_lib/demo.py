@@ -1,0 +1,64 @@
+"""`make demo`: notebook 00 through papermill on one image, then where the results lie.
+
+    python -m gsv3d_lib.demo [--image my.png] [--out runs/demo]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from .paths import ROOT, resolve
+
+NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.demo", description=__doc__)
+    parser.add_argument("--image", default="data/images/demo.png")
+    parser.add_argument("--out", default="runs/demo")
+    args = parser.parse_args(arguments)
+    from .images import load_image
+
+    image = Path(args.image).resolve() if Path(args.image).is_file() else resolve(args.image)
+    try:
+        load_image(image)  # fails here, in one sentence, and not inside a notebook
+    except (ValueError, FileNotFoundError) as error:
+        print(f"gsv3d: {error}", file=sys.stderr)
+        return 1
+    out = resolve(args.out)
+    started = time.perf_counter()
+    execute(image, out)
+    seconds = time.perf_counter() - started
+    print(f"\nDone in {seconds:.0f} s. The results lie in {out}:")
+    for path in sorted(p for p in out.iterdir() if p.is_file()):
+        print(f"  {path.name:<32}{path.stat().st_size / 1e6:6.1f} MB")
+    print(f"Open {out / 'viewer.html'} in a browser to turn the object.")
+    return 0
+
+
+def execute(image: Path, out: Path) -> None:
+    """Run the notebook with papermill, its prints on this terminal."""
+    import papermill
+
+    out.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for noisy in ("traitlets", "asyncio", "blib2to3"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    papermill.execute_notebook(
+        str(NOTEBOOK),
+        str(out / NOTEBOOK.name),
+        parameters={"image_path": str(image), "out_dir": str(out)},
+        kernel_name="python3",
+        progress_bar=True,
+        log_output=True,
+        coalesce_streams=True,
+        store_widget_state=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

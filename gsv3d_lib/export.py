@@ -1,0 +1,137 @@
+"""What leaves the project: turntable videos, a stand-alone viewer page, .splat files. (PLY: `Gaussians.save_ply`.)"""
+
+import base64
+import html
+import json
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .cameras import DISTANCE, FOV_DEG, orbit_cameras
+from .dataset import atomic_path
+from .gaussians import Gaussians
+from .rendering import render
+
+SPLAT_BYTES = 32
+
+
+# ---------------------------------------------------------------- turntables
+
+
+def save_turntable(
+    gaussians: Gaussians,
+    mp4_path: str | Path | None = None,
+    gif_path: str | Path | None = None,
+    size: int = 256,
+    num_frames: int = 48,
+    elevation: float = 15.0,
+    fps: int = 24,
+) -> None:
+    """One turn around the object on white, as an H.264 video and / or a GIF that repeats for ever.
+
+    size: pixels a side, even (H.264 halves the colour's resolution).  elevation: degrees.  The first frame looks from
+    azimuth 0, which is the condition view, and azimuth grows. Raises ValueError for an odd size or no path at all.
+    """
+    if mp4_path is None and gif_path is None:
+        raise ValueError("A turntable needs a path to write to: give mp4_path, gif_path, or both.")
+    if size < 2 or size % 2 or num_frames < 1:
+        raise ValueError(f"A turntable needs an even size and at least one frame, got {size} pixels, {num_frames} frames.")
+    frames = turntable_frames(gaussians, size, num_frames, elevation)
+    if mp4_path is not None:
+        _write_mp4(frames, Path(mp4_path), fps)
+    if gif_path is not None:
+        _write_gif(frames, Path(gif_path), fps)
+
+
+def turntable_frames(gaussians: Gaussians, size: int, num_frames: int, elevation: float = 15.0) -> np.ndarray:
+    """uint8 [num_frames, size, size, 3], azimuths 360 k / num_frames."""
+    azimuths = torch.arange(num_frames) * (360 / num_frames)
+    cameras = orbit_cameras(azimuths, elevation, size)
+    with torch.no_grad():
+        views = [render(gaussians, cameras[i : i + 8]).rgb.cpu() for i in range(0, num_frames, 8)]  # 8: bounds memory
+    return (torch.cat(views).clamp(0, 1) * 255).round().byte().numpy()
+
+
+def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
+    import imageio_ffmpeg
+
+    height, width = frames.shape[1:3]
+    with atomic_path(path) as temporary:  # its name does not end in .mp4, so the container is named explicitly
+        writer = imageio_ffmpeg.write_frames(
+            str(temporary),
+            (width, height),
+            fps=fps,
+            quality=8,
+            macro_block_size=2,
+            output_params=["-f", "mp4", "-movflags", "+faststart"],
+        )
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+
+
+def _write_gif(frames: np.ndarray, path: Path, fps: int) -> None:
+    # One palette for all frames, or colours would flicker; dithering would add noise and triple the file.
+    montage = Image.fromarray(np.concatenate(list(frames[:: max(1, len(frames) // 8)])))
+    palette = montage.quantize(256, method=Image.Quantize.MEDIANCUT)
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    duration = max(20, round(1000 / fps))  # milliseconds; browsers slow down anything shorter
+    with atomic_path(path) as temporary:
+        images[0].save(temporary, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+
+
+# ---------------------------------------------------------------- the viewer page and .splat
+
+
+def save_viewer_page(
+    gaussians: Gaussians,
+    html_path: str | Path,
+    title: str = "GSV3D",
+    azimuth: float = 0.0,
+    elevation: float = 15.0,
+) -> None:
+    """One HTML file that shows the Gaussians in any browser with WebGL 2: drag, wheel, touch, arrow keys.
+
+    It loads nothing, so it works offline and from file://. 43 bytes per Gaussian plus 13 kB; Gaussians that the renderer
+    never draws are left out. azimuth, elevation: of the first view, degrees; page.html#azimuth=90 opens another.
+    """
+    splats = base64.b64encode(pack_splats(gaussians.prune())).decode()
+    view = {"azimuth": azimuth, "elevation": elevation, "distance": DISTANCE, "fov": FOV_DEG}
+    page = resources.files(__package__).joinpath("viewer.html").read_text(encoding="utf-8")
+    for name, value in {"TITLE": html.escape(title), "VIEW": json.dumps(view), "SPLATS": splats}.items():
+        page = page.replace(f"__{name}__", value)
+    with atomic_path(html_path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def save_splat(gaussians: Gaussians, path: str | Path) -> None:
+    """Write a .splat file (32 bytes per Gaussian) as web viewers read it: y down, the most visible Gaussians first."""
+    x, y, z = gaussians.means.unbind(-1)
+    w, i, j, k = gaussians.quats.unbind(-1)
+    turned = Gaussians(
+        torch.stack([x, -z, y], dim=-1),  # a quarter turn about x: quaternion (1, 1, 0, 0) / sqrt 2 from the left
+        torch.stack([w - i, w + i, j - k, j + k], dim=-1),
+        *gaussians.tensors()[2:],
+    )
+    visibility = gaussians.opacities * gaussians.scales.prod(dim=-1)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(pack_splats(turned.select(visibility.argsort(descending=True))))
+
+
+def pack_splats(gaussians: Gaussians) -> bytes:
+    """32 bytes per Gaussian, little endian: mean and scale as 3 + 3 float32, RGBA as 4 bytes, quaternion as 4 bytes.
+
+    A byte holds a colour or opacity c as 255 c and a quaternion component q (w, x, y, z, unit length) as 128 q + 128.
+    Raises ValueError for numbers that are not finite.
+    """
+    means, quats, scales, opacities, colors = (t.detach().cpu().float().numpy() for t in gaussians.tensors())
+    if not all(np.isfinite(array).all() for array in (means, quats, scales, opacities, colors)):
+        raise ValueError("The Gaussians hold NaN or infinite numbers: nothing was written; check the model's output.")
+    unit = quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12)
+    rgba = np.round(255 * np.column_stack([colors, opacities]).clip(0, 1)).astype(np.uint8)
+    rotation = np.round(128 * unit + 128).clip(0, 255).astype(np.uint8)
+    return np.hstack([means.astype("<f4").view(np.uint8), scales.astype("<f4").view(np.uint8), rgba, rotation]).tobytes()

@@ -1,0 +1,290 @@
+"""Objects on disk and in memory: what is written is read, what is broken is named, what is mirrored stays consistent."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_world import BALLS, SIZE, ball_pictures, ball_views, dataset_angles, moved, turned
+
+from gsv3d_lib import dataset
+from gsv3d_lib.cameras import orbit_cameras
+from gsv3d_lib.dataset import (
+    ObjectViews,
+    atomic_path,
+    decode_depth,
+    encode_depth,
+    join_sheet,
+    list_objects,
+    load_views,
+    read_object,
+    resize_views,
+    split_sheet,
+    write_index,
+    write_object,
+)
+from gsv3d_lib.orbits import Orbits, batch_cameras, make_variants, ring_frames
+
+SHARED = Path(__file__).parents[1] / "../shared/objects/gso"
+
+
+def object_views(id: str = "balls", turn: float = 0.0, size: int = 2 * SIZE) -> ObjectViews:
+    azimuths, elevations = dataset_angles()
+    cameras = orbit_cameras(azimuths, elevations, size)
+    rgb, alpha, depth = ball_pictures(cameras, turned(BALLS, turn))
+    rgba = (torch.cat([rgb * alpha, alpha], -1) * 255).round().to(torch.uint8).numpy()
+    return ObjectViews(id, rgba, depth[..., 0].numpy(), cameras, azimuths.numpy(), elevations.numpy())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A dataset of two objects. Tests that break something copy it first."""
+    folder = tmp_path_factory.mktemp("dataset")
+    for id, turn in (("second", 40.0), ("first", 0.0)):
+        write_object(folder, object_views(id, turn))
+    write_index(folder, [{"id": "second"}, {"id": "first", "family": "balls"}])
+    return folder
+
+
+@pytest.fixture
+def broken(folder, tmp_path) -> Path:
+    """A copy of the dataset, to break."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def one_sentence(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 400
+    return text
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_an_object_reads_back_as_written(folder):
+    written, read = object_views("first"), read_object(folder, "first")
+    assert read.id == "first" and read.rgba.dtype == np.uint8 and read.depth.dtype == np.float32
+    assert np.array_equal(read.rgba[..., 3], written.rgba[..., 3])  # alpha is stored without loss
+    inside = written.rgba[..., 3] > 0
+    error = np.abs(read.rgba[..., :3].astype(int) - written.rgba[..., :3].astype(int))[inside]
+    assert error.mean() < 8  # WebP at quality 85, of 64 px views with hard edges
+    span = np.ptp(written.depth[written.depth > 0])
+    assert np.array_equal(read.depth > 0, written.depth > 0)
+    assert np.abs(read.depth - written.depth).max() <= span / 8191 + 1e-6
+    assert torch.allclose(read.cameras.viewmats, written.cameras.viewmats, atol=1e-5)
+    assert torch.equal(read.cameras.Ks, written.cameras.Ks)
+    assert (read.cameras.width, read.cameras.height) == (64, 64)
+    assert np.array_equal(read.azimuths, written.azimuths)
+    assert np.array_equal(read.elevations, written.elevations)
+
+
+def test_the_index_is_sorted_and_keeps_its_columns(folder):
+    assert list_objects(folder) == [{"id": "first", "family": "balls"}, {"id": "second"}]
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.5, 4.5), (0.1, 90.0), (3.0, 3.0 + 1e-4)])
+def test_the_depth_codec_keeps_its_error_bound(low, high):
+    generator = np.random.default_rng(0)
+    depth = generator.uniform(low, high, (4, 50, 50)).astype("f4")
+    depth[0, :10] = 0
+    depth[1, 0, :2] = low, high
+    codes, minimum, span = encode_depth(depth)
+    back = decode_depth(codes, minimum, span)
+    assert codes.dtype == np.uint16 and np.array_equal(back == 0, depth == 0)
+    rounding = 4 * np.spacing(np.float32(high))
+    assert np.abs(back - depth).max() <= span / 8191 + rounding
+
+
+def test_the_depth_codec_survives_flat_and_empty_views():
+    flat = np.full((1, 4, 4), 3.5, "f4")
+    assert np.abs(decode_depth(*encode_depth(flat)) - 3.5).max() < 1e-5
+    assert (decode_depth(*encode_depth(np.zeros((1, 4, 4), "f4"))) == 0).all()
+
+
+def test_sheets_fold_and_unfold():
+    rgba = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 4), dtype=np.uint8)
+    sheet = join_sheet(rgba)
+    assert sheet.shape == (2 * 4, 6 * 4, 4)
+    assert np.array_equal(sheet[4:, 4:8], rgba[7])  # view 7: second row, second column
+    assert np.array_equal(split_sheet(sheet, 8, 4, 4), rgba)
+    with pytest.raises(ValueError, match=r"\(8, 24\)"):
+        split_sheet(sheet, 8, 4, 5)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".webp"])
+@pytest.mark.parametrize("keep", [None, 0, 40, 0.6], ids=["missing", "empty", "header", "truncated"])
+def test_a_broken_object_is_one_sentence(broken, suffix, keep):
+    path = broken / f"first{suffix}"
+    data = path.read_bytes()
+    path.unlink()
+    if keep is not None:
+        path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(ValueError, match="'first'.*render it again") as error:
+        read_object(broken, "first")
+    one_sentence(error)
+
+
+def test_arrays_without_cameras_are_one_sentence(broken):
+    with np.load(broken / "first.npz") as arrays:
+        kept = {name: arrays[name] for name in arrays if name != "c2w"}
+    np.savez_compressed(broken / "first.npz", **kept)
+    with pytest.raises(ValueError, match="c2w") as error:
+        read_object(broken, "first")
+    one_sentence(error)
+
+
+def test_a_missing_or_broken_index_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="make_dataset") as error:
+        list_objects(tmp_path)
+    one_sentence(error)
+    (tmp_path / "index.json").write_text('[{"id": "a"}, {"i')
+    with pytest.raises(ValueError, match="index.json") as error:
+        list_objects(tmp_path)
+    one_sentence(error)
+    write_index(tmp_path, [])
+    with pytest.raises(ValueError, match="no objects"):
+        load_views([tmp_path], SIZE, progress=False)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
+        temporary.write_text("half of the n")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def test_views_are_averaged_on_white():
+    white_edge = np.zeros((1, 4, 4, 4), np.uint8)
+    white_edge[0, :2, 0] = (100, 0, 50, 255)  # half of the first block is opaque
+    depth = np.arange(16, dtype="f4").reshape(1, 4, 4) + 1
+    views = ObjectViews("a", white_edge, depth, None, np.zeros(1, "f4"), np.zeros(1, "f4"))
+    rgb, alpha, small, _, _ = resize_views(views, 2)
+    assert rgb[0, 0, 0].tolist() == [178, 128, 152]  # (100, 0, 50) and white, half each
+    assert alpha[0, ..., 0].tolist() == [[128, 0], [0, 0]] and (rgb[0, 1] == 255).all()
+    assert set(small.flatten().tolist()) <= set(depth.flatten().tolist())  # picked, never averaged
+    with pytest.raises(ValueError, match="not to 3 px"):
+        resize_views(views, 3)
+
+
+def test_loading_and_the_cache(folder, tmp_path, monkeypatch):
+    first = load_views([folder], SIZE, cache=tmp_path, progress=False)
+    assert first.ids == ["first", "second"] and first.rgb.shape == (2, 24, SIZE, SIZE, 3)
+    assert first.rgb.dtype == torch.uint8 and first.depth.shape == (2, 24, SIZE, SIZE, 1)
+    monkeypatch.setattr(dataset, "read_object", lambda *_: pytest.fail("the cache was not used"))
+    again = load_views([folder], SIZE, cache=tmp_path, progress=False)
+    for name in dataset.COLUMN_NAMES:
+        assert torch.equal(getattr(first, name), getattr(again, name))
+
+
+def test_the_cache_is_not_used_for_other_objects_or_sizes(folder, tmp_path):
+    load_views([folder], SIZE, cache=tmp_path, progress=False)
+    fewer = load_views([folder], SIZE, limit=1, cache=tmp_path, progress=False)
+    smaller = load_views([folder], SIZE // 2, cache=tmp_path, progress=False)
+    assert fewer.ids == ["first"] and len(fewer.rgb) == 1 and smaller.rgb.shape[2] == SIZE // 2
+    assert len(list(tmp_path.glob("views-*.safetensors"))) == 3
+
+
+def test_a_broken_cache_is_one_sentence(folder, tmp_path):
+    load_views([folder], SIZE, cache=tmp_path, progress=False)
+    (cache,) = tmp_path.glob("views-*.safetensors")
+    cache.write_bytes(cache.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="delete it") as error:
+        load_views([folder], SIZE, cache=tmp_path, progress=False)
+    one_sentence(error)
+
+
+# ---------------------------------------------------------------- geometry
+
+
+def assert_shows(scene_rgb, scene_depth, cameras, balls):
+    """The pictures are what `cameras` see of `balls`, up to single pixels on outlines."""
+    rgb, _, depth = ball_pictures(cameras, balls)
+    assert ((scene_rgb - rgb).abs().amax(-1) < 0.01).float().mean() > 0.998
+    assert ((scene_depth - depth).abs() < 1e-3).float().mean() > 0.998
+
+
+def test_a_scene_is_what_its_cameras_see():
+    views = ball_views(1)
+    scene = views.scene(0)
+    assert_shows(scene.rgb, scene.depth, scene.cameras, BALLS)
+    assert torch.equal(scene.alpha > 0, scene.depth > 0)
+
+
+def test_a_mirrored_scene_is_the_mirrored_object():
+    scene = ball_views(1).scene(0, mirror=True)
+    assert torch.allclose(scene.azimuths[:16], torch.arange(16) * 22.5)  # still a ring in order
+    mirrored = moved(BALLS, lambda x, y, z: (x, -y, z))
+    assert_shows(scene.rgb, scene.depth, scene.cameras, mirrored)
+    with pytest.raises(AssertionError):  # and the check can fail
+        assert_shows(scene.rgb, scene.depth, scene.cameras, BALLS)
+
+
+def test_a_palette_permutes_the_colours():
+    views = ball_views(1)
+    assert torch.equal(views.scene(0, palette=(2, 0, 1)).rgb, views.scene(0).rgb[..., [2, 0, 1]])
+
+
+# ---------------------------------------------------------------- orbits
+
+
+def test_ring_frames_are_sv3d_order():
+    assert ring_frames(12, 4).tolist() == [0, 4, 8, 12]
+    assert ring_frames(3, 16).tolist() == [*range(4, 16), 0, 1, 2, 3]
+    for frames in (1, 2, 4, 8, 16):
+        assert ring_frames(5, frames)[-1] == 5 and len(set(ring_frames(5, frames).tolist())) == frames
+    with pytest.raises(ValueError, match="not 5"):
+        ring_frames(0, 5)
+
+
+@pytest.mark.parametrize("item", [0, 1], ids=["as it is", "mirrored and recoloured"])
+@pytest.mark.parametrize("start", [0, 13])
+def test_an_orbit_lives_in_the_world_of_its_condition_view(item, start):
+    """Turn the object so that the condition view stands at azimuth 0: the relative cameras see exactly that."""
+    views, latents = ball_views(1), torch.randn(2, 16, 4, 4, 4)
+    orbits = Orbits(views, make_variants(1, 2, seed=3), latents, 0.18215)
+    variant = orbits.variants[item]
+    assert variant.mirror == (item == 1)
+    balls = moved(BALLS, lambda x, y, z: (x, -y, z)) if variant.mirror else BALLS
+    balls = tuple((c, r, tuple(color[k] for k in variant.palette)) for c, r, color in turned(balls, -22.5 * start))
+
+    orbit = orbits.orbit(item, start, 8)
+    assert orbit["azimuth"][-1] == 0 and torch.equal(orbit["image"], orbits.scene(item).rgb[start])
+    assert torch.equal(orbit["latents"][-1], 0.18215 * orbit["image_latent"])  # the condition is not scaled
+    cameras = batch_cameras(orbit["azimuth"][None], orbit["elevation"][None], SIZE)[0]
+    scene, frames = orbits.scene(item), ring_frames(start, 8)
+    assert_shows(scene.rgb[frames], scene.depth[frames], cameras, balls)
+
+    targets = orbits.targets(item, start, torch.tensor([start, 17, 22]))
+    cameras = batch_cameras(targets["target_azimuth"][None], targets["target_elevation"][None], SIZE)[0]
+    assert targets["target_azimuth"][0] == 0
+    assert_shows(targets["target_rgb"], targets["target_depth"], cameras, balls)
+
+
+def test_variants_keep_every_object_and_add_altered_ones():
+    variants = make_variants(3, 3, seed=0)
+    assert [v.index for v in variants] == [0, 1, 2] * 3
+    assert [v.mirror for v in variants] == [False] * 3 + [True] * 3 + [False] * 3
+    assert variants == make_variants(3, 3, seed=0) and variants != make_variants(3, 3, seed=1)
+    with pytest.raises(ValueError, match=r"\[3, 16, 4, h, w\]"):
+        Orbits(ball_views(3), variants[:3], torch.zeros(2, 16, 4, 4, 4), 1.0)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the scans in ../shared/objects are not here")
+def test_a_shared_scan_reads():
+    row = list_objects(SHARED)[0]
+    views = read_object(SHARED, row["id"])
+    assert views.rgba.shape == (24, 128, 128, 4) and views.depth.shape == (24, 128, 128)
+    assert views.azimuths[:16] == pytest.approx(np.arange(16) * 22.5)
+    hit = views.depth > 0
+    assert 2.4 < views.depth[hit].min() and views.depth[hit].max() < 4.6
+    assert (views.rgba[..., 3][hit] > 0).mean() > 0.99
+    assert json.loads((SHARED / "index.json").read_text())
