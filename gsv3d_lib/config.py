@@ -34,6 +34,7 @@ class Config:
     vae_channels: tuple[int, ...]
     vae_layers: int
     vae_norm_groups: int  # 32 in diffusers; fewer where a level has few channels
+    vae_anchor: float  # weight that ties three latent channels to the picture's thumbnail; see `VAEStage`
     vae_clip: int  # views that the temporal decoder sees together, in training and at inference
     # ---- CLIP vision tower: transformers' CLIPVisionModelWithProjection [code: ViT-H/14]
     clip_size: int  # pixels of its input
@@ -115,6 +116,7 @@ TINY = Config(
     vae_channels=(32, 64, 64, 64),
     vae_layers=1,
     vae_norm_groups=4,
+    vae_anchor=1.0,
     vae_clip=1,
     clip_size=64,
     clip_patch=8,
@@ -137,13 +139,13 @@ TINY = Config(
     decoder_layers=6,
     decoder_heads=6,
     decoder_upsample=4,
-    vae_schedule=Schedule(steps=1600, batch=8, lr=1.5e-3, ema=0.99, weight_decay=0.0),
+    vae_schedule=Schedule(steps=800, batch=8, lr=1.5e-3, ema=0.99, weight_decay=0.0),
     dino_schedule=Schedule(steps=600, batch=32, lr=5e-4),
-    diffusion_schedule=Schedule(steps=4000, batch=6, lr=4e-4, ema=0.995),
-    stage1=Schedule(steps=4000, batch=2, lr=4e-4, ema=0.99),
-    stage2=Schedule(steps=300, batch=2, lr=2e-4, warmup=20),
+    diffusion_schedule=Schedule(steps=2200, batch=6, lr=5e-4, ema=0.995),
+    stage1=Schedule(steps=2800, batch=2, lr=5e-4, ema=0.99),
+    stage2=Schedule(steps=200, batch=2, lr=2e-4, warmup=20),
     scale_range=(5e-3, 5e-2),  # 32 x 32 Gaussians a view lie further apart than in `paper`
-    copies=3,
+    copies=2,
     view_counts=(4, 8, 16),
     lambda_alpha=0.5,
     lambda_pixel=0.5,
@@ -155,6 +157,7 @@ SMALL = TINY.replace(
     vae_channels=(64, 128, 128, 128),
     vae_layers=1,
     vae_norm_groups=16,
+    vae_anchor=0.0,
     vae_clip=4,
     clip_size=112,
     clip_patch=14,
@@ -174,7 +177,7 @@ SMALL = TINY.replace(
     decoder_width=384,
     decoder_layers=8,
     decoder_upsample=8,
-    vae_schedule=Schedule(steps=11000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
+    vae_schedule=Schedule(steps=20000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
     dino_schedule=Schedule(steps=10000, batch=128, lr=5e-4),
     diffusion_schedule=Schedule(steps=40000, batch=16, lr=2e-4, ema=0.9995),
     stage1=Schedule(steps=30000, batch=8, lr=2e-4, ema=0.999),
@@ -187,6 +190,7 @@ PAPER = SMALL.replace(
     vae_channels=(128, 256, 512, 512),
     vae_layers=2,
     vae_norm_groups=32,
+    vae_anchor=0.0,
     vae_clip=16,
     clip_size=224,
     clip_patch=14,

@@ -13,12 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +30,8 @@ from .cameras import Cameras, from_c2w, orbit_cameras
 
 COLUMNS = 6
 RING = 16  # the first views of an object form a ring of constant elevation
+# what PIL and numpy raise for files that are missing, cut off, or not what their names say
+UNREADABLE = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass
@@ -43,14 +48,17 @@ class ObjectViews:
 
 
 def list_objects(folder: str | Path) -> list[dict]:
-    """The rows of a dataset folder's index, sorted by id. Raises FileNotFoundError with what to do."""
+    """The rows of a dataset folder's index, sorted by id. Raises FileNotFoundError or ValueError with what to do."""
     index = Path(folder) / "index.json"
     if not index.is_file():
         raise FileNotFoundError(
             f"No dataset at {folder}: index.json is missing. Make one with "
             f"`python -m gsv3d_lib.make_dataset --procedural 200 --out {folder}`."
         )
-    return sorted(json.loads(index.read_text()), key=lambda row: row["id"])
+    try:
+        return sorted(json.loads(index.read_text()), key=lambda row: row["id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} cannot be read ({error}); delete it and make the dataset again.") from error
 
 
 def read_object(folder: str | Path, id: str) -> ObjectViews:
@@ -61,14 +69,15 @@ def read_object(folder: str | Path, id: str) -> ObjectViews:
             arrays = dict(arrays)
             depth = decode_depth(arrays["depth"], float(arrays["depth_min"]), float(arrays["depth_range"]))
             rgba = split_sheet(np.asarray(sheet.convert("RGBA")), *depth.shape)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"Object {id!r} in {folder} cannot be read ({error}); delete its files and render it again.")
+        c2w, K = (torch.from_numpy(arrays[name]).float() for name in ("c2w", "K"))
+        azimuths, elevations = arrays["az"].astype("f4"), arrays["el"].astype("f4")
+    except UNREADABLE as error:
+        raise ValueError(
+            f"Object {id!r} in {folder} cannot be read ({error}); delete its files and render it again."
+        ) from error
     views, height, width = depth.shape
-    c2w = torch.from_numpy(arrays["c2w"]).float()
-    K = torch.from_numpy(arrays["K"]).float().expand(views, 3, 3)
-    return ObjectViews(
-        id, rgba, depth, from_c2w(c2w, K, width, height), arrays["az"].astype("f4"), arrays["el"].astype("f4")
-    )
+    cameras = from_c2w(c2w, K.expand(views, 3, 3), width, height)
+    return ObjectViews(id, rgba, depth, cameras, azimuths, elevations)
 
 
 def write_object(folder: str | Path, views: ObjectViews, quality: int = 85) -> None:
@@ -208,7 +217,8 @@ def load_views(
     """Read dataset folders into tensors of `size` pixels. Colours are averaged over areas (alpha-weighted); depth takes
     the nearest stored sample, because a mean across an edge lies on no surface.
 
-    cache: a folder where the tensors are kept, so that the next call with the same objects takes a second.
+    cache: a folder where the tensors are kept, so that the next call with the same objects takes a second; a damaged
+    file in it is made again.
     """
     rows = [(folder, row["id"]) for folder in folders for row in list_objects(folder)][:limit]
     if not rows:
@@ -216,9 +226,8 @@ def load_views(
     ids = [id for _, id in rows]
     digest = hashlib.sha256("\n".join([str(size), *ids]).encode()).hexdigest()[:12]
     stored = None if cache is None else Path(cache) / f"views-{size}px-{digest}.safetensors"
-    if stored is not None and stored.is_file():
-        columns = load_file(stored)
-    else:
+    columns = {} if stored is None else read_cache(stored)
+    if not columns:
         objects = tqdm(rows, desc="reading objects", disable=not progress, mininterval=5)
         parts = [resize_views(read_object(folder, id), size) for folder, id in objects]
         columns = {name: torch.stack(column) for name, column in zip(COLUMN_NAMES, zip(*parts))}
@@ -226,6 +235,14 @@ def load_views(
             with atomic_path(stored) as path:
                 save_file(columns, path)
     return ViewTensors(ids, **columns)
+
+
+def read_cache(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; none where it is missing or damaged, so that the caller makes it again."""
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return {}
 
 
 COLUMN_NAMES = ("rgb", "alpha", "depth", "azimuths", "elevations")

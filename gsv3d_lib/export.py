@@ -1,4 +1,4 @@
-"""What leaves the project: turntable videos, a stand-alone viewer page, .splat files. (PLY: `Gaussians.save_ply`.)"""
+"""What leaves the project: turntable videos, a stand-alone viewer page, .splat files (PLY is in `gaussians`)."""
 
 import base64
 import html
@@ -32,13 +32,15 @@ def save_turntable(
 ) -> None:
     """One turn around the object on white, as an H.264 video and / or a GIF that repeats for ever.
 
-    size: pixels a side, even (H.264 halves the colour's resolution).  elevation: degrees.  The first frame looks from
-    azimuth 0, which is the condition view, and azimuth grows. Raises ValueError for an odd size or no path at all.
+    size: pixels a side, even (H.264 halves the colour's resolution).  elevation: degrees.  The first frame looks
+    from azimuth 0, which is the condition view, and azimuth grows. Raises ValueError for an odd size or no path.
     """
     if mp4_path is None and gif_path is None:
         raise ValueError("A turntable needs a path to write to: give mp4_path, gif_path, or both.")
     if size < 2 or size % 2 or num_frames < 1:
-        raise ValueError(f"A turntable needs an even size and at least one frame, got {size} pixels, {num_frames} frames.")
+        raise ValueError(
+            f"A turntable needs an even size and at least one frame, got {size} pixels, {num_frames} frames."
+        )
     frames = turntable_frames(gaussians, size, num_frames, elevation)
     if mp4_path is not None:
         _write_mp4(frames, Path(mp4_path), fps)
@@ -75,13 +77,22 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
 
 
 def _write_gif(frames: np.ndarray, path: Path, fps: int) -> None:
-    # One palette for all frames, or colours would flicker; dithering would add noise and triple the file.
+    # One palette for all frames, or colours would flicker. No dithering: it adds noise that moves and triples the file.
     montage = Image.fromarray(np.concatenate(list(frames[:: max(1, len(frames) // 8)])))
-    palette = montage.quantize(256, method=Image.Quantize.MEDIANCUT)
-    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    palette = montage.quantize(255, method=Image.Quantize.MEDIANCUT)
+    images = [_with_palette(frame, palette) for frame in frames]
     duration = max(20, round(1000 / fps))  # milliseconds; browsers slow down anything shorter
     with atomic_path(path) as temporary:
         images[0].save(temporary, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+
+
+def _with_palette(frame: np.ndarray, palette: Image.Image) -> Image.Image:
+    """uint8 [H, W, 3] -> palette image; the background gets an entry of its own, or its white would turn grey."""
+    indices = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
+    indices[(frame == 255).all(axis=-1)] = 255
+    image = Image.fromarray(indices, "P")
+    image.putpalette([*palette.getpalette(), *[255] * 768][: 255 * 3] + [255, 255, 255])
+    return image
 
 
 # ---------------------------------------------------------------- the viewer page and .splat
@@ -96,8 +107,9 @@ def save_viewer_page(
 ) -> None:
     """One HTML file that shows the Gaussians in any browser with WebGL 2: drag, wheel, touch, arrow keys.
 
-    It loads nothing, so it works offline and from file://. 43 bytes per Gaussian plus 13 kB; Gaussians that the renderer
-    never draws are left out. azimuth, elevation: of the first view, degrees; page.html#azimuth=90 opens another.
+    It loads nothing, so it works offline and from file://. 43 bytes per Gaussian plus 13 kB; Gaussians that the
+    renderer never draws are left out. azimuth, elevation: of the first view, degrees; page.html#azimuth=90 opens
+    another.
     """
     splats = base64.b64encode(pack_splats(gaussians.prune())).decode()
     view = {"azimuth": azimuth, "elevation": elevation, "distance": DISTANCE, "fov": FOV_DEG}
@@ -109,7 +121,7 @@ def save_viewer_page(
 
 
 def save_splat(gaussians: Gaussians, path: str | Path) -> None:
-    """Write a .splat file (32 bytes per Gaussian) as web viewers read it: y down, the most visible Gaussians first."""
+    """Write a .splat file (32 bytes per Gaussian) as web viewers read it: y down, the most visible ones first."""
     x, y, z = gaussians.means.unbind(-1)
     w, i, j, k = gaussians.quats.unbind(-1)
     turned = Gaussians(
@@ -123,10 +135,10 @@ def save_splat(gaussians: Gaussians, path: str | Path) -> None:
 
 
 def pack_splats(gaussians: Gaussians) -> bytes:
-    """32 bytes per Gaussian, little endian: mean and scale as 3 + 3 float32, RGBA as 4 bytes, quaternion as 4 bytes.
+    """32 bytes per Gaussian, little endian: mean and scale as 3 + 3 float32, RGBA and quaternion as 4 + 4 bytes.
 
-    A byte holds a colour or opacity c as 255 c and a quaternion component q (w, x, y, z, unit length) as 128 q + 128.
-    Raises ValueError for numbers that are not finite.
+    A byte holds a colour or opacity c as 255 c, and a component q of the unit quaternion (w, x, y, z) as
+    128 q + 128. Raises ValueError for numbers that are not finite.
     """
     means, quats, scales, opacities, colors = (t.detach().cpu().float().numpy() for t in gaussians.tensors())
     if not all(np.isfinite(array).all() for array in (means, quats, scales, opacities, colors)):
@@ -134,4 +146,6 @@ def pack_splats(gaussians: Gaussians) -> bytes:
     unit = quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12)
     rgba = np.round(255 * np.column_stack([colors, opacities]).clip(0, 1)).astype(np.uint8)
     rotation = np.round(128 * unit + 128).clip(0, 255).astype(np.uint8)
-    return np.hstack([means.astype("<f4").view(np.uint8), scales.astype("<f4").view(np.uint8), rgba, rotation]).tobytes()
+    return np.hstack(
+        [means.astype("<f4").view(np.uint8), scales.astype("<f4").view(np.uint8), rgba, rotation]
+    ).tobytes()

@@ -17,9 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch import Tensor
 
-MAX_PIXELS = (
-    100_000_000  # refused above: 400 MB once decoded, which is where a "decompression bomb" begins to hurt
-)
+MAX_PIXELS = 100_000_000  # refused above: 400 MB once decoded, which is where a "decompression bomb" begins to hurt
 MAX_SIDE = 2048  # larger pictures are shrunk to this while loading; conditions are at most 576 px
 # Longer side of the object / side of the frame. Measured as max(bounding box width, height) / 128 of alpha > 127 in
 # the front view (view 12, elevation 15) of the 578 shared training objects: median 0.82, mean 0.79, quartiles 0.73
@@ -86,15 +84,11 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 def _to_rgba(image: Image.Image, name: str) -> Image.Image:
     if min(image.size) == 0:
-        raise ValueError(
-            f"The image {name} has size {image.width} x {image.height}: give one with pixels in it."
-        )
+        raise ValueError(f"The image {name} has size {image.width} x {image.height}: give one with pixels in it.")
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(_too_large(name, f"{image.width} x {image.height} ="))
     try:
-        image.draft(
-            "RGB", (MAX_SIDE, MAX_SIDE)
-        )  # a JPEG then decodes at 1/2, 1/4 or 1/8 size; others ignore it
+        image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a JPEG then decodes at 1/2, 1/4 or 1/8 size; others ignore it
         image = ImageOps.exif_transpose(image)  # also reads all pixels, which is where a cut-off file shows
         image = _eight_bit(image)
     except _BROKEN as error:
@@ -153,9 +147,7 @@ def _array_to_bytes(array: np.ndarray) -> np.ndarray:
         return np.round(array / 257).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise ValueError(
-                f"A float image must be finite and in [0, 1], got {array.min()} to {array.max()}."
-            )
+            raise ValueError(f"A float image must be finite and in [0, 1], got {array.min()} to {array.max()}.")
         return np.round(array.astype(np.float64) * 255).astype(np.uint8)
     raise ValueError(f"An image array must be uint8, uint16 or float in [0, 1], got {array.dtype}.")
 
@@ -201,9 +193,7 @@ def _plain_cut_out(image: Image.Image) -> Image.Image:
     if _border_values(background).mean() < 0.5:
         raise ValueError(_NOT_PLAIN)
     alpha = _soften_edge(_largest_component(~background), distance)[..., None]
-    rgb = (rgb - (1 - alpha) * backdrop) / np.maximum(
-        alpha, 1e-3
-    )  # takes the backdrop's tint out of the edge
+    rgb = (rgb - (1 - alpha) * backdrop) / np.maximum(alpha, 1e-3)  # takes the backdrop's tint out of the edge
     rgba = np.concatenate([rgb, alpha], axis=-1).clip(0, 1)
     return Image.fromarray(np.round(rgba * 255).astype(np.uint8), "RGBA")
 
@@ -250,9 +240,7 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     if sizes.max() < 1e-3 * mask.size:
-        raise ValueError(
-            "No object found: the picture is one plain colour; give a picture that shows the object."
-        )
+        raise ValueError("No object found: the picture is one plain colour; give a picture that shows the object.")
     return labels == sizes.argmax()
 
 
@@ -274,9 +262,7 @@ def prepare_condition(
     background: how the object is found, see `cut_out`. Raises ValueError when there is no object to show.
     """
     if size < 1 or (fill is not None and not 0.05 <= fill <= 1):
-        raise ValueError(
-            f"The size must be >= 1 and fill in [0.05, 1] (or None), got size {size}, fill {fill}."
-        )
+        raise ValueError(f"The size must be >= 1 and fill in [0.05, 1] (or None), got size {size}, fill {fill}.")
     rgba = np.asarray(cut_out(load_image(source), background)).astype(np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]  # premultiplied: invisible colours must not bleed in when averaged
     box = _object_box(rgba[..., 3])
@@ -290,9 +276,7 @@ def prepare_condition(
 def _object_box(alpha: np.ndarray) -> tuple[slice, slice]:
     rows, columns = (np.flatnonzero((alpha > VISIBLE_ALPHA).any(axis=axis)) for axis in (1, 0))
     if len(rows) == 0:
-        raise ValueError(
-            "No object found: the picture is fully transparent; give one in which the object is visible."
-        )
+        raise ValueError("No object found: the picture is fully transparent; give one in which the object is visible.")
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import trimesh
 
 EXTENT = 1.05  # the grid spans [-EXTENT, EXTENT]^3: the unit ball and a margin, so that every surface closes
-TRUNCATION = 3.0  # in voxels (0.066 at 96^3): distances saturate there, and views say nothing beyond it behind a surface
+TRUNCATION = (
+    3.0  # in voxels (0.066 at 96^3): distances saturate there, and views say nothing beyond it behind a surface
+)
 # A view that sees past a point says "empty", not how far the surface is; with full weight that eats thin parts. On a rod
 # of radius 0.03, weights 1, 0.5, 0.25, 0.1 give 73, 87, 100, 112 % of its volume.
 BACKGROUND_WEIGHT = 0.25
@@ -34,9 +36,7 @@ MIN_COMPONENT = 0.01  # pieces with less than this share of the solid's volume a
 FORMATS = (".glb", ".obj", ".ply")
 
 
-def fuse_mesh(
-    gaussians: Gaussians, resolution: int = 96, num_views: int = 32, size: int = 128
-) -> trimesh.Trimesh:
+def fuse_mesh(gaussians: Gaussians, resolution: int = 96, num_views: int = 32, size: int = 128) -> trimesh.Trimesh:
     """A closed, coloured triangle mesh of the Gaussians, in the same z-up world.
 
     resolution: grid points per axis over [-1.05, 1.05].  num_views: cameras spread over the sphere.  size: pixels a side.
@@ -62,7 +62,7 @@ def front_depth(gaussians: Gaussians, cameras: Cameras, depth: Tensor) -> Tensor
     where the Gaussians are opaque (0.9) both give 0.81.
     """
     views = [_front_and_spread(gaussians, cameras[view]) for view in range(len(cameras))]
-    front, spread = (torch.cat(parts) for parts in zip(*views))
+    front, spread = (torch.cat(parts) for parts in zip(*views, strict=True))
     return torch.where(spread > MIXED_DEPTH, front, depth)
 
 
@@ -103,9 +103,7 @@ def fuse_depth_maps(
     vertices, faces = _extract_surface(_keep_large_pieces(grid))
     mesh = trimesh.Trimesh(vertices, faces, process=False)
     colors = _vertex_colors(mesh, rgb, depth, alpha, cameras)
-    mesh.visual.vertex_colors = np.round(np.column_stack([colors, np.ones(len(colors))]) * 255).astype(
-        np.uint8
-    )
+    mesh.visual.vertex_colors = np.round(np.column_stack([colors, np.ones(len(colors))]) * 255).astype(np.uint8)
     return mesh
 
 
@@ -113,15 +111,11 @@ def _check_views(rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras) ->
     frame = (len(cameras), cameras.height, cameras.width)
     shapes = [tuple(image.shape) for image in (rgb, depth, alpha)]
     if shapes != [(*frame, 3), (*frame, 1), (*frame, 1)]:
-        raise ValueError(
-            f"{frame[0]} cameras of {frame[1:]} pixels need rgb, depth, alpha to match, got {shapes}."
-        )
+        raise ValueError(f"{frame[0]} cameras of {frame[1:]} pixels need rgb, depth, alpha to match, got {shapes}.")
     rgb, depth, alpha = (image.detach().cpu().float().numpy() for image in (rgb, depth, alpha))
     alpha = np.where((alpha >= SURFACE_ALPHA) & (depth > 0), alpha, 0)
     if not alpha.any():
-        raise ValueError(
-            "No view shows a surface to make a mesh of: the Gaussians are too faint or outside the frame."
-        )
+        raise ValueError("No view shows a surface to make a mesh of: the Gaussians are too faint or outside the frame.")
     return rgb, depth[..., 0], alpha[..., 0]
 
 
@@ -136,7 +130,7 @@ def _fuse(depth: np.ndarray, alpha: np.ndarray, cameras: Cameras, resolution: in
     truncation = TRUNCATION * (axis[1] - axis[0])
     total, weights = np.zeros((2, resolution, resolution, resolution), dtype=np.float32)
     surface = np.where(alpha > 0, depth, np.inf).astype(np.float32)
-    for view, projection in zip(surface, _projections(cameras)):
+    for view, projection in zip(surface, _projections(cameras), strict=True):
         distance = _distance_to_surface(view, projection, axis) / truncation
         # Full weight in front of the surface, fading to none one truncation behind it, where other views know better.
         weight = np.where(np.isinf(distance), BACKGROUND_WEIGHT, np.clip(1 + distance, 0, 1))
@@ -205,16 +199,14 @@ def _vertex_colors(
     colors, weights = np.zeros((len(mesh.vertices), 3)), np.zeros((len(mesh.vertices), 1))
     points = np.column_stack([mesh.vertices, np.ones(len(mesh.vertices))])
     tolerance = TRUNCATION * 2 * EXTENT / 96
-    images = zip(rgb, depth, alpha, _projections(cameras), cameras.positions().cpu().numpy())
+    images = zip(rgb, depth, alpha, _projections(cameras), cameras.positions().cpu().numpy(), strict=True)
     for rgb_view, depth_view, alpha_view, projection, position in images:
         u, v, z = projection @ points.T
         pixels = _nearest_pixels(u / z, v / z, *depth_view.shape).clip(max=depth_view.size - 1)
         cover = alpha_view.ravel()[pixels]
         facing = ((position - mesh.vertices) / z[:, None] * mesh.vertex_normals).sum(axis=1).clip(0)
         weight = (facing**2 * cover * (np.abs(depth_view.ravel()[pixels] - z) < tolerance))[:, None]
-        bare = (
-            1 - (1 - rgb_view.reshape(-1, 3)[pixels]) / np.maximum(cover, SURFACE_ALPHA)[:, None]
-        )  # white removed
+        bare = 1 - (1 - rgb_view.reshape(-1, 3)[pixels]) / np.maximum(cover, SURFACE_ALPHA)[:, None]  # white removed
         colors += weight * bare.clip(0, 1)
         weights += weight
     return _fill_from_neighbours(mesh.vertices, colors / np.maximum(weights, 1e-12), weights[:, 0] > 1e-6)
@@ -241,9 +233,7 @@ def save_mesh(mesh: trimesh.Trimesh, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"Meshes are saved as {', '.join(FORMATS)}, got the file name '{path.name}'.")
-    data = (
-        _glb_bytes(mesh) if path.suffix.lower() == ".glb" else mesh.export(file_type=path.suffix[1:].lower())
-    )
+    data = _glb_bytes(mesh) if path.suffix.lower() == ".glb" else mesh.export(file_type=path.suffix[1:].lower())
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
@@ -263,9 +253,7 @@ def _linear(srgb: np.ndarray) -> np.ndarray:
 
 def _make_unlit(tree: dict) -> None:
     """The views' light is in the colours already, and glTF's default material is a dark metal."""
-    tree["materials"] = [
-        {"pbrMetallicRoughness": {"metallicFactor": 0.0}, "extensions": {"KHR_materials_unlit": {}}}
-    ]
+    tree["materials"] = [{"pbrMetallicRoughness": {"metallicFactor": 0.0}, "extensions": {"KHR_materials_unlit": {}}}]
     tree["extensionsUsed"] = ["KHR_materials_unlit"]
     for mesh in tree["meshes"]:
         for primitive in mesh["primitives"]:

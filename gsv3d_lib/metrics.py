@@ -45,11 +45,11 @@ def ssim(predicted: Array, truth: Array) -> float:
 
     a, b = _image_batches(predicted, truth)
     if min(a.shape[1:3]) < 11:
-        raise ValueError(
-            f"SSIM's window is 11 pixels wide, got images of {a.shape[1]} x {a.shape[2]} pixels."
-        )
+        raise ValueError(f"SSIM's window is 11 pixels wide, got images of {a.shape[1]} x {a.shape[2]} pixels.")
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    values = [structural_similarity(*pair, channel_axis=-1, data_range=1.0, **window) for pair in zip(a, b)]
+    values = [
+        structural_similarity(*pair, channel_axis=-1, data_range=1.0, **window) for pair in zip(a, b, strict=True)
+    ]
     return float(np.mean(values))
 
 
@@ -122,9 +122,7 @@ def _nearest_distances(predicted: Array, truth: Array) -> tuple[np.ndarray, np.n
     a, b = _as_numpy(predicted), _as_numpy(truth)
     for points in (a, b):
         if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0 or not np.isfinite(points).all():
-            raise ValueError(
-                f"Point sets must be finite and [N, 3] with N >= 1, got shapes {a.shape} and {b.shape}."
-            )
+            raise ValueError(f"Point sets must be finite and [N, 3] with N >= 1, got shapes {a.shape} and {b.shape}.")
     return cKDTree(b).query(a)[0], cKDTree(a).query(b)[0]
 
 

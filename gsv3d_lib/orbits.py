@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from .cameras import Cameras, orbit_cameras
-from .dataset import RING, Scene, ViewTensors, atomic_path
+from .dataset import RING, Scene, ViewTensors, atomic_path, read_cache
 from .vae import encode
 
 PALETTES = ((0, 1, 2), (1, 2, 0), (2, 0, 1), (1, 0, 2), (0, 2, 1), (2, 1, 0))
@@ -115,8 +115,8 @@ def load_orbits(views: ViewTensors, vae, copies: int, cache: str | Path | None =
     """`Orbits` of all objects; latents are kept in the file `cache`, if given, and made again when it does not fit."""
     variants = make_variants(len(views), copies, seed)
     fingerprint = latent_fingerprint(views, variants, vae)
-    if cache is not None and Path(cache).is_file():
-        stored = load_file(cache)
+    if cache is not None:
+        stored = read_cache(cache)
         if torch.equal(stored.get("fingerprint", torch.empty(0)), fingerprint):
             return Orbits(views, variants, stored["latents"], vae.config.scaling_factor)
     latents = encode_rings(views, variants, vae)

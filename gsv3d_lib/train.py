@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
 from .config import Config, preset
 from .dataset import ViewTensors, atomic_path, load_views
-from .training import train
+from .training import read_metrics, train
 
 STAGES = ("vae", "dino", "diffusion", "stage1", "stage2")
 
@@ -139,6 +140,21 @@ def load_model(folder: str | Path, name: str):
     return model_classes()[name].from_pretrained(path, local_files_only=True).float().eval()
 
 
+def export_weights(run: Path, folder: Path) -> None:
+    """Copy RUN/weights to `folder` in half precision, and the training curves beside them: what this project ships."""
+    from .lora import load_lora, save_lora
+
+    weights, folder = Path(run) / "weights", Path(folder)
+    for name in model_classes():
+        if (weights / name).is_dir():
+            load_model(weights, name).half().save_pretrained(folder / name, safe_serialization=True)
+    if (weights / "lora").is_dir():
+        save_lora(load_lora(load_model(weights, "unet"), weights / "lora").half(), folder / "lora")
+    shutil.copyfile(weights / "gsv3d.json", folder / "gsv3d.json")
+    with atomic_path(folder / "curves.json") as path:
+        path.write_text(json.dumps({stage: read_metrics(Path(run) / stage) for stage in STAGES}))
+
+
 RECIPES = dict(
     vae=train_vae, dino=train_dino, diffusion=train_diffusion, stage1=train_stage1, stage2=train_stage2
 )
@@ -148,12 +164,15 @@ PRODUCTS = dict(vae="vae", dino="dino", diffusion="clip", stage1="decoder", stag
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--data", nargs="+", required=True, help="dataset folders")
+    parser.add_argument("--data", nargs="+", default=["data/cache/procedural"], help="dataset folders")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--steps", type=int, help="override the number of steps of the named stages")
     parser.add_argument("--limit", type=int, help="use only the first objects")
+    parser.add_argument("--export", type=Path, help="only copy the finished weights, in half precision, to this folder")
     args = parser.parse_args(arguments)
+    if args.export is not None:
+        return export_weights(args.run, args.export)
     config = preset(args.preset)
     views = load_views(args.data, config.image_size, limit=args.limit, cache=args.run)
     for name in args.stages:

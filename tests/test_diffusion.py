@@ -249,7 +249,7 @@ def test_sampling_is_euler_by_hand():
     steps, exact = 12, GaussianUNet()
     sigmas = karras(steps, 0.002, 700.0)
     z = randn(*SHAPE, seed=3).double() * (700.0**2 + 1) ** 0.5
-    for now, then in zip(sigmas[:-1], sigmas[1:]):
+    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
         denoised = (exact.std**2 * z + now**2 * exact.mean) / (exact.std**2 + now**2)
         z = z + (then - now) * (z - denoised) / now
     assert torch.allclose(run(steps).double(), z, atol=2e-3)

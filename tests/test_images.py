@@ -19,9 +19,7 @@ def disc(size: int = 64, colour=(200, 40, 30), radius: float = 0.3, at=(0.5, 0.5
     """An opaque disc on nothing; radius and position in units of the frame."""
     y, x = np.mgrid[:size, :size] + 0.5
     inside = (x - at[0] * size) ** 2 + (y - at[1] * size) ** 2 <= (radius * size) ** 2
-    return Image.fromarray(
-        np.dstack([np.full((size, size, 3), colour), inside * 255]).astype(np.uint8), "RGBA"
-    )
+    return Image.fromarray(np.dstack([np.full((size, size, 3), colour), inside * 255]).astype(np.uint8), "RGBA")
 
 
 def on_colour(image: Image.Image, colour) -> Image.Image:
@@ -52,9 +50,7 @@ def test_formats_and_sizes(kind, size, tmp_path):
     assert np.abs(np.asarray(image).astype(int) - (90, 140, 30, 255)).max() <= 3
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
 def test_modes_keep_the_picture(mode):
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1)))
     if mode == "PA":

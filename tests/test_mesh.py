@@ -106,9 +106,7 @@ def test_white_background_is_taken_out_of_soft_pixels():
 
 def test_small_floaters_are_removed_and_equal_parts_kept():
     def pair(radius):
-        return lambda o, d: torch.minimum(
-            ball(o, d, 0.5, (-0.3, 0.0, 0.0)), ball(o, d, radius, (0.7, 0.0, 0.0))
-        )
+        return lambda o, d: torch.minimum(ball(o, d, 0.5, (-0.3, 0.0, 0.0)), ball(o, d, radius, (0.7, 0.0, 0.0)))
 
     with_floater = fuse_depth_maps(*views_of(pair(0.08)))
     assert with_floater.bounds[1, 0] < 0.25 and with_floater.body_count == 1

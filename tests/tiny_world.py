@@ -61,7 +61,7 @@ def ball_views(objects: int = 2, size: int = SIZE) -> ViewTensors:
     azimuths, elevations = dataset_angles()
     cameras = orbit_cameras(azimuths, elevations, size)
     parts = [ball_pictures(cameras, turned(BALLS, 40.0 * k)) for k in range(objects)]
-    rgb, alpha, depth = (torch.stack(column) for column in zip(*parts))
+    rgb, alpha, depth = (torch.stack(column) for column in zip(*parts, strict=True))
     columns = ((rgb * 255).round().to(torch.uint8), (alpha * 255).to(torch.uint8), depth)
     angles = (t.expand(objects, -1).contiguous() for t in (azimuths, elevations))
     return ViewTensors([f"balls_{k}" for k in range(objects)], *columns, *angles)

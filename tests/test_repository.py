@@ -1,0 +1,319 @@
+"""What the repository promises outside its code: installation, documents, notebooks, and what must not be in it."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+import gsv3d_lib
+from gsv3d_lib import doctor
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_PINNED = {"rembg"}  # downloads its network when used, so no test ran with it
+
+
+def repository_files() -> list[Path]:
+    """Tracked files and those that would be added; skips outside a git checkout."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is not a git checkout, so there is no list of tracked files")
+    return [ROOT / line for line in listing.splitlines() if (ROOT / line).is_file()]
+
+
+def text_of(path: Path) -> str:
+    """The file as text; empty for binary files."""
+    data = path.read_bytes()
+    return "" if b"\0" in data[:4096] else data.decode("utf-8", "replace")
+
+
+def names_of(module: Path) -> set[str]:
+    """What a module defines at its top level, and `Class.method` for its classes."""
+    names = set()
+    for node in ast.parse(module.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return names
+
+
+# ---------------------------------------------------------------- installation
+
+
+def requirements() -> list[Requirement]:
+    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    return [Requirement(line) for line in PROJECT["dependencies"] + extras]
+
+
+def pins() -> dict[str, Version]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    parsed = [Requirement(line) for line in lines if line]
+    assert all(re.fullmatch(r"==[^*]+", str(pin.specifier)) and not pin.url for pin in parsed), "exact versions only"
+    return {pin.name: Version(str(pin.specifier)[2:]) for pin in parsed}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_supported_pythons_are_admitted(python):
+    assert Version(python) in SpecifierSet(PROJECT["requires-python"])
+
+
+def test_torch_is_a_range_that_gpu_machines_fit():
+    torch = next(r for r in requirements() if r.name == "torch")
+    assert all(Version(v) in torch.specifier for v in ("2.8.0", "2.9.1", "2.13.0", "2.15.0"))
+    assert Version("2.7.1") not in torch.specifier
+
+
+def test_every_dependency_has_a_lower_end_and_no_upper_one():
+    for requirement in requirements():
+        assert [s.operator for s in requirement.specifier] == [">="], requirement
+
+
+def test_every_dependency_is_pinned_within_its_range():
+    pinned, wanted = pins(), {r.name: r for r in requirements() if r.name not in NOT_PINNED}
+    assert set(pinned) == set(wanted)
+    outside = [f"{name} {version}" for name, version in pinned.items() if version not in wanted[name].specifier]
+    assert not outside
+
+
+def test_environment_yml_is_thin_and_agrees_with_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert set(environment) == {"name", "channels", "dependencies"}
+    python, pip, from_pip = environment["dependencies"]
+    assert environment["channels"] == ["conda-forge"]
+    assert (pip, from_pip) == ("pip", {"pip": ["-e .[dev]"]})
+    name, specifier = python.split()
+    assert name == "python" and SpecifierSet(specifier) == SpecifierSet(PROJECT["requires-python"])
+
+
+def test_every_import_is_a_declared_dependency():
+    """Of the library, its tests and its notebooks: nothing works only because something else installed it."""
+    distributions = {"PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml", "imageio_ffmpeg": "imageio-ffmpeg"}
+    distributions |= {"pytest_playwright": "pytest-playwright", "playwright": "pytest-playwright"}
+    declared = {r.name.lower().replace("-", "_") for r in requirements()}
+    own = {"gsv3d_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    for path in [*(ROOT / "gsv3d_lib").glob("*.py"), *(ROOT / "tests").glob("*.py"), *NOTEBOOKS]:
+        for name in imported_packages(source_of(path)) - set(sys.stdlib_module_names) - own - {"torchvision"}:
+            distribution = distributions.get(name, name).lower().replace("-", "_")
+            assert distribution in declared, f"{path.name} imports {name}, which pyproject.toml does not name"
+
+
+def source_of(path: Path) -> str:
+    """Python source of a module, or of all code cells of a notebook without their magics."""
+    if path.suffix == ".py":
+        return path.read_text()
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    lines = "\n".join("".join(cell["source"]) for cell in cells).splitlines()
+    return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
+
+
+def imported_packages(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_nothing_installs_or_imports_torchvision():
+    """It has no build that fits the tested torch, and a wrong one breaks transformers and diffusers."""
+    for name in ("pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"):
+        stated = "\n".join(line.split("#")[0] for line in (ROOT / name).read_text().splitlines())
+        assert "torchvision" not in stated, name
+    for path in [*(ROOT / "gsv3d_lib").glob("*.py"), *NOTEBOOKS]:
+        if path.name != "doctor.py":  # which tells whether an installed one fits
+            assert "torchvision" not in imported_packages(source_of(path)), path.name
+
+
+def test_package_data_is_declared():
+    """Every file of the package that is not Python travels with it."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["gsv3d_lib"]
+    others = [p for p in (ROOT / "gsv3d_lib").iterdir() if p.is_file() and p.suffix not in (".py", ".pyc")]
+    assert all(any(path.match(pattern) for pattern in patterns) for path in others), others
+
+
+def test_import_is_light_and_public_names_resolve():
+    code = "import gsv3d_lib, sys; print('torch' in sys.modules, gsv3d_lib.render.__name__)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert answer.split() == ["False", "render"]
+    for name in gsv3d_lib.__all__:
+        module = ROOT / "gsv3d_lib" / f"{gsv3d_lib._HOMES[name]}.py"
+        assert name in names_of(module)
+    with pytest.raises(AttributeError, match="offers Cameras"):
+        _ = gsv3d_lib.no_such_name
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_doctor_finds_nothing_broken_here(capsys):
+    assert doctor.main() == 0
+    report = capsys.readouterr().out
+    assert report.startswith("ok    Python 3.") and report.endswith("Everything that GSV3D needs is here.\n")
+    assert "render()" in report and "data/checkpoints/tiny" in report
+
+
+def test_doctor_says_how_to_fix_a_package():
+    missing, fine, too_new = (Requirement(line) for line in ("no-such-package>=1", "torch>=2", "torch>=999"))
+    assert doctor.package_finding(fine) is None
+    assert "run `pip install 'no-such-package>=1'`" in doctor.package_finding(missing).sentence
+    assert "is outside >=999" in doctor.package_finding(too_new).sentence
+    assert [f.state for f in doctor.package_findings([fine, missing])] == ["good", "broken"]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "nvcc", "compiled", "state", "word"),
+    [
+        (False, False, False, "fallback", "numba"),
+        (True, False, False, "broken", "nvcc"),
+        (True, True, False, "good", "when first used"),
+        (True, False, True, "good", "compiled already"),
+    ],
+)
+def test_doctor_tells_which_rasteriser_will_run(cuda, nvcc, compiled, state, word):
+    finding = doctor.gsplat_finding(cuda, nvcc, compiled)
+    assert finding.state == state and word in finding.sentence
+
+
+def test_doctor_names_the_missing_parts_of_a_checkpoint(tmp_path):
+    assert "make train-tiny" in doctor.checkpoint_finding(tmp_path).sentence
+    (tmp_path / "gsv3d.json").write_text("{}")
+    for part in ("vae", "clip", "dino", "unet", "decoder"):
+        (tmp_path / part).mkdir()
+    assert "lacks lora;" in doctor.checkpoint_finding(tmp_path).sentence
+    (tmp_path / "lora").mkdir()
+    assert doctor.checkpoint_finding(tmp_path).state == "good"
+
+
+# ---------------------------------------------------------------- documents
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def test_make_help_lists_every_target():
+    help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[1] for line in help_text.splitlines()} == make_targets()
+
+
+def test_ci_runs_make_test():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK) and "make test" in script.read_text()
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    text = document.read_text()
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    local = [t.split("#")[0] for t in targets if not t.startswith(("http://", "https://", "#"))]
+    assert [t for t in local if not (document.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_exist(document):
+    text = document.read_text()
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M)) <= make_targets()
+    for module in re.findall(r"python -m gsv3d_lib(?:\.(\w+))?", text):
+        assert (ROOT / "gsv3d_lib" / f"{module or '__main__'}.py").is_file(), module
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_options_of_commands_exist(document):
+    """Every --option after `python -m gsv3d_lib.X` in a document is one that X declares."""
+    joined = document.read_text().replace("\\\n", " ")
+    for module, options in re.findall(r"python -m gsv3d_lib(?:\.(\w+))?([^`\n]*)", joined):
+        source = (ROOT / "gsv3d_lib" / f"{module or '__main__'}.py").read_text()
+        for option in re.findall(r"--[a-z][a-z-]*", options):
+            assert f'"{option}"' in source, f"{document.name}: {module} has no {option}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_code_that_documents_name_exists(document):
+    """`cameras.py` is a module, and `cameras.orbit_cameras` is defined there."""
+    modules = {path.stem: path for path in (ROOT / "gsv3d_lib").glob("*.py")}
+    text = document.read_text()
+    assert [m for m in re.findall(r"`(\w+)\.py`", text) if m not in modules] == []
+    for module, name in re.findall(r"`(\w+)\.([A-Za-z_][\w.]*)`", text):
+        if module in modules and name not in ("py", "md"):
+            assert name in names_of(modules[module]), f"{document.name}: {module}.{name}"
+
+
+# ---------------------------------------------------------------- notebooks
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_executed_small_and_shows_on_github(notebook):
+    assert notebook.stat().st_size < 2_000_000
+    content = json.loads(notebook.read_text())
+    assert "widgets" not in content["metadata"], "GitHub refuses notebooks that carry widget state"
+    code = [c for c in content["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1)), "run it in order on a fresh kernel"
+    errors = [o for cell in code for o in cell["outputs"] if o["output_type"] == "error"]
+    assert not errors
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_takes_parameters(notebook):
+    """papermill needs exactly one cell with the tag `parameters`, made of literals, one per line."""
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    assert len(cells) == 1
+    for statement in ast.parse("".join(cells[0]["source"])).body:
+        assert isinstance(statement, ast.Assign | ast.AnnAssign), ast.unparse(statement)
+        ast.literal_eval(statement.value)
+
+
+def test_readme_announces_only_notebooks_that_are_missing():
+    """A notebook named in the README's table either exists or is marked as coming."""
+    for line in (ROOT / "README.md").read_text().splitlines():
+        for name in re.findall(r"`(\d\d_\w+)`", line):
+            exists = (ROOT / "notebooks" / f"{name}.ipynb").is_file()
+            assert exists != ("coming" in line), line
+
+
+# ---------------------------------------------------------------- what must not be there
+
+FORBIDDEN = {
+    "a path of somebody's machine": r"(?<![\w.])/(?:work|root|farm|home/\w+|Users/\w+)/",
+    "a package registry's address": r"(?i)https?://[\w.-]*(?:pypi|pythonhosted|npmjs|registry)[\w.-]*",
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
+    "a GitHub token": r"\bgh[opsu]_[A-Za-z0-9]{30,}",
+    "a cloud key": r"\bAKIA[0-9A-Z]{16}\b",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_tracked_files_do_not_hold(what):
+    pattern = re.compile(FORBIDDEN[what])
+    hits = [(path.relative_to(ROOT), m[0]) for path in repository_files() if (m := pattern.search(text_of(path)))]
+    assert hits == []
+
+
+def test_tracked_files_are_small_and_free_of_pickles():
+    files = repository_files()
+    assert [f for f in files if f.stat().st_size > 20_000_000] == []
+    assert [f for f in files if f.suffix in (".pt", ".pth", ".pkl", ".pickle", ".ckpt")] == []
+    weights = sum(f.stat().st_size for f in files if "checkpoints" in f.parts)
+    assert weights <= 40_000_000

@@ -1,0 +1,449 @@
+"""The loop: a killed run goes on as if nothing had happened; every stage takes steps that help."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_world import SCALE, ball_views, randn, random_orbits, shake, tiny_config
+from torch import nn
+
+from gsv3d_lib.cameras import orbit_cameras, ray_grid
+from gsv3d_lib.config import Schedule
+from gsv3d_lib.decoder import build_decoder
+from gsv3d_lib.encoders import build_clip, build_dino
+from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.losses import foreground_l1, pixel_loss, rendering_loss
+from gsv3d_lib.orbits import load_orbits
+from gsv3d_lib.rendering import render
+from gsv3d_lib.stages import DecoderStage, DiffusionStage, DINOStage, VAEStage
+from gsv3d_lib.training import (
+    Stage,
+    draw_batch,
+    learning_rate,
+    list_checkpoints,
+    read_metrics,
+    train,
+    update_average,
+)
+from gsv3d_lib.unet import build_unet
+from gsv3d_lib.vae import build_vae, encode
+
+CONFIG = tiny_config(lambda_alpha=0.5, lambda_pixel=0.5)
+STEPS = 8
+LINE = Schedule(steps=STEPS, batch=3, lr=0.05, warmup=2, ema=0.9)
+
+
+class LineStage(Stage):
+    """Fits y = 2 x - 1 from noisy points: the smallest stage with random examples, shared draws and a metric."""
+
+    def __init__(self, width: int = 4, die_at: int | None = None):
+        super().__init__()
+        torch.manual_seed(7)
+        self.net = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1))
+        self.die_at = die_at
+
+    def example(self, generator, shared):
+        x, slope = torch.randn(5, 1, generator=generator), 2 + 0.1 * torch.randn((), generator=shared)
+        return {"x": x, "y": slope * x - 1, "slope": slope}
+
+    def forward(self, batch):
+        loss = (self.net(batch["x"]) - batch["y"]).pow(2).mean()
+        return loss, {"slope": batch["slope"].mean()}
+
+    def after_step(self, step, steps):
+        if step == self.die_at:
+            raise KeyboardInterrupt
+
+
+def run(stage: Stage, folder: Path, schedule: Schedule = LINE, **options) -> list[dict]:
+    return train(stage, schedule, folder, log_every=1, progress=False, **options)
+
+
+def curve(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[LineStage, list[dict], Path]:
+    """The uninterrupted run: stage, metrics, folder."""
+    folder, stage = tmp_path_factory.mktemp("whole"), LineStage()
+    return stage, run(stage, folder), folder
+
+
+# ---------------------------------------------------------------- exact resume
+
+
+@pytest.mark.parametrize("kill", [0, 3, STEPS - 1])
+def test_a_killed_run_goes_on_exactly(whole, tmp_path, kill):
+    """Killed in the middle of step `kill`, with a checkpoint after every step."""
+    stage, history, _ = whole
+    with pytest.raises(KeyboardInterrupt):
+        run(LineStage(die_at=kill), tmp_path, checkpoint_minutes=0)
+    resumed = LineStage()
+    rows = run(resumed, tmp_path)
+    assert curve(rows) == curve(history) == curve(read_metrics(tmp_path))
+    assert_same_weights(resumed, stage)
+
+
+def test_stopping_early_keeps_the_schedule_of_the_full_run(whole, tmp_path):
+    stage, history, _ = whole
+    first = run(LineStage(), tmp_path, stop_at=5)
+    assert [row["step"] for row in first] == list(range(5))
+    resumed = LineStage()
+    assert curve(run(resumed, tmp_path)) == curve(history)
+    assert_same_weights(resumed, stage)
+
+
+KILLED = """
+import os, signal, sys, torch
+sys.path[:0] = {paths!r}
+torch.set_num_threads(1)
+from test_training import LINE, LineStage, train
+
+class Doomed(LineStage):
+    def after_step(self, step, steps):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train(Doomed(), LINE, sys.argv[1], log_every=1, progress=False, checkpoint_minutes=0)
+"""
+
+
+def test_sigkill_leaves_a_folder_to_go_on_from(whole, tmp_path):
+    """A process that really dies, with nothing flushed or closed."""
+    stage, history, _ = whole
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    run_dir = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", KILLED.format(paths=paths), run_dir], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in list_checkpoints(run_dir)] == [f"checkpoint-{k:07d}.safetensors" for k in (3, 4)]
+    resumed = LineStage()
+    rows = run(resumed, run_dir)
+    for before, after in zip(curve(history), curve(rows), strict=True):
+        assert before == pytest.approx(after, rel=1e-6)
+    for x, y in zip(stage.parameters(), resumed.parameters(), strict=True):
+        assert torch.allclose(x, y, rtol=1e-5)
+
+
+def test_a_finished_run_does_nothing_more(whole, tmp_path):
+    stage, history, folder = whole
+    again = LineStage()
+    assert curve(run(again, folder)) == curve(history)
+    assert_same_weights(again, stage)
+
+
+def test_a_stage_with_teacher_and_centre_resumes_exactly(tmp_path):
+    """DINO keeps state beyond its trainable weights: a teacher that averages, and a centre that drifts."""
+    views, schedule = ball_views(), replace(CONFIG.dino_schedule, steps=4, ema=0.5)
+
+    def fresh():
+        torch.manual_seed(0)
+        return DINOStage(build_dino(CONFIG), views, CONFIG)
+
+    whole, killed, resumed = fresh(), fresh(), fresh()
+    history = run(whole, tmp_path / "whole", schedule)
+    run(killed, tmp_path / "killed", schedule, stop_at=2)
+    assert curve(run(resumed, tmp_path / "killed", schedule)) == curve(history)
+    assert_same_weights(resumed, whole)
+
+
+# ---------------------------------------------------------------- checkpoints and metrics
+
+
+def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path, capsys):
+    stage, history, _ = whole
+    with pytest.raises(KeyboardInterrupt):
+        run(LineStage(die_at=5), tmp_path, checkpoint_minutes=0)
+    newest, before = list_checkpoints(tmp_path)[::-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (tmp_path / ".checkpoint-0000009.safetensors.1.tmp").write_bytes(b"left behind by a dying process")
+    resumed = LineStage()
+    assert curve(run(resumed, tmp_path)) == curve(history)
+    assert_same_weights(resumed, stage)
+    assert f"{newest} cannot be read" in capsys.readouterr().out
+
+
+def test_checkpoints_are_whole_and_two(whole):
+    _, _, folder = whole
+    assert not list(folder.glob(".*"))  # nothing temporary stays
+    (path,) = list_checkpoints(folder)
+    with safe_open(path, "pt") as file:
+        names, step = set(file.keys()), file.metadata()["step"]
+    assert step == str(STEPS)
+    assert {"state.net.0.weight", "average.net.0.weight", "optimizer.0.exp_avg", "optimizer.3.step"} <= names
+
+
+def test_a_failing_write_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    from gsv3d_lib import training
+
+    run(LineStage(), tmp_path, stop_at=3)
+    whole_write = training.save_file
+
+    def full_disk(tensors, path, **options):
+        whole_write(tensors, path, **options)
+        os.truncate(path, 50)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(training, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        run(LineStage(), tmp_path, stop_at=5)
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-0000003.safetensors"]
+
+
+def test_another_model_is_refused_in_one_sentence(whole):
+    _, _, folder = whole
+    with pytest.raises(ValueError, match=r"net.0.weight should be \(6, 1\), the file has shape \(4, 1\)") as error:
+        run(LineStage(width=6), folder)
+    assert "\n" not in str(error.value) and "another run folder" in str(error.value)
+    deeper = LineStage()
+    deeper.net.append(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="no such tensor"):
+        run(deeper, folder)
+
+
+def test_metrics_are_json_lines(whole, tmp_path):
+    _, history, folder = whole
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history
+    assert {"step", "time", "loss", "grad_norm", "slope"} == set(history[0])
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 8, "lo']))  # a kill in the middle of a line
+    assert read_metrics(tmp_path) == history
+    assert read_metrics(tmp_path, before=3) == history[:3]
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_logging_less_often_changes_nothing_else(whole, tmp_path):
+    stage, history, _ = whole
+    quiet = LineStage()
+    rows = train(quiet, LINE, tmp_path, log_every=3, progress=False)
+    assert [row["step"] for row in rows] == [0, 3, 6, 7]
+    assert curve(rows) == [row for row in curve(history) if row["step"] in (0, 3, 6, 7)]
+    assert_same_weights(quiet, stage)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    class Exploding(LineStage):
+        def forward(self, batch):
+            loss, metrics = super().forward(batch)
+            return loss / 0, metrics
+
+    with pytest.raises(ValueError, match="loss of step 0 is inf; lower the learning rate"):
+        run(Exploding(), tmp_path)
+
+
+def test_the_number_of_processes_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="2 processes were asked for, but 1 are running; start them with"):
+        run(LineStage(), tmp_path, processes=2)
+
+
+# ---------------------------------------------------------------- schedule, average, batches
+
+
+def test_learning_rate_warms_up_and_cools_down():
+    schedule = Schedule(steps=110, batch=1, lr=1.0, warmup=10)
+    rates = [learning_rate(step, schedule) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (k + 1) for k in range(10)])
+    assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert learning_rate(500, schedule) == pytest.approx(0.1)
+    assert learning_rate(0, replace(schedule, warmup=0)) == 1.0
+
+
+def test_the_average_forgets_its_start():
+    average = {"w": torch.zeros(1)}
+    update_average(average, {"w": torch.ones(1)}, 0.99, step=0)
+    assert average["w"] == pytest.approx(0.9)  # decay (1 + 0) / (10 + 0)
+    update_average(average, {"w": torch.full((1,), 2.0)}, 0.99, step=10**6)
+    assert average["w"] == pytest.approx(0.99 * 0.9 + 0.01 * 2)
+
+
+def test_the_average_is_what_a_run_leaves(tmp_path):
+    averaged, plain = LineStage(), LineStage()
+    run(averaged, tmp_path / "a")
+    run(plain, tmp_path / "b", replace(LINE, ema=0.0))
+    with safe_open(list_checkpoints(tmp_path / "a")[0], "pt") as file:
+        for name, p in averaged.named_parameters():
+            assert torch.equal(p, file.get_tensor(f"average.{name}"))
+            assert torch.equal(dict(plain.named_parameters())[name], file.get_tensor(f"state.{name}"))
+
+
+@pytest.mark.parametrize("batch", [4, 5])
+def test_two_processes_draw_what_one_would(batch):
+    stage = LineStage()
+    alone = draw_batch(stage, seed=3, step=17, batch=batch)
+    ranks = [draw_batch(stage, 3, 17, batch, rank, world=2) for rank in (0, 1)]
+    for name, values in alone.items():
+        for rank in (0, 1):
+            assert torch.equal(ranks[rank][name], values[rank::2])
+    assert len(set(alone["slope"].tolist())) == 1 and len(set(alone["x"][:, 0, 0].tolist())) == batch
+
+
+def test_batches_differ_by_step_and_seed():
+    stage = LineStage()
+    draws = [draw_batch(stage, seed, step, 2)["x"] for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    assert torch.equal(draws[0], draws[3])
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+# ---------------------------------------------------------------- the stages of the method
+
+
+def vae_stage():
+    return VAEStage(build_vae(CONFIG), ball_views(), CONFIG)
+
+
+def dino_stage():
+    return DINOStage(build_dino(CONFIG), ball_views(), CONFIG)
+
+
+def diffusion_stage():
+    return DiffusionStage(build_unet(CONFIG), build_clip(CONFIG), random_orbits(ball_views()), CONFIG)
+
+
+def decoder_stage():
+    return DecoderStage(build_decoder(CONFIG), build_dino(CONFIG), random_orbits(ball_views()), CONFIG)
+
+
+def decoder_stage_without_dino():
+    config = CONFIG.replace(dino="none", lambda_pixel=0.0)
+    return DecoderStage(build_decoder(config), None, random_orbits(ball_views()), config)
+
+
+STAGES = [vae_stage, dino_stage, diffusion_stage, decoder_stage, decoder_stage_without_dino]
+
+
+@pytest.mark.parametrize("build", STAGES)
+def test_every_stage_trains(build, tmp_path):
+    """Two steps of the loop are finite and move the weights; on one fixed batch a few steps lower the loss."""
+    torch.manual_seed(0)
+    stage = build()
+    before = [p.detach().clone() for p in stage.parameters() if p.requires_grad]
+    rows = run(stage, tmp_path, Schedule(steps=2, batch=2, lr=1e-3, warmup=0))
+    values = torch.tensor([list(row.values()) for row in rows])
+    assert len(rows) == 2 and torch.isfinite(values).all() and all(row["grad_norm"] > 0 for row in rows)
+    after = [p for p in stage.parameters() if p.requires_grad]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True) if b.grad is not None)
+
+    batch = draw_batch(stage, seed=0, step=100, batch=2)
+    optimizer, losses = torch.optim.AdamW(after, lr=1e-3), []
+    for _ in range(6):
+        loss, _ = stage(batch)
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_frozen_encoders_stay_frozen():
+    stage = decoder_stage()
+    assert not any(name.startswith("dino.") for name in stage.training_state())
+    loss, _ = stage(draw_batch(stage, 0, 0, 2))
+    loss.backward()
+    assert all(p.grad is None for p in stage.dino.parameters())
+
+
+def test_the_number_of_views_is_the_batch_s_own():
+    """N is drawn once per step, from the generator that all examples share."""
+    stage = decoder_stage()
+    counts = [draw_batch(stage, 0, step, 3)["latents"].shape[1] for step in range(12)]
+    assert set(counts) == set(CONFIG.view_counts)
+
+
+def test_the_dino_teacher_follows_slowly():
+    torch.manual_seed(0)
+    stage = dino_stage()
+    shake(stage.dino, size=1.0)
+    teacher, student = stage.teacher[0].layernorm.weight.clone(), stage.dino.layernorm.weight.clone()
+    stage.after_step(0, 100)  # momentum 0.99 at the start
+    assert torch.allclose(stage.teacher[0].layernorm.weight, teacher.lerp(student, 0.01))
+    now = stage.teacher[0].layernorm.weight.clone()
+    stage.after_step(100, 100)  # and 1 at the end
+    assert torch.equal(stage.teacher[0].layernorm.weight, now)
+
+
+# ---------------------------------------------------------------- cached latents
+
+
+def test_cached_latents_are_used_only_where_they_fit(tmp_path):
+    torch.manual_seed(0)
+    views, vae, cache = ball_views(), build_vae(CONFIG).eval(), tmp_path / "latents.safetensors"
+    first = load_orbits(views, vae, 2, cache)
+    assert len(first) == 4 and first.latents.shape == (4, 16, 4, 4, 4) and first.latent_scale == SCALE
+    with torch.no_grad():
+        assert torch.allclose(first.latents[3], encode(vae, first.scene(3).rgb[:16]), atol=1e-5)
+    stamp = cache.stat().st_mtime_ns
+    assert torch.equal(load_orbits(views, vae, 2, cache).latents, first.latents)
+    assert cache.stat().st_mtime_ns == stamp
+    cache.write_bytes(cache.read_bytes()[:500])  # damaged: made again
+    assert torch.equal(load_orbits(views, vae, 2, cache).latents, first.latents)
+    shake(vae)  # another encoder: made again
+    assert not torch.allclose(load_orbits(views, vae, 2, cache).latents, first.latents)
+
+
+# ---------------------------------------------------------------- what the decoder minimises
+
+
+@pytest.fixture(scope="module")
+def splats():
+    means = randn(40, 3) * 0.3
+    ones = torch.ones(40)
+    return Gaussians(means, randn(40, 4, seed=1), ones[:, None] * 0.15, ones * 0.9, torch.rand(40, 3))
+
+
+def test_rendering_loss_of_the_truth_is_zero_and_its_terms_add_up(splats):
+    cameras = orbit_cameras([10.0, 200.0], [0.0, 20.0], 24)
+    rgb, depth, alpha = render(splats, cameras)
+    loss, metrics = rendering_loss(splats, cameras, rgb, depth, alpha, CONFIG)
+    assert loss == 0 and metrics["depth_l1"] == 0
+    config = CONFIG.replace(lambda_depth=0.7, lambda_alpha=0.3)
+    nearer = torch.where(depth > 0, depth - 0.25, 0)
+    loss, metrics = rendering_loss(splats, cameras, rgb + 0.1, nearer, alpha, config)
+    assert metrics["depth_l1"] == pytest.approx(0.25, abs=1e-5)
+    assert loss == pytest.approx(0.01 + 0.7 * 0.25, abs=1e-5) and metrics["psnr"] == pytest.approx(20, abs=1e-3)
+    loss, _ = rendering_loss(splats, cameras, rgb, depth, 1 - alpha, config.replace(lambda_depth=0))
+    assert loss == pytest.approx(float(0.3 * (2 * alpha - 1).pow(2).mean()), rel=1e-4)
+    with pytest.raises(ValueError, match=r"\(2, 24, 24\).*\(1, 24, 24, 3\)"):
+        rendering_loss(splats, cameras, rgb[:1], depth, alpha, config)
+
+
+def test_depth_counts_only_where_the_object_is():
+    depth, target = torch.zeros(1, 2, 2, 1), torch.tensor([3.0, 3, 0, 3]).reshape(1, 2, 2, 1)
+    alpha = torch.tensor([1.0, 0.4, 1, 0.9]).reshape(1, 2, 2, 1)
+    assert foreground_l1(depth, target, alpha) == 3  # half-covered and unknown pixels are left out
+    assert foreground_l1(depth, target, torch.zeros_like(alpha)) == 0
+
+
+def test_pixel_loss_is_zero_for_gaussians_on_their_pixels():
+    cameras, side = orbit_cameras([0.0, 90.0], 10.0, 8), 4
+    origins, directions = ray_grid(cameras, side, side)
+    forward = cameras.c2w()[:, None, None, :3, 2]
+    depth = (3.4 * directions * forward).sum(-1, keepdim=True)
+    rgb, alpha = torch.rand(2, side, side, 3), torch.ones(2, side, side, 1)
+    alpha[:, 0] = 0
+    count = 2 * side * side
+    scene = Gaussians(
+        (origins + 3.4 * directions).reshape(-1, 3),
+        torch.tensor([1.0, 0, 0, 0]).expand(count, 4),
+        torch.full((count, 3), 0.1),
+        alpha.reshape(-1),
+        rgb.reshape(-1, 3),
+    )
+    assert pixel_loss(scene, cameras, rgb, depth, alpha) == pytest.approx(0, abs=1e-5)
+    shifted = replace(scene, colors=scene.colors + 0.2, opacities=torch.ones(count))
+    expected = 0.04 + 0.25  # colour on the object, opacity 1 on the quarter that is empty
+    assert pixel_loss(shifted, cameras, rgb, depth - 0.5, alpha) == pytest.approx(expected + 0.5, abs=1e-4)
+    with pytest.raises(ValueError, match="32 Gaussians do not sit on 2 x 3 x 4 pixels"):
+        pixel_loss(scene, cameras, rgb[:, :3], depth, alpha)
