@@ -40,7 +40,7 @@ train-tiny: $(INSTALLED) ## train all stages at tiny scale on procedural objects
 	$(PY) -m gsv3d_lib.train --preset tiny --data data/cache/procedural --run runs/tiny
 
 bench: $(INSTALLED) ## speed of the rasterisers on this machine
-	$(PY) -m gsv3d_lib.benchmark
+	$(PY) benchmarks/rasterizer.py
 
 doctor: $(INSTALLED) ## what this machine has, what falls back, and how to fix it
 	$(PY) -m gsv3d_lib.doctor

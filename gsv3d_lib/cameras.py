@@ -125,7 +125,7 @@ def orbit_cameras(
 
 
 def sv3d_azimuths(num_frames: int) -> Tensor:
-    """SV3D's static orbit [N] in degrees: evenly spaced, the condition view LAST, at azimuth 0 (paper.md, section 4)."""
+    """SV3D's static orbit [N] in degrees: evenly spaced, the condition view LAST, at azimuth 0 (docs/method.md)."""
     return torch.linspace(0, 360, num_frames + 1)[1:] % 360
 
 

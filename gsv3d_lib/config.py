@@ -147,6 +147,7 @@ TINY = Config(
     scale_range=(5e-3, 5e-2),  # 32 x 32 Gaussians a view lie further apart than in `paper`
     copies=2,
     view_counts=(4, 8, 16),
+    sigma_max=80.0,  # 50 times the deviation of a latent is noise enough; above, short trainings have seen nothing
     lambda_alpha=0.5,
     lambda_pixel=0.5,
 )
@@ -215,6 +216,7 @@ PAPER = SMALL.replace(
     decoder_upsample=2,
     scale_range=(5e-4, 2e-2),
     sampling_steps=50,
+    sigma_max=700.0,
     copies=1,
     view_counts=(16,),
     lambda_alpha=0.0,

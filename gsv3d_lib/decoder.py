@@ -1,4 +1,4 @@
-"""The Gaussian Splatting Decoder: N multi-view latents -> 3D Gaussians (paper.md, section 2).
+"""The Gaussian Splatting Decoder: N multi-view latents -> 3D Gaussians (docs/method.md).
 
     latents + Plücker rays -> tokens -> L x (self-attention over all views, cross-attention to DINO, MLP)
                            -> linear + pixel shuffle -> heads -> one Gaussian per output pixel

@@ -139,6 +139,7 @@ def sample(
     scheduler = scheduler or build_scheduler(config)
     steps, peak = steps or config.sampling_steps, config.guidance if guidance is None else guidance
     scheduler.set_timesteps(steps, device=condition.token.device)
+    scheduler.is_scale_input_called = True  # `predict_v` multiplies by c_in itself
     (batch, frames), (channels, height, width) = condition.polar.shape, condition.latent.shape[1:]
     noise = torch.randn(batch, frames, channels, height, width, generator=generator).to(condition.token)
     z = noise * scheduler.init_noise_sigma

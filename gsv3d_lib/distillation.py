@@ -1,4 +1,4 @@
-"""Stage 2, geometric distillation: a LoRA on the diffusion U-Net learns from 3D (paper.md, sections 1 and 3).
+"""Stage 2, geometric distillation: a LoRA on the diffusion U-Net learns from 3D (docs/method.md).
 
     sigma ~ logN(0.7, 1.6), n ~ N(0, 1)
     z_hat = D(z0 + sigma n; sigma)                  one denoising step of the U-Net with LoRA

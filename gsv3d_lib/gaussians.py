@@ -206,7 +206,7 @@ def _rotate(gaussians: Gaussians, axes: str, to_file: bool) -> Gaussians:
 
 
 def _color(stored: np.ndarray) -> np.ndarray:
-    return 0.5 + SH_C0 * stored
+    return np.maximum(0.5 + SH_C0 * stored, 0)  # clamped as splat viewers do, so that black stays exactly 0
 
 
 def _sigmoid(stored: np.ndarray) -> np.ndarray:

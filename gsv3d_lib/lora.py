@@ -35,11 +35,18 @@ def save_lora(unet, folder: str | Path) -> None:
 
 
 def load_lora(unet, folder: str | Path):
-    """Add the adapter stored in `folder` to `unet`. Raises FileNotFoundError with what to do when it is missing."""
+    """Add the adapter stored in `folder` to `unet`.
+
+    Raises FileNotFoundError or ValueError, with what to do, where it is missing, damaged, or made for another U-Net.
+    """
     path = Path(folder) / "pytorch_lora_weights.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"No LoRA at {path}; train one with `make train-tiny` or pass lora=False.")
-    unet.load_lora_adapter(str(folder), prefix=None, weight_name=path.name)
+    try:
+        unet.load_lora_adapter(str(folder), prefix=None, weight_name=path.name)
+    except Exception as error:  # safetensors, peft and torch each raise their own kinds, some of many lines
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"The LoRA at {path} cannot be read or does not fit ({reason}); copy or train it again.") from error
     return unet
 
 

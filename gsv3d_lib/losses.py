@@ -1,4 +1,4 @@
-"""What is minimised in 3D: L_3D on rendered RGB and depth (paper.md, section 3), and an optional per-pixel warm start."""
+"""What is minimised in 3D: L_3D on rendered RGB and depth (docs/method.md), and an optional per-pixel warm start."""
 
 from __future__ import annotations
 

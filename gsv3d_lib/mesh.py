@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     import trimesh
 
 EXTENT = 1.05  # the grid spans [-EXTENT, EXTENT]^3: the unit ball and a margin, so that every surface closes
-TRUNCATION = (
-    3.0  # in voxels (0.066 at 96^3): distances saturate there, and views say nothing beyond it behind a surface
-)
-# A view that sees past a point says "empty", not how far the surface is; with full weight that eats thin parts. On a rod
-# of radius 0.03, weights 1, 0.5, 0.25, 0.1 give 73, 87, 100, 112 % of its volume.
+# In voxels (0.066 at 96^3): distances saturate there, and a view says nothing beyond it behind a surface.
+TRUNCATION = 3.0
+# A view that sees past a point says "empty", not how far the surface is; with full weight that eats thin parts. On a
+# rod of radius 0.03, weights 1, 0.5, 0.25, 0.1 give 73, 87, 100, 112 % of its volume.
 BACKGROUND_WEIGHT = 0.25
 MIXED_DEPTH = 0.1  # a pixel whose depths spread more than this (standard deviation) sees two surfaces
 SURFACE_ALPHA = 0.5  # a pixel shows the object when at least this much of it is covered
@@ -39,7 +38,7 @@ FORMATS = (".glb", ".obj", ".ply")
 def fuse_mesh(gaussians: Gaussians, resolution: int = 96, num_views: int = 32, size: int = 128) -> trimesh.Trimesh:
     """A closed, coloured triangle mesh of the Gaussians, in the same z-up world.
 
-    resolution: grid points per axis over [-1.05, 1.05].  num_views: cameras spread over the sphere.  size: pixels a side.
+    resolution: grid points per axis over [-1.05, 1.05].  num_views: cameras around the object.  size: pixels a side.
     Raises ValueError when the Gaussians show no surface from any side.
     """
     if len(gaussians) == 0:

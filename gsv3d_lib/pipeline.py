@@ -78,11 +78,13 @@ class GSV3DPipeline:
         lora_scale: float | None = None,
         seed: int = 0,
         progress: bool = True,
+        callback=None,
     ) -> Generation:
         """Run the chain and keep its intermediates.
 
         elevation: degrees, of the camera that took the input.  num_frames: N, views of the orbit.
         steps, guidance: of the sampler; defaults from the configuration.  lora_scale: 0 = without the distillation.
+        callback(i, z, z_hat): sees every step of the sampler, batches of one orbit [1, N, 4, h, w].
         """
         rgb = image if isinstance(image, Tensor) else prepare_condition(image, self.config.image_size)[0]
         frames = num_frames or self.config.num_frames
@@ -98,6 +100,7 @@ class GSV3DPipeline:
             steps=steps,
             guidance=guidance,
             progress=progress,
+            callback=callback,
         )[0]
         return Generation(rgb, latents, cameras, self.gaussians_from(latents, cameras, rgb))
 
@@ -122,16 +125,22 @@ class GSV3DPipeline:
 
 
 def load_config(folder: str | Path) -> Config:
-    """The configuration stored in a checkpoint folder (`gsv3d.json`)."""
+    """The configuration stored in a checkpoint folder (`gsv3d.json`).
+
+    Raises FileNotFoundError or ValueError, with what to do, where there is none or it is damaged.
+    """
     path = Path(folder) / "gsv3d.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} is no GSV3D checkpoint: gsv3d.json is missing. The shipped one is data/checkpoints/tiny; "
             "`make train-tiny` makes your own."
         )
-    stored = json.loads(path.read_text())
-    base, fields = preset(stored["name"]), {f.name: f for f in dataclasses.fields(Config)}
-    values = {name: _typed(getattr(base, name), value) for name, value in stored.items() if name in fields}
+    try:
+        stored = json.loads(path.read_text())
+        base, fields = preset(stored["name"]), {f.name: f for f in dataclasses.fields(Config)}
+        values = {name: _typed(getattr(base, name), value) for name, value in stored.items() if name in fields}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy it again from a whole checkpoint.") from error
     return dataclasses.replace(base, **values)
 
 

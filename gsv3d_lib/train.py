@@ -130,14 +130,23 @@ def save_config(config: Config, folder: Path) -> None:
 
 
 def load_model(folder: str | Path, name: str):
-    """Open one model of a checkpoint folder, in float32. Raises FileNotFoundError with what to do when it is missing."""
+    """Open one model of a checkpoint folder, in float32.
+
+    Raises FileNotFoundError or ValueError, with what to do, where it is missing or damaged.
+    """
     path = Path(folder) / name
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"There are no {name} weights in {folder}; train them with `python -m gsv3d_lib.train --stages ...` "
             "or point to a folder that has them, such as data/checkpoints/tiny."
         )
-    return model_classes()[name].from_pretrained(path, local_files_only=True).float().eval()
+    try:
+        return model_classes()[name].from_pretrained(path, local_files_only=True).float().eval()
+    except Exception as error:  # safetensors, diffusers and transformers each raise their own kinds, some of many lines
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"The {name} weights in {folder} cannot be read ({reason}); copy them again or train them anew."
+        ) from error
 
 
 def export_weights(run: Path, folder: Path) -> None:

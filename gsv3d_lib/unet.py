@@ -1,8 +1,8 @@
 """SV3D_p's U-Net: diffusers' `UNetSpatioTemporalConditionModel`, with one camera angle per frame.
 
 SVD adds one embedding (fps, motion, noise) to all frames of a clip. SV3D_p adds, per frame,
-[sin256(cond_aug), sin512(polar), sin512(azimuth)] through the same two-layer MLP (paper.md, section 4). Only that changes, so the
-parameters keep diffusers' names and a saved model opens in diffusers' own class.
+[sin256(cond_aug), sin512(polar), sin512(azimuth)] through the same two-layer MLP (docs/method.md). Only that changes,
+so the parameters keep diffusers' names and a saved model opens in diffusers' own class.
 """
 
 from __future__ import annotations

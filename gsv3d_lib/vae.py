@@ -1,7 +1,8 @@
 """The KL-f8 autoencoder of SVD and SV3D: images [0, 1] <-> latents of 4 channels at an eighth of the size.
 
-The network is diffusers' `AutoencoderKLTemporalDecoder` at every scale. Two conventions of SV3D live here (paper.md,
-section 4): latents that are *diffused* are multiplied by 0.18215, the latent that is *concatenated as a condition* is not.
+The network is diffusers' `AutoencoderKLTemporalDecoder` at every scale. Two conventions of SV3D live here
+(docs/method.md): latents that are *diffused* are multiplied by 0.18215, the latent that is *concatenated as a
+condition* is not.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .config import Config
 class GroupedVAE(AutoencoderKLTemporalDecoder):
     """diffusers' `AutoencoderKLTemporalDecoder` with the number of normalisation groups as a setting.
 
-    diffusers fixes 32 groups, which suits SVD's 128 to 512 channels. With the 32 channels of `tiny` every channel would be its
-    own group, instance normalisation, which erases the strength of a channel and with it an object's colour.
+    diffusers fixes 32 groups, which suits SVD's 128 to 512 channels. With the 32 channels of `tiny` every channel
+    would be its own group, instance normalisation, which erases the strength of a channel and with it colour.
     """
 
     @register_to_config

@@ -1,7 +1,9 @@
 """Any picture in, one square white-backed condition out; what cannot be used is refused in one sentence."""
 
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -162,13 +164,20 @@ def test_not_an_image():
 
 
 def test_decompression_bombs_are_refused_before_decoding():
-    # 400 million pixels of one colour are a file of 50 kB; the size is known from the header.
-    header_only = encoded(Image.new("1", (20000, 20000)), "PNG")
-    with pytest.raises(ValueError, match="too large.*100 million pixels") as error:
-        load_image(header_only)
-    assert one_sentence(error)
-    with pytest.raises(ValueError, match="11000 x 10000"):
-        load_image(Image.new("1", (11000, 10000)))
+    # 20000 x 20000 and 11000 x 10000 pixels of one colour are small files; the size is known from the header alone.
+    for width, height in ((20000, 20000), (11000, 10000)):
+        header = bytearray(encoded(Image.new("RGB", (1, 1)), "PNG"))
+        header[16:24] = struct.pack(">II", width, height)
+        header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
+        with pytest.raises(ValueError, match="too large.*100 million pixels") as error:
+            load_image(bytes(header))
+        assert one_sentence(error)
+
+
+def test_the_limit_holds_for_pil_images_too(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    with pytest.raises(ValueError, match="40 x 30"):
+        load_image(Image.new("L", (40, 30)))
 
 
 @pytest.mark.parametrize(

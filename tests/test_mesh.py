@@ -14,7 +14,8 @@ from gsv3d_lib.mesh import front_depth, fuse_depth_maps, fuse_mesh, save_mesh, s
 from gsv3d_lib.metrics import chamfer_distance, occupancy_grid, surface_points, volume_iou
 from gsv3d_lib.rendering import render
 
-VIEWS, SIZE = 32, 128
+VIEWS, SIZE = 32, 128  # the defaults of fuse_mesh
+COARSE = 48  # grid points per axis where the exact shape does not matter
 
 
 def ball(origins, directions, radius=0.8, centre=(0.0, 0.0, 0.0)):
@@ -70,7 +71,7 @@ def test_exact_depth_maps_come_back_as_the_shape(shape, truth):
 
 def test_sphere_vertices_lie_on_the_sphere_wherever_it_is():
     centre = (0.15, -0.2, 0.1)
-    mesh = fuse_depth_maps(*views_of(lambda o, d: ball(o, d, 0.5, centre)))
+    mesh = fuse_depth_maps(*views_of(lambda o, d: ball(o, d, 0.5, centre)), 64)
     radii = np.linalg.norm(mesh.vertices - centre, axis=1)
     assert np.abs(radii - 0.5).mean() < 0.005 and np.abs(radii - 0.5).max() < 0.02
 
@@ -88,7 +89,7 @@ def test_colors_are_those_of_the_nearest_surface():
         return torch.where(points[..., :1] > 0, torch.tensor([0.9, 0.1, 0.1]), torch.tensor([0.1, 0.2, 0.8]))
 
     rgb, depth, alpha, cameras = views_of(ball, half_and_half)
-    mesh = fuse_depth_maps(rgb, depth, alpha, cameras)
+    mesh = fuse_depth_maps(rgb, depth, alpha, cameras, COARSE)
     colors = mesh.visual.vertex_colors[:, :3] / 255
     for side, expected in (
         (mesh.vertices[:, 0] > 0.05, (0.9, 0.1, 0.1)),
@@ -100,7 +101,7 @@ def test_colors_are_those_of_the_nearest_surface():
 def test_white_background_is_taken_out_of_soft_pixels():
     rgb, depth, alpha, cameras = views_of(ball, (0.2, 0.4, 0.6))
     soft = 0.7 * alpha
-    mesh = fuse_depth_maps(soft * rgb + 1 - soft, depth, soft, cameras)
+    mesh = fuse_depth_maps(soft * rgb + 1 - soft, depth, soft, cameras, COARSE)
     assert np.abs(mesh.visual.vertex_colors[:, :3] / 255 - (0.2, 0.4, 0.6)).max() < 0.01
 
 
@@ -108,9 +109,9 @@ def test_small_floaters_are_removed_and_equal_parts_kept():
     def pair(radius):
         return lambda o, d: torch.minimum(ball(o, d, 0.5, (-0.3, 0.0, 0.0)), ball(o, d, radius, (0.7, 0.0, 0.0)))
 
-    with_floater = fuse_depth_maps(*views_of(pair(0.08)))
+    with_floater = fuse_depth_maps(*views_of(pair(0.1)), COARSE)
     assert with_floater.bounds[1, 0] < 0.25 and with_floater.body_count == 1
-    with_part = fuse_depth_maps(*views_of(pair(0.25)))
+    with_part = fuse_depth_maps(*views_of(pair(0.25)), COARSE)
     assert with_part.bounds[1, 0] == pytest.approx(0.95, abs=0.03) and with_part.body_count == 2
 
 

@@ -110,7 +110,8 @@ def test_every_import_is_a_declared_dependency():
     distributions |= {"pytest_playwright": "pytest-playwright", "playwright": "pytest-playwright"}
     declared = {r.name.lower().replace("-", "_") for r in requirements()}
     own = {"gsv3d_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
-    for path in [*(ROOT / "gsv3d_lib").glob("*.py"), *(ROOT / "tests").glob("*.py"), *NOTEBOOKS]:
+    folders = ("gsv3d_lib", "tests", "benchmarks")
+    for path in [*(path for folder in folders for path in (ROOT / folder).glob("*.py")), *NOTEBOOKS]:
         for name in imported_packages(source_of(path)) - set(sys.stdlib_module_names) - own - {"torchvision"}:
             distribution = distributions.get(name, name).lower().replace("-", "_")
             assert distribution in declared, f"{path.name} imports {name}, which pyproject.toml does not name"
@@ -166,7 +167,8 @@ def test_import_is_light_and_public_names_resolve():
 # ---------------------------------------------------------------- doctor
 
 
-def test_doctor_finds_nothing_broken_here(capsys):
+def test_doctor_finds_nothing_broken_here(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "has_cuda", lambda: False)  # a GPU without a compiler would be a finding
     assert doctor.main() == 0
     report = capsys.readouterr().out
     assert report.startswith("ok    Python 3.") and report.endswith("Everything that GSV3D needs is here.\n")
@@ -313,7 +315,7 @@ def test_tracked_files_do_not_hold(what):
 
 def test_tracked_files_are_small_and_free_of_pickles():
     files = repository_files()
-    assert [f for f in files if f.stat().st_size > 20_000_000] == []
+    weights = [f for f in files if "checkpoints" in f.parts]
+    assert sum(f.stat().st_size for f in weights) <= 40_000_000
+    assert [f for f in set(files) - set(weights) if f.stat().st_size > 5_000_000] == []
     assert [f for f in files if f.suffix in (".pt", ".pth", ".pkl", ".pickle", ".ckpt")] == []
-    weights = sum(f.stat().st_size for f in files if "checkpoints" in f.parts)
-    assert weights <= 40_000_000

@@ -1,0 +1,369 @@
+"""The whole chain on models of a few thousand weights: train every stage, save, open, generate, measure."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_dataset import object_views
+from tiny_world import BALLS, SIZE, ball_pictures, ball_views, tiny_config, turned
+
+from gsv3d_lib import evaluate as ev
+from gsv3d_lib import train as recipes
+from gsv3d_lib.baselines import AverageObject, flat_card
+from gsv3d_lib.cameras import orbit_cameras, sv3d_azimuths
+from gsv3d_lib.config import Schedule, preset
+from gsv3d_lib.dataset import write_index, write_object
+from gsv3d_lib.diffusion import build_scheduler, sample
+from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.metrics import psnr
+from gsv3d_lib.pipeline import GSV3DPipeline, load_config
+from gsv3d_lib.rendering import render
+from gsv3d_lib.vae import encode, encode_scaled
+
+CONFIG = tiny_config(
+    vae_schedule=Schedule(steps=1, batch=1, lr=1e-3, warmup=0),
+    dino_schedule=Schedule(steps=1, batch=1, lr=1e-3, warmup=0),
+    diffusion_schedule=Schedule(steps=1, batch=1, lr=1e-3, warmup=0, ema=0.9),
+    stage1=Schedule(steps=1, batch=1, lr=1e-3, warmup=0),
+    stage2=Schedule(steps=2, batch=1, lr=5e-2, warmup=0),  # long strides: the LoRA shall make a difference
+)
+SIDE = SIZE // 8 * CONFIG.decoder_upsample  # Gaussians a view, squared
+QUICK = dict(steps=2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder as `train.py` makes it: all five stages, one or two steps each."""
+    folder = tmp_path_factory.mktemp("run")
+    for stage in recipes.STAGES:
+        history = recipes.RECIPES[stage](CONFIG, ball_views(), folder, progress=False)
+        assert history[-1]["step"] == len(history) - 1 and math.isfinite(history[-1]["loss"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(run):
+    return run / "weights"
+
+
+@pytest.fixture(scope="module")
+def pipe(weights) -> GSV3DPipeline:
+    return GSV3DPipeline.from_pretrained(weights, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def picture() -> torch.Tensor:
+    """The balls from the front [S, S, 3]."""
+    return ball_views(1).scene(0).rgb[ev.FRONT]
+
+
+def one_sentence(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 500
+    return text
+
+
+# ---------------------------------------------------------------- the checkpoint folder
+
+
+def test_every_stage_leaves_its_product(run, weights):
+    assert {p.name for p in weights.iterdir()} == {"vae", "dino", "unet", "clip", "decoder", "lora", "gsv3d.json"}
+    assert all((weights / name).is_dir() for name in recipes.PRODUCTS.values())
+    assert all((run / stage / "metrics.jsonl").is_file() for stage in recipes.STAGES)
+    formats = {p.suffix for p in run.rglob("*") if p.is_file()}
+    assert formats == {".json", ".jsonl", ".safetensors"}  # nothing pickled
+
+
+def test_the_shipped_vae_has_latents_of_unit_variance(pipe):
+    images = ball_views().rgb[:, :16:4].flatten(0, 1).float() / 255
+    assert torch.allclose(encode_scaled(pipe.vae, images).std((0, 2, 3)), torch.ones(4), atol=1e-2)
+
+
+def test_the_configuration_survives_its_file(weights, tmp_path):
+    assert load_config(weights) == CONFIG
+    for name in ("tiny", "small", "paper"):
+        recipes.save_config(preset(name), tmp_path)
+        assert load_config(tmp_path) == preset(name)
+
+
+def test_finished_stages_are_not_trained_again(run, tmp_path, monkeypatch, capsys):
+    write_object(tmp_path / "data", object_views("balls", size=SIZE))
+    write_index(tmp_path / "data", [{"id": "balls"}])
+    monkeypatch.setattr(recipes, "preset", lambda name: CONFIG)
+    before = {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
+    recipes.main(["--data", str(tmp_path / "data"), "--run", str(run), "--stages", "vae", "diffusion"])
+    assert capsys.readouterr().out.count("delete it to train again") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
+    for path in run.glob("views-*"):
+        path.unlink()
+
+
+def test_steps_override_one_stage():
+    changed = recipes.with_steps(CONFIG, "vae", 9)
+    assert changed.vae_schedule == dataclasses.replace(CONFIG.vae_schedule, steps=9)
+    assert recipes.with_steps(CONFIG, "stage2", 5).stage2.steps == 5
+    assert recipes.with_steps(CONFIG, "dino", None) == CONFIG
+
+
+def test_exported_weights_are_half_the_size_and_nearly_the_same(run, weights, pipe, picture, tmp_path):
+    recipes.main(["--run", str(run), "--export", str(tmp_path)])
+    sizes = [sum(f.stat().st_size for f in p.rglob("*.safetensors")) for p in (weights, tmp_path)]
+    assert 0.48 < sizes[1] / sizes[0] < 0.6
+    shipped = GSV3DPipeline.from_pretrained(tmp_path, device="cpu")
+    assert {p.dtype for name in ("vae", "clip", "unet", "decoder", "dino") for p in getattr(shipped, name).parameters()} == {
+        torch.float32
+    }
+    ours, theirs = pipe(picture, **QUICK), shipped(picture, **QUICK)
+    assert (ours.means - theirs.means).abs().max() < 0.02 and (ours.colors - theirs.colors).abs().max() < 0.02
+    assert set(json.loads((tmp_path / "curves.json").read_text())) == set(recipes.STAGES)
+
+
+# ---------------------------------------------------------------- image -> Gaussians
+
+
+def test_generation_keeps_every_intermediate(pipe, picture):
+    result = pipe.generate(picture, elevation=7.0, **QUICK)
+    frames = CONFIG.num_frames
+    assert torch.equal(result.image, picture)
+    assert result.latents.shape == (frames, 4, SIZE // 8, SIZE // 8)
+    assert len(result.gaussians) == frames * SIDE**2
+    assert all(torch.isfinite(t).all() and not t.requires_grad for t in result.gaussians.tensors())
+    expected = orbit_cameras(sv3d_azimuths(frames), 7.0, SIZE)  # the input was seen from azimuth 0, the last camera
+    assert torch.equal(result.cameras.viewmats, expected.viewmats)
+    assert pipe.views_from(result.latents).shape == (frames, SIZE, SIZE, 3)
+
+
+def test_a_seed_is_a_result(pipe, picture):
+    torch.manual_seed(1)
+    first = pipe(picture, seed=3, **QUICK)
+    torch.manual_seed(2)  # nothing else random takes part
+    again, other = pipe(picture, seed=3, **QUICK), pipe(picture, seed=4, **QUICK)
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors(), again.tensors(), strict=True))
+    assert not torch.allclose(first.means, other.means)
+
+
+def test_the_chain_is_its_parts(pipe, picture):
+    """sample -> decode, called by hand, is what `generate` does."""
+    result = pipe.generate(picture, elevation=20.0, seed=5, steps=2, guidance=1.7, progress=False)
+    condition = pipe.condition(picture, 20.0, CONFIG.num_frames)
+    assert torch.allclose(condition.polar, torch.tensor(math.radians(70.0))) and condition.azimuth[0, -1] == 0
+    assert torch.allclose(condition.latent, encode(pipe.vae, picture[None]))
+    latents = sample(
+        pipe.unet,
+        condition,
+        CONFIG,
+        generator=torch.Generator().manual_seed(5),
+        scheduler=build_scheduler(CONFIG),
+        steps=2,
+        guidance=1.7,
+        progress=False,
+    )
+    assert torch.allclose(latents[0], result.latents, atol=1e-5)
+    scene = pipe.gaussians_from(result.latents, result.cameras, picture)
+    assert torch.allclose(scene.means, result.gaussians.means, atol=1e-5)
+
+
+def test_the_number_of_frames_is_free(pipe, picture):
+    assert len(pipe(picture, num_frames=2, **QUICK)) == 2 * SIDE**2
+
+
+def test_files_pictures_and_arrays_come_in(pipe, tmp_path):
+    rgba = object_views().rgba[ev.FRONT]
+    Image.fromarray(rgba, "RGBA").save(tmp_path / "balls.png")
+    results = [pipe.generate(x, **QUICK) for x in (tmp_path / "balls.png", Image.fromarray(rgba, "RGBA"), rgba)]
+    assert results[0].image.shape == (SIZE, SIZE, 3)
+    for other in results[1:]:
+        assert torch.equal(other.image, results[0].image)
+        assert torch.equal(other.gaussians.means, results[0].gaussians.means)
+
+
+def test_the_lora_can_be_left_out_or_scaled(weights, picture):
+    pipe = GSV3DPipeline.from_pretrained(weights, device="cpu")
+    plain = GSV3DPipeline.from_pretrained(weights, lora=False, device="cpu")
+    with_lora, base = (p.generate(picture, **QUICK).latents for p in (pipe, plain))
+    off = pipe.generate(picture, lora_scale=0.0, **QUICK).latents
+    on = pipe.generate(picture, lora_scale=1.0, **QUICK).latents
+    assert torch.allclose(off, base, atol=1e-5) and torch.allclose(on, with_lora, atol=1e-5)
+    assert (with_lora - base).abs().max() > 1e-3
+    assert not any("lora" in name for name, _ in plain.unet.named_parameters())
+
+
+def test_a_checkpoint_without_dino_needs_none(weights, picture, tmp_path):
+    from gsv3d_lib.decoder import build_decoder
+
+    shutil.copytree(weights, tmp_path / "weights")
+    shutil.rmtree(tmp_path / "weights/dino")
+    config = CONFIG.replace(dino="none")
+    recipes.save_model(build_decoder(config), tmp_path, "decoder", config)
+    pipe = GSV3DPipeline.from_pretrained(tmp_path / "weights", device="cpu")
+    assert pipe.dino is None and len(pipe(picture, **QUICK)) == CONFIG.num_frames * SIDE**2
+
+
+# ---------------------------------------------------------------- what a person may do wrong
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gsv3d.json is missing.*data/checkpoints/tiny") as error:
+        GSV3DPipeline.from_pretrained(tmp_path / "nowhere")
+    one_sentence_or_two = str(error.value)
+    assert "\n" not in one_sentence_or_two
+    for text in ('{"name": "ti', "[]", '{"name": "huge"}'):
+        (tmp_path / "gsv3d.json").write_text(text)
+        with pytest.raises(ValueError, match="gsv3d.json cannot be read") as error:
+            GSV3DPipeline.from_pretrained(tmp_path)
+        one_sentence(error)
+
+
+@pytest.mark.parametrize("name", ["vae", "clip", "unet", "decoder", "dino", "lora"])
+def test_missing_and_truncated_weights_are_one_sentence(weights, tmp_path, name):
+    folder = tmp_path / "weights"
+    shutil.copytree(weights, folder)
+    (file,) = (folder / name).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(ValueError, match=f"{name}.*cannot be read") as error:
+        GSV3DPipeline.from_pretrained(folder)
+    assert str(folder) in one_sentence(error)
+    file.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=name) as error:
+        GSV3DPipeline.from_pretrained(folder)
+    one_sentence(error)
+    shutil.rmtree(folder / name)
+    with pytest.raises(FileNotFoundError, match=name) as error:
+        GSV3DPipeline.from_pretrained(folder)
+    one_sentence(error)
+
+
+def test_a_picture_tensor_must_be_an_image(pipe, picture):
+    with pytest.raises(ValueError, match=r"\[\.\.\., H, W, 3\]"):
+        pipe(picture.movedim(-1, 0), **QUICK)
+
+
+# ---------------------------------------------------------------- baselines
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """One object at 64 px, seen from 24 sides."""
+    return ball_views(1, size=64).scene(0)
+
+
+def test_a_flat_card_is_the_picture_from_the_front(scene):
+    camera = ev.relative_cameras(scene, ev.FRONT, torch.tensor([ev.FRONT]))
+    card = flat_card(scene.rgb[ev.FRONT], scene.alpha[ev.FRONT], camera)
+    rgb, depth, alpha = render(card, camera)
+    assert psnr(rgb, scene.rgb[[ev.FRONT]]) > 22
+    inside = (alpha[0] > 0.99) & (scene.alpha[ev.FRONT] > 0)
+    assert (rgb[0] - scene.rgb[ev.FRONT]).abs().mean(-1, keepdim=True)[inside].median() < 0.01
+    assert len(card) == int((scene.alpha[ev.FRONT] >= 0.5).sum())
+    forward = camera.viewmats[0, 2, :3]
+    assert (card.means @ forward).abs().max() < 1e-4  # a plane through the centre, facing the camera
+    side = orbit_cameras([90.0], 0.0, 64)
+    assert render(card, side).alpha.mean() < 0.25 * alpha.mean()  # a card from the side is a line
+
+
+def test_the_average_object_is_the_mean_of_each_ring_view():
+    views = ball_views(2)
+    average = AverageObject.of(views)
+    assert average.rgb.shape == (16, SIZE, SIZE, 3)
+    assert torch.allclose(average.rgb, (views.scene(0).rgb[:16] + views.scene(1).rgb[:16]) / 2, atol=1e-6)
+    depth, hit = views.depth[:, :16], views.depth[:, :16] > 0
+    both, one = hit.all(0), hit.any(0) & ~hit.all(0)
+    assert torch.allclose(average.depth[both], depth.mean(0)[both])
+    assert torch.allclose(average.depth[one], depth.sum(0)[one])  # where one object is, its own depth
+    seen = average.nearest_views(torch.tensor([0.0, 22.0, 180.0, 359.0]))
+    assert all(torch.equal(a, average.rgb[k]) for a, k in zip(seen, (0, 1, 8, 0), strict=True))
+
+
+def test_the_mesh_of_the_average_of_one_object_is_that_object():
+    mesh = AverageObject.of(ball_views(1, size=64)).mesh()
+    gaps = [np.abs(np.linalg.norm(mesh.vertices - centre, axis=1) - radius) for centre, radius, _ in BALLS]
+    assert np.median(np.min(gaps, axis=0)) < 0.03
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_targets_are_seen_in_the_world_of_the_input_view(scene):
+    chosen = torch.tensor([ev.FRONT, 3, 19, 22])
+    cameras = ev.relative_cameras(scene, ev.FRONT, chosen)
+    front = orbit_cameras([0.0], scene.elevations[ev.FRONT], 64)
+    assert torch.allclose(cameras[0].viewmats, front.viewmats, atol=1e-5)
+    rgb, _, depth = ball_pictures(cameras, turned(BALLS, -float(scene.azimuths[ev.FRONT])))
+    assert ((rgb - scene.rgb[chosen]).abs().amax(-1) < 0.01).float().mean() > 0.998
+    assert ((depth - scene.depth[chosen]).abs() < 1e-3).float().mean() > 0.998
+
+
+def write_geometry(folder, id: str, balls=BALLS) -> np.ndarray:
+    """`<id>.geometry.npz` with points on the balls, as ../shared/objects/gso has it."""
+    rng, parts = np.random.default_rng(0), []
+    for centre, radius, _ in balls:
+        d = rng.normal(size=(5000, 3))
+        parts.append(np.array(centre) + radius * d / np.linalg.norm(d, axis=1, keepdims=True))
+    points = np.concatenate(parts).astype("f2")
+    np.savez(folder / f"{id}.geometry.npz", points=points)
+    return points
+
+
+def test_true_points_are_turned_to_the_input_view(tmp_path):
+    write_geometry(tmp_path, "balls")
+    points = ev.true_points(tmp_path, "balls", 270.0)
+    assert points.shape == (4096, 3) and np.array_equal(points, ev.true_points(tmp_path, "balls", 270.0))
+    gaps = [np.abs(np.linalg.norm(points - centre, axis=1) - radius) for centre, radius, _ in turned(BALLS, -270.0)]
+    assert np.min(gaps, axis=0).max() < 2e-3  # half precision
+    assert ev.true_points(tmp_path, "other", 270.0) is None
+
+
+def test_image_scores_of_an_empty_scene_are_those_of_white(scene):
+    one = torch.ones(1)
+    speck = Gaussians(one[:, None] * 9.0, torch.eye(4)[:1], one.expand(1, 3) * 1e-3, one * 0.5, one.expand(1, 3))
+    scores = ev.image_scores(speck, scene, ev.FRONT, torch.tensor([0, 5]))
+    assert scores["psnr"] == pytest.approx(psnr(torch.ones(2, 64, 64, 3), scene.rgb[[0, 5]]), abs=1e-3)
+    assert scores["depth_l1"] == pytest.approx(1.0)  # nothing there costs the object's radius
+
+
+def test_averages_leave_nan_out_and_make_a_table():
+    rows = [
+        {"id": "a", "decoder": {"psnr": 20.0, "chamfer": 0.1}, "card": {"psnr": 10.0}},
+        {"id": "b", "decoder": {"psnr": 22.0, "chamfer": math.nan}, "card": {"psnr": 11.0}},
+    ]
+    means = ev.averages(rows)
+    assert means == {"decoder": {"psnr": 21.0, "chamfer": 0.1}, "card": {"psnr": 10.5}}
+    lines = ev.table(means).split("\n")
+    assert lines[0] == "| method | psnr | ssim | depth_l1 | chamfer |" and lines[1] == "|---|---|---|---|---|"
+    assert lines[2:] == ["| decoder | 21.000 | - | - | 0.100 |", "| card | 10.500 | - | - | - |"]
+
+
+def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys):
+    for folder, id in (("gso", "balls"), ("train", "others")):
+        write_object(tmp_path / folder, object_views(id, 0.0 if id == "balls" else 60.0, size=SIZE))
+        write_index(tmp_path / folder, [{"id": id}])
+    write_geometry(tmp_path / "gso", "balls")
+    out = tmp_path / "results" / "tiny.json"
+    arguments = ["--weights", str(weights), "--objects", str(tmp_path / "gso"), "--train", str(tmp_path / "train")]
+    ev.main([*arguments, "--out", str(out), "--steps", "1", "--guidance", "1"])
+    record = json.loads(out.read_text())
+    assert record["objects"] == 1 and record["rows"][0]["id"] == "balls"
+    assert set(record["mean"]) == {"decoder", "generated", "generated_without_lora", "card", "average"}
+    assert {"psnr", "ssim", "depth_l1", "chamfer", "front_psnr"} == set(record["mean"]["generated"])
+    assert {"psnr", "ssim", "chamfer"} == set(record["mean"]["average"])
+    assert 0 < record["mean"]["card"]["chamfer"] < 1 and 5 < record["mean"]["card"]["psnr"] < 40
+    assert record["mean"]["generated"] != record["mean"]["generated_without_lora"]
+    assert ev.table(record["mean"]) in capsys.readouterr().out
+    assert record["command"].endswith("--steps 1 --guidance 1")
+
+
+def test_the_decoder_is_scored_on_views_that_it_did_not_get(pipe, monkeypatch):
+    scene, seen = ball_views(1).scene(0), {}
+
+    def spy(gaussians, scene, start, chosen):
+        seen["chosen"] = chosen.tolist()
+        return {}
+
+    monkeypatch.setattr(ev, "image_scores", spy)
+    scores = ev.evaluate_decoder(pipe, scene)
+    assert seen["chosen"] == list(range(16, 24)) and math.isfinite(scores["vae_psnr"])
