@@ -102,12 +102,16 @@ def orbits_for(config: Config, views: ViewTensors, run: Path):
 
 def model_classes() -> dict:
     """The class behind each folder of a checkpoint."""
+    from diffusers.utils import logging as diffusers_logging
     from transformers import CLIPVisionModelWithProjection, Dinov2Model
+    from transformers.utils import logging as transformers_logging
 
     from .decoder import GaussianDecoder
     from .unet import SV3DUNet
     from .vae import GroupedVAE
 
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # a bar per file of a few megabytes hides what matters
     return {
         "vae": GroupedVAE,
         "clip": CLIPVisionModelWithProjection,

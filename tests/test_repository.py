@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def text_of(path: Path) -> str:
     return "" if b"\0" in data[:4096] else data.decode("utf-8", "replace")
 
 
+@cache
 def names_of(module: Path) -> set[str]:
     """What a module defines at its top level, and `Class.method` for its classes."""
     names = set()
@@ -107,12 +109,12 @@ def test_environment_yml_is_thin_and_agrees_with_pyproject():
 def test_every_import_is_a_declared_dependency():
     """Of the library, its tests and its notebooks: nothing works only because something else installed it."""
     distributions = {"PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml", "imageio_ffmpeg": "imageio-ffmpeg"}
-    distributions |= {"pytest_playwright": "pytest-playwright", "playwright": "pytest-playwright"}
+    distributions |= {"playwright": "pytest-playwright", "IPython": "ipykernel"}  # each requires the former
     declared = {r.name.lower().replace("-", "_") for r in requirements()}
     own = {"gsv3d_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
     folders = ("gsv3d_lib", "tests", "benchmarks")
     for path in [*(path for folder in folders for path in (ROOT / folder).glob("*.py")), *NOTEBOOKS]:
-        for name in imported_packages(source_of(path)) - set(sys.stdlib_module_names) - own - {"torchvision"}:
+        for name in imported_packages(path) - set(sys.stdlib_module_names) - own - {"torchvision"}:
             distribution = distributions.get(name, name).lower().replace("-", "_")
             assert distribution in declared, f"{path.name} imports {name}, which pyproject.toml does not name"
 
@@ -126,14 +128,15 @@ def source_of(path: Path) -> str:
     return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
 
 
-def imported_packages(source: str) -> set[str]:
+@cache
+def imported_packages(path: Path) -> frozenset[str]:
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(source_of(path))):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module.split(".")[0])
-    return names
+    return frozenset(names)
 
 
 def test_nothing_installs_or_imports_torchvision():
@@ -143,7 +146,7 @@ def test_nothing_installs_or_imports_torchvision():
         assert "torchvision" not in stated, name
     for path in [*(ROOT / "gsv3d_lib").glob("*.py"), *NOTEBOOKS]:
         if path.name != "doctor.py":  # which tells whether an installed one fits
-            assert "torchvision" not in imported_packages(source_of(path)), path.name
+            assert "torchvision" not in imported_packages(path), path.name
 
 
 def test_package_data_is_declared():
@@ -154,9 +157,9 @@ def test_package_data_is_declared():
 
 
 def test_import_is_light_and_public_names_resolve():
-    code = "import gsv3d_lib, sys; print('torch' in sys.modules, gsv3d_lib.render.__name__)"
+    code = "import gsv3d_lib, sys; print('numpy' in sys.modules, 'torch' in sys.modules, gsv3d_lib.preset('tiny').name)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert answer.split() == ["False", "render"]
+    assert answer.split() == ["False", "False", "tiny"]
     for name in gsv3d_lib.__all__:
         module = ROOT / "gsv3d_lib" / f"{gsv3d_lib._HOMES[name]}.py"
         assert name in names_of(module)
