@@ -61,6 +61,7 @@ class Config:
     decoder_layers: int
     decoder_heads: int
     decoder_upsample: int  # Gaussians per token side
+    decoder_planes: int  # depths of the plane sweep that tokens carry; 0 = none [ours]
     # ---- optimisation, one schedule per stage
     vae_schedule: Schedule
     dino_schedule: Schedule
@@ -139,10 +140,11 @@ TINY = Config(
     decoder_layers=6,
     decoder_heads=6,
     decoder_upsample=4,
+    decoder_planes=16,
     vae_schedule=Schedule(steps=800, batch=8, lr=1.5e-3, ema=0.99, weight_decay=0.0),
     dino_schedule=Schedule(steps=600, batch=32, lr=5e-4),
     diffusion_schedule=Schedule(steps=1700, batch=6, lr=5e-4, ema=0.995),
-    stage1=Schedule(steps=4800, batch=2, lr=5e-4, ema=0.99),
+    stage1=Schedule(steps=1500, batch=2, lr=5e-4, ema=0.99),
     stage2=Schedule(steps=200, batch=2, lr=2e-4, warmup=20),
     scale_range=(5e-3, 5e-2),  # 32 x 32 Gaussians a view lie further apart than in `paper`
     copies=2,
@@ -214,6 +216,7 @@ PAPER = SMALL.replace(
     decoder_layers=12,
     decoder_heads=12,
     decoder_upsample=2,
+    decoder_planes=0,
     scale_range=(5e-4, 2e-2),
     sampling_steps=50,
     sigma_max=700.0,

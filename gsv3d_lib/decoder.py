@@ -3,7 +3,8 @@
     latents + Plücker rays -> tokens -> L x (self-attention over all views, cross-attention to DINO, MLP)
                            -> linear + pixel shuffle -> heads -> one Gaussian per output pixel
 
-Views are told apart by their rays alone, so N may change at run time.
+Views are told apart by their rays alone, so N may change at run time. With `planes` > 0 the tokens also carry a plane sweep
+(see `plane_sweep`), which is not in the paper: a prior that makes short trainings work.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .gaussians import Gaussians
 # channels of the output map
 DEPTH, RGB, OPACITY, SCALE, QUATERNION = slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 8), slice(8, 12)
 OUTPUTS = 12
+SWEEP = ("mean", "deviation", "smallest", "largest")  # what `plane_sweep` keeps of each latent channel
 HIDDEN = 32  # channels between pixel shuffle and heads
 
 
@@ -76,8 +78,13 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         context_width: int | None = 128,
         object_radius: float = 1.0,
         scale_range: tuple[float, float] = (5e-4, 2e-2),
+        planes: int = 0,
     ):
         super().__init__()
+        self.sweep = None
+        if planes:
+            statistics = planes * 4 * len(SWEEP)
+            self.sweep = nn.Sequential(nn.Linear(statistics, width), nn.GELU(), nn.Linear(width, width))
         self.embed = nn.Conv2d(4 + 6, width, patch, stride=patch)
         self.context_norm = nn.LayerNorm(context_width) if context_width is not None else None
         self.blocks = nn.ModuleList(Block(width, heads, context_width) for _ in range(layers))
@@ -111,6 +118,9 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         x = self.embed(torch.cat([latents, rays.to(latents)], dim=2).flatten(0, 1))  # [B * N, C, h', w']
         rows, columns = x.shape[-2:]
         tokens = x.flatten(2).transpose(1, 2).unflatten(0, (batch, frames)).flatten(1, 2)  # [B, N h' w', C]
+        if self.sweep is not None:
+            swept = [plane_sweep(*parts, (rows, columns), self.config) for parts in zip(latents, cameras)]
+            tokens = tokens + self.sweep(torch.stack(swept))
         context = None if self.context_norm is None else self.context_norm(features)
         for block in self.blocks:
             tokens = block(tokens, context)
@@ -145,6 +155,26 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
             raise ValueError(f"This decoder needs DINO features [{len(latents)}, T, {width}]; got {got}.")
 
 
+def plane_sweep(latents: Tensor, cameras: Cameras, grid: tuple[int, int], config) -> Tensor:
+    """What the N views say about points along each token's ray: the geometry that attention is slow to find by itself.
+
+    Each ray of the h' x w' grid carries `planes` points through the object's ball. A point is projected into all views,
+    the latents are read there, and their mean, deviation, smallest and largest value over the views are kept: on a
+    surface the views agree; off the object at least one of them sees background (the visual hull).
+    latents [N, 4, h, w] -> [N h' w', planes * 16]. No parameters; differentiable in the latents.
+    """
+    origins, directions = (t.reshape(-1, 1, 3) for t in ray_grid(cameras, *grid))
+    depths = torch.linspace(-1, 1, config.planes, device=origins.device)[:, None] * config.object_radius
+    points = origins + (origins.norm(dim=-1, keepdim=True) + depths) * directions  # [T, planes, 3]
+    rotations, shifts = cameras.viewmats[:, :3, :3], cameras.viewmats[:, :3, 3]
+    local = torch.einsum("vij,tpj->vtpi", rotations, points) + shifts[:, None, None]
+    pixels = torch.einsum("vij,vtpj->vtpi", cameras.Ks, local / local[..., 2:])[..., :2]
+    size = pixels.new_tensor([cameras.width, cameras.height])
+    seen = F.grid_sample(latents, (2 * pixels / size - 1).to(latents), align_corners=False)  # [N, 4, T, planes]
+    statistics = torch.cat([seen.mean(0), seen.std(0, correction=0), seen.amin(0), seen.amax(0)])  # [16, T, planes]
+    return statistics.permute(1, 2, 0).flatten(1)
+
+
 def ray_distance(logits: Tensor, origins: Tensor, radius: float) -> Tensor:
     """Depth head [..., 1] -> distance along the ray: camera distance + (2 sigmoid - 1) * object radius."""
     return origins.norm(dim=-1, keepdim=True) + (2 * logits.sigmoid() - 1) * radius
@@ -161,4 +191,5 @@ def build_decoder(config: Config) -> GaussianDecoder:
         context_width=None if config.dino == "none" else config.dino_width,
         object_radius=config.object_radius,
         scale_range=config.scale_range,
+        planes=config.decoder_planes,
     )

@@ -135,6 +135,8 @@ def _list_pairs(splats, boxes, width, height):
     np.cumsum(view_starts, out=view_starts)
     tile_starts = np.full(len(boxes) * tiles_x * tiles_y + 1, view_starts[-1])
     pair_splats, pair_rows = np.empty((2, view_starts[-1]), np.int32)
+    # The bits of positive floats, read as integers, sort like the floats.
+    depth_keys = splats["depth"].astype(np.float32).view(np.uint32)
     lists = tile_starts, pair_splats, pair_rows
-    _run(kernels.list_pairs, splats, boxes, view_starts, tiles_x, tiles_y, *lists)
+    _run(kernels.list_pairs, depth_keys, boxes, view_starts, tiles_x, tiles_y, *lists)
     return view_starts, tiles_x, tiles_y, *lists

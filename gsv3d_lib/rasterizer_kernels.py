@@ -46,8 +46,7 @@ BOX = np.dtype([(name, np.int32) for name in ("x0", "x1", "y0", "y1", "first_pai
 S, S_DX, S_DY, S_DXDX, S_DXDY, S_DYDY, V_RED, V_GREEN, V_BLUE, V_DEPTH = range(10)
 NUM_GRADIENTS = 10
 
-# exp(-s) = p(s)^8 with p(s) = E0 + E1 s + ... + E6 s^6, the minimax fit of exp(-s / 8) on [0, ln 255], to 2e-8 in all.
-# No blended pixel has a larger s, and LLVM could not vectorise a library call.
+# Coefficients of `exp_negative`.
 E0 = 1.0
 E1 = -0.999999832940429 / 8
 E2 = 0.49999556138498963 / 8**2
@@ -74,22 +73,17 @@ Camera = namedtuple("Camera", "right down forward translation fx fy cx cy")
 
 
 @njit(**SAFE)
-def get_camera(viewmats, Ks, v):
-    return Camera(
-        vector(viewmats[v], 0),
-        vector(viewmats[v], 1),
-        vector(viewmats[v], 2),
-        (viewmats[v, 0, 3], viewmats[v, 1, 3], viewmats[v, 2, 3]),
-        Ks[v, 0, 0],
-        Ks[v, 1, 1],
-        Ks[v, 0, 2],
-        Ks[v, 1, 2],
-    )
+def vector(rows, i):
+    return rows[i, 0], rows[i, 1], rows[i, 2]
 
 
 @njit(**SAFE)
-def vector(rows, i):
-    return rows[i, 0], rows[i, 1], rows[i, 2]
+def get_camera(viewmats, Ks, v):
+    right = viewmats[v, 0, 0], viewmats[v, 0, 1], viewmats[v, 0, 2]
+    down = viewmats[v, 1, 0], viewmats[v, 1, 1], viewmats[v, 1, 2]
+    forward = viewmats[v, 2, 0], viewmats[v, 2, 1], viewmats[v, 2, 2]
+    translation = viewmats[v, 0, 3], viewmats[v, 1, 3], viewmats[v, 2, 3]
+    return Camera(right, down, forward, translation, Ks[v, 0, 0], Ks[v, 1, 1], Ks[v, 0, 2], Ks[v, 1, 2])
 
 
 @njit(**SAFE)
@@ -137,21 +131,25 @@ def to_camera(mean, camera):
 
 
 @njit(**SAFE)
-def clamped_slope(slope, focal, centre, size):
-    """x / z limited to a margin around the image: far outside, the linearisation would explode."""
-    margin = FRUSTUM_MARGIN * size
-    return min(max(slope, (-margin - centre) / focal), (size + margin - centre) / focal)
+def clamped_slope(a, z, focal, centre, size):
+    """a / z limited to a margin around the image, beyond which the linearisation would explode; its derivative by a."""
+    slope, margin = a / z, FRUSTUM_MARGIN * size
+    clamped = min(max(slope, (-margin - centre) / focal), (size + margin - centre) / focal)
+    return clamped, 1 / z if clamped == slope else 0.0
 
 
 @njit(**SAFE)
 def linearise(x, y, z, camera, width, height):
-    """The derivative of the projection at a camera point: how a small step in the world moves the pixel in x and y."""
+    """The derivative of the projection at a camera point: how a small step in the world moves the pixel in x and y.
+
+    Also returns the slopes x / z and y / z in it, and their derivatives by x and y.
+    """
     fx, fy = camera.fx / z, camera.fy / z
-    slope_x = clamped_slope(x / z, camera.fx, camera.cx, width)
-    slope_y = clamped_slope(y / z, camera.fy, camera.cy, height)
+    slope_x, by_x = clamped_slope(x, z, camera.fx, camera.cx, width)
+    slope_y, by_y = clamped_slope(y, z, camera.fy, camera.cy, height)
     row_x = plus(scaled(camera.right, fx), -fx * slope_x, camera.forward)
     row_y = plus(scaled(camera.down, fy), -fy * slope_y, camera.forward)
-    return row_x, row_y, slope_x, slope_y
+    return row_x, row_y, slope_x, slope_y, by_x, by_y
 
 
 @njit(**SAFE)
@@ -173,7 +171,7 @@ def project_one(mean, axes, opacity, color, camera, width, height, splat, box):
     # Every test is written so that a NaN answers "not visible".
     if not (opacity >= ALPHA_MIN and z > NEAR_PLANE and z < FAR_PLANE):
         return
-    row_x, row_y, _, _ = linearise(x, y, z, camera, width, height)
+    row_x, row_y, _, _, _, _ = linearise(x, y, z, camera, width, height)
     u, v = project_axes(row_x, axes), project_axes(row_y, axes)
     # J W R S S^T R^T W^T J^T is the sum of the outer products of the three projected half axes.
     cov_xx, cov_xy, cov_yy = dot(u, u) + EPS2D, dot(u, v), dot(v, v) + EPS2D
@@ -220,38 +218,37 @@ def number_pairs(part, parts, boxes, num_pairs):
 
 
 @njit(**SAFE)
-def radix_argsort(keys, ids):
-    """Sort ids by their uint32 keys, stably, 11 bits at a time."""
+def radix_argsort(keys, ids, count):
+    """Sort the first `count` ids by their uint32 keys, stably, 11 bits at a time."""
     next_keys, next_ids = np.empty_like(keys), np.empty_like(ids)
     for shift in (0, 11, 22):
         starts = np.zeros(2049, np.int64)
-        for key in keys:
-            starts[((key >> shift) & 2047) + 1] += 1
+        for i in range(count):
+            starts[((keys[i] >> shift) & 2047) + 1] += 1
         for digit in range(2048):
             starts[digit + 1] += starts[digit]
-        for i in range(len(keys)):
+        for i in range(count):
             digit = (keys[i] >> shift) & 2047
             next_keys[starts[digit]], next_ids[starts[digit]] = keys[i], ids[i]
             starts[digit] += 1
         keys, next_keys, ids, next_ids = next_keys, keys, next_ids, ids
-    return ids
+    return ids[:count]
 
 
 @njit(**SAFE)
-def near_to_far(splats, boxes, view):
-    """Ids of the visible splats of a view, sorted by depth."""
-    depths, ids = np.empty(splats.shape[1], np.float32), np.empty(splats.shape[1], np.int32)
+def near_to_far(boxes, depth_keys, view):
+    """Ids of the visible splats of a view, near to far."""
+    keys, ids = np.empty(boxes.shape[1], np.uint32), np.empty(boxes.shape[1], np.int32)
     count = 0
-    for g in range(splats.shape[1]):
+    for g in range(boxes.shape[1]):
         if boxes[view, g].x1 > boxes[view, g].x0 and boxes[view, g].y1 > boxes[view, g].y0:
-            depths[count], ids[count] = splats[view, g].depth, g
+            keys[count], ids[count] = depth_keys[view, g], g
             count += 1
-    # The bits of positive floats, read as integers, sort like the floats.
-    return radix_argsort(depths[:count].view(np.uint32), ids[:count])
+    return radix_argsort(keys, ids, count)
 
 
 @njit(**SAFE)
-def list_pairs(part, parts, splats, boxes, view_starts, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows):
+def list_pairs(part, parts, depth_keys, boxes, view_starts, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows):
     """Fill each tile's list. Splats arrive near to far, so the lists need no sorting of their own."""
     for view in range(part, len(boxes), parts):
         cursors = np.zeros(tiles_x * tiles_y, np.int64)  # first the lengths of the lists, then where to write next
@@ -264,7 +261,7 @@ def list_pairs(part, parts, splats, boxes, view_starts, tiles_x, tiles_y, tile_s
         for tile in range(tiles_x * tiles_y):
             start, end = end, end + cursors[tile]
             cursors[tile], tile_starts[view * tiles_x * tiles_y + tile] = start, start
-        for g in near_to_far(splats, boxes, view):
+        for g in near_to_far(boxes, depth_keys, view):
             box = boxes[view, g]
             row = view_starts[view] + box.first_pair
             for y in range(box.y0, box.y1):
@@ -283,14 +280,6 @@ TRANSMITTANCE, PIXEL_X, PIXEL_Y, SIGMA = 0 * LANES, 1 * LANES, 2 * LANES, 3 * LA
 RED, GREEN, BLUE, DEPTH, ALPHA = 4 * LANES, 5 * LANES, 6 * LANES, 7 * LANES, 8 * LANES  # sums; backward: dL/d(sums)
 TO_COME = 9 * LANES  # backward: what the splats not yet passed contribute to L
 STATE = 10 * LANES
-
-
-@njit(**FAST)
-def aligned_zeros(rows, columns, like):
-    """Zeros [rows, columns] on a 64-byte boundary: AVX-512 accesses must not straddle two cache lines."""
-    memory = np.zeros(rows * columns + 16, like.dtype)
-    skip = (-memory.ctypes.data % 64) // memory.itemsize
-    return memory[skip : skip + rows * columns].reshape(rows, columns)
 
 
 @njit(**FAST)
@@ -355,19 +344,30 @@ def touched_blocks(blocks, live, splat, left, top, touched):
 
 
 @njit(inline="always", **FAST)
+def exp_negative(s, real):
+    """exp(-s) = p(s)^8 with the minimax fit p of exp(-s / 8) on [0, ln 255]: relative error 2e-8.
+
+    No blended pixel has a larger s, and LLVM could not vectorise a call to a library.
+    """
+    p = real(E5) + s * real(E6)
+    p = real(E3) + s * (real(E4) + s * p)
+    p = real(E1) + s * (real(E2) + s * p)
+    p = real(E0) + s * p
+    p *= p
+    p *= p
+    return p * p
+
+
+@njit(inline="always", **FAST)
 def blend_block(block, splat):
     """Blend one splat into the sums of a block."""
     real = block.dtype.type
     zero, one, t_min, alpha_max = real(0), real(1), real(TRANSMITTANCE_MIN), real(ALPHA_MAX)
-    e0, e1, e2, e3, e4, e5, e6 = real(E0), real(E1), real(E2), real(E3), real(E4), real(E5), real(E6)
     opacity, cutoff, depth = splat.opacity, splat.cutoff, splat.depth
     red, green, blue = splat.red, splat.green, splat.blue
     for i in range(LANES):
         s, before = block[SIGMA + i], block[TRANSMITTANCE + i]
-        root = e0 + s * (e1 + s * (e2 + s * (e3 + s * (e4 + s * (e5 + s * e6)))))
-        root *= root
-        root *= root
-        alpha = min(opacity * root * root, alpha_max)
+        alpha = min(opacity * exp_negative(s, real), alpha_max)
         hit = (s <= cutoff) & (before > zero)
         after = before - before * alpha
         weight = alpha * before if hit & (after > t_min) else zero
@@ -388,15 +388,11 @@ def blend_block_backward(block, splat, sums):
     """
     real = block.dtype.type
     zero, one, t_min, alpha_max = real(0), real(1), real(TRANSMITTANCE_MIN), real(ALPHA_MAX)
-    e0, e1, e2, e3, e4, e5, e6 = real(E0), real(E1), real(E2), real(E3), real(E4), real(E5), real(E6)
     x, y, opacity, cutoff, depth = splat.x, splat.y, splat.opacity, splat.cutoff, splat.depth
     red, green, blue = splat.red, splat.green, splat.blue
     for i in range(LANES):
         s, before = block[SIGMA + i], block[TRANSMITTANCE + i]
-        root = e0 + s * (e1 + s * (e2 + s * (e3 + s * (e4 + s * (e5 + s * e6)))))
-        root *= root
-        root *= root
-        unclamped = opacity * root * root
+        unclamped = opacity * exp_negative(s, real)
         alpha = min(unclamped, alpha_max)
         hit = (s <= cutoff) & (before > zero)
         after = before - before * alpha
@@ -476,8 +472,9 @@ def load_block(block, image, alpha, v_image, v_alpha, view):
 @njit(**FAST)
 def blend_tiles(part, parts, splats, tiles_x, tiles_y, tile_starts, pair_splats, image, alpha):
     """Fill image [V, H, W, 4], the weighted sums of r, g, b and z, and alpha [V, H, W, 1], the sum of the weights."""
-    blocks, live = aligned_zeros(BLOCKS, STATE, image), np.empty(BLOCKS, np.bool_)
-    touched, batch = np.empty(BLOCKS + 1, np.int64), np.empty_like(splats[0, :BATCH])
+    blocks, live = np.zeros((BLOCKS, STATE), image.dtype), np.empty(BLOCKS, np.bool_)
+    touched = np.empty(BLOCKS + 1, np.int64)
+    batch = np.empty_like(splats[0, :BATCH])  # how numba makes an array of records; a list is never longer than [G]
     for tile in range(part, len(tile_starts) - 1, parts):
         view, left = tile // (tiles_x * tiles_y), tile % tiles_x * TILE
         top = tile // tiles_x % tiles_y * TILE
@@ -502,9 +499,9 @@ def blend_tiles_backward(
     image, alpha, v_image, v_alpha, gradients,
 ):  # fmt: skip
     """dL/d(image), dL/d(alpha) -> gradients [pairs, 10]; rows of pairs that are never blended stay as they are."""
-    blocks, live = aligned_zeros(BLOCKS, STATE, image), np.empty(BLOCKS, np.bool_)
+    blocks, live = np.zeros((BLOCKS, STATE), image.dtype), np.empty(BLOCKS, np.bool_)
     touched, batch = np.empty(BLOCKS + 1, np.int64), np.empty_like(splats[0, :BATCH])
-    sums = aligned_zeros(1, NUM_GRADIENTS * LANES, image)[0]
+    sums = np.zeros(NUM_GRADIENTS * LANES, image.dtype)
     for tile in range(part, len(tile_starts) - 1, parts):
         view, left = tile // (tiles_x * tiles_y), tile % tiles_x * TILE
         top = tile // tiles_x % tiles_y * TILE
@@ -548,7 +545,7 @@ def axis_gradient(v_axis, u, v, v_xx, v_xy, v_yy, row_x, row_y):
 def project_one_backward(mean, axes, camera, width, height, splat, total, v_mean, v_axes):
     """Back through `project_one`; returns v_mean and v_axes with this view's share added."""
     x, y, z = to_camera(mean, camera)
-    row_x, row_y, slope_x, slope_y = linearise(x, y, z, camera, width, height)
+    row_x, row_y, slope_x, slope_y, by_x, by_y = linearise(x, y, z, camera, width, height)
     u, v = project_axes(row_x, axes), project_axes(row_y, axes)
     v_xx, v_xy, v_yy = covariance_gradient(splat, total)
     v_u0, v_v0, v_axis0 = axis_gradient(v_axes[0], u[0], v[0], v_xx, v_xy, v_yy, row_x, row_y)
@@ -562,13 +559,10 @@ def project_one_backward(mean, axes, camera, width, height, splat, total, v_mean
     v_x = -fx * (2 * splat.qxx * total[S_DX] + splat.qxy * total[S_DY])
     v_y = -fy * (splat.qxy * total[S_DX] + 2 * splat.qyy * total[S_DY])
     v_z = total[V_DEPTH] - (v_x * x + v_y * y + dot(v_row_x, row_x) + dot(v_row_y, row_y)) / z
-    # ... and through the slopes x / z and y / z in the rows, unless they are clamped.
-    if slope_x == x / z:
-        v_slope = -fx * dot(v_row_x, camera.forward)
-        v_x, v_z = v_x + v_slope / z, v_z - v_slope * slope_x / z
-    if slope_y == y / z:
-        v_slope = -fy * dot(v_row_y, camera.forward)
-        v_y, v_z = v_y + v_slope / z, v_z - v_slope * slope_y / z
+    # ... and through the slopes in the rows.
+    v_x_slope, v_y_slope = -fx * dot(v_row_x, camera.forward) * by_x, -fy * dot(v_row_y, camera.forward) * by_y
+    v_x, v_y = v_x + v_x_slope, v_y + v_y_slope
+    v_z -= v_x_slope * slope_x + v_y_slope * slope_y
     v_mean = plus(plus(plus(v_mean, v_x, camera.right), v_y, camera.down), v_z, camera.forward)
     return v_mean, (v_axis0, v_axis1, v_axis2)
 

@@ -169,7 +169,13 @@ def test_resized_cameras_scale_the_projection(cameras):
 
 
 def test_indexing_always_gives_a_batch(cameras):
-    for index, rows in ((2, [2]), (-1, [3]), (slice(1, 3), [1, 2]), ([3, 0], [3, 0]), (torch.tensor([1]), [1])):
+    for index, rows in (
+        (2, [2]),
+        (-1, [3]),
+        (slice(1, 3), [1, 2]),
+        ([3, 0], [3, 0]),
+        (torch.tensor([1]), [1]),
+    ):
         part = cameras[index]
         assert len(part) == len(rows) and torch.equal(part.viewmats, cameras.viewmats[rows])
     both = concatenate([cameras[:1], cameras[2:]])

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_world import BALLS, SIZE, ball_pictures, ball_views, dataset_angles, moved, turned
+from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, object_views, turned
 
 from gsv3d_lib import dataset
-from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.dataset import (
     ObjectViews,
     atomic_path,
@@ -27,14 +26,6 @@ from gsv3d_lib.dataset import (
 from gsv3d_lib.orbits import Orbits, batch_cameras, make_variants, ring_frames
 
 SHARED = Path(__file__).parents[1] / "../shared/objects/gso"
-
-
-def object_views(id: str = "balls", turn: float = 0.0, size: int = 2 * SIZE) -> ObjectViews:
-    azimuths, elevations = dataset_angles()
-    cameras = orbit_cameras(azimuths, elevations, size)
-    rgb, alpha, depth = ball_pictures(cameras, turned(BALLS, turn))
-    rgba = (torch.cat([rgb * alpha, alpha], -1) * 255).round().to(torch.uint8).numpy()
-    return ObjectViews(id, rgba, depth[..., 0].numpy(), cameras, azimuths.numpy(), elevations.numpy())
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,7 @@ def test_a_saved_lora_is_the_same_lora(tmp_path):
     save_lora(unet, tmp_path)
     again = load_lora(base_unet(), tmp_path)
     assert torch.allclose(again(*unet_inputs()), unet(*unet_inputs()), atol=1e-6)
+    save_lora(again, tmp_path / "second")  # what was loaded can be saved, as the export of weights does
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}
     assert len(stored) == len(lora_parameters(unet))
@@ -200,7 +201,11 @@ def test_no_weight_moves_but_the_lora(parts):
 
 def test_distillation_lowers_its_loss(parts):
     stage = build_stage(parts)
-    optimizer, batch, losses = torch.optim.AdamW(lora_parameters(stage.unet).values(), lr=5e-3), kept_batch(stage), []
+    optimizer, batch, losses = (
+        torch.optim.AdamW(lora_parameters(stage.unet).values(), lr=5e-3),
+        kept_batch(stage),
+        [],
+    )
     for _ in range(6):
         loss, _ = stage(batch)
         losses.append(loss.item())

@@ -191,6 +191,17 @@ def test_calibration_gives_unit_variance_and_changes_no_reconstruction(vae, imag
 
 
 @torch.no_grad()
+def test_a_fresh_vae_starts_without_its_residual_branches(images):
+    """Only convolutions and norms act at first, and the noise of sampling is small."""
+    torch.manual_seed(1)
+    fresh = build_vae(CONFIG).eval()
+    block = fresh.encoder.down_blocks[0].resnets[0]
+    hidden = randn(1, 32, 8, 8)
+    assert torch.equal(block(hidden, None), hidden)  # the identity where the width stays
+    assert 0.02 < fresh.encode(to_network(images)).latent_dist.std.median() < 0.12
+
+
+@torch.no_grad()
 def test_norm_groups_survive_saving(vae, images, tmp_path):
     vae.save_pretrained(tmp_path)
     again = GroupedVAE.from_pretrained(tmp_path, local_files_only=True).eval()
@@ -300,7 +311,11 @@ def test_views_are_told_apart_by_their_rays_alone(decoder):
 
 @torch.no_grad()
 def test_a_batch_is_its_objects_one_by_one(decoder):
-    latents, cameras, dino = randn(2, FRAMES, 4, 4, 4), [cameras_of(FRAMES), cameras_of(FRAMES, 25.0)], features(2)
+    latents, cameras, dino = (
+        randn(2, FRAMES, 4, 4, 4),
+        [cameras_of(FRAMES), cameras_of(FRAMES, 25.0)],
+        features(2),
+    )
     together = decoder(latents, cameras, dino)
     for b, scene in enumerate(together):
         (alone,) = decoder(latents[b : b + 1], cameras[b : b + 1], dino[b : b + 1])
@@ -311,7 +326,10 @@ def test_a_batch_is_its_objects_one_by_one(decoder):
 @torch.no_grad()
 def test_dino_matters_in_every_block_and_can_be_left_out(decoder):
     latents, cameras = randn(1, FRAMES, 4, 4, 4), [cameras_of(FRAMES)]
-    (a,), (b,) = decoder(latents, cameras, features()), decoder(latents, cameras, features() * randn(1, 5, 1, seed=9))
+    (a,), (b,) = (
+        decoder(latents, cameras, features()),
+        decoder(latents, cameras, features() * randn(1, 5, 1, seed=9)),
+    )
     assert (a.colors - b.colors).abs().max() > 1e-3
     assert all(block.cross is not None for block in decoder.blocks)
     without = build_decoder(tiny_config(dino="none"))
@@ -346,9 +364,9 @@ def test_wrong_decoder_inputs_are_refused_with_the_shape(decoder):
 def test_a_saved_decoder_is_the_same_decoder(decoder, tmp_path):
     decoder.save_pretrained(tmp_path)
     again = GaussianDecoder.from_pretrained(tmp_path, local_files_only=True).eval()
-    latents, cameras = randn(1, FRAMES, 4, 4, 4), [cameras_of(FRAMES)]
-    for a, b in zip(decoder(latents, cameras, features())[0].tensors(), again(latents, cameras, features())[0].tensors(), strict=True):
-        assert torch.equal(a, b)
+    inputs = randn(1, FRAMES, 4, 4, 4), [cameras_of(FRAMES)], features()
+    (before,), (after,) = decoder(*inputs), again(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before.tensors(), after.tensors(), strict=True))
     with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert set(file.keys()) == set(decoder.state_dict())
     assert json.loads((tmp_path / "config.json").read_text())["upsample"] == CONFIG.decoder_upsample

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_dataset import object_views
-from tiny_world import BALLS, SIZE, ball_pictures, ball_views, tiny_config, turned
+from tiny_world import BALLS, SIZE, ball_pictures, ball_views, object_views, tiny_config, turned
 
 from gsv3d_lib import evaluate as ev
 from gsv3d_lib import train as recipes
@@ -72,7 +71,15 @@ def one_sentence(error) -> str:
 
 
 def test_every_stage_leaves_its_product(run, weights):
-    assert {p.name for p in weights.iterdir()} == {"vae", "dino", "unet", "clip", "decoder", "lora", "gsv3d.json"}
+    assert {p.name for p in weights.iterdir()} == {
+        "vae",
+        "dino",
+        "unet",
+        "clip",
+        "decoder",
+        "lora",
+        "gsv3d.json",
+    }
     assert all((weights / name).is_dir() for name in recipes.PRODUCTS.values())
     assert all((run / stage / "metrics.jsonl").is_file() for stage in recipes.STAGES)
     formats = {p.suffix for p in run.rglob("*") if p.is_file()}
@@ -115,9 +122,8 @@ def test_exported_weights_are_half_the_size_and_nearly_the_same(run, weights, pi
     sizes = [sum(f.stat().st_size for f in p.rglob("*.safetensors")) for p in (weights, tmp_path)]
     assert 0.48 < sizes[1] / sizes[0] < 0.6
     shipped = GSV3DPipeline.from_pretrained(tmp_path, device="cpu")
-    assert {p.dtype for name in ("vae", "clip", "unet", "decoder", "dino") for p in getattr(shipped, name).parameters()} == {
-        torch.float32
-    }
+    models = [getattr(shipped, name) for name in ("vae", "clip", "unet", "decoder", "dino")]
+    assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}  # the LoRA's too
     ours, theirs = pipe(picture, **QUICK), shipped(picture, **QUICK)
     assert (ours.means - theirs.means).abs().max() < 0.02 and (ours.colors - theirs.colors).abs().max() < 0.02
     assert set(json.loads((tmp_path / "curves.json").read_text())) == set(recipes.STAGES)
@@ -210,8 +216,7 @@ def test_a_checkpoint_without_dino_needs_none(weights, picture, tmp_path):
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="gsv3d.json is missing.*data/checkpoints/tiny") as error:
         GSV3DPipeline.from_pretrained(tmp_path / "nowhere")
-    one_sentence_or_two = str(error.value)
-    assert "\n" not in one_sentence_or_two
+    one_sentence(error)
     for text in ('{"name": "ti', "[]", '{"name": "huge"}'):
         (tmp_path / "gsv3d.json").write_text(text)
         with pytest.raises(ValueError, match="gsv3d.json cannot be read") as error:
@@ -320,7 +325,7 @@ def test_true_points_are_turned_to_the_input_view(tmp_path):
 
 def test_image_scores_of_an_empty_scene_are_those_of_white(scene):
     one = torch.ones(1)
-    speck = Gaussians(one[:, None] * 9.0, torch.eye(4)[:1], one.expand(1, 3) * 1e-3, one * 0.5, one.expand(1, 3))
+    speck = Gaussians(torch.full((1, 3), 9.0), torch.eye(4)[:1], torch.full((1, 3), 1e-3), one, torch.ones(1, 3))
     scores = ev.image_scores(speck, scene, ev.FRONT, torch.tensor([0, 5]))
     assert scores["psnr"] == pytest.approx(psnr(torch.ones(2, 64, 64, 3), scene.rgb[[0, 5]]), abs=1e-3)
     assert scores["depth_l1"] == pytest.approx(1.0)  # nothing there costs the object's radius
@@ -338,13 +343,21 @@ def test_averages_leave_nan_out_and_make_a_table():
     assert lines[2:] == ["| decoder | 21.000 | - | - | 0.100 |", "| card | 10.500 | - | - | - |"]
 
 
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")  # the faint Gaussians of untrained models have no surface
 def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys):
     for folder, id in (("gso", "balls"), ("train", "others")):
         write_object(tmp_path / folder, object_views(id, 0.0 if id == "balls" else 60.0, size=SIZE))
         write_index(tmp_path / folder, [{"id": id}])
     write_geometry(tmp_path / "gso", "balls")
     out = tmp_path / "results" / "tiny.json"
-    arguments = ["--weights", str(weights), "--objects", str(tmp_path / "gso"), "--train", str(tmp_path / "train")]
+    arguments = [
+        "--weights",
+        str(weights),
+        "--objects",
+        str(tmp_path / "gso"),
+        "--train",
+        str(tmp_path / "train"),
+    ]
     ev.main([*arguments, "--out", str(out), "--steps", "1", "--guidance", "1"])
     record = json.loads(out.read_text())
     assert record["objects"] == 1 and record["rows"][0]["id"] == "balls"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -346,6 +347,21 @@ def test_every_stage_trains(build, tmp_path):
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0]
+
+
+def test_the_vae_anchor_is_the_thumbnail_of_the_picture():
+    """A codec that reconstructs perfectly and stores 1 - x, averaged over 8 x 8 pixels, costs nothing but its KL."""
+    codec, posterior = SimpleNamespace(), SimpleNamespace(std=torch.zeros(1), kl=lambda: torch.zeros(4))
+    stage = VAEStage(codec, ball_views(), CONFIG)
+    batch = draw_batch(stage, 0, 0, 2)
+    images = batch["rgb"].flatten(0, 1).movedim(-1, 1) * 2 - 1
+    codec.encode = lambda x: SimpleNamespace(latent_dist=posterior)
+    codec.decode = lambda z, num_frames: SimpleNamespace(sample=images)
+    thumbnail = torch.nn.functional.avg_pool2d(1 - images, 8)
+    posterior.mean = torch.cat([thumbnail, randn(4, 1, 4, 4)], 1)
+    assert stage(batch)[0] == pytest.approx(0, abs=1e-6)
+    posterior.mean = posterior.mean + 0.5
+    assert stage(batch)[0] == pytest.approx(CONFIG.vae_anchor * 0.25, abs=1e-5)
 
 
 def test_frozen_encoders_stay_frozen():

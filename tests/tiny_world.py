@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gsv3d_lib.cameras import Cameras, orbit_cameras, ray_grid
 from gsv3d_lib.config import Config, Schedule, preset
-from gsv3d_lib.dataset import ViewTensors
+from gsv3d_lib.dataset import ObjectViews, ViewTensors
 from gsv3d_lib.orbits import Orbits, make_variants
 
 SIZE = 32
@@ -45,7 +45,10 @@ def moved(balls, move):
 
 def turned(balls, degrees: float):
     """The balls turned about the z axis."""
-    c, s = torch.deg2rad(torch.tensor(degrees)).cos().item(), torch.deg2rad(torch.tensor(degrees)).sin().item()
+    c, s = (
+        torch.deg2rad(torch.tensor(degrees)).cos().item(),
+        torch.deg2rad(torch.tensor(degrees)).sin().item(),
+    )
     return moved(balls, lambda x, y, z: (c * x - s * y, s * x + c * y, z))
 
 
@@ -54,6 +57,15 @@ def dataset_angles() -> tuple[Tensor, Tensor]:
     free = torch.arange(8)
     azimuths = torch.cat([torch.arange(16) * 22.5, (free * 47.0 + 5) % 360])
     return azimuths, torch.cat([torch.full((16,), 15.0), free * 6.0 - 8])
+
+
+def object_views(id: str = "balls", turn: float = 0.0, size: int = 2 * SIZE) -> ObjectViews:
+    """One ball scene as a dataset folder stores it."""
+    azimuths, elevations = dataset_angles()
+    cameras = orbit_cameras(azimuths, elevations, size)
+    rgb, alpha, depth = ball_pictures(cameras, turned(BALLS, turn))
+    rgba = (torch.cat([rgb * alpha, alpha], -1) * 255).round().to(torch.uint8).numpy()
+    return ObjectViews(id, rgba, depth[..., 0].numpy(), cameras, azimuths.numpy(), elevations.numpy())
 
 
 def ball_views(objects: int = 2, size: int = SIZE) -> ViewTensors:
