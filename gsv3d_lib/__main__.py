@@ -10,26 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import warnings
 from pathlib import Path
 
 from .paths import resolve
-
-
-def save_object(gaussians, folder: str | Path, turntable_size: int = 256) -> dict[str, Path]:
-    """Write every file a person may want of an object; returns their paths by kind."""
-    from .export import save_turntable, save_viewer_page
-    from .mesh import fuse_mesh, save_mesh
-
-    folder = Path(folder)
-    names = {"splats": "object.ply", "mesh": "object.glb", "video": "turntable.mp4", "gif": "turntable.gif"}
-    paths = {kind: folder / name for kind, name in names.items()} | {"page": folder / "viewer.html"}
-    folder.mkdir(parents=True, exist_ok=True)
-    gaussians.save_ply(paths["splats"])
-    save_turntable(gaussians, paths["video"], paths["gif"], size=turntable_size)
-    save_viewer_page(gaussians, paths["page"])
-    save_mesh(fuse_mesh(gaussians), paths["mesh"])
-    return paths
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-lora", action="store_true", help="without the geometric distillation")
     args = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         run(args)
     except (ValueError, FileNotFoundError) as error:
@@ -55,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    from .export import save_object
     from .images import prepare_condition
     from .pipeline import GSV3DPipeline, load_config
 
@@ -62,8 +45,7 @@ def run(args: argparse.Namespace) -> None:
     rgb, _ = prepare_condition(args.image, load_config(weights).image_size)  # a bad image fails before models load
     pipe = GSV3DPipeline.from_pretrained(weights, lora=not args.no_lora)
     started = time.perf_counter()
-    options = dict(elevation=args.elevation, steps=args.steps, guidance=args.guidance, seed=args.seed)
-    gaussians = pipe(rgb, **options)
+    gaussians = pipe(rgb, elevation=args.elevation, steps=args.steps, guidance=args.guidance, seed=args.seed)
     print(f"image -> {len(gaussians):,} Gaussians in {time.perf_counter() - started:.1f} s")
     for kind, path in save_object(gaussians, args.out).items():
         print(f"{kind:>7}  {path}")

@@ -149,3 +149,28 @@ def pack_splats(gaussians: Gaussians) -> bytes:
     return np.hstack(
         [means.astype("<f4").view(np.uint8), scales.astype("<f4").view(np.uint8), rgba, rotation]
     ).tobytes()
+
+
+# ---------------------------------------------------------------- everything at once
+
+
+def save_object(gaussians: Gaussians, folder: str | Path, turntable_size: int = 256) -> dict[str, Path]:
+    """Write every file a person may want of a generated object; returns the paths by kind.
+
+    object.ply has y down, as splat viewers expect. object.glb is turned such that the side the input saw, +x here, faces
+    a glTF viewer (+z there).
+    """
+    from .mesh import fuse_mesh, save_mesh
+
+    folder = Path(folder)
+    names = {"splats": "object.ply", "mesh": "object.glb", "video": "turntable.mp4", "gif": "turntable.gif"}
+    paths = {kind: folder / name for kind, name in names.items()} | {"page": folder / "viewer.html"}
+    folder.mkdir(parents=True, exist_ok=True)
+    gaussians.save_ply(paths["splats"], axes="y-down")
+    save_turntable(gaussians, paths["video"], paths["gif"], size=turntable_size)
+    save_viewer_page(gaussians, paths["page"])
+    mesh = fuse_mesh(gaussians)
+    x, y, z = mesh.vertices.T
+    mesh.vertices = np.column_stack([y, -x, z])  # a quarter turn: `save_mesh` takes -y for the front
+    save_mesh(mesh, paths["mesh"])
+    return paths

@@ -46,7 +46,9 @@ def load_lora(unet, folder: str | Path):
         unet.load_lora_adapter(str(folder), prefix=None, weight_name=path.name, adapter_name="default")
     except Exception as error:  # safetensors, peft and torch each raise their own kinds, some of many lines
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"The LoRA at {path} cannot be read or does not fit ({reason}); copy or train it again.") from error
+        raise ValueError(
+            f"The LoRA at {path} cannot be read or does not fit ({reason}); copy or train it again."
+        ) from error
     return unet
 
 

@@ -19,6 +19,7 @@ compilation short and, unlike numba's own thread pool, survives `fork` and being
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numba
@@ -75,9 +76,14 @@ def _run(kernel, *args) -> None:
     parts = num_threads()
     if parts == 1:
         kernel(0, 1, *args)
-        return
-    with ThreadPoolExecutor(parts) as pool:
-        list(pool.map(lambda part: kernel(part, parts, *args), range(parts)))
+    else:
+        list(_pool(parts, os.getpid()).map(lambda part: kernel(part, parts, *args), range(parts)))
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Kept from call to call, but not from process to process: threads do not survive `fork`."""
+    return ThreadPoolExecutor(threads)
 
 
 class _Rasterize(torch.autograd.Function):
@@ -136,7 +142,8 @@ def _list_pairs(splats, boxes, width, height):
     tile_starts = np.full(len(boxes) * tiles_x * tiles_y + 1, view_starts[-1])
     pair_splats, pair_rows = np.empty((2, view_starts[-1]), np.int32)
     # The bits of positive floats, read as integers, sort like the floats.
-    depth_keys = splats["depth"].astype(np.float32).view(np.uint32)
+    with np.errstate(all="ignore"):  # splats that are not visible hold arbitrary numbers
+        depth_keys = splats["depth"].astype(np.float32).view(np.uint32)
     lists = tile_starts, pair_splats, pair_rows
     _run(kernels.list_pairs, depth_keys, boxes, view_starts, tiles_x, tiles_y, *lists)
     return view_starts, tiles_x, tiles_y, *lists

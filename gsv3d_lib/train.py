@@ -88,6 +88,7 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, **options) -> li
     stage = DistillationStage(*parts, orbits_for(config, views, run), config)
     history = train(stage, config.stage2, run / "stage2", seed=config.seed, **options)
     save_lora(unet, weights / "lora")
+    save_config(config, weights)
     return history
 
 

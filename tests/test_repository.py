@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS += sorted(p for p in (ROOT / "data").rglob("*.md") if "cache" not in p.relative_to(ROOT).parts)
 NOT_PINNED = {"rembg"}  # downloads its network when used, so no test ran with it
 
 
@@ -228,7 +229,7 @@ def test_ci_runs_make_test():
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
     text = document.read_text()
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
@@ -236,7 +237,7 @@ def test_links_lead_somewhere(document):
     assert [t for t in local if not (document.parent / t).exists()] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_exist(document):
     text = document.read_text()
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M)) <= make_targets()
@@ -244,7 +245,7 @@ def test_commands_exist(document):
         assert (ROOT / "gsv3d_lib" / f"{module or '__main__'}.py").is_file(), module
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_options_of_commands_exist(document):
     """Every --option after `python -m gsv3d_lib.X` in a document is one that X declares."""
     joined = document.read_text().replace("\\\n", " ")
@@ -254,14 +255,14 @@ def test_options_of_commands_exist(document):
             assert f'"{option}"' in source, f"{document.name}: {module} has no {option}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_code_that_documents_name_exists(document):
     """`cameras.py` is a module, and `cameras.orbit_cameras` is defined there."""
     modules = {path.stem: path for path in (ROOT / "gsv3d_lib").glob("*.py")}
     text = document.read_text()
     assert [m for m in re.findall(r"`(\w+)\.py`", text) if m not in modules] == []
     for module, name in re.findall(r"`(\w+)\.([A-Za-z_][\w.]*)`", text):
-        if module in modules and name not in ("py", "md"):
+        if module in modules and name not in ("py", "md", "png", "json", "html"):  # file names
             assert name in names_of(modules[module]), f"{document.name}: {module}.{name}"
 
 
