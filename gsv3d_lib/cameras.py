@@ -101,7 +101,9 @@ def look_at(positions: Tensor) -> Tensor:
     up = positions.new_tensor([0.0, 0.0, 1.0]).expand_as(forward)
     right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=-1)
     if not torch.isfinite(right).all() or (right.norm(dim=-1) < 0.5).any():
-        raise ValueError("A camera straight above or below the object has no defined up; keep |elevation| < 90 degrees.")
+        raise ValueError(
+            "A camera straight above or below the object has no defined up; keep |elevation| < 90 degrees."
+        )
     down = torch.linalg.cross(forward, right)
     rotation = torch.stack([right, down, forward], dim=-2)  # rows: camera axes in the world
     viewmats = torch.zeros(len(positions), 4, 4, dtype=positions.dtype)

@@ -1,6 +1,6 @@
 """`make demo`: notebook 00 through papermill on one image, then where the results lie.
 
-    python -m gsv3d_lib.demo [--image my.png] [--out runs/demo]
+python -m gsv3d_lib.demo [--image my.png] [--out runs/demo]
 """
 
 from __future__ import annotations

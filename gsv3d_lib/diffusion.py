@@ -37,9 +37,7 @@ class Condition:
     def dropped(self, keep: Tensor | None = None) -> Condition:
         """The null condition where `keep` [B] is 0 (everywhere if None): zero token and latent, the angles stay."""
         keep = self.token.new_zeros(len(self.token)) if keep is None else keep.to(self.token)
-        return replace(
-            self, token=self.token * keep[:, None, None], latent=self.latent * keep[:, None, None, None]
-        )
+        return replace(self, token=self.token * keep[:, None, None], latent=self.latent * keep[:, None, None, None])
 
 
 def scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -68,7 +68,9 @@ def dino_features(dino, images: Tensor) -> Tensor:
     return dino(pixel_values=pixels).last_hidden_state
 
 
-def condition_from(images: Tensor, polar: Tensor, azimuth: Tensor, vae, clip, config: Config, noise: Tensor | None = None):
+def condition_from(
+    images: Tensor, polar: Tensor, azimuth: Tensor, vae, clip, config: Config, noise: Tensor | None = None
+):
     """SV3D's `Condition` of condition images [B, H, W, 3]; polar and azimuth [B, N] in radians.
 
     noise [B, H, W, 3]: standard normal, multiplied by cond_aug = 1e-5 and added to the image, as in training SV3D.

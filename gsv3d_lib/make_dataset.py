@@ -49,9 +49,7 @@ class Job:
 def procedural_jobs(count: int, first_seed: int = 0, family: str | None = None) -> list[Job]:
     """Jobs for the seeds first_seed .. first_seed + count - 1."""
     seeds = range(first_seed, first_seed + count)
-    return [
-        Job(f"procedural_{seed:06d}_{family or family_of(seed)}", seed=seed, family=family) for seed in seeds
-    ]
+    return [Job(f"procedural_{seed:06d}_{family or family_of(seed)}", seed=seed, family=family) for seed in seeds]
 
 
 def mesh_jobs(folder: str | Path, up: str | None = None) -> list[Job]:
@@ -76,9 +74,7 @@ def dataset_angles(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Azimuths and elevations [24] in degrees: the ring, then random views drawn from `seed`."""
     rng = np.random.default_rng(seed)
     azimuths = np.concatenate([np.arange(RING) * 360 / RING, rng.uniform(0, 360, RANDOM_VIEWS)])
-    elevations = np.concatenate(
-        [np.full(RING, RING_ELEVATION), rng.uniform(*RANDOM_ELEVATIONS, RANDOM_VIEWS)]
-    )
+    elevations = np.concatenate([np.full(RING, RING_ELEVATION), rng.uniform(*RANDOM_ELEVATIONS, RANDOM_VIEWS)])
     return azimuths.astype(np.float32), elevations.astype(np.float32)
 
 
@@ -138,11 +134,7 @@ def make_dataset(
 def existing_rows(folder: Path) -> list[dict]:
     """The rows of a folder's index whose two files are there; none where there is no index yet."""
     rows = list_objects(folder) if (folder / "index.json").is_file() else []
-    return [
-        row
-        for row in rows
-        if all((folder / f"{row['id']}{suffix}").is_file() for suffix in (".webp", ".npz"))
-    ]
+    return [row for row in rows if all((folder / f"{row['id']}{suffix}").is_file() for suffix in (".webp", ".npz"))]
 
 
 def _run_all(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | str]:
@@ -159,20 +151,14 @@ def _sorted(rows: dict[str, dict]) -> list[dict]:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gsv3d_lib.make_dataset", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.make_dataset", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--procedural", type=int, metavar="COUNT", help="make this many procedural objects")
     source.add_argument("--meshes", metavar="FOLDER", help="render every mesh file below a folder")
-    parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="the dataset folder; it may exist already"
-    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the dataset folder; it may exist already")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first procedural object (default 0)")
     parser.add_argument("--family", choices=list(FAMILIES), help="only this family (default: all, mixed)")
-    parser.add_argument(
-        "--up", choices=["y", "z"], help="up axis in the mesh files (default: y for glTF, else z)"
-    )
+    parser.add_argument("--up", choices=["y", "z"], help="up axis in the mesh files (default: y for glTF, else z)")
     parser.add_argument("--size", type=int, default=128, help="pixels per side (default 128)")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default 2)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")

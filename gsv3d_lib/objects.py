@@ -75,9 +75,7 @@ def car(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     livery = tx.stripes(tx.WHITE, color, 2.0, (1, 0, 0), 0.1) if rng.random() < 0.3 else color
     parts = [paint(loft(body, 0.3), livery), car_cabin(color, width, front, back, roof)]
     parts += car_wheels(rng, width) + car_lights(width)
-    parts.append(
-        paint(place(box((0.9 * width, 0.04, 0.1)), (0, -0.99, 0.27)), tx.stripes(tx.METAL, tx.BLACK, 0.04))
-    )
+    parts.append(paint(place(box((0.9 * width, 0.04, 0.1)), (0, -0.99, 0.27)), tx.stripes(tx.METAL, tx.BLACK, 0.04)))
     return parts
 
 
@@ -133,9 +131,7 @@ def chair(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     return parts
 
 
-def chair_base(
-    rng: np.random.Generator, color: tx.Color, half: float, height: float
-) -> list[trimesh.Trimesh]:
+def chair_base(rng: np.random.Generator, color: tx.Color, half: float, height: float) -> list[trimesh.Trimesh]:
     if rng.random() < 0.3:
         parts = [paint(place(cylinder(0.05, height), (0, 0, height / 2)), tx.METAL)]
         for angle in np.radians(np.arange(5) * 72 + 90):
@@ -156,11 +152,7 @@ def chair_base(
 def chair_back(rng, frame: tx.Color, cover: tx.Paint, half: float, height: float, rise: float):
     lean, top = rng.uniform(0, 0.2), height + rise
     if rng.random() < 0.5:
-        rest = (
-            box((1.9 * half, 0.07, 0.75 * rise))
-            if rng.random() < 0.5
-            else ball((0.95 * half, 0.06, 0.4 * rise))
-        )
+        rest = box((1.9 * half, 0.07, 0.75 * rise)) if rng.random() < 0.5 else ball((0.95 * half, 0.06, 0.4 * rise))
         place(
             rest,
             (0, half - 0.05 + 0.6 * lean, height + 0.6 * rise),
@@ -227,9 +219,7 @@ def face(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     return parts
 
 
-def face_features(
-    rng: np.random.Generator, skin: tx.Color, wide: float, tall: float
-) -> list[trimesh.Trimesh]:
+def face_features(rng: np.random.Generator, skin: tx.Color, wide: float, tall: float) -> list[trimesh.Trimesh]:
     x, z, y = rng.uniform(0.17, 0.23), 0.1 * tall, -0.45
     iris = tx.random_color(rng)
     gaze = tx.where(
@@ -241,23 +231,16 @@ def face_features(
     )
     parts += mirrored(paint(place(ball((0.07, 0.12, 0.16), 2), (wide, 0.02, 0.02)), tx.shade(skin, 0.9)))
     nose = rng.uniform(0.07, 0.13)
-    parts.append(
-        paint(place(ball((0.8 * nose, nose, 1.2 * nose), 2), (0, -0.54, -0.08 * tall)), tx.shade(skin, 0.85))
-    )
+    parts.append(paint(place(ball((0.8 * nose, nose, 1.2 * nose), 2), (0, -0.54, -0.08 * tall)), tx.shade(skin, 0.85)))
     smile = [
-        (0.17 * np.sin(t), -0.45 + 0.05 * t * t, -0.42 * tall - 0.06 * np.cos(t))
-        for t in np.linspace(-1.4, 1.4, 9)
+        (0.17 * np.sin(t), -0.45 + 0.05 * t * t, -0.42 * tall - 0.06 * np.cos(t)) for t in np.linspace(-1.4, 1.4, 9)
     ]
     parts.append(paint(tube(smile, 0.035), (0.7, 0.2, 0.2)))
     if rng.random() < 0.35:
         rim = place(torus(0.15, 0.02), (x, y - 0.12, z), along="y")
-        parts += mirrored(paint(rim, tx.BLACK)) + [
-            paint(place(box((0.1, 0.03, 0.03)), (0, y - 0.14, z)), tx.BLACK)
-        ]
+        parts += mirrored(paint(rim, tx.BLACK)) + [paint(place(box((0.1, 0.03, 0.03)), (0, y - 0.14, z)), tx.BLACK)]
     if rng.random() < 0.25:
-        beard = roughened(
-            place(ball((0.75 * wide, 0.3, 0.3 * tall)), (0, -0.22, -0.68 * tall)), 0.05, 0.15, 3
-        )
+        beard = roughened(place(ball((0.75 * wide, 0.3, 0.3 * tall)), (0, -0.22, -0.68 * tall)), 0.05, 0.15, 3)
         parts.append(paint(beard, tx.shade(tx.wood_color(rng), 0.7)))
     return parts
 
@@ -334,9 +317,7 @@ def mug(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     """A turned cup, hollow, with a handle at +x and a print that faces the front."""
     low, high, tall = rng.uniform(0.4, 0.6), rng.uniform(0.5, 0.65), rng.uniform(0.9, 1.5)
     heights = np.linspace(0, tall, 24)
-    belly = np.interp(heights, [0, tall], [low, high]) + rng.uniform(-0.06, 0.12) * np.sin(
-        np.pi * heights / tall
-    )
+    belly = np.interp(heights, [0, tall], [low, high]) + rng.uniform(-0.06, 0.12) * np.sin(np.pi * heights / tall)
     outside = np.stack([belly, heights], axis=-1)
     inside = np.stack([belly - 0.05, np.maximum(heights, 0.06)], axis=-1)[::-1]
     color, inner = tx.random_color(rng), tx.WHITE if rng.random() < 0.6 else tx.random_color(rng)
@@ -356,9 +337,7 @@ def mug(rng: np.random.Generator) -> list[trimesh.Trimesh]:
 def handle_path(radius: float, tall: float) -> np.ndarray:
     """A half ellipse at +x in the plane y = 0, both ends inside the wall."""
     turn = np.linspace(-np.pi / 2, np.pi / 2, 17)
-    return np.stack(
-        [0.94 * radius + 0.36 * np.cos(turn), 0 * turn, 0.52 * tall + 0.32 * tall * np.sin(turn)], -1
-    )
+    return np.stack([0.94 * radius + 0.36 * np.cos(turn), 0 * turn, 0.52 * tall + 0.32 * tall * np.sin(turn)], -1)
 
 
 def mug_decor(rng: np.random.Generator, color: tx.Color, tall: float) -> tx.Paint:
@@ -374,9 +353,7 @@ def mug_decor(rng: np.random.Generator, color: tx.Color, tall: float) -> tx.Pain
 
 def animal(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     """Four legs, a body along y, a head in front, ears, a tail; spots, stripes or plain fur."""
-    fur, second = (
-        (tx.wood_color(rng), tx.WHITE) if rng.random() < 0.6 else (tx.random_color(rng), tx.random_color(rng))
-    )
+    fur, second = (tx.wood_color(rng), tx.WHITE) if rng.random() < 0.6 else (tx.random_color(rng), tx.random_color(rng))
     coats = [
         fur,
         tx.spots(second, fur, 0.4, int(rng.integers(99))),
@@ -389,9 +366,7 @@ def animal(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     for y in (-0.45, 0.48):
         hip, hoof = (0.6 * girth, y, legs + 0.4 * girth), (0.65 * girth, y, 0)
         parts += mirrored(paint(tube([hip, hoof], [0.13, 0.08]), coat))
-        parts += mirrored(
-            paint(place(ball((0.1, 0.13, 0.07), 2), (0.65 * girth, y - 0.03, 0.04)), tx.shade(fur, 0.4))
-        )
+        parts += mirrored(paint(place(ball((0.1, 0.13, 0.07), 2), (0.65 * girth, y - 0.03, 0.04)), tx.shade(fur, 0.4)))
     shoulder, head = np.array([0, -0.55, legs + girth]), np.array([0, -0.85, legs + 1.3 * girth + neck])
     parts.append(paint(tube([shoulder, head], [0.8 * girth, 0.17]), coat))
     parts += animal_head(rng, fur, head)
@@ -421,9 +396,7 @@ def animal_head(rng: np.random.Generator, fur: tx.Color, at: np.ndarray) -> list
             at + [0.7 * size, -0.2 * size, 1.7 * size],
         ]
         parts += mirrored(paint(tube(horn, [0.07, 0.05, 0.01]), (0.9, 0.85, 0.7)))
-    ear = place(
-        ball((0.3 * size, 0.12 * size, rng.uniform(0.4, 1.2) * size), 2), turn=(0, rng.uniform(0, 60), 0)
-    )
+    ear = place(ball((0.3 * size, 0.12 * size, rng.uniform(0.4, 1.2) * size), 2), turn=(0, rng.uniform(0, 60), 0))
     return parts + mirrored(paint(place(ear, at + [0.6 * size, 0.1 * size, 0.8 * size]), tx.shade(fur, 0.7)))
 
 
@@ -442,9 +415,7 @@ def bottle(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     profile.append((neck, tall + shoulder + 0.25))
     low, high = 0.15 * tall, rng.uniform(0.6, 0.95) * tall
     front = tx.within(x=(-0.7 * body, 0.7 * body), y=(-9, 0), z=(low + 0.08, high - 0.08))
-    band = tx.where(
-        front, tx.label(ink, paper, int(rng.integers(99)), rng.uniform(0.05, 0.1)), tx.random_paint(rng)
-    )
+    band = tx.where(front, tx.label(ink, paper, int(rng.integers(99)), rng.uniform(0.05, 0.1)), tx.random_paint(rng))
     parts = [paint(lathe(profile, 56), tx.where(tx.within(z=(low, high)), band, color))]
     cap = place(cylinder(1.2 * neck, 0.2), (0, 0, tall + shoulder + 0.2))
     return parts + [paint(cap, tx.random_color(rng))]
@@ -489,9 +460,7 @@ def shoe(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     parts.append(paint(loft(flat, 0.4), sole))
     parts.append(paint(place(cylinder(0.17, 0.04), (0, 0.45, ankle - 0.01)), tx.shade(tx.GREY, 0.4)))
     for y, z in zip(np.linspace(-0.45, 0.0, 4), np.linspace(toe + 0.16, 0.62 * ankle + 0.22, 4), strict=True):
-        parts.append(
-            paint(place(superellipsoid((0.2, 0.035, 0.03), 0.5, 12), (0, y, min(z, ankle))), tx.WHITE)
-        )
+        parts.append(paint(place(superellipsoid((0.2, 0.035, 0.03), 0.5, 12), (0, y, min(z, ankle))), tx.WHITE))
     return parts
 
 

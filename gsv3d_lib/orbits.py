@@ -131,4 +131,3 @@ def latent_fingerprint(views: ViewTensors, variants: list[Variant], vae) -> Tens
     weights = sum(p.detach().double().abs().sum().cpu() for p in vae.encoder.parameters())
     pixels = views.rgb[:, ::8, ::8, ::8].double().sum()
     return torch.tensor([len(variants), views.rgb.shape[-2], float(weights), float(pixels)], dtype=torch.float64)
-

@@ -79,9 +79,7 @@ def tube(path, radius) -> trimesh.Trimesh:
     radius = np.broadcast_to(radius, len(path))[:, None, None]
     tangent = np.gradient(path, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
-    helper = np.eye(3)[
-        np.abs(tangent).mean(0).argmin()
-    ]  # least parallel to the path, so the frame never flips
+    helper = np.eye(3)[np.abs(tangent).mean(0).argmin()]  # least parallel to the path, so the frame never flips
     u = np.cross(tangent, helper)
     u /= np.linalg.norm(u, axis=1, keepdims=True)
     v = np.cross(tangent, u)
@@ -127,9 +125,7 @@ def grid(rings: np.ndarray) -> trimesh.Trimesh:
     )
     mesh.update_faces(mesh.area_faces > 1e-12)  # a ring of radius 0 (a pole) leaves slivers without area
     mesh.remove_unreferenced_vertices()
-    if (
-        mesh.volume < 0
-    ):  # the rings ran the other way round; viewers that hide back faces need outward triangles
+    if mesh.volume < 0:  # the rings ran the other way round; viewers that hide back faces need outward triangles
         mesh.invert()
     return mesh
 

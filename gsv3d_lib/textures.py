@@ -117,9 +117,7 @@ def patches(paints: list[Paint], cell: float, seed: int = 0) -> Texture:
     return texture
 
 
-def bricks(
-    brick: Paint, mortar: Paint, length: float = 0.22, height: float = 0.1, gap: float = 0.015
-) -> Texture:
+def bricks(brick: Paint, mortar: Paint, length: float = 0.22, height: float = 0.1, gap: float = 0.015) -> Texture:
     """Courses of bricks, each shifted by half a brick, on walls that face x or y."""
 
     def is_mortar(points):

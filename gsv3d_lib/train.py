@@ -169,9 +169,7 @@ def export_weights(run: Path, folder: Path) -> None:
         path.write_text(json.dumps({stage: read_metrics(Path(run) / stage) for stage in STAGES}))
 
 
-RECIPES = dict(
-    vae=train_vae, dino=train_dino, diffusion=train_diffusion, stage1=train_stage1, stage2=train_stage2
-)
+RECIPES = dict(vae=train_vae, dino=train_dino, diffusion=train_diffusion, stage1=train_stage1, stage2=train_stage2)
 PRODUCTS = dict(vae="vae", dino="dino", diffusion="clip", stage1="decoder", stage2="lora")
 
 

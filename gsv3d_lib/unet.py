@@ -68,9 +68,7 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
                 f"polar and azimuth are [{batch}, {frames}] like sample; got {tuple(polar.shape)}, {tuple(azimuth.shape)}."
             )
         if token.shape != (batch, 1, self.config.cross_attention_dim):
-            raise ValueError(
-                f"token is [{batch}, 1, {self.config.cross_attention_dim}]; got {tuple(token.shape)}."
-            )
+            raise ValueError(f"token is [{batch}, 1, {self.config.cross_attention_dim}]; got {tuple(token.shape)}.")
 
 
 def _attend(block, context: Tensor) -> dict:

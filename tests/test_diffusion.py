@@ -8,6 +8,7 @@ import torch
 from tiny_world import randn, tiny_config
 from torch import Tensor
 
+from gsv3d_lib.config import preset
 from gsv3d_lib.diffusion import (
     Condition,
     build_scheduler,
@@ -139,9 +140,15 @@ def test_the_null_condition_keeps_the_angles():
     assert (half.token[1] == 0).all() and (half.latent[1] == 0).all()
 
 
+def test_the_paper_preset_has_sv3d_s_noise_and_guidance():
+    paper = preset("paper")
+    assert (paper.sigma_min, paper.sigma_max, paper.guidance, paper.sampling_steps) == (0.002, 700.0, 2.5, 50)
+    assert (paper.log_sigma_mean, paper.log_sigma_std, paper.cond_aug) == (0.7, 1.6, 1e-5)
+    assert (paper.latent_scale, paper.cond_dropout, paper.num_frames) == (0.18215, 0.1, 16)
+
+
 def test_dropout_and_noise_follow_their_distributions():
     config = tiny_config()
-    assert config.cond_dropout == 0.1
     generator = torch.Generator().manual_seed(0)
     draws = [diffusion_draws(torch.empty(1, 4, 1, 1), generator, config) for _ in range(3000)]
     keep = torch.stack([d["keep"] for d in draws])
@@ -228,7 +235,7 @@ def run(steps: int, unet=None, **options) -> Tensor:
     return sample(
         unet or GaussianUNet(),
         condition(),
-        tiny_config(),
+        tiny_config().replace(sigma_max=700.0),
         steps=steps,
         guidance=1.0,
         generator=generator,
@@ -238,7 +245,7 @@ def run(steps: int, unet=None, **options) -> Tensor:
 
 
 def test_the_scheduler_has_svd_sigmas():
-    scheduler = build_scheduler(tiny_config())
+    scheduler = build_scheduler(tiny_config().replace(sigma_max=700.0))
     scheduler.set_timesteps(20)
     assert torch.allclose(scheduler.sigmas.double(), karras(20, 0.002, 700.0), rtol=1e-4)
     assert torch.allclose(scheduler.timesteps.double(), scheduler.sigmas[:-1].double().log() / 4, atol=1e-5)

@@ -76,9 +76,7 @@ def test_mesh_folders_are_rendered_and_broken_files_reported(meshes, tmp_path, c
 
 def test_two_processes_make_the_same_dataset(meshes, tmp_path):
     for workers in (1, 2):
-        md.make_dataset(
-            md.mesh_jobs(meshes), tmp_path / str(workers), size=16, workers=workers, progress=False
-        )
+        md.make_dataset(md.mesh_jobs(meshes), tmp_path / str(workers), size=16, workers=workers, progress=False)
     for name in ("ball.webp", "ball.npz", "index.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
@@ -86,9 +84,7 @@ def test_two_processes_make_the_same_dataset(meshes, tmp_path):
 def test_a_second_run_renders_only_what_is_missing(meshes, tmp_path, monkeypatch):
     out, rendered = tmp_path / "set", []
     run_job = md.run_job
-    monkeypatch.setattr(
-        md, "run_job", lambda job, **options: rendered.append(job.id) or run_job(job, **options)
-    )
+    monkeypatch.setattr(md, "run_job", lambda job, **options: rendered.append(job.id) or run_job(job, **options))
     jobs = [job for job in md.mesh_jobs(meshes) if job.id != "broken"]
     md.make_dataset(jobs, out, size=16, progress=False)
     (out / "ball.npz").unlink()

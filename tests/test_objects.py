@@ -70,12 +70,8 @@ def test_fronts_face_minus_y():
     parts = car(np.random.default_rng(1))
     assert center_of(parts, tx.YELLOW)[1] < -0.5, "headlights in front"
     assert center_of(parts, tx.RED)[1] > 0.5, "tail lights behind"
-    front, back = (
-        render_mesh(procedural_object(1, "face"), orbit_cameras([az], [5.0], 64))[0] for az in (270.0, 90.0)
-    )
-    white = [
-        ((rgba[0, ..., :3].min(-1) > 0.7) & (rgba[0, ..., 3] > 0.5))[15:40].sum() for rgba in (front, back)
-    ]
+    front, back = (render_mesh(procedural_object(1, "face"), orbit_cameras([az], [5.0], 64))[0] for az in (270.0, 90.0))
+    white = [((rgba[0, ..., :3].min(-1) > 0.7) & (rgba[0, ..., 3] > 0.5))[15:40].sum() for rgba in (front, back)]
     assert white[0] > 5 and white[1] == 0, "the whites of the eyes are seen from the front only"
 
 
@@ -165,9 +161,7 @@ def test_stripes_take_their_share():
 
 
 def test_gradient_ends_and_middle():
-    red = tx.gradient((0, 0, 0), (1, 0, 0), (0, 0, 2), -1, 1)(np.array([[0, 0, -5.0], [0, 0, 0], [0, 0, 1]]))[
-        :, 0
-    ]
+    red = tx.gradient((0, 0, 0), (1, 0, 0), (0, 0, 2), -1, 1)(np.array([[0, 0, -5.0], [0, 0, 0], [0, 0, 1]]))[:, 0]
     assert red == pytest.approx([0, 0.5, 1])
 
 

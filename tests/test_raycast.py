@@ -28,9 +28,7 @@ def textured_quad(image: Image.Image) -> trimesh.Trimesh:
     """A unit square in the plane y = 0; u runs along +x, v along +z, as its front (-y) shows the picture upright."""
     corners = [(-0.5, 0, -0.5), (0.5, 0, -0.5), (0.5, 0, 0.5), (-0.5, 0, 0.5)]
     uv = [(0, 0), (1, 0), (1, 1), (0, 1)]
-    visual = trimesh.visual.TextureVisuals(
-        uv=uv, material=trimesh.visual.material.SimpleMaterial(image=image)
-    )
+    visual = trimesh.visual.TextureVisuals(uv=uv, material=trimesh.visual.material.SimpleMaterial(image=image))
     return trimesh.Trimesh(corners, [(0, 1, 2), (0, 2, 3)], visual=visual, process=False)
 
 
@@ -51,9 +49,7 @@ def test_depth_of_a_sphere_matches_the_closed_form():
 def test_depth_of_a_box_is_exact():
     cameras = orbit_cameras([0.0], [0.0], 32)
     _, depth = render_mesh(colored_box((0.6, 1.0, 1.0)), cameras, supersample=1)
-    assert depth[0, 12:20, 12:20] == pytest.approx(DISTANCE - 0.3, abs=2e-6), (
-        "z-depth, not the length of the ray"
-    )
+    assert depth[0, 12:20, 12:20] == pytest.approx(DISTANCE - 0.3, abs=2e-6), "z-depth, not the length of the ray"
 
 
 def test_depth_is_not_averaged_across_edges():
@@ -64,9 +60,7 @@ def test_depth_is_not_averaged_across_edges():
 def test_alpha_is_the_covered_share_of_a_pixel():
     rgba, _ = render_mesh(colored_box(), orbit_cameras([0.0], [0.0], 33), supersample=4)
     alpha, half = rgba[0, ..., 3], 16.5 / np.tan(np.radians(33.8 / 2)) * 0.5 / (DISTANCE - 0.5)
-    assert alpha[16].sum() == pytest.approx(2 * half, abs=0.5), (
-        "width of the middle row, to a quarter pixel per side"
-    )
+    assert alpha[16].sum() == pytest.approx(2 * half, abs=0.5), "width of the middle row, to a quarter pixel per side"
     assert ((alpha > 0) & (alpha < 1)).any()
     assert np.allclose(rgba[0, ..., 0][(alpha > 0) & (alpha < 1)], rgba[0, 16, 16, 0]), "straight alpha"
 
@@ -159,9 +153,7 @@ def test_normalized_touches_the_unit_ball():
 
 def test_glb_is_read_as_y_up_and_its_front_turns_to_minus_y(tmp_path):
     spike = trimesh.creation.box(extents=(0.2, 2, 0.2))  # up, in a y-up file
-    nose = trimesh.creation.box(extents=(0.1, 0.1, 0.5)).apply_translation(
-        [0, 0, 0.5]
-    )  # the glTF front is +z
+    nose = trimesh.creation.box(extents=(0.1, 0.1, 0.5)).apply_translation([0, 0, 0.5])  # the glTF front is +z
     trimesh.Scene([spike, nose]).export(tmp_path / "thing.glb")
     bounds = load_mesh(tmp_path / "thing.glb").bounds
     assert np.ptp(bounds, axis=0).argmax() == 2

@@ -80,7 +80,7 @@ def ball_views(objects: int = 2, size: int = SIZE) -> ViewTensors:
 
 
 def tiny_config(**changes) -> Config:
-    """The `tiny` preset at the smallest sizes that its classes allow."""
+    """The `tiny` preset at the smallest sizes that its classes allow, its noise that of SV3D."""
     schedule = Schedule(steps=4, batch=2, lr=1e-3, warmup=0)
     smallest = dict(
         image_size=SIZE,
@@ -105,6 +105,11 @@ def tiny_config(**changes) -> Config:
         decoder_layers=2,
         decoder_heads=2,
         decoder_upsample=2,
+        cond_dropout=0.1,
+        log_sigma_mean=0.7,
+        log_sigma_std=1.6,
+        sigma_min=0.002,
+        sigma_max=700.0,
         sampling_steps=3,
         copies=1,
         view_counts=(2, 4),
