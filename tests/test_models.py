@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from gsv3d_lib.cameras import DISTANCE, orbit_cameras, ray_grid, sv3d_azimuths
 from gsv3d_lib.config import preset
-from gsv3d_lib.decoder import GaussianDecoder, build_decoder
+from gsv3d_lib.decoder import SWEEP, GaussianDecoder, build_decoder, plane_sweep
 from gsv3d_lib.encoders import (
     CLIP_MEAN,
     CLIP_STD,
@@ -344,6 +345,57 @@ def test_patches_and_upsampling_set_the_number_of_gaussians():
         decoder = build_decoder(tiny_config(decoder_patch=patch, decoder_upsample=upsample, dino="none"))
         maps, origins, _ = decoder.output_maps(randn(1, 2, 4, 4, 4), [cameras_of(2)])
         assert maps.shape == (1, 2, side, side, 12) and origins.shape == (1, 2, side, side, 3)
+
+
+@torch.no_grad()
+def test_the_plane_sweep_reads_where_points_project():
+    """View 0 is zero, view 1 holds u / width as a ramp, which bilinear reading reproduces: the largest value of the two
+    is then the projected u of each point on each ray, in closed form."""
+    cameras, side, planes = orbit_cameras([0.0, 50.0], [10.0, 30.0], SIZE), 16, 5
+    ramp = (torch.arange(side) + 0.5) / side
+    latents = torch.stack([torch.zeros(4, side, side), ramp.expand(4, side, side)])
+    config = SimpleNamespace(planes=planes, object_radius=0.4)  # a small ball: every point is inside both frames
+    swept = plane_sweep(latents, cameras, (6, 6), config).unflatten(1, (planes, len(SWEEP), 4))
+    assert swept.shape == (2 * 6 * 6, planes, 4, 4)
+
+    origins, directions = ray_grid(cameras, 6, 6)
+    steps = DISTANCE + torch.linspace(-0.4, 0.4, planes)
+    points = (origins[..., None, :] + steps[:, None] * directions[..., None, :]).reshape(-1, planes, 3)
+    local = points @ cameras.viewmats[1, :3, :3].T + cameras.viewmats[1, :3, 3]
+    u = (cameras.Ks[1, 0, 0] * local[..., 0] / local[..., 2] + cameras.Ks[1, 0, 2]) / SIZE
+    inside = (u > 0.5 / side) & (u < 1 - 0.5 / side)
+    inside &= (local[..., 1] / local[..., 2]).abs() < 0.28  # the field of view ends at 0.30
+    expected = torch.stack([u / 2, u / 2, torch.zeros_like(u), u], -1)  # mean, deviation, smallest, largest
+    assert inside.float().mean() > 0.7
+    for channel in range(4):
+        assert torch.allclose(swept[..., channel][inside], expected[inside], atol=1e-4)
+
+
+@torch.no_grad()
+def test_along_its_own_ray_a_view_reads_its_own_pixel():
+    latents = randn(1, 4, 4, 4)
+    config = SimpleNamespace(planes=3, object_radius=1.0)
+    swept = plane_sweep(latents, cameras_of(1), (4, 4), config).unflatten(1, (3, len(SWEEP), 4))
+    pixels = latents[0].flatten(1).T[:, None].expand(-1, 3, -1)
+    for name, expected in (("mean", pixels), ("smallest", pixels), ("largest", pixels)):
+        assert torch.allclose(swept[:, :, SWEEP.index(name)], expected, atol=1e-4)
+    assert swept[:, :, SWEEP.index("deviation")].abs().max() < 1e-5
+
+
+def test_the_sweep_has_finite_gradients_where_views_agree(decoder):
+    """The deviation of equal values has no derivative; a plain background must not turn it into NaN."""
+    latents = torch.full((1, FRAMES, 4, 4, 4), 0.3, requires_grad=True)
+    decoder(latents, [cameras_of(FRAMES)], features())[0].colors.sum().backward()
+    assert torch.isfinite(latents.grad).all() and (latents.grad != 0).any()
+    decoder.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def test_the_sweep_can_be_left_out():
+    assert preset("paper").decoder_planes == 0 and CONFIG.decoder_planes > 0
+    without = build_decoder(CONFIG.replace(decoder_planes=0))
+    assert without.sweep is None and not [name for name, _ in without.named_parameters() if "sweep" in name]
+    assert len(without(randn(1, 2, 4, 4, 4), [cameras_of(2)], features())[0]) == 2 * 64
 
 
 def test_wrong_decoder_inputs_are_refused_with_the_shape(decoder):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ CONFIG = tiny_config(
 )
 SIDE = SIZE // 8 * CONFIG.decoder_upsample  # Gaussians a view, squared
 QUICK = dict(steps=2, progress=False)
+SHIPPED = Path(__file__).parents[1] / "data/checkpoints/tiny"
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +210,17 @@ def test_a_checkpoint_without_dino_needs_none(weights, picture, tmp_path):
     recipes.save_model(build_decoder(config), tmp_path, "decoder", config)
     pipe = GSV3DPipeline.from_pretrained(tmp_path / "weights", device="cpu")
     assert pipe.dino is None and len(pipe(picture, **QUICK)) == CONFIG.num_frames * SIDE**2
+
+
+@pytest.mark.skipif(not (SHIPPED / "gsv3d.json").is_file(), reason="no weights in data/checkpoints/tiny")
+def test_the_shipped_weights_fit_the_library():
+    """They open, and two steps of sampling give finite Gaussians: a change of names or shapes would show here."""
+    assert sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file()) < 40e6
+    pipe = GSV3DPipeline.from_pretrained(SHIPPED, device="cpu")
+    picture = ball_views(1, size=pipe.config.image_size).scene(0).rgb[ev.FRONT]
+    scene = pipe(picture, num_frames=2, **QUICK)
+    assert len(scene) == 2 * (pipe.config.latent_size * pipe.config.decoder_upsample) ** 2
+    assert all(torch.isfinite(t).all() for t in scene.tensors())
 
 
 # ---------------------------------------------------------------- what a person may do wrong

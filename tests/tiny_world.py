@@ -105,6 +105,7 @@ def tiny_config(**changes) -> Config:
         decoder_layers=2,
         decoder_heads=2,
         decoder_upsample=2,
+        decoder_planes=4,
         cond_dropout=0.1,
         log_sigma_mean=0.7,
         log_sigma_std=1.6,
