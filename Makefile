@@ -30,7 +30,7 @@ demo: $(INSTALLED) ## one image -> 3D Gaussians; IMAGE=my.png for your own pictu
 
 test: $(INSTALLED) ## every test and every notebook, offline
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadscope \
-		--nbval-lax --nbval-current-env --nbval-cell-timeout=120 tests $(NOTEBOOKS)
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests $(NOTEBOOKS)
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir=notebooks
