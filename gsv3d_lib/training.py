@@ -84,10 +84,11 @@ def train(
     Returns the metrics, one dict per logged step, which are also appended to `run_dir`/metrics.jsonl.
     The averaged weights (if `schedule.ema`) are in the stage when the function returns.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     use_cuda = torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not use_cuda, mixed_precision="bf16" if use_cuda else "no")
+    idle = DistributedDataParallelKwargs(find_unused_parameters=True)  # DINO's mask token, the VAE's middle attention
+    accelerator = Accelerator(cpu=not use_cuda, mixed_precision="bf16" if use_cuda else "no", kwargs_handlers=[idle])
     if accelerator.num_processes != processes:
         raise ValueError(
             f"{processes} processes were asked for, but {accelerator.num_processes} are running; start them with "
