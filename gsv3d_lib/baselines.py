@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +53,13 @@ class AverageObject:
     def nearest_views(self, azimuths: Tensor) -> Tensor:
         """Its picture from the ring view nearest to each absolute azimuth [V] in degrees: [V, S, S, 3]."""
         return self.rgb[(azimuths / (360 / RING)).round().long() % RING]
+
+    @cached_property
+    def points(self) -> np.ndarray:
+        """Points [4096, 3] on the surface of `mesh`, made once for all comparisons."""
+        from .metrics import surface_points
+
+        return surface_points(self.mesh())
 
     def mesh(self, elevation: float = 15.0):
         """Its surface, where at least half of the training objects are: ring depth maps fused, from azimuth 0."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cameras import Cameras, from_c2w, orbit_cameras
+from .paths import atomic_path
 
 COLUMNS = 6
 RING = 16  # the first views of an object form a ring of constant elevation
@@ -106,24 +106,6 @@ def write_index(folder: str | Path, rows: list[dict]) -> None:
     """Write index.json atomically; every row needs an "id"."""
     with atomic_path(Path(folder) / "index.json") as path:
         path.write_text(json.dumps(rows, indent=1))
-
-
-class atomic_path:
-    """Context manager: yields a temporary path beside `path` and renames it over `path` only on success."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return self.temporary
-
-    def __exit__(self, error, *_):
-        if error is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- encodings

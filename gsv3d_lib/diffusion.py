@@ -65,13 +65,17 @@ def predict_v(unet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tenso
 
 def denoise(unet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     """The one-step clean estimate z_hat = D(z; sigma), equation (1). [B, N, 4, h, w]"""
+    return clean_estimate(predict_v(unet, noisy, sigma, condition), noisy, sigma)
+
+
+def clean_estimate(v: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """D of equation (1) from the network's output: c_skip z + c_out v."""
     c_skip, c_out, _, _ = scalings(sigma)
-    v = predict_v(unet, noisy, sigma, condition)
     return frames_like(c_skip, noisy) * noisy + frames_like(c_out, noisy) * v
 
 
 def v_target(clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-    """The F that makes D exact: (z0 - c_skip z) / c_out."""
+    """The F that makes D exact, the inverse of `clean_estimate`: (z0 - c_skip z) / c_out."""
     c_skip, c_out, _, _ = scalings(sigma)
     return (clean - frames_like(c_skip, noisy) * noisy) / frames_like(c_out, noisy)
 
@@ -79,10 +83,9 @@ def v_target(clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
 def diffusion_loss(unet, clean: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
     """L_2D, the EDM-weighted loss as the MSE on v, and the z_hat [B, N, 4, h, w] that it scores."""
     noisy = clean + frames_like(sigma, clean) * noise
-    c_skip, c_out, _, _ = scalings(sigma)
     v = predict_v(unet, noisy, sigma, condition)
     loss = (v - v_target(clean, noisy, sigma)).pow(2).mean()
-    return loss, frames_like(c_skip, noisy) * noisy + frames_like(c_out, noisy) * v
+    return loss, clean_estimate(v, noisy, sigma)
 
 
 def draw_sigma(generator: torch.Generator, config: Config) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 from .config import Config
 from .dataset import RING
 from .diffusion import diffusion_loss
+from .encoders import image_features
 from .orbits import Orbits, batch_cameras
-from .stages import diffusion_draws, draw, image_features, orbit_condition, target_loss
+from .stages import diffusion_draws, draw, orbit_condition, target_loss
 from .training import Stage
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Config
-from .vae import to_network
+from .diffusion import Condition
+from .vae import encode, to_network
 
 # the published normalisation constants of the two models
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -68,16 +69,19 @@ def dino_features(dino, images: Tensor) -> Tensor:
     return dino(pixel_values=pixels).last_hidden_state
 
 
+@torch.no_grad()
+def image_features(dino, images: Tensor) -> Tensor | None:
+    """`dino_features` without gradients; None for a decoder built without DINO (`dino` is None)."""
+    return None if dino is None else dino_features(dino, images)
+
+
 def condition_from(
     images: Tensor, polar: Tensor, azimuth: Tensor, vae, clip, config: Config, noise: Tensor | None = None
-):
+) -> Condition:
     """SV3D's `Condition` of condition images [B, H, W, 3]; polar and azimuth [B, N] in radians.
 
     noise [B, H, W, 3]: standard normal, multiplied by cond_aug = 1e-5 and added to the image, as in training SV3D.
     """
-    from .diffusion import Condition
-    from .vae import encode
-
     noisy = images if noise is None else images + config.cond_aug * noise
     with torch.no_grad():
         latent = encode(vae, noisy)

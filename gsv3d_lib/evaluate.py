@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from .baselines import AverageObject, flat_card
 from .cameras import orbit_cameras
-from .dataset import RING, Scene, ViewTensors, atomic_path, load_views
+from .dataset import RING, Scene, ViewTensors, load_views
 from .gaussians import Gaussians
 from .mesh import fuse_mesh
 from .metrics import chamfer_distance, depth_l1, psnr, ssim, surface_points
 from .orbits import ring_frames
+from .paths import atomic_path
 from .pipeline import GSV3DPipeline
 from .rendering import render
 from .vae import encode_scaled
@@ -41,6 +42,11 @@ def relative_cameras(scene: Scene, start: int, chosen: Tensor):
     """Cameras of views `chosen` in the world of the result, where view `start` stands at azimuth 0."""
     azimuths = (scene.azimuths[chosen] - scene.azimuths[start]) % 360
     return orbit_cameras(azimuths, scene.elevations[chosen], scene.rgb.shape[1])
+
+
+def other_views(scene: Scene) -> Tensor:
+    """Indices of all views but the input."""
+    return torch.tensor([k for k in range(len(scene.rgb)) if k != FRONT])
 
 
 def image_scores(gaussians: Gaussians, scene: Scene, start: int, chosen: Tensor) -> dict[str, float]:
@@ -87,19 +93,18 @@ def evaluate_decoder(pipe: GSV3DPipeline, scene: Scene) -> dict[str, float]:
     return scores | {"vae_psnr": psnr(pipe.views_from(latents), scene.rgb[frames])}
 
 
-def evaluate_generation(pipe: GSV3DPipeline, scene: Scene, truth, seed: int, **options) -> tuple[dict, Gaussians]:
+def evaluate_generation(pipe: GSV3DPipeline, scene: Scene, truth, seed: int, **options) -> dict[str, float]:
     """One image -> 3D from the front, scored on all other views."""
     elevation = float(scene.elevations[FRONT])
     gaussians = pipe.generate(scene.rgb[FRONT], elevation=elevation, seed=seed, progress=False, **options).gaussians
-    others = torch.tensor([k for k in range(len(scene.rgb)) if k != FRONT])
-    scores = image_scores(gaussians, scene, FRONT, others) | mesh_chamfer(gaussians, truth)
+    scores = image_scores(gaussians, scene, FRONT, other_views(scene)) | mesh_chamfer(gaussians, truth)
     front = image_scores(gaussians, scene, FRONT, torch.tensor([FRONT]))
-    return scores | {"front_psnr": front["psnr"]}, gaussians
+    return scores | {"front_psnr": front["psnr"]}
 
 
 def evaluate_baselines(scene: Scene, truth, average: AverageObject | None) -> dict[str, dict[str, float]]:
     """The flat card and the average training object, on the views that `evaluate_generation` uses."""
-    others = torch.tensor([k for k in range(len(scene.rgb)) if k != FRONT])
+    others = other_views(scene)
     camera = relative_cameras(scene, FRONT, torch.tensor([FRONT]))
     card = flat_card(scene.rgb[FRONT], scene.alpha[FRONT], camera)
     results = {"card": image_scores(card, scene, FRONT, others)}
@@ -109,7 +114,7 @@ def evaluate_baselines(scene: Scene, truth, average: AverageObject | None) -> di
         pictures = average.nearest_views(scene.azimuths[others])
         results["average"] = {"psnr": psnr(pictures, scene.rgb[others]), "ssim": ssim(pictures, scene.rgb[others])}
         if truth is not None:
-            turned = surface_points(average.mesh()) @ _turn(-float(scene.azimuths[FRONT])).T
+            turned = average.points @ _turn(-float(scene.azimuths[FRONT])).T
             results["average"]["chamfer"] = chamfer_distance(turned, truth)
     return results
 
@@ -137,7 +142,7 @@ def evaluate(
         truth = true_points(folder, id, float(scene.azimuths[FRONT]))
         row = {"id": id, "decoder": evaluate_decoder(pipe, scene)}
         for name, scale in (("generated", 1.0), ("generated_without_lora", 0.0))[: 2 if lora else 1]:
-            row[name], _ = evaluate_generation(pipe, scene, truth, seed, lora_scale=scale, **options)
+            row[name] = evaluate_generation(pipe, scene, truth, seed, lora_scale=scale, **options)
         rows.append(row | evaluate_baselines(scene, truth, average))
     return rows
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from .cameras import DISTANCE, FOV_DEG, orbit_cameras
-from .dataset import atomic_path
 from .gaussians import Gaussians
+from .paths import atomic_path
 from .rendering import render
 
 SPLAT_BYTES = 32

@@ -6,7 +6,6 @@ readers (Okabe and Ito); depth is viridis, near is bright, and what is not there
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,7 +157,9 @@ def _read_rows(source: str | Path | list[dict]) -> list[dict]:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"There is no metrics file at '{path}': train first, or check the path.")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    from .training import read_rows
+
+    return read_rows(path)
 
 
 def _numeric_keys(tables: dict[str, list[dict]]) -> list[str]:

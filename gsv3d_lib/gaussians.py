@@ -6,13 +6,14 @@ that predict logits apply their activations before they build a `Gaussians`.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .paths import atomic_path
 
 # Axes of a PLY file -> rotation from the world (z up) to the file, as matrix rows and as a quaternion of any length.
 AXES = {
@@ -137,10 +138,8 @@ class Gaussians:
         table = _encode(_rotate(self, axes, to_file=True))
         header = ["ply", "format binary_little_endian 1.0", f"comment axes {axes}", f"element vertex {len(table)}"]
         header += [f"property float {name}" for name in PLY_COLUMNS] + ["end_header", ""]
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes("\n".join(header).encode() + table.tobytes())
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes("\n".join(header).encode() + table.tobytes())
 
     @staticmethod
     def load_ply(path: str | Path, axes: str | None = None) -> Gaussians:

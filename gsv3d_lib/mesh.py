@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .cameras import Cameras, orbit_cameras
-from .dataset import atomic_path
 from .gaussians import Gaussians
+from .paths import atomic_path
 from .rendering import render
 
 if TYPE_CHECKING:

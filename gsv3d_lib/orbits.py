@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cameras import Cameras, orbit_cameras
-from .dataset import RING, Scene, ViewTensors, atomic_path, read_cache
+from .dataset import RING, Scene, ViewTensors, read_cache
+from .paths import atomic_path
 from .vae import encode
 
 PALETTES = ((0, 1, 2), (1, 2, 0), (2, 0, 1), (1, 0, 2), (0, 2, 1), (2, 1, 0))
@@ -47,13 +48,17 @@ class Orbits:
         if latents.shape[:3] != (len(variants), RING, 4):
             raise ValueError(f"latents are [{len(variants)}, {RING}, 4, h, w]; got {tuple(latents.shape)}.")
         self.views, self.variants, self.latents, self.latent_scale = views, variants, latents, latent_scale
+        self._last: tuple[int, Scene] | None = None  # one example asks for its scene several times
 
     def __len__(self) -> int:
         return len(self.variants)
 
     def scene(self, item: int) -> Scene:
-        variant = self.variants[item]
-        return self.views.scene(variant.index, variant.mirror, variant.palette)
+        """The views of variant `item`."""
+        if self._last is None or self._last[0] != item:
+            variant = self.variants[item]
+            self._last = item, self.views.scene(variant.index, variant.mirror, variant.palette)
+        return self._last[1]
 
     def orbit(self, item: int, start: int, num_frames: int) -> dict[str, Tensor]:
         """The orbit of N frames whose condition view is ring view `start`.

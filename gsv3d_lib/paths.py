@@ -1,7 +1,9 @@
-"""Where things lie, whatever the working directory: papermill keeps the caller's, nbval and JupyterLab the notebook's."""
+"""Where things lie, whatever the working directory (papermill keeps the caller's, nbval and JupyterLab the notebook's),
+and how they are written: in full or not at all."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,3 +16,21 @@ def resolve(path: str | Path) -> Path:
     if path.is_absolute() or inside.exists() or not path.exists():
         return path if path.is_absolute() else inside
     return path.resolve()
+
+
+class atomic_path:
+    """Context manager: yields a temporary path beside `path` and renames it over `path` only on success."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.temporary
+
+    def __exit__(self, error, *_):
+        if error is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .cameras import Cameras, orbit_cameras, sv3d_azimuths
 from .config import Config, preset
 from .diffusion import Condition, build_scheduler, sample
-from .encoders import condition_from, dino_features
+from .encoders import condition_from, image_features
 from .gaussians import Gaussians
 from .images import prepare_condition
 from .lora import load_lora, set_lora_scale
@@ -115,7 +115,7 @@ class GSV3DPipeline:
     def gaussians_from(self, latents: Tensor, cameras: Cameras, rgb: Tensor) -> Gaussians:
         """The decoder alone: latents [N, 4, h, w] scaled, their cameras, and the condition image [S, S, 3]."""
         device = latents.device
-        features = None if self.dino is None else dino_features(self.dino, rgb[None].to(device))
+        features = image_features(self.dino, rgb[None].to(device))
         return self.decoder(latents[None], [cameras.to(device)], features)[0]
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .config import Config
 from .dataset import RING, ViewTensors
 from .diffusion import Condition, diffusion_loss, draw_sigma
-from .encoders import clip_token, dino_features
+from .encoders import clip_token, dino_features, image_features
 from .gaussians import Gaussians
 from .losses import pixel_loss, rendering_loss
 from .orbits import PALETTES, Orbits, batch_cameras, radians, ring_frames
@@ -203,12 +203,6 @@ class DecoderStage(Stage):
 def avg_pool(images: Tensor, block: int) -> Tensor:
     """Mean over blocks: [N, H, W, C] -> [N, H / block, W / block, C]."""
     return F.avg_pool2d(images.movedim(-1, 1), block).movedim(1, -1)
-
-
-@torch.no_grad()
-def image_features(dino, images: Tensor) -> Tensor | None:
-    """F_DINO of the condition images, without gradients; None for a decoder built without DINO."""
-    return None if dino is None else dino_features(dino, images)
 
 
 def target_loss(

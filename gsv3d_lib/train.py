@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from .config import Config, preset
-from .dataset import ViewTensors, atomic_path, load_views
+from .dataset import ViewTensors, load_views
+from .paths import atomic_path
 from .training import read_metrics, train
 
 STAGES = ("vae", "dino", "diffusion", "stage1", "stage2")
@@ -69,7 +70,7 @@ def train_stage1(config: Config, views: ViewTensors, run: Path, **options) -> li
     from .stages import DecoderStage
 
     torch.manual_seed(config.seed)
-    dino = None if config.dino == "none" else load_model(run / "weights", "dino")
+    dino = load_dino(config, run / "weights")
     stage = DecoderStage(build_decoder(config), dino, orbits_for(config, views, run), config)
     history = train(stage, config.stage1, run / "stage1", seed=config.seed, **options)
     save_model(stage.decoder, run, "decoder", config)
@@ -83,13 +84,17 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, **options) -> li
 
     weights = run / "weights"
     unet = add_lora(load_model(weights, "unet"), config.lora_rank, config.seed)
-    dino = None if config.dino == "none" else load_model(weights, "dino")
-    parts = unet, load_model(weights, "clip"), load_model(weights, "decoder"), dino
+    parts = unet, load_model(weights, "clip"), load_model(weights, "decoder"), load_dino(config, weights)
     stage = DistillationStage(*parts, orbits_for(config, views, run), config)
     history = train(stage, config.stage2, run / "stage2", seed=config.seed, **options)
     save_lora(unet, weights / "lora")
     save_config(config, weights)
     return history
+
+
+def load_dino(config: Config, weights: Path):
+    """The DINO encoder of a checkpoint folder; None for a configuration without one."""
+    return None if config.dino == "none" else load_model(weights, "dino")
 
 
 def orbits_for(config: Config, views: ViewTensors, run: Path):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import Schedule
-from .dataset import atomic_path
+from .paths import atomic_path
 
 
 class Stage(nn.Module):
@@ -223,15 +222,19 @@ def restore_optimizer(tensors: dict[str, Tensor], optimizer) -> None:
 def read_metrics(run_dir: Path, before: int | None = None) -> list[dict]:
     """The logged rows of a run, in order; with `before`, only those of earlier steps."""
     path = Path(run_dir) / "metrics.jsonl"
-    if not path.is_file():
-        return []
+    rows = read_rows(path) if path.is_file() else []
+    return [row for row in rows if before is None or row["step"] < before]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file."""
     rows = []
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue  # the last line of a killed run may be half written
-    return [row for row in rows if before is None or row["step"] < before]
+    return rows
 
 
 def write_metrics(run_dir: Path, rows: list[dict]) -> None:
@@ -242,8 +245,3 @@ def write_metrics(run_dir: Path, rows: list[dict]) -> None:
 def append_metrics(run_dir: Path, row: dict) -> None:
     with open(Path(run_dir) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def discard_run(run_dir: str | Path) -> None:
-    """Delete a run's checkpoints and metrics, to start it afresh."""
-    shutil.rmtree(run_dir, ignore_errors=True)

@@ -1,7 +1,6 @@
 """The conventions of cameras.py, each as a statement about where a point of the world lands in the image."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +27,6 @@ from gsv3d_lib.cameras import (
 )
 from gsv3d_lib.dataset import list_objects, read_object
 
-SHARED = Path(__file__).parents[1] / "../shared/objects/gso"
 SIZE = 64
 
 
@@ -235,10 +233,10 @@ def test_opengl_view_round_trip_and_meaning(cameras):
     assert torch.allclose(seen, ours * torch.tensor([1.0, -1, -1]), atol=1e-6)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the scans in ../shared/objects are not here")
-def test_our_orbit_is_the_one_of_the_shared_scans():
-    for row in list_objects(SHARED)[:3]:
-        views = read_object(SHARED, row["id"])
+def test_our_orbit_is_the_one_of_the_shared_scans(shared_objects):
+    scans = shared_objects / "gso"
+    for row in list_objects(scans)[:3]:
+        views = read_object(scans, row["id"])
         ours = orbit_cameras(views.azimuths, torch.from_numpy(views.elevations), views.rgba.shape[1])
         assert torch.allclose(ours.c2w(), views.cameras.c2w(), atol=1e-3)  # they stand at 3.5088, not 3.509
         assert torch.allclose(ours.Ks, views.cameras.Ks, atol=1e-2)

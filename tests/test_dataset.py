@@ -25,8 +25,6 @@ from gsv3d_lib.dataset import (
 )
 from gsv3d_lib.orbits import Orbits, batch_cameras, make_variants, ring_frames
 
-SHARED = Path(__file__).parents[1] / "../shared/objects/gso"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -269,13 +267,13 @@ def test_variants_keep_every_object_and_add_altered_ones():
         Orbits(ball_views(3), variants[:3], torch.zeros(2, 16, 4, 4, 4), 1.0)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the scans in ../shared/objects are not here")
-def test_a_shared_scan_reads():
-    row = list_objects(SHARED)[0]
-    views = read_object(SHARED, row["id"])
+def test_a_shared_scan_reads(shared_objects):
+    scans = shared_objects / "gso"
+    row = list_objects(scans)[0]
+    views = read_object(scans, row["id"])
     assert views.rgba.shape == (24, 128, 128, 4) and views.depth.shape == (24, 128, 128)
     assert views.azimuths[:16] == pytest.approx(np.arange(16) * 22.5)
     hit = views.depth > 0
     assert 2.4 < views.depth[hit].min() and views.depth[hit].max() < 4.6
     assert (views.rgba[..., 3][hit] > 0).mean() > 0.99
-    assert json.loads((SHARED / "index.json").read_text())
+    assert json.loads((scans / "index.json").read_text())

@@ -4,7 +4,6 @@ import io
 import struct
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,6 @@ from PIL import Image
 
 from gsv3d_lib import images
 from gsv3d_lib.images import cut_out, load_image, prepare_condition
-
-OBJECTS = Path(__file__).parent.parent.parent / "shared" / "objects" / "train"
 
 
 def disc(size: int = 64, colour=(200, 40, 30), radius: float = 0.3, at=(0.5, 0.5)) -> Image.Image:
@@ -305,9 +302,8 @@ def test_extreme_aspect_ratios():
         assert alpha.max() > 0.4 and torch.isfinite(rgb).all()
 
 
-@pytest.mark.skipif(not OBJECTS.is_dir(), reason="../shared/objects is not on this machine")
-def test_a_training_render_comes_back_as_it_was():
-    sheet = Image.open(min(OBJECTS.glob("*.webp")))
+def test_a_training_render_comes_back_as_it_was(shared_objects):
+    sheet = Image.open(min((shared_objects / "train").glob("*.webp")))
     view = sheet.crop((0, 256, 128, 384))
     rgb, alpha = prepare_condition(view, 128, fill=None)
     straight = torch.from_numpy(np.asarray(view).astype(np.float32) / 255)

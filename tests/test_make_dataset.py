@@ -10,8 +10,6 @@ import trimesh
 from gsv3d_lib import make_dataset as md
 from gsv3d_lib.dataset import list_objects, read_object
 
-SHARED = Path(__file__).parents[1] / "../shared/objects"
-
 
 @pytest.fixture
 def meshes(tmp_path) -> Path:
@@ -31,9 +29,8 @@ def test_angles_are_a_ring_and_random_views():
     assert not np.array_equal(azimuths[16:], md.dataset_angles(4)[0][16:])
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the scans in ../shared/objects are not here")
-def test_the_ring_is_the_one_of_the_shared_objects():
-    views = read_object(SHARED / "gso", "Dino_4")
+def test_the_ring_is_the_one_of_the_shared_objects(shared_objects):
+    views = read_object(shared_objects / "gso", "Dino_4")
     azimuths, elevations = md.dataset_angles(0)
     assert views.azimuths[:16] == pytest.approx(azimuths[:16]) and views.elevations[:16] == pytest.approx(
         elevations[:16]

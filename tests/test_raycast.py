@@ -1,7 +1,5 @@
 """Ray casting against closed forms: spheres, boxes, textured quads, camera axes."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import trimesh
@@ -10,9 +8,6 @@ from PIL import Image
 from gsv3d_lib.cameras import DISTANCE, orbit_cameras, ray_grid
 from gsv3d_lib.dataset import read_object
 from gsv3d_lib.raycast import AMBIENT, SKY, Target, brightness, load_mesh, normalized, render_mesh
-
-SHARED = Path(__file__).parents[1] / "../shared/objects"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the scans in ../shared/objects are not here")
 
 
 def colored_box(size=(1.0, 1.0, 1.0)) -> trimesh.Trimesh:
@@ -187,12 +182,11 @@ def test_errors_say_what_is_wrong(tmp_path):
         render_mesh(colored_box(), orbit_cameras([0.0], [0.0], 8), supersample=0)
 
 
-@needs_shared
-def test_agrees_with_the_shared_rendering_of_a_scan():
+def test_agrees_with_the_shared_rendering_of_a_scan(shared_objects):
     id = "Android_Figure_Chrome"
-    views = read_object(SHARED / "gso", id)
+    views = read_object(shared_objects / "gso", id)
     pick = [0, 5, 12, 17, 20]
-    rgba, depth = render_mesh(load_mesh(SHARED / "meshes" / id / "model.obj"), views.cameras[pick])
+    rgba, depth = render_mesh(load_mesh(shared_objects / "meshes" / id / "model.obj"), views.cameras[pick])
     ours, theirs = rgba[..., 3] > 0.5, views.rgba[pick, ..., 3] > 127
     assert (ours & theirs).sum() / (ours | theirs).sum() > 0.97
     both = (depth > 0) & (views.depth[pick] > 0)

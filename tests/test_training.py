@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_world import SCALE, ball_views, randn, random_orbits, shake, tiny_config
+from tiny_world import SCALE, ball_views, descend, randn, random_orbits, shake, tiny_config
 from torch import nn
 
 from gsv3d_lib.cameras import orbit_cameras, ray_grid
@@ -373,13 +373,7 @@ def test_every_stage_trains(build, tmp_path):
 
     stage.eval()  # DINO's centre stands still, so that the targets of one batch do
     batch = draw_batch(stage, seed=0, step=100, batch=2)
-    optimizer, losses = torch.optim.AdamW(after, lr=1e-3), []
-    for _ in range(6):
-        loss, _ = stage(batch)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = descend(stage, batch, torch.optim.AdamW(after, lr=1e-3))
     assert losses[-1] < losses[0]
 
 

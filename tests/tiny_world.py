@@ -139,3 +139,15 @@ def shake(model, seed: int = 0, size: float = 0.05):
         for p in model.parameters():
             p.add_(size * torch.randn(p.shape, generator=generator))
     return model
+
+
+def descend(stage, batch: dict[str, Tensor], optimizer, steps: int = 6) -> list[float]:
+    """The losses of a few optimiser steps on one batch."""
+    losses = []
+    for _ in range(steps):
+        loss, _ = stage(batch)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
