@@ -219,7 +219,9 @@ def make_targets() -> set[str]:
 
 
 def test_make_help_lists_every_target():
-    help_text = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    help_text = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert {line.split()[1] for line in help_text.splitlines()} == make_targets()
 
 
