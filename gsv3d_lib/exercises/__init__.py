@@ -1,0 +1,90 @@
+"""Checkers for the exercises of the notebooks: they run the learner's own function and say what is wrong with it.
+
+One module per notebook. A checker is a function `check_NAME(solution)` under `@checker`, made of `ask` and `expect_*`:
+
+    @checker
+    def check_transmittance(transmittance):
+        "alphas [K] -> transmittance in front of each [K]."
+        alphas = torch.tensor([0.5, 0.5])
+        result = ask(transmittance, alphas)
+        expect_shape(result, (2,))
+        expect_close(result, [1.0, 0.5], "The first Gaussian has nothing in front of it: start at 1.")
+
+A stub returns None, and the checker then says that it is not written yet. The library holds the solutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+
+class Wrong(AssertionError):
+    """What is wrong with a solution, in one sentence. IPython shows only that sentence."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"✗ {self}"]
+
+
+class _NotWritten(Exception):
+    """The stub returned nothing."""
+
+
+def checker(check: Callable) -> Callable:
+    """Turns a function that raises `Wrong` into one that reports in one line; returns True where all is right."""
+
+    @wraps(check)
+    def run(solution: Callable, **options) -> bool:
+        name = getattr(solution, "__name__", "your function")
+        try:
+            check(solution, **options)
+        except _NotWritten:
+            print(f"○ {name}: not written yet. Replace the `...` and run the cell again.")
+            return False
+        print(f"✓ {name}: right.")
+        return True
+
+    return run
+
+
+def ask(solution: Callable, *arguments, **options):
+    """The learner's answer. An error inside becomes one sentence; None means that nothing is written yet."""
+    try:
+        answer = solution(*arguments, **options)
+    except Exception as error:
+        given = ", ".join(_described(a) for a in (*arguments, *options.values()))
+        raise Wrong(f"{solution.__name__}({given}) stops with {type(error).__name__}: {error}") from error
+    if answer is None:
+        raise _NotWritten
+    return answer
+
+
+def expect(condition: bool, hint: str) -> None:
+    """Raises Wrong(hint) unless the condition holds."""
+    if not bool(condition):
+        raise Wrong(hint)
+
+
+def expect_shape(answer: Tensor, shape: Sequence[int], what: str = "the answer") -> None:
+    """The answer is a tensor of this shape."""
+    expect(isinstance(answer, Tensor), f"{what} should be a tensor of shape {tuple(shape)}; got {_described(answer)}.")
+    expect(answer.shape == tuple(shape), f"{what} should have shape {tuple(shape)}; got {tuple(answer.shape)}.")
+
+
+def expect_close(answer, truth, hint: str, tolerance: float = 1e-4) -> None:
+    """The answer equals the truth within `tolerance` (absolute, and relative to the truth). The hint says what is off."""
+    answer, truth = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (answer, truth))
+    expect_shape(answer, truth.shape)
+    expect(torch.isfinite(answer).all(), "The answer holds inf or nan.")
+    off = ((answer - truth).abs() - tolerance * truth.abs()).max().item() if truth.numel() else 0.0
+    expect(off <= tolerance, f"{hint} (largest error {(answer - truth).abs().max():.3g})")
+
+
+def _described(value) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) < 40 else type(value).__name__

@@ -1,0 +1,51 @@
+"""What tests need of a notebook: its functions without running it, and checkers put to the test."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from gsv3d_lib.exercises import Wrong
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+
+
+def read_notebook(number: str) -> nbformat.NotebookNode:
+    """The notebook whose name begins with `number`, such as "02"."""
+    (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(number: str) -> list[str]:
+    return [cell.source for cell in read_notebook(number).cells if cell.cell_type == "code"]
+
+
+def definitions(number: str) -> dict:
+    """Every function and class that the notebook's cells define, with its imports and parameters; nothing else is run."""
+    kept = []
+    for cell in read_notebook(number).cells:
+        if cell.cell_type != "code":
+            continue
+        everything = "parameters" in cell.metadata.get("tags", [])
+        lines = [line if not line.lstrip().startswith(("%", "!")) else "" for line in cell.source.splitlines()]
+        for node in ast.parse("\n".join(lines)).body:
+            if everything or isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef):
+                kept.append(node)
+    namespace: dict = {"__name__": f"notebook_{number}"}
+    exec(compile(ast.Module(kept, []), f"notebook {number}", "exec"), namespace)
+    return namespace
+
+
+def accepts(checker, solution) -> bool:
+    """The checker says that the solution is right."""
+    return checker(solution) is True
+
+
+def rejects(checker, solution, match: str) -> bool:
+    """The checker says what is wrong, in a sentence that holds `match`."""
+    with pytest.raises(Wrong, match=match):
+        checker(solution)
+    return True
