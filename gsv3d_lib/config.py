@@ -20,6 +20,7 @@ class Schedule:
     warmup: int = 100
     weight_decay: float = 0.01
     ema: float = 0.0  # decay of the averaged weights that are saved for use; 0 = none
+    micro_batch: int = 0  # examples on a device at once, gradients are accumulated; 0 = all of its share
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Config:
     lambda_3d: float = 1.0
     sigma_weighting: str = "none"  # w(sigma) of L_3D: "none", or "snr" = 1 / (1 + sigma^2)
     lora_rank: int = 16
+    checkpointing: bool = False  # recompute blocks in the backward pass: a third more time, a fraction of the memory
     seed: int = 0
 
     @property
@@ -226,8 +228,10 @@ PAPER = SMALL.replace(
     view_counts=(16,),
     lambda_alpha=0.0,
     lambda_pixel=0.0,
-    stage1=Schedule(steps=80000, batch=128, lr=1e-5, warmup=1000),  # [paper]
-    stage2=Schedule(steps=40000, batch=32, lr=1e-5, warmup=1000),  # [paper]
+    # 8 and 2 orbits at once, with checkpointing, fit 80 GB (`python -m gsv3d_lib.plan`) [calc]
+    checkpointing=True,
+    stage1=Schedule(steps=80000, batch=128, lr=1e-5, warmup=1000, micro_batch=8),  # [paper]
+    stage2=Schedule(steps=40000, batch=32, lr=1e-5, warmup=1000, micro_batch=2),  # [paper]
 )
 
 PRESETS = {"tiny": TINY, "small": SMALL, "paper": PAPER}

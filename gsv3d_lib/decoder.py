@@ -67,6 +67,8 @@ class Block(nn.Module):
 class GaussianDecoder(ModelMixin, ConfigMixin):
     """Latents [B, N, 4, h, w] and N cameras per object -> B `Gaussians` of N (h up / patch) (w up / patch) splats."""
 
+    _supports_gradient_checkpointing = True  # `enable_gradient_checkpointing()`, as diffusers' models have it
+
     @register_to_config
     def __init__(
         self,
@@ -81,6 +83,7 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         planes: int = 0,
     ):
         super().__init__()
+        self.gradient_checkpointing = False
         self.sweep = None
         if planes:
             statistics = planes * 4 * len(SWEEP)
@@ -123,7 +126,10 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
             tokens = tokens + self.sweep(torch.stack(swept))
         context = None if self.context_norm is None else self.context_norm(features)
         for block in self.blocks:
-            tokens = block(tokens, context)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens, context)
+            else:
+                tokens = block(tokens, context)
         x = self.upsampler(self.norm(tokens)).flatten(2).reshape(batch * frames, rows, columns, -1).movedim(-1, 1)
         maps = self.to_maps(F.silu(F.pixel_shuffle(x, self.config.upsample)))  # [B * N, 12, H, W]
         maps = maps.unflatten(0, (batch, frames)).movedim(2, -1)

@@ -6,12 +6,12 @@ python -m gsv3d_lib.demo [--image my.png] [--out runs/demo]
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from pathlib import Path
 
 from .paths import ROOT, resolve
+from .run import run_notebook
 
 NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
 
@@ -31,33 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     out = resolve(args.out)
     started = time.perf_counter()
-    execute(image, out)
+    run_notebook(NOTEBOOK, {"image_path": str(image), "out_dir": str(out)}, out)
     seconds = time.perf_counter() - started
     print(f"\nDone in {seconds:.0f} s. The results lie in {out}:")
     for path in sorted(p for p in out.iterdir() if p.is_file()):
         print(f"  {path.name:<32}{path.stat().st_size / 1e6:6.1f} MB")
     print(f"Open {out / 'viewer.html'} in a browser to turn the object.")
     return 0
-
-
-def execute(image: Path, out: Path) -> None:
-    """Run the notebook with papermill, its prints on this terminal."""
-    import papermill
-
-    out.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for noisy in ("traitlets", "asyncio", "blib2to3"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    papermill.execute_notebook(
-        str(NOTEBOOK),
-        str(out / NOTEBOOK.name),
-        parameters={"image_path": str(image), "out_dir": str(out)},
-        kernel_name="python3",
-        progress_bar=True,
-        log_output=True,
-        coalesce_streams=True,
-        store_widget_state=False,
-    )
 
 
 if __name__ == "__main__":

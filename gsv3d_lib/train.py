@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def train_diffusion(config: Config, views: ViewTensors, run: Path, **options) ->
     from .unet import build_unet
 
     torch.manual_seed(config.seed)
-    stage = DiffusionStage(build_unet(config), build_clip(config), orbits_for(config, views, run), config)
+    unet = recomputed(build_unet(config), config)
+    stage = DiffusionStage(unet, build_clip(config), orbits_for(config, views, run), config)
     history = train(stage, config.diffusion_schedule, run / "diffusion", seed=config.seed, **options)
     save_model(stage.unet, run, "unet", config)
     save_model(stage.clip, run, "clip", config)
@@ -71,7 +73,8 @@ def train_stage1(config: Config, views: ViewTensors, run: Path, **options) -> li
 
     torch.manual_seed(config.seed)
     dino = load_dino(config, run / "weights")
-    stage = DecoderStage(build_decoder(config), dino, orbits_for(config, views, run), config)
+    decoder = recomputed(build_decoder(config), config)
+    stage = DecoderStage(decoder, dino, orbits_for(config, views, run), config)
     history = train(stage, config.stage1, run / "stage1", seed=config.seed, **options)
     save_model(stage.decoder, run, "decoder", config)
     return history
@@ -83,13 +86,21 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, **options) -> li
     from .lora import add_lora, save_lora
 
     weights = run / "weights"
-    unet = add_lora(load_model(weights, "unet"), config.lora_rank, config.seed)
-    parts = unet, load_model(weights, "clip"), load_model(weights, "decoder"), load_dino(config, weights)
+    unet = recomputed(add_lora(load_model(weights, "unet"), config.lora_rank, config.seed), config)
+    decoder = recomputed(load_model(weights, "decoder"), config)
+    parts = unet, load_model(weights, "clip"), decoder, load_dino(config, weights)
     stage = DistillationStage(*parts, orbits_for(config, views, run), config)
     history = train(stage, config.stage2, run / "stage2", seed=config.seed, **options)
     save_lora(unet, weights / "lora")
     save_config(config, weights)
     return history
+
+
+def recomputed(model, config: Config):
+    """The model, with gradient checkpointing where the configuration asks for it."""
+    if config.checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
 
 
 def load_dino(config: Config, weights: Path):
@@ -128,10 +139,20 @@ def model_classes() -> dict:
 
 
 def save_model(model, run: Path, name: str, config: Config) -> None:
-    """Write one model to RUN/weights/NAME and the configuration beside it."""
+    """Write one model to RUN/weights/NAME, in full or not at all, and the configuration beside it.
+
+    Of several processes only the first writes, and the others wait until it has.
+    """
     folder = Path(run) / "weights"
-    model.save_pretrained(folder / name, safe_serialization=True)
-    save_config(config, folder)
+    if int(os.environ.get("RANK", 0)) == 0:
+        temporary = folder / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, safe_serialization=True)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        temporary.rename(folder / name)
+        save_config(config, folder)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def save_config(config: Config, folder: Path) -> None:
@@ -186,6 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--steps", type=int, help="override the number of steps of the named stages")
     parser.add_argument("--limit", type=int, help="use only the first objects")
+    parser.add_argument("--processes", type=int, default=1, help="how many torchrun was asked for; it must agree")
     parser.add_argument("--export", type=Path, help="only copy the finished weights, in half precision, to this folder")
     args = parser.parse_args(arguments)
     if args.export is not None:
@@ -196,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
         if (args.run / "weights" / PRODUCTS[name]).is_dir():
             print(f"{name}: {args.run / 'weights' / PRODUCTS[name]} exists; delete it to train again.")
             continue
-        RECIPES[name](with_steps(config, name, args.steps), views, args.run)
+        RECIPES[name](with_steps(config, name, args.steps), views, args.run, processes=args.processes)
 
 
 def with_steps(config: Config, stage: str, steps: int | None) -> Config:

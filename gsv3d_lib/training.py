@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -91,8 +92,10 @@ def train(
     if accelerator.num_processes != processes:
         raise ValueError(
             f"{processes} processes were asked for, but {accelerator.num_processes} are running; start them with "
-            f"`torchrun --standalone --nproc_per_node {processes} -m gsv3d_lib.train ...`."
+            f"`torchrun --standalone --nproc_per_node {processes} -m gsv3d_lib.train --processes {processes} ...`."
         )
+    if schedule.batch % processes:
+        raise ValueError(f"A batch of {schedule.batch} cannot be shared equally by {processes} processes.")
     run_dir = Path(run_dir)
     stage.to(accelerator.device)
     parameters = [p for p in stage.parameters() if p.requires_grad]
@@ -112,17 +115,23 @@ def train(
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, schedule)
-        loss, metrics = wrapped(batch)
-        if not torch.isfinite(loss):
-            raise ValueError(f"The loss of step {step} is {loss.item()}; lower the learning rate and resume.")
         optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
+        values: dict[str, Tensor] = {}
+        parts = micro_batches(batch, schedule.micro_batch)
+        for number, (share, part) in enumerate(parts, start=1):
+            with nullcontext() if number == len(parts) else accelerator.no_sync(wrapped):  # processes talk once a step
+                loss, metrics = wrapped(part)
+                if not torch.isfinite(loss):
+                    raise ValueError(f"The loss of step {step} is {loss.item()}; lower the learning rate and resume.")
+                accelerator.backward(share * loss)
+            for name, value in {"loss": loss, **metrics}.items():
+                values[name] = values.get(name, 0) + share * value.detach()
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         stage.after_step(step, schedule.steps)
         update_average(average, stage.training_state(), schedule.ema, step)
         if step % log_every == 0 or step == last - 1:
-            values = {"loss": loss, "grad_norm": norm, **metrics}
+            values = {"loss": values.pop("loss"), "grad_norm": norm, **values}
             names = list(values)
             stacked = torch.stack([torch.as_tensor(values[n], device=accelerator.device).float() for n in names])
             means = accelerator.reduce(stacked.detach(), "mean").tolist()
@@ -140,6 +149,17 @@ def train(
         for name, p in stage.training_state().items():
             p.copy_(average.get(name, p))
     return history
+
+
+def micro_batches(batch: dict[str, Tensor], size: int = 0) -> list[tuple[float, dict[str, Tensor]]]:
+    """A batch in parts of at most `size` examples, each with its share of the whole; 0 leaves it in one part.
+
+    Losses are means over examples, so gradients of share * loss add up to those of the whole batch.
+    """
+    total = len(next(iter(batch.values())))
+    size = size or total
+    parts = [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, total, size)]
+    return [(len(next(iter(part.values()))) / total, part) for part in parts]
 
 
 @torch.no_grad()

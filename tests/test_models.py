@@ -422,3 +422,43 @@ def test_a_saved_decoder_is_the_same_decoder(decoder, tmp_path):
     with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert set(file.keys()) == set(decoder.state_dict())
     assert json.loads((tmp_path / "config.json").read_text())["upsample"] == CONFIG.decoder_upsample
+
+
+# ---------------------------------------------------------------- gradient checkpointing
+
+
+def gradients(model, forward) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    forward().pow(2).mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("build", ["unet", "decoder"])
+def test_checkpointing_changes_memory_and_not_gradients(build):
+    from gsv3d_lib.plan import Ledger
+
+    torch.manual_seed(3)
+    if build == "unet":
+        model, inputs = shake(build_unet(CONFIG)), unet_inputs()
+
+        def forward():
+            return model(**inputs)
+    else:
+        model, given = shake(build_decoder(CONFIG)), (randn(1, 3, 4, 4, 4), [cameras_of(3)], features())
+
+        def forward():
+            return model.output_maps(*given)[0]
+
+    def kept() -> int:
+        ledger = Ledger(model.parameters())
+        with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda t: t):
+            result = forward()
+        del result
+        return ledger.bytes
+
+    plain, plain_bytes = gradients(model, forward), kept()
+    model.enable_gradient_checkpointing()
+    light, light_bytes = gradients(model, forward), kept()
+    assert light_bytes < 0.7 * plain_bytes
+    assert plain.keys() == light.keys()
+    assert all(torch.allclose(light[name], plain[name], atol=1e-6) for name in plain)

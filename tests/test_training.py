@@ -332,6 +332,22 @@ def test_batches_differ_by_step_and_seed():
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_micro_batches_train_what_the_whole_batch_would(tmp_path, micro_batch):
+    """Gradient accumulation, also where the batch does not divide: 4 in parts of 3 is 3 + 1."""
+    histories = [run(LineStage(), tmp_path / str(m), replace(LINE, batch=4, micro_batch=m)) for m in (0, micro_batch)]
+    for whole, parts in zip(*map(curve, histories), strict=True):
+        assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    import accelerate
+
+    monkeypatch.setattr(accelerate.Accelerator, "num_processes", 3)
+    with pytest.raises(ValueError, match="A batch of 4 cannot be shared equally by 3 processes"):
+        run(LineStage(), tmp_path, replace(LINE, batch=4), processes=3)
+
+
 # ---------------------------------------------------------------- the stages of the method
 
 
