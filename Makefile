@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 PIP_QUIET := $(if $(CI),--quiet)
 NOTEBOOKS := $(wildcard notebooks)
 
-.PHONY: help install demo test lab train-tiny bench doctor lint clean
+.PHONY: help install demo test lab notebooks train-tiny bench doctor lint clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -35,9 +35,12 @@ test: $(INSTALLED) ## every test and every notebook, offline
 lab: $(INSTALLED) ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir=notebooks
 
+notebooks: $(INSTALLED) ## run every notebook in place: outputs, time and memory
+	$(PY) -m gsv3d_lib.refresh
+
 train-tiny: $(INSTALLED) ## train all stages at tiny scale on procedural objects, into runs/tiny
 	$(PY) -m gsv3d_lib.make_dataset --procedural 300 --seed 0 --out data/cache/procedural
-	$(PY) -m gsv3d_lib.train --preset tiny --data data/cache/procedural --run runs/tiny
+	$(PY) -m gsv3d_lib.train --preset tiny --data data/cache/procedural --out runs/tiny
 
 bench: $(INSTALLED) ## speed of the rasterisers on this machine
 	$(PY) benchmarks/rasterizer.py

@@ -145,7 +145,7 @@ TINY = Config(
     decoder_planes=16,
     vae_schedule=Schedule(steps=800, batch=8, lr=1.5e-3, ema=0.99, weight_decay=0.0),
     dino_schedule=Schedule(steps=600, batch=32, lr=5e-4),
-    diffusion_schedule=Schedule(steps=3800, batch=6, lr=5e-4, ema=0.995),
+    diffusion_schedule=Schedule(steps=3300, batch=6, lr=5e-4, ema=0.995),
     stage1=Schedule(steps=6000, batch=2, lr=5e-4, ema=0.99),
     stage2=Schedule(steps=150, batch=2, lr=2e-4, warmup=20),
     scale_range=(5e-3, 5e-2),  # 32 x 32 Gaussians a view lie further apart than in `paper`

@@ -148,12 +148,28 @@ def evaluate(
 
 
 def averages(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Mean over the objects of every number of every method, NaN left out."""
-    methods = [name for name in rows[0] if name != "id"]
-    return {
-        method: {name: round(float(np.nanmean([row[method][name] for row in rows])), 4) for name in rows[0][method]}
-        for method in methods
-    }
+    """Mean over the objects that have a number, for every number of every method; NaN where none has."""
+    columns: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for method, scores in row.items():
+            if method != "id":
+                for name, value in scores.items():
+                    columns.setdefault(method, {}).setdefault(name, []).append(value)
+    return {m: {name: round(_mean(values), 4) for name, values in table.items()} for m, table in columns.items()}
+
+
+def _mean(values: list[float]) -> float:
+    there = [value for value in values if np.isfinite(value)]
+    return float(np.mean(there)) if there else float("nan")
+
+
+def without_nan(value):
+    """The same nested lists and dicts with null for what is not a number, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def hardware() -> str:
@@ -212,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": rows,
     }
     with atomic_path(args.out) as path:
-        path.write_text(json.dumps(record, indent=1))
+        path.write_text(json.dumps(without_nan(record), indent=1, allow_nan=False))
     print(table(means))
 
 

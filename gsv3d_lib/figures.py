@@ -197,6 +197,147 @@ def _smoothed(values: np.ndarray, smoothing: float) -> np.ndarray:
     return gaussian_filter1d(values, smoothing * len(values), mode="nearest")
 
 
+# ---------------------------------------------------------------- splatting
+
+
+def plot_ellipsoids(
+    gaussians: Gaussians, camera: Cameras, titles: Sequence[str] | None = None, footprints: bool = True
+) -> Figure:
+    """Each Gaussian on its own: the surface one standard deviation from its centre, seen from the camera's direction,
+    and beside or below it its alpha in the picture, with the ellipses of 1, 2 and 3.33 standard deviations.
+
+    camera: one, looking at the origin.  titles: one per Gaussian.  footprints: False draws the surfaces alone.
+    """
+    from .reference import project
+
+    count, rows = len(gaussians), 1 if len(gaussians) == 1 or not footprints else 2
+    columns = 1 + footprints if count == 1 else count
+    with _style() as plt:
+        figure = plt.figure(figsize=(2.6 * columns, 2.6 * rows))
+        x, y, z = camera.positions()[0].tolist()
+        view = {"elev": np.degrees(np.arctan2(z, np.hypot(x, y))), "azim": np.degrees(np.arctan2(y, x))}
+        for i in range(count):
+            space = figure.add_subplot(rows, columns, i + 1, projection="3d")
+            _draw_ellipsoid(space, gaussians.select([i]), view)
+            space.set_title(titles[i] if titles else "one standard deviation", pad=-2)
+            if footprints:
+                picture = figure.add_subplot(rows, columns, (2 if count == 1 else count + i + 1))
+                _draw_footprint(picture, gaussians.select([i]), camera, project)
+        figure.subplots_adjust(0.03, 0.19 / rows, 0.97, 1 - 0.13 / rows, 0.2, 0.22)
+        return _finished(figure)
+
+
+def _draw_ellipsoid(axis, gaussian: Gaussians, view: dict[str, float]) -> None:
+    from .gaussians import rotation_matrices
+
+    gaussian = gaussian.detach()
+    polar, turn = np.meshgrid(np.linspace(0, np.pi, 13), np.linspace(0, 2 * np.pi, 25))
+    ball = np.stack([np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn), np.cos(polar)], -1)
+    half_axes = (rotation_matrices(gaussian.quats) * gaussian.scales[:, None, :])[0].numpy()
+    points = ball @ half_axes.T + gaussian.means[0].numpy()
+    color = gaussian.colors[0].clamp(0, 1).numpy()
+    axis.plot_surface(*np.moveaxis(points, -1, 0), color=color, rcount=25, ccount=13, linewidth=0)
+    axis.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), xticks=[-1, 0], yticks=[0, 1], zticks=[-1, 0, 1])
+    axis.set_xlabel("x", labelpad=-10)
+    axis.set_ylabel("y", labelpad=-10)
+    axis.set_zlabel("z", labelpad=-10)
+    axis.tick_params(pad=-4, labelsize=7)
+    axis.set_box_aspect((1, 1, 1), zoom=1.1)
+    axis.view_init(**view)
+
+
+def _draw_footprint(axis, gaussian: Gaussians, camera: Cameras, project) -> None:
+    from .reference import splat_alphas
+
+    gaussian, size = gaussian.detach(), (camera.width, camera.height)
+    centre, covariance = project(
+        gaussian.means, gaussian.quats, gaussian.scales, camera.viewmats[0], camera.Ks[0], *size
+    )
+    rows, columns = torch.arange(camera.height).float(), torch.arange(camera.width).float()
+    alpha = splat_alphas(centre, covariance, gaussian.opacities, rows, columns)[..., 0]
+    axis.imshow(alpha.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(0, camera.width, camera.height, 0))
+    for deviations in (1, 2, 3.33):
+        ring = centre[0] + deviations * ellipse_points(covariance[0])
+        axis.plot(*ring.T.numpy(), color=ORANGE, linewidth=0.9)
+    axis.set(
+        xlim=(0, camera.width), ylim=(camera.height, 0), xlabel="u (pixels)", title=f"alpha, up to {alpha.max():.2f}"
+    )
+    axis.grid(False)
+
+
+def ellipse_points(covariance: Tensor, count: int = 73) -> Tensor:
+    """The ellipse one standard deviation around 0 of a 2D covariance [2, 2], as a closed line [count, 2]."""
+    turn = torch.linspace(0, 2 * np.pi, count).to(covariance)
+    return torch.stack([turn.cos(), turn.sin()], -1) @ torch.linalg.cholesky(covariance).mT
+
+
+def plot_rays(depths: Tensor, alphas: Tensor, colors: Tensor, titles: Sequence[str] | None = None) -> Figure:
+    """What a pixel sees along its ray: alpha (outline) and weight (filled) of each Gaussian, the transmittance left, the
+    expected depth, and on the right the blended colour over white.
+
+    depths: [R, K] z-depths of R rays, in any order.  alphas: [R, K].  colors: [K, 3].  titles: one per ray.
+    """
+    from .reference import composite
+
+    count = len(depths)
+    with _style() as plt:
+        shape = {"figsize": (0.75 * WIDTH, 1.75 * count + 0.35), "width_ratios": [7, 1], "squeeze": False}
+        figure, axes = plt.subplots(count, 2, layout="constrained", **shape)
+        for r, (ray, swatch) in enumerate(axes):
+            order = depths[r].argsort()
+            z, alpha, rgb = depths[r][order], alphas[r][order], colors[order]
+            left = torch.cat([torch.ones(1), torch.cumprod(1 - alpha, 0)])
+            weights = alpha * left[:-1]
+            low, high = float(depths.min()) - 0.25, float(depths.max()) + 0.25
+            depth, covered = float((weights * z).sum() / weights.sum()), float(weights.sum())
+            pixel = (composite(alpha, rgb) + (1 - covered)).clamp(0, 1)
+            z, alpha, rgb, left, weights = (t.numpy() for t in (z, alpha, rgb.clamp(0, 1), left, weights))
+            ray.bar(z, alpha, 0.05, color="none", edgecolor=GREY, linewidth=0.9, label="alpha")
+            ray.bar(z, weights, 0.05, color=rgb, label="weight")
+            ray.stairs(left, [low, *z.tolist(), high], color=INK, linewidth=1, baseline=None, label="light left, T")
+            ray.axvline(depth, color=INK, linestyle=":", linewidth=1.2, label=f"expected depth {depth:.2f}")
+            ray.set(xlim=(low, high), ylim=(0, 1.08), axisbelow=True, title=titles[r] if titles else None)
+            ray.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+            ray.set_xlabel("depth z along the ray" if r == count - 1 else "")
+            swatch.imshow(pixel.reshape(1, 1, 3).numpy())
+            swatch.set_title("pixel")
+            _clear(swatch)
+        return _finished(figure)
+
+
+def plot_panels(
+    x: Sequence[float], panels: dict[str, dict[str, Sequence[float]]], xlabel: str, dashed: str = "\0"
+) -> Figure:
+    """Lines over one x, a panel per quantity: panels = {title: {line's name: values}}. Names that hold `dashed` are so."""
+    with _style() as plt:
+        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.6), layout="constrained", squeeze=False)
+        for axis, (title, lines) in zip(axes[0], panels.items()):
+            for name, values in lines.items():
+                marker, line = ("s", "--") if dashed in name else ("o", "-")
+                axis.plot(x, values, line, marker=marker, markersize=4, label=name)
+            axis.set(title=title, xlabel=xlabel, xticks=list(x), ylim=(0, None))
+            axis.legend(fontsize=8)
+        return _finished(figure)
+
+
+def plot_stack(parts: dict[str, float], marks: dict[str, float], xlabel: str, limit: float) -> Figure:
+    """One bar made of parts, beside marked values: {"activations": 41.9, ...} against {"80 GB": 80, ...}."""
+    with _style() as plt:
+        figure, axis = plt.subplots(figsize=(WIDTH, 1.6), layout="constrained")
+        start = 0.0
+        for name, size in parts.items():
+            axis.barh([0], [size], left=start, label=f"{name} {size:.1f}")
+            start += size
+        for name, value in marks.items():
+            axis.axvline(value, color=INK, linestyle=":", linewidth=1.2)
+            axis.annotate(
+                name, (value, 1), (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8
+            )
+        axis.set(yticks=[], ylim=(-0.5, 0.9), xlim=(0, max(limit, 1.05 * start)), xlabel=xlabel.format(total=start))
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        return _finished(figure)
+
+
 # ---------------------------------------------------------------- 3D
 
 
@@ -267,6 +408,22 @@ def _frusta(cameras: Cameras, length: float = 0.35):
     gap = torch.full((len(cameras), 1, 3), torch.nan)
     x, y, z = torch.cat([path, gap], dim=1).reshape(-1, 3).numpy().T
     return go.Scatter3d(x=x, y=y, z=z, mode="lines", line={"color": BLUE, "width": 2}, name="cameras", hoverinfo="name")
+
+
+# ---------------------------------------------------------------- figures of your own
+
+
+def panels(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = 2.6, **options):
+    """Empty axes in this module's style -> (figure, one axis or an array of them). Return the figure and it shows once.
+
+    width: of the whole figure; height: of one row; both in inches.  options: of `matplotlib.pyplot.subplots`.
+    The style stays on for the session: matplotlib looks up the sizes of titles and legends when those are made.
+    """
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(_STYLE)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", **options)
+    return _finished(figure), axes
 
 
 # ---------------------------------------------------------------- shared

@@ -139,7 +139,11 @@ def existing_rows(folder: Path) -> list[dict]:
 
 def _run_all(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | str]:
     if workers <= 1:
-        yield from map(work, jobs)
+        threads = torch.get_num_threads()
+        try:
+            yield from map(work, jobs)
+        finally:
+            torch.set_num_threads(threads)  # `run_job` takes one; what follows in this process wants all of them
         return
     # spawn: a forked copy of a process that has started torch's threads may hang
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -116,7 +116,14 @@ def encode_rings(views: ViewTensors, variants: list[Variant], vae, progress: boo
     return torch.stack(rings)
 
 
-def load_orbits(views: ViewTensors, vae, copies: int, cache: str | Path | None = None, seed: int = 0) -> Orbits:
+def load_orbits(
+    views: ViewTensors,
+    vae,
+    copies: int = 1,
+    cache: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Orbits:
     """`Orbits` of all objects; latents are kept in the file `cache`, if given, and made again when it does not fit."""
     variants = make_variants(len(views), copies, seed)
     fingerprint = latent_fingerprint(views, variants, vae)
@@ -124,7 +131,7 @@ def load_orbits(views: ViewTensors, vae, copies: int, cache: str | Path | None =
         stored = read_cache(cache)
         if torch.equal(stored.get("fingerprint", torch.empty(0)), fingerprint):
             return Orbits(views, variants, stored["latents"], vae.config.scaling_factor)
-    latents = encode_rings(views, variants, vae)
+    latents = encode_rings(views, variants, vae, progress)
     if cache is not None:
         with atomic_path(cache) as path:
             save_file({"latents": latents, "fingerprint": fingerprint}, path)

@@ -91,17 +91,21 @@ class GSV3DPipeline:
         if lora_scale is not None:
             set_lora_scale(self.unet, lora_scale)
         cameras = orbit_cameras(sv3d_azimuths(frames), elevation, self.config.image_size)
-        latents = sample(
-            self.unet,
-            self.condition(rgb, elevation, frames),
-            self.config,
-            generator=torch.Generator().manual_seed(seed),
-            scheduler=build_scheduler(self.config),
-            steps=steps,
-            guidance=guidance,
-            progress=progress,
-            callback=callback,
-        )[0]
+        try:
+            latents = sample(
+                self.unet,
+                self.condition(rgb, elevation, frames),
+                self.config,
+                generator=torch.Generator().manual_seed(seed),
+                scheduler=build_scheduler(self.config),
+                steps=steps,
+                guidance=guidance,
+                progress=progress,
+                callback=callback,
+            )[0]
+        finally:
+            if lora_scale is not None:
+                set_lora_scale(self.unet, 1.0)  # the next call is the distilled model again
         return Generation(rgb, latents, cameras, self.gaussians_from(latents, cameras, rgb))
 
     def condition(self, rgb: Tensor, elevation: float, frames: int) -> Condition:

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +141,7 @@ def count(name: str, model: nn.Module, forward: Callable[[], Tensor], blocks: li
     )
 
 
+@cache
 def unet_part(config: Config, lora: bool) -> Part:
     """The U-Net on one orbit; with `lora` only that is trained."""
     from .lora import add_lora
@@ -156,6 +158,7 @@ def unet_part(config: Config, lora: bool) -> Part:
         return count("U-Net with LoRA" if lora else "U-Net", unet, lambda: unet(*given, *angles), blocks)
 
 
+@cache
 def decoder_part(config: Config, frozen: bool) -> Part:
     """The Gaussian Splatting Decoder on one orbit; where it is frozen its activations are needed all the same."""
     from .cameras import orbit_cameras

@@ -1,9 +1,9 @@
 """Train the stages of one preset, in order, from the command line or from a notebook.
 
-    python -m gsv3d_lib.train --preset tiny --data data/cache/procedural --run runs/tiny [--stages vae dino ...]
+    python -m gsv3d_lib.train --preset tiny --data data/cache/procedural --out runs/tiny [--stages vae dino ...]
 
-Every stage resumes where it was killed and is skipped once its weights lie in RUN/weights. The weights are in the layout of
-diffusers and transformers (`save_pretrained`), so that `GSV3DPipeline.from_pretrained(RUN/weights)` opens them.
+Every stage resumes where it was killed and is skipped once its weights lie in OUT/weights. The weights are in the layout of
+diffusers and transformers (`save_pretrained`), so that `GSV3DPipeline.from_pretrained(OUT/weights)` opens them.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def model_classes() -> dict:
 
 
 def save_model(model, run: Path, name: str, config: Config) -> None:
-    """Write one model to RUN/weights/NAME, in full or not at all, and the configuration beside it.
+    """Write one model to OUT/weights/NAME, in full or not at all, and the configuration beside it.
 
     Of several processes only the first writes, and the others wait until it has.
     """
@@ -181,7 +181,7 @@ def load_model(folder: str | Path, name: str):
 
 
 def export_weights(run: Path, folder: Path) -> None:
-    """Copy RUN/weights to `folder` in half precision, and the training curves beside them: what this project ships."""
+    """Copy OUT/weights to `folder` in half precision, and the training curves beside them: what this project ships."""
     from .lora import load_lora, save_lora
 
     weights, folder = Path(run) / "weights", Path(folder)
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--data", nargs="+", default=["data/cache/procedural"], help="dataset folders")
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="checkpoints, curves and weights")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--steps", type=int, help="override the number of steps of the named stages")
     parser.add_argument("--limit", type=int, help="use only the first objects")
@@ -211,14 +211,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, help="only copy the finished weights, in half precision, to this folder")
     args = parser.parse_args(arguments)
     if args.export is not None:
-        return export_weights(args.run, args.export)
+        return export_weights(args.out, args.export)
     config = preset(args.preset)
-    views = load_views(args.data, config.image_size, limit=args.limit, cache=args.run)
+    views = load_views(args.data, config.image_size, limit=args.limit, cache=args.out)
     for name in args.stages:
-        if (args.run / "weights" / PRODUCTS[name]).is_dir():
-            print(f"{name}: {args.run / 'weights' / PRODUCTS[name]} exists; delete it to train again.")
+        if (args.out / "weights" / PRODUCTS[name]).is_dir():
+            print(f"{name}: {args.out / 'weights' / PRODUCTS[name]} exists; delete it to train again.")
             continue
-        RECIPES[name](with_steps(config, name, args.steps), views, args.run, processes=args.processes)
+        RECIPES[name](with_steps(config, name, args.steps), views, args.out, processes=args.processes)
 
 
 def with_steps(config: Config, stage: str, steps: int | None) -> Config:

@@ -41,7 +41,7 @@ def definitions(number: str) -> dict:
 
 def accepts(checker, solution) -> bool:
     """The checker says that the solution is right."""
-    return checker(solution) is True
+    return bool(checker(solution))
 
 
 def rejects(checker, solution, match: str) -> bool:

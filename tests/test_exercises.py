@@ -17,7 +17,7 @@ def test_a_right_answer_is_told(capsys):
     def halve(x):
         return x / 2
 
-    assert check_halve(halve) is True
+    assert check_halve(halve)
     assert capsys.readouterr().out == "✓ halve: right.\n"
 
 
@@ -25,7 +25,7 @@ def test_a_stub_is_not_wrong(capsys):
     def halve(x):
         """To be written."""
 
-    assert check_halve(halve) is False
+    assert not check_halve(halve)
     assert "halve: not written yet" in capsys.readouterr().out
 
 

@@ -105,7 +105,7 @@ def test_finished_stages_are_not_trained_again(run, tmp_path, monkeypatch, capsy
     write_index(tmp_path / "data", [{"id": "balls"}])
     monkeypatch.setattr(recipes, "preset", lambda name: CONFIG)
     before = {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
-    recipes.main(["--data", str(tmp_path / "data"), "--run", str(run), "--stages", "vae", "diffusion"])
+    recipes.main(["--data", str(tmp_path / "data"), "--out", str(run), "--stages", "vae", "diffusion"])
     assert capsys.readouterr().out.count("delete it to train again") == 2
     assert before == {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
     for path in run.glob("views-*"):
@@ -120,7 +120,7 @@ def test_steps_override_one_stage():
 
 
 def test_exported_weights_are_half_the_size_and_nearly_the_same(run, weights, pipe, picture, tmp_path):
-    recipes.main(["--run", str(run), "--export", str(tmp_path)])
+    recipes.main(["--out", str(run), "--export", str(tmp_path)])
     sizes = [sum(f.stat().st_size for f in p.rglob("*.safetensors")) for p in (weights, tmp_path)]
     assert 0.48 < sizes[1] / sizes[0] < 0.6
     shipped = GSV3DPipeline.from_pretrained(tmp_path, device="cpu")

@@ -268,38 +268,6 @@ def test_code_that_documents_name_exists(document):
             assert name in names_of(modules[module]), f"{document.name}: {module}.{name}"
 
 
-# ---------------------------------------------------------------- notebooks
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_executed_small_and_shows_on_github(notebook):
-    assert notebook.stat().st_size < 2_000_000
-    content = json.loads(notebook.read_text())
-    assert "widgets" not in content["metadata"], "GitHub refuses notebooks that carry widget state"
-    code = [c for c in content["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
-    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1)), "run it in order on a fresh kernel"
-    errors = [o for cell in code for o in cell["outputs"] if o["output_type"] == "error"]
-    assert not errors
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_takes_parameters(notebook):
-    """papermill needs exactly one cell with the tag `parameters`, made of literals, one per line."""
-    cells = [c for c in json.loads(notebook.read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    assert len(cells) == 1
-    for statement in ast.parse("".join(cells[0]["source"])).body:
-        assert isinstance(statement, ast.Assign | ast.AnnAssign), ast.unparse(statement)
-        ast.literal_eval(statement.value)
-
-
-def test_readme_announces_only_notebooks_that_are_missing():
-    """A notebook named in the README's table either exists or is marked as coming."""
-    for line in (ROOT / "README.md").read_text().splitlines():
-        for name in re.findall(r"`(\d\d_\w+)`", line):
-            exists = (ROOT / "notebooks" / f"{name}.ipynb").is_file()
-            assert exists != ("coming" in line), line
-
-
 # ---------------------------------------------------------------- what must not be there
 
 FORBIDDEN = {

@@ -29,23 +29,36 @@ class Wrong(AssertionError):
         return [f"✗ {self}"]
 
 
+class Verdict:
+    """True or False, already told in print: as a cell's last value it shows nothing."""
+
+    def __init__(self, right: bool):
+        self.right = right
+
+    def __bool__(self) -> bool:
+        return self.right
+
+    def _ipython_display_(self) -> None:
+        """Nothing."""
+
+
 class _NotWritten(Exception):
     """The stub returned nothing."""
 
 
 def checker(check: Callable) -> Callable:
-    """Turns a function that raises `Wrong` into one that reports in one line; returns True where all is right."""
+    """Turns a function that raises `Wrong` into one that reports in one line; returns a Verdict."""
 
     @wraps(check)
-    def run(solution: Callable, **options) -> bool:
+    def run(solution: Callable, **options) -> Verdict:
         name = getattr(solution, "__name__", "your function")
         try:
             check(solution, **options)
         except _NotWritten:
             print(f"○ {name}: not written yet. Replace the `...` and run the cell again.")
-            return False
+            return Verdict(False)
         print(f"✓ {name}: right.")
-        return True
+        return Verdict(True)
 
     return run
 

@@ -1,0 +1,185 @@
+"""Notebook 04: its derivations equal the library, its checkers tell right from wrong."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from notebook_world import accepts, definitions, rejects
+
+from gsv3d_lib.cameras import orbit_cameras, pluecker_rays, ray_grid, sv3d_azimuths
+from gsv3d_lib.config import preset
+from gsv3d_lib.decoder import Block, GaussianDecoder, build_decoder, plane_sweep, ray_distance
+from gsv3d_lib.encoders import build_dino, dino_features
+from gsv3d_lib.exercises import decoder as checks
+from gsv3d_lib.stages import DINOStage
+
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return definitions("04")
+
+
+@pytest.fixture(scope="module")
+def cameras():
+    return orbit_cameras(sv3d_azimuths(4), 15.0, 64)
+
+
+def test_embedding_is_the_decoders_convolution(notebook, cameras):
+    decoder = build_decoder(preset("tiny"))
+    latents, rays = torch.randn(4, 4, 8, 8), pluecker_rays(cameras, 8, 8)
+    tokens = notebook["embed"](latents, rays, decoder.embed.weight, decoder.embed.bias)
+    convolved = decoder.embed(torch.cat([latents, rays.movedim(-1, 1)], dim=1))
+    assert torch.allclose(tokens, convolved.movedim(1, -1).flatten(0, 2), **CLOSE)
+
+
+def test_attention_is_torchs_and_the_block_the_decoders(notebook):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9, 16)
+    result, weights = notebook["attend"](q, k, v)
+    assert torch.allclose(result, F.scaled_dot_product_attention(q, k, v), **CLOSE)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 7), **CLOSE)
+    block, x, context = Block(48, 3, 20), torch.randn(2, 10, 48), torch.randn(2, 5, 20)
+    by_hand, among_views, to_image = notebook["block_by_hand"](block, x, context)
+    assert torch.allclose(by_hand, block(x, context), **CLOSE)
+    assert among_views.shape == (2, 3, 10, 10) and to_image.shape == (2, 3, 10, 5)
+
+
+def test_shuffle_is_torchs(notebook):
+    x = torch.randn(12, 3, 5)
+    assert torch.equal(notebook["shuffle"](x, 2), F.pixel_shuffle(x, 2))
+
+
+def test_activations_are_the_decoders(notebook, cameras):
+    decoder = GaussianDecoder(width=24, layers=1, heads=1, context_width=None, object_radius=1.3)
+    origins, directions = ray_grid(cameras, 6, 5)
+    maps = 2 * torch.randn(4, 6, 5, 12)
+    by_hand = notebook["activate"](maps, origins, directions, 1.3, decoder.config.scale_range)
+    expected = decoder.to_gaussians(maps, origins, directions)
+    for name in ("means", "quats", "scales", "opacities", "colors"):
+        assert torch.allclose(getattr(by_hand, name), getattr(expected, name), **CLOSE), name
+
+
+def test_projection_inverts_the_rays(notebook, cameras):
+    origins, directions = ray_grid(cameras, 8, 8)
+    t = ray_distance(torch.randn(4, 8, 8, 1), origins, 1.0)
+    pixels, z = notebook["project"](origins + t * directions, cameras)
+    columns = (torch.arange(8) + 0.5) * 8
+    assert torch.allclose(pixels[..., 0], columns.expand(4, 8, 8), atol=1e-3)
+    assert torch.allclose(pixels[..., 1], columns[:, None].expand(4, 8, 8), atol=1e-3)
+    assert (z < t[..., 0]).all()
+
+
+def test_sweep_along_one_ray_is_the_librarys(notebook, cameras):
+    config, latents = build_decoder(preset("tiny")).config, torch.randn(4, 4, 8, 8)
+    swept = plane_sweep(latents, cameras, (8, 8), config).unflatten(0, (4, 8, 8))
+    origins, directions = ray_grid(cameras, 8, 8)
+    planes = torch.linspace(-1, 1, config.planes)
+    seen = notebook["latents_along"](origins[2, 3, 5], directions[2, 3, 5], planes, latents, cameras)
+    assert torch.allclose(notebook["statistics"](seen).T.flatten(), swept[2, 3, 5], atol=1e-4)
+
+
+def test_dino_targets_are_the_stages(notebook):
+    torch.manual_seed(0)
+    config = preset("tiny", dino_layers=1)
+    stage = DINOStage(build_dino(config), None, config).eval()  # views are for drawing examples only
+    stage.center.normal_(std=0.1)
+    crops = torch.rand(3, 2, 64, 64, 3)
+    loss, metrics = stage({"crops": crops})
+    backbone, head = stage.teacher
+    teacher = torch.stack([head(dino_features(backbone, crops[:, a])) for a in (0, 1)])
+    targets = notebook["dino_targets"](teacher[0], stage.center, stage.TEACHER_TEMPERATURE)
+    assert torch.allclose(notebook["entropy"](targets).mean(), metrics["target_entropy"], atol=1e-4)
+    assert not targets.requires_grad
+    student = torch.stack([stage.head(dino_features(stage.dino, crops[:, a])) for a in (0, 1)])
+    assert torch.allclose(checks.dino_loss_of(student, teacher, stage.center), loss, **CLOSE)
+
+
+def test_principal_colors_fill_the_range(notebook):
+    colors = notebook["principal_colors"](torch.randn(64, 20))
+    assert colors.shape == (64, 3)
+    assert torch.allclose(colors.amin(0), torch.zeros(3)) and torch.allclose(colors.amax(0), torch.ones(3))
+
+
+# ---------------------------------------------------------------- checkers
+
+
+@pytest.mark.parametrize(
+    "stub, checker",
+    [("pixel_shuffle", "check_shuffle"), ("depth_logits", "check_depth_logits"), ("dino_loss", "check_dino_loss")],
+)
+def test_stub_is_not_written_yet(notebook, stub, checker, capsys):
+    assert getattr(checks, checker)(notebook[stub]) is False
+    assert "not written yet" in capsys.readouterr().out
+
+
+def shuffle_by_axes(order):
+    def pixel_shuffle(x, r):
+        axes = x.unflatten(1, (-1, r, r)).permute(order)
+        return axes.reshape(len(x), x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r)
+
+    return pixel_shuffle
+
+
+def test_shuffle_checker():
+    assert accepts(checks.check_shuffle, F.pixel_shuffle)
+    assert accepts(checks.check_shuffle, shuffle_by_axes((0, 1, 4, 2, 5, 3)))
+    assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 2, 3, 4, 5)), "without moving axes")
+    assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 4, 3, 5, 2)), "i and j are swapped")
+    assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 2, 4, 3, 5)), "slow index")
+    assert rejects(checks.check_shuffle, lambda x, r: F.pixel_shuffle(_regrouped(x, r), r), "grouped the wrong way")
+    assert rejects(checks.check_shuffle, lambda x, r: x, "should have shape")
+
+
+def _regrouped(x, r):
+    return x.unflatten(1, (r * r, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def depth_solution(distance=lambda z, cos: z / cos, last=torch.logit, scale=lambda offset, radius: offset / radius):
+    def depth_logits(depth, origins, directions, forward, radius):
+        t = distance(depth, (directions * forward).sum(-1, keepdim=True))
+        return last((scale(t - origins.norm(dim=-1, keepdim=True), radius) + 1) / 2)
+
+    return depth_logits
+
+
+def test_depth_checker():
+    check = checks.check_depth_logits
+    assert accepts(check, depth_solution())
+    assert accepts(check, checks.depth_logits_for)
+    assert rejects(check, depth_solution(distance=lambda z, cos: z), "z-depth for the distance")
+    assert rejects(check, depth_solution(distance=lambda z, cos: z * cos), "multiplied by the cosine")
+    assert rejects(check, depth_solution(last=lambda u: u), "sigmoid of the logit")
+    assert rejects(check, depth_solution(last=lambda u: 2 * u - 1), r"2 sigmoid\(x\) - 1")
+    assert rejects(check, depth_solution(scale=lambda offset, radius: offset), "units of the object's radius")
+
+
+def dino_solution(tau_s=0.1, tau_t=0.05, sign=-1.0, other=True, keep_gradient=False, factor=0.5):
+    def dino_loss(student, teacher, center):
+        targets = ((teacher + sign * center) / tau_t).softmax(-1)
+        targets = targets if keep_gradient else targets.detach()
+        return factor * sum(F.cross_entropy(student[a] / tau_s, targets[1 - a if other else a]) for a in (0, 1))
+
+    return dino_loss
+
+
+def test_dino_checker():
+    check = checks.check_dino_loss
+    assert accepts(check, dino_solution())
+    assert accepts(check, checks.dino_loss_of)
+    assert rejects(check, dino_solution(sign=0.0), "centre is missing")
+    assert rejects(check, dino_solution(sign=1.0), "centre is added")
+    assert rejects(check, dino_solution(other=False), "compared with itself")
+    assert rejects(check, dino_solution(tau_s=0.05, tau_t=0.1), "temperatures are swapped")
+    assert rejects(check, dino_solution(tau_t=1.0), "not sharpened")
+    assert rejects(check, dino_solution(factor=1.0), "sum of both directions")
+    assert rejects(check, dino_solution(keep_gradient=True), "gradient for the teacher")
+
+
+def test_the_cost_of_attention_as_the_notebook_counts_it():
+    """16 x 36 x 36 tokens at paper scale, whose weights fill 430 million numbers per head."""
+    config = preset("paper")
+    tokens = config.num_frames * (config.latent_size // config.decoder_patch) ** 2
+    assert tokens == 20_736 and math.isclose(tokens**2, 4.3e8, rel_tol=1e-2)
