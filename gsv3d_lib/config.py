@@ -6,6 +6,7 @@ the sources named in docs/method.md: the paper, public SVD / SV3D configurations
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from dataclasses import dataclass
 
@@ -146,8 +147,8 @@ TINY = Config(
     vae_schedule=Schedule(steps=800, batch=8, lr=1.5e-3, ema=0.99, weight_decay=0.0),
     dino_schedule=Schedule(steps=600, batch=32, lr=5e-4),
     diffusion_schedule=Schedule(steps=3300, batch=6, lr=5e-4, ema=0.995),
-    stage1=Schedule(steps=6000, batch=2, lr=5e-4, ema=0.99),
-    stage2=Schedule(steps=150, batch=2, lr=2e-4, warmup=20),
+    stage1=Schedule(steps=9000, batch=2, lr=5e-4, ema=0.998),
+    stage2=Schedule(steps=300, batch=2, lr=5e-4, warmup=20),
     scale_range=(5e-3, 5e-2),  # 32 x 32 Gaussians a view lie further apart than in `paper`
     guidance=1.5,  # 1 and 1.5 score the same on unseen procedural objects
     copies=2,
@@ -242,3 +243,14 @@ def preset(name: str = "tiny", **changes) -> Config:
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name].replace(**changes)
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """ "steps=200" -> ("steps", 200); what is no literal is text. Raises ValueError without "="."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set takes NAME=VALUE; got {text!r}.")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -213,7 +213,7 @@ def plot_ellipsoids(
     count, rows = len(gaussians), 1 if len(gaussians) == 1 or not footprints else 2
     columns = 1 + footprints if count == 1 else count
     with _style() as plt:
-        figure = plt.figure(figsize=(2.6 * columns, 2.6 * rows))
+        figure = plt.figure(figsize=(2.3 * columns, 2.3 * rows))
         x, y, z = camera.positions()[0].tolist()
         view = {"elev": np.degrees(np.arctan2(z, np.hypot(x, y))), "azim": np.degrees(np.arctan2(y, x))}
         for i in range(count):

@@ -22,6 +22,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
+from .config import parse_setting
 from .paths import ROOT, atomic_path
 from .refresh import NOTEBOOKS, find_notebooks
 
@@ -130,17 +131,6 @@ def peak_memory() -> float | None:
 def write_record(out: Path, record: dict) -> None:
     with atomic_path(out / "run.json") as path:
         path.write_text(json.dumps(record, indent=1))
-
-
-def parse_setting(text: str) -> tuple[str, object]:
-    """ "steps=200" -> ("steps", 200); what is no literal is text. Raises ValueError without "="."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set takes NAME=VALUE; got {text!r}.")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .config import Config, preset
+from .config import Config, parse_setting, preset
 from .dataset import ViewTensors, load_views
 from .paths import atomic_path
 from .training import read_metrics, train
@@ -206,13 +206,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="checkpoints, curves and weights")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--steps", type=int, help="override the number of steps of the named stages")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one field of the preset")
     parser.add_argument("--limit", type=int, help="use only the first objects")
     parser.add_argument("--processes", type=int, default=1, help="how many torchrun was asked for; it must agree")
     parser.add_argument("--export", type=Path, help="only copy the finished weights, in half precision, to this folder")
     args = parser.parse_args(arguments)
     if args.export is not None:
         return export_weights(args.out, args.export)
-    config = preset(args.preset)
+    config = preset(args.preset, **dict(parse_setting(text) for text in args.set))
     views = load_views(args.data, config.image_size, limit=args.limit, cache=args.out)
     for name in args.stages:
         if (args.out / "weights" / PRODUCTS[name]).is_dir():

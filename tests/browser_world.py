@@ -36,6 +36,18 @@ SETTINGS = {
 PLOTLY = "application/vnd.plotly.v1+json"
 PARTS_OF_A_SCREENSHOT = 12_000  # pixels; Chromium draws at most 16,384
 
+# JupyterLab that ends, and its kernels with it, when the tests that started it were killed.
+SERVER = """
+import os, signal, threading, time
+from jupyterlab.labapp import main
+def follow(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=follow, args=[os.getppid()], daemon=True).start()
+main()
+"""
+
 # The open notebook's panel, its kernel, and what its cells say. A cell that waits or runs has no execution count.
 STATE = """name => {
   const panel = window.jupyterapp?.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
@@ -91,12 +103,11 @@ def jupyterlab(folder: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     options = f"""--no-browser --allow-root --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0
         --IdentityProvider.token= --LabApp.expose_app_in_browser=True --LabApp.extension_manager=readonly
-        --ServerApp.shutdown_no_activity_timeout=600 --MappingKernelManager.cull_idle_timeout=600
-        --ServerApp.root_dir={folder / "notebooks"}""".split()  # one left behind by a killed test ends itself
+        --ServerApp.root_dir={folder / "notebooks"}""".split()
     log = folder / "server.log"
     with log.open("w") as stream:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=stream, stderr=subprocess.STDOUT
+            [sys.executable, "-c", SERVER, *options], env=environment, stdout=stream, stderr=subprocess.STDOUT
         )
     address = f"http://127.0.0.1:{port}"
     try:

@@ -45,7 +45,7 @@ orbit_explorer(some)""",
 FIGURES = {
     "turning": "plotly_gaussians(some, height=300)",
     "fixed": "plotly_gaussians(some, height=300).update_layout(scene_dragmode=False)",
-    "flat": "import plotly.express; plotly.express.scatter(x=[0, 1], y=[0, 1], height=200)",
+    "flat": "import plotly; plotly.graph_objects.Figure([dict(type='bar', y=[1, 2])], dict(height=200))",
     "viewer": "splat_viewer(some, height=300)",
     "empty viewer": "splat_viewer(some.select(slice(0, 0)), height=300)",
 }
@@ -160,7 +160,7 @@ def test_notebook(lab, number):
     with lab(path.name) as page:
         print(f"{path.stem}: Run All {world.run_all(page):.1f} s")
         for cell, selector in world.figures_of(notebook):
-            page.locator(".jp-CodeCell").nth(cell).locator(f".jp-OutputArea-output {selector}").first.wait_for()
+            page.locator(".jp-CodeCell").nth(cell).locator(f".jp-Cell-outputArea {selector}").first.wait_for()
         if folder := os.environ.get("GSV3D_SCREENSHOTS"):
             world.save_screenshot(page, Path(folder) / f"{path.stem}.png")
         use_explorers(page, wanted=any(c.cell_type == "code" and "explorer(" in c.source for c in notebook.cells))

@@ -223,5 +223,5 @@ def test_check_guidance_at():
     [("check_scalings", "scalings_for"), ("check_guided_step", "guided_step"), ("check_guidance_at", "guidance_at")],
 )
 def test_stubs_are_not_written_yet(cells, check, stub, capsys):
-    assert getattr(checks, check)(cells[stub]) is False
+    assert not getattr(checks, check)(cells[stub])
     assert "not written yet" in capsys.readouterr().out

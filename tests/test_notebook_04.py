@@ -111,7 +111,7 @@ def test_principal_colors_fill_the_range(notebook):
     [("pixel_shuffle", "check_shuffle"), ("depth_logits", "check_depth_logits"), ("dino_loss", "check_dino_loss")],
 )
 def test_stub_is_not_written_yet(notebook, stub, checker, capsys):
-    assert getattr(checks, checker)(notebook[stub]) is False
+    assert not getattr(checks, checker)(notebook[stub])
     assert "not written yet" in capsys.readouterr().out
 
 

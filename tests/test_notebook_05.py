@@ -90,9 +90,9 @@ def test_paired_interval(cells):
 
 
 def test_stubs_are_not_written_yet(cells, capsys):
-    assert checks.check_merge_lora(cells["merge_lora"]) is False
-    assert checks.check_stage2_loss(cells["stage2_loss"]) is False
-    assert checks.check_latent_gradient(cells["latent_gradient"]) is False
+    assert not checks.check_merge_lora(cells["merge_lora"])
+    assert not checks.check_stage2_loss(cells["stage2_loss"])
+    assert not checks.check_latent_gradient(cells["latent_gradient"])
     assert capsys.readouterr().out.count("not written yet") == 3
 
 

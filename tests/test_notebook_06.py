@@ -131,7 +131,7 @@ def test_failure_numbers_have_their_closed_forms(notebook):
     assert notebook["front_back_similarity"](views[0], views[0].flip(-2)) == math.inf
     camera = orbit_cameras(torch.tensor([0.0]), 15.0, 32)
     card = baselines.flat_card(random_images(32, 32, 3), torch.ones(32, 32, 1), camera)
-    moved = notebook["crumpled"](card, camera, 0.3)
+    moved = notebook["corrugated"](card, camera, 0.3)
 
     def project(g: Gaussians) -> torch.Tensor:
         local = g.means @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
@@ -283,7 +283,7 @@ def test_card_mesh_is_the_one_that_is_evaluated(monkeypatch):
 
     monkeypatch.setattr(evaluate, "fuse_mesh", fuse)
     scores = evaluate.mesh_chamfer(random_gaussians(), np.zeros((1, 3)))
-    assert math.isnan(scores["chamfer"])  # the card: NaN, left out of the mean
+    assert math.isnan(scores["chamfer"])  # null in the file
     assert asked == {
         "resolution": CARD["mesh"]["grid"],
         "num_views": CARD["mesh"]["views"],

@@ -8,6 +8,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from gsv3d_lib import refresh, run
+from gsv3d_lib.config import parse_setting
 
 ROOT = run.ROOT
 
@@ -80,11 +81,11 @@ def test_a_broken_parameter_file_is_one_sentence(tmp_path, text, message):
 
 
 def test_settings_are_literals_or_text():
-    assert run.parse_setting("steps=200") == ("steps", 200)
-    assert run.parse_setting("name=data/a.png") == ("name", "data/a.png")
-    assert run.parse_setting("fast=False") == ("fast", False)
+    assert parse_setting("steps=200") == ("steps", 200)
+    assert parse_setting("name=data/a.png") == ("name", "data/a.png")
+    assert parse_setting("fast=False") == ("fast", False)
     with pytest.raises(ValueError, match="NAME=VALUE"):
-        run.parse_setting("steps")
+        parse_setting("steps")
 
 
 @pytest.mark.parametrize("path", sorted(run.PARAMS.glob("*.yaml")), ids=lambda path: path.stem)

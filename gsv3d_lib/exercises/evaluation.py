@@ -145,7 +145,7 @@ def number(answer) -> float:
         isinstance(answer, int | float | np.floating) or (isinstance(answer, Tensor) and answer.numel() == 1),
         "Return a single number (a tensor without dimensions).",
     )
-    return float(answer)
+    return float(answer.detach() if isinstance(answer, Tensor) else answer)
 
 
 def pair(answer) -> tuple[float, float]:
