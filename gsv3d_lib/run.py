@@ -4,8 +4,8 @@
     python -m gsv3d_lib.run 05 --set steps=200 --set seed=1 --out runs/05-again
 
 papermill only warns of a parameter that does not exist and takes a string for a number. Here names and types are checked
-against the notebook's parameters cell before anything runs. The executed notebook is written after every cell, so a killed run
-keeps what it had; training inside resumes from its own checkpoints when the same command is given again.
+against the notebook's parameters cell before anything runs. The executed notebook is written after every cell, so a killed
+run keeps what it had; training inside resumes from its own checkpoints when the same command is given again.
 """
 
 from __future__ import annotations

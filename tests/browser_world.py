@@ -97,6 +97,7 @@ def jupyterlab(folder: Path) -> Iterator[str]:
     own = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime"}
     own |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
     environment = os.environ | {name: str(folder / path) for name, path in own.items()}
+    environment["OMP_NUM_THREADS"] = "1"  # a kernel's; the browser and other tests want the other cores
     environment.pop("MPLBACKEND", None)  # conftest's would keep kernels from showing matplotlib's figures
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
