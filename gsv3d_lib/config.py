@@ -147,7 +147,7 @@ TINY = Config(
     vae_schedule=Schedule(steps=800, batch=8, lr=1.5e-3, ema=0.99, weight_decay=0.0),
     dino_schedule=Schedule(steps=600, batch=32, lr=5e-4),
     diffusion_schedule=Schedule(steps=3300, batch=6, lr=5e-4, ema=0.995),
-    stage1=Schedule(steps=8000, batch=2, lr=5e-4, ema=0.998),
+    stage1=Schedule(steps=6000, batch=2, lr=5e-4, ema=0.998),
     stage2=Schedule(steps=300, batch=2, lr=5e-4, warmup=20),
     scale_range=(5e-3, 5e-2),  # 32 x 32 Gaussians a view lie further apart than in `paper`
     guidance=1.5,  # 1 and 1.5 score the same on unseen procedural objects

@@ -98,7 +98,7 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def _start_as_faint_plane(self) -> None:
-        """Zero depth, scale and opacity heads: faint Gaussians on the plane through the object's centre."""
+        """Zero depth, scale and opacity heads: faint Gaussians at the camera's distance, through the object's centre."""
         for channels in (DEPTH, OPACITY, SCALE):
             self.to_maps.weight[channels].zero_()
             self.to_maps.bias[channels].zero_()

@@ -138,3 +138,18 @@ def test_refresh_drops_widgets_that_need_a_kernel():
     assert refresh.tidy(new_notebook(cells=[cell])).cells[0].outputs == [kept]
     with pytest.raises(FileNotFoundError, match="No notebook begins with '99'"):
         refresh.find_notebooks(["99"])
+
+
+def test_training_takes_fields_of_the_preset(tmp_path, monkeypatch):
+    """`--set lambda_pixel=0.0` reaches the configuration; a wrong name is one sentence."""
+    from gsv3d_lib import train
+
+    seen = []
+    monkeypatch.setattr(train, "load_views", lambda *_, **__: None)
+    monkeypatch.setitem(train.RECIPES, "vae", lambda config, *_, **__: seen.append(config))
+    train.main(
+        ["--out", str(tmp_path), "--stages", "vae", "--steps", "7", "--set", "lambda_pixel=0.0", "--set", "dino=none"]
+    )
+    assert (seen[0].lambda_pixel, seen[0].dino, seen[0].vae_schedule.steps) == (0.0, "none", 7)
+    with pytest.raises(ValueError, match="no field 'lambda_pixl'"):
+        train.main(["--out", str(tmp_path), "--set", "lambda_pixl=0.0"])
