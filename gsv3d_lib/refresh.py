@@ -64,7 +64,7 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def stated(seconds: float, gigabytes: float, cores: int) -> str:
     """The sentence of the header: "41 s, 1.2 GB on 2 CPU cores"."""
-    return f"{seconds:.0f} s, {gigabytes:.1f} GB on {cores} CPU cores"
+    return f"{seconds:.0f} s, {gigabytes:.1f} GB on {cores} CPU core{'s' if cores > 1 else ''}"
 
 
 def write_measured(text: str, sentence: str) -> str:

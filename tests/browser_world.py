@@ -30,7 +30,7 @@ FLAGS = (
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # a figure that needs a CDN stays blank
 SETTINGS = {
     "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false, "doNotDisturbMode": true}',
-    "notebook-extension/tracker": '{"windowingMode": "none"}',  # else cells out of sight are not in the page
+    "notebook-extension/tracker": '{"windowingMode": "none", "scrollPastEnd": false}',  # every cell is in the page
     "docmanager-extension/plugin": '{"autosave": false}',
 }
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -62,6 +62,7 @@ STATE = """name => {
     }
   }
   return {ready: panel.sessionContext.isReady, connection: kernel.connectionStatus, status: kernel.status, failed,
+          dialog: document.querySelector('.jp-Dialog')?.innerText ?? '',
           cells: cells.length, run: cells.filter(c => c.model.executionCount !== null).length};
 }"""
 
@@ -157,15 +158,15 @@ def write_notebook(path: Path, *cells: str) -> None:
     nbformat.write(nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)), metadata=kernel), path)
 
 
-def copy_notebook(notebook: nbformat.NotebookNode, path: Path, runs: Path) -> None:
-    """The notebook as `path`, without outputs, so that what is seen later was made here, and writing
-    below the folder `runs` what it would write to the repository's runs/."""
+def copy_notebook(notebook: nbformat.NotebookNode, path: Path, elsewhere: Path) -> None:
+    """The notebook as `path`, without outputs, so that what is seen later was made here; what it would write to the
+    repository's runs/ and data/cache/ goes below `elsewhere`."""
     notebook = deepcopy(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         if "parameters" in cell.metadata.get("tags", []):
-            cell.source = re.sub(r"""(["'])(runs/)""", rf"\g<1>{runs.as_posix()}/", cell.source)
+            cell.source = re.sub(r"""(["'])(runs|data/cache)/""", rf"\g<1>{elsewhere.as_posix()}/\g<2>/", cell.source)
     nbformat.write(notebook, path)
 
 
@@ -188,11 +189,7 @@ def open_notebook(browser, address: str, name: str, patience: float = 300) -> It
     try:
         page.set_default_timeout(60_000)
         page.goto(f"{address}/lab/workspaces/{Path(name).stem}/tree/{name}", timeout=1000 * patience)
-        try:
-            _wait(page, "s => s?.ready && s.connection === 'connected' && s.status === 'idle'", name, patience)
-        except AssertionError as error:
-            dialog = page.locator(".jp-Dialog").all_inner_texts()
-            raise AssertionError(f"{name} did not open with an idle kernel: {error}; dialogs: {dialog}") from None
+        _wait(page, "s => s?.ready && s.connection === 'connected' && s.status === 'idle'", name, patience)
         page.notebook = name
         yield page
     finally:
@@ -208,7 +205,7 @@ def _wait(page, condition: str, name: str, patience: float) -> dict:
         if page.evaluate(condition, state):
             return state
         page.wait_for_timeout(250)
-    raise AssertionError(f"after {patience:.0f} s: {state}")
+    raise AssertionError(f"{name} after {patience:.0f} s: {state or 'not open'}")
 
 
 def run_all(page, patience: float = 600) -> float:
@@ -216,24 +213,25 @@ def run_all(page, patience: float = 600) -> float:
     started = time.perf_counter()
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-    over = """s => s.failed.length || ['dead', 'autorestarting', 'restarting'].includes(s.status)
-                   || s.run === s.cells && s.status === 'idle'"""
+    over = "s => s.failed.length || s.dialog || s.status === 'dead' || s.run === s.cells && s.status === 'idle'"
     state = _wait(page, over, page.notebook, patience)
     if state["failed"]:
         raise AssertionError(f"{page.notebook} shows an error:\n" + "\n\n".join(state["failed"]))
     if state["run"] < state["cells"]:
-        raise AssertionError(f"the kernel of {page.notebook} died: {state}")
+        raise AssertionError(f"{page.notebook} did not run to its end: {state}")
     return time.perf_counter() - started
 
 
 def save_screenshot(page, path: Path) -> None:
     """The whole notebook as `path`, or, where it is too long for one, as several pictures `path`-2 and so on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    height = page.evaluate("() => document.querySelector('.jp-WindowedPanel-outer').scrollHeight") + 100
-    old = page.viewport_size
-    page.set_viewport_size({"width": old["width"], "height": min(height, PARTS_OF_A_SCREENSHOT)})
-    for part, top in enumerate(range(0, height, PARTS_OF_A_SCREENSHOT - 100)):
-        page.evaluate("top => document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, top)", top)
+    panel, old = page.locator(".jp-NotebookPanel .jp-WindowedPanel-outer"), page.viewport_size
+    frame = old["height"] - panel.evaluate("panel => panel.clientHeight")  # menu, tabs, toolbar, status bar
+    height = panel.evaluate("panel => panel.scrollHeight")
+    seen = min(height, PARTS_OF_A_SCREENSHOT)
+    page.set_viewport_size({"width": old["width"], "height": seen + frame})
+    for part, top in enumerate(range(0, height, seen)):
+        panel.evaluate("(panel, top) => panel.scrollTo(0, top)", top)
         page.wait_for_timeout(1000)  # figures follow the new size
         page.screenshot(path=path if part == 0 else path.with_stem(f"{path.stem}-{part + 1}"), timeout=120_000)
     page.set_viewport_size(old)

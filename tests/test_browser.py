@@ -156,7 +156,7 @@ def test_notebook(lab, number):
     if path is None:
         pytest.skip(f"notebook {number} is not written yet")
     notebook = nbformat.read(path, as_version=4)
-    world.copy_notebook(notebook, lab.folder / "notebooks" / path.name, lab.folder / "runs")
+    world.copy_notebook(notebook, lab.folder / "notebooks" / path.name, lab.folder)
     with lab(path.name) as page:
         print(f"{path.stem}: Run All {world.run_all(page):.1f} s")
         for cell, selector in world.figures_of(notebook):
