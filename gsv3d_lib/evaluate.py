@@ -192,7 +192,7 @@ def table(means: dict[str, dict[str, float]]) -> str:
     columns = ["psnr", "ssim", "depth_l1", "chamfer"]
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for method, scores in means.items():
-        cells = [f"{scores[c]:.3f}" if c in scores else "-" for c in columns]
+        cells = [f"{scores[c]:.3f}" if scores.get(c) is not None and np.isfinite(scores[c]) else "-" for c in columns]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

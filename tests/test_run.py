@@ -97,6 +97,17 @@ def test_every_parameter_file_fits_its_notebook(path):
     )
 
 
+def test_a_real_notebook_runs_from_a_parameter_file(tmp_path):
+    """02, the quickest that trains: other steps than its default, through papermill."""
+    parameters = tmp_path / "fit.yaml"
+    parameters.write_text("steps: 320\nseed: 0\n")
+    assert run.main(["02", "--params", str(parameters), "--out", str(tmp_path / "out")]) == 0
+    executed = nbformat.read(tmp_path / "out" / "02_gaussian_splatting.ipynb", as_version=4)
+    (injected,) = [c for c in executed.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    assert "steps = 320" in injected.source
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["state"] == "finished"
+
+
 # ---------------------------------------------------------------- refresh
 
 
