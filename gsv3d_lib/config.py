@@ -245,6 +245,11 @@ def preset(name: str = "tiny", **changes) -> Config:
     return PRESETS[name].replace(**changes)
 
 
+def schedule_field(stage: str) -> str:
+    """The field of `Config` that holds a stage's `Schedule`."""
+    return stage if stage in ("stage1", "stage2") else f"{stage}_schedule"
+
+
 def parse_setting(text: str) -> tuple[str, object]:
     """ "steps=200" -> ("steps", 200); what is no literal is text. Raises ValueError without "="."""
     name, equals, value = text.partition("=")

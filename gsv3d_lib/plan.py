@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, preset
+from .config import Config, preset, schedule_field
 
 GB = 1e9
 
@@ -202,8 +202,8 @@ def plan(
     half: activations in bfloat16; weights, gradients and AdamW's two averages stay in float32.
     tflops: what one GPU sustains on these models, an assumption (an A100 peaks at 312 in bfloat16).
     """
-    schedule = config.diffusion_schedule if stage == "diffusion" else getattr(config, stage)
     parts = parts_of(config, stage)
+    schedule = getattr(config, schedule_field(stage))
     kept = sum(part.checkpointed if checkpointing else part.activations for part in parts)
     again = sum(part.forward for part in parts) if checkpointing else 0
     flops = schedule.batch * (sum(part.forward + part.backward for part in parts) + again)

@@ -1,6 +1,6 @@
 """Run a notebook with other parameters, through papermill, and keep a record of the run.
 
-    python -m gsv3d_lib.run 05 --params small                     notebooks/params/05_small.yaml
+    python -m gsv3d_lib.run 05 --params long                      notebooks/params/05_long.yaml
     python -m gsv3d_lib.run 05 --set steps=200 --set seed=1 --out runs/05-again
 
 papermill only warns of a parameter that does not exist and takes a string for a number. Here names and types are checked
@@ -136,7 +136,7 @@ def write_record(out: Path, record: dict) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.run", description=__doc__.split("\n")[0])
     parser.add_argument("number", help="of the notebook, such as 05")
-    parser.add_argument("--params", help="a YAML file, or the name of a set in notebooks/params: tiny, small, paper")
+    parser.add_argument("--params", help="a YAML file, or the name of a set in notebooks/params, such as long")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeatable")
     parser.add_argument("--out", type=Path, help="folder for the executed notebook (default runs/NN-PARAMS)")
     parser.add_argument("--check", action="store_true", help="only check the parameters")

@@ -13,11 +13,12 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from .config import Config, parse_setting, preset
+from .config import Config, parse_setting, preset, schedule_field
 from .dataset import ViewTensors, load_views
 from .paths import atomic_path
 from .training import read_metrics, train
@@ -91,8 +92,7 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, **options) -> li
     parts = unet, load_model(weights, "clip"), decoder, load_dino(config, weights)
     stage = DistillationStage(*parts, orbits_for(config, views, run), config)
     history = train(stage, config.stage2, run / "stage2", seed=config.seed, **options)
-    save_lora(unet, weights / "lora")
-    save_config(config, weights)
+    write_weights(run, "lora", config, lambda folder: save_lora(unet, folder))
     return history
 
 
@@ -139,7 +139,12 @@ def model_classes() -> dict:
 
 
 def save_model(model, run: Path, name: str, config: Config) -> None:
-    """Write one model to OUT/weights/NAME, in full or not at all, and the configuration beside it.
+    """Write one model to OUT/weights/NAME and the configuration beside it."""
+    write_weights(run, name, config, lambda folder: model.save_pretrained(folder, safe_serialization=True))
+
+
+def write_weights(run: Path, name: str, config: Config, write: Callable[[Path], None]) -> None:
+    """OUT/weights/NAME by `write(folder)`, in full or not at all, and the configuration beside it.
 
     Of several processes only the first writes, and the others wait until it has.
     """
@@ -147,7 +152,7 @@ def save_model(model, run: Path, name: str, config: Config) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         temporary = folder / f".{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, safe_serialization=True)
+        write(temporary)
         shutil.rmtree(folder / name, ignore_errors=True)
         temporary.rename(folder / name)
         save_config(config, folder)
@@ -224,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def with_steps(config: Config, stage: str, steps: int | None) -> Config:
     """The configuration with another number of steps for one stage."""
-    field = stage if stage in ("stage1", "stage2") else f"{stage}_schedule"
+    field = schedule_field(stage)
     schedule = getattr(config, field)
     return config if steps is None else config.replace(**{field: dataclasses.replace(schedule, steps=steps)})
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from safetensors import safe_open
-from tiny_world import SCALE, SIZE, ball_views, randn, shake, tiny_config
+from tiny_world import SCALE, SIZE, ball_views, kept_bytes, randn, shake, tiny_config
 from torch import nn
 
 from gsv3d_lib.cameras import DISTANCE, orbit_cameras, ray_grid, sv3d_azimuths
@@ -435,8 +435,6 @@ def gradients(model, forward) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("build", ["unet", "decoder"])
 def test_checkpointing_changes_memory_and_not_gradients(build):
-    from gsv3d_lib.plan import Ledger
-
     torch.manual_seed(3)
     if build == "unet":
         model, inputs = shake(build_unet(CONFIG)), unet_inputs()
@@ -449,16 +447,9 @@ def test_checkpointing_changes_memory_and_not_gradients(build):
         def forward():
             return model.output_maps(*given)[0]
 
-    def kept() -> int:
-        ledger = Ledger(model.parameters())
-        with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda t: t):
-            result = forward()
-        del result
-        return ledger.bytes
-
-    plain, plain_bytes = gradients(model, forward), kept()
+    plain, plain_bytes = gradients(model, forward), kept_bytes(model, forward)
     model.enable_gradient_checkpointing()
-    light, light_bytes = gradients(model, forward), kept()
+    light, light_bytes = gradients(model, forward), kept_bytes(model, forward)
     assert light_bytes < 0.7 * plain_bytes
     assert plain.keys() == light.keys()
     assert all(torch.allclose(light[name], plain[name], atol=1e-6) for name in plain)

@@ -4,22 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_world import randn, tiny_config
+from tiny_world import kept_bytes, randn, tiny_config
 
 from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.config import preset
 from gsv3d_lib.decoder import build_decoder
-from gsv3d_lib.plan import Ledger, decoder_part, main, parts_of, plan, unet_part
+from gsv3d_lib.plan import decoder_part, main, parts_of, plan, unet_part
 from gsv3d_lib.unet import build_unet
-
-
-def kept_bytes(model, forward) -> int:
-    """What autograd really keeps in a forward pass on the CPU, parameters left out."""
-    ledger = Ledger(model.parameters())
-    with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda t: t):
-        result = forward()
-    assert result.requires_grad
-    return ledger.bytes
 
 
 def test_planned_activations_are_those_of_a_real_unet():

@@ -9,6 +9,7 @@ from gsv3d_lib.cameras import Cameras, orbit_cameras, ray_grid
 from gsv3d_lib.config import Config, Schedule, preset
 from gsv3d_lib.dataset import ObjectViews, ViewTensors
 from gsv3d_lib.orbits import Orbits, make_variants
+from gsv3d_lib.plan import Ledger
 
 SIZE = 32
 SCALE = 0.18215
@@ -139,6 +140,15 @@ def shake(model, seed: int = 0, size: float = 0.05):
         for p in model.parameters():
             p.add_(size * torch.randn(p.shape, generator=generator))
     return model
+
+
+def kept_bytes(model, forward) -> int:
+    """What autograd really keeps in a forward pass on the CPU, parameters left out."""
+    ledger = Ledger(model.parameters())
+    with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda t: t):
+        result = forward()
+    assert result.requires_grad
+    return ledger.bytes
 
 
 def descend(stage, batch: dict[str, Tensor], optimizer, steps: int = 6) -> list[float]:

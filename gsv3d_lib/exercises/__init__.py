@@ -96,6 +96,18 @@ def expect_close(answer, truth, hint: str, tolerance: float = 1e-4) -> None:
     expect(off <= tolerance, f"{hint} (largest error {(answer - truth).abs().max():.3g})")
 
 
+def same(answer: Tensor, other: Tensor, rtol: float = 1e-3, atol: float = 1e-4) -> bool:
+    """Equal in shape and, within the tolerances, in value."""
+    equal_shapes = answer.shape == other.shape
+    return equal_shapes and torch.allclose(answer.detach().double(), other.detach().double(), rtol=rtol, atol=atol)
+
+
+def expect_not(answer: Tensor, mistakes: dict[str, Tensor], **tolerances: float) -> None:
+    """The answer is none of the typical wrong ones; the hint of the one that it is says what happened."""
+    for hint, wrong in mistakes.items():
+        expect(not same(answer, wrong, **tolerances), hint)
+
+
 def _described(value) -> str:
     if isinstance(value, Tensor):
         return f"tensor {list(value.shape)}"

@@ -8,18 +8,7 @@ from torch import Tensor
 
 from ..cameras import orbit_cameras, ray_grid
 from ..decoder import ray_distance
-from . import ask, checker, expect, expect_close, expect_shape
-
-
-def _same(answer: Tensor, other: Tensor) -> bool:
-    return answer.shape == other.shape and torch.allclose(answer.float(), other.float(), rtol=1e-3, atol=1e-4)
-
-
-def _not_any(answer: Tensor, mistakes: dict[str, Tensor]) -> None:
-    """The answer is none of the typical wrong ones; the hint of the one that it is says what happened."""
-    for hint, wrong in mistakes.items():
-        expect(not _same(answer, wrong), hint)
-
+from . import ask, checker, expect, expect_close, expect_not, expect_shape, same
 
 # ---------------------------------------------------------------- exercise 1
 
@@ -32,10 +21,10 @@ def check_shuffle(solution) -> None:
         answer = ask(solution, x, r)
         expect_shape(answer, (2, channels, height * r, width * r))
         for hint, order in SHUFFLES.items():
-            expect(not _same(answer, _shuffled(x, r, order)), hint)
+            expect(not same(answer, _shuffled(x, r, order)), hint)
         grouped = x.unflatten(1, (r, r, channels)).permute(0, 3, 4, 1, 5, 2).reshape(answer.shape)
         hint = "The channels are grouped the wrong way: c is the slowest index of the input's channels; i and j follow."
-        expect(not _same(answer, grouped), hint)
+        expect(not same(answer, grouped), hint)
         expect_close(answer, F.pixel_shuffle(x, r), "out[c, h r + i, w r + j] = in[c r^2 + i r + j, h, w].")
 
 
@@ -91,7 +80,7 @@ def check_depth_logits(solution) -> None:
         }
         if radius != 1:
             mistakes["The offset counts in units of the object's radius: divide by it."] = _logit(offset * radius)
-        _not_any(answer, mistakes)
+        expect_not(answer, mistakes)
         placed = ray_distance(answer, origins, radius)
         expect(torch.isfinite(answer).all(), "The answer holds inf or nan; is u = (offset + 1) / 2 inside (0, 1)?")
         hint = "Put through `ray_distance`, your logits should place the means at the given z-depth."
@@ -124,7 +113,7 @@ def check_dino_loss(solution) -> None:
     expect_shape(answer, (), "the loss")
     raw, centred = teacher.detach(), teacher.detach() - center
     sharp = (centred / TEACHER_TEMPERATURE).softmax(-1)
-    _not_any(
+    expect_not(
         answer,
         {
             "Each crop is compared with itself: the student of one crop predicts the teacher of the *other*.": _cross(

@@ -8,17 +8,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import clean_estimate, scalings, triangular_guidance
-from . import ask, checker, expect, expect_close, expect_shape
-
-
-def _close(answer: Tensor, wrong: Tensor) -> bool:
-    return answer.shape == wrong.shape and torch.allclose(answer.double(), wrong.double(), rtol=1e-3, atol=1e-4)
-
-
-def _expect_not(answer: Tensor, mistakes: dict[str, Tensor]) -> None:
-    """The answer is none of the typical wrong ones; the hint of the one that it is says what happened."""
-    for hint, wrong in mistakes.items():
-        expect(not _close(answer, wrong), hint)
+from . import ask, checker, expect, expect_close, expect_not, expect_shape, same
 
 
 def scalings_for(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,20 +34,18 @@ def _check_four(answer, sigma: Tensor, sigma_data: float) -> None:
     c_skip, c_out, c_in, c_noise = answer
     truth = scalings_for(sigma, sigma_data)
     if sigma_data != 1:
-        ignored = all(_close(value, plain) for value, plain in zip(answer, scalings(sigma)))
+        ignored = all(same(value, plain) for value, plain in zip(answer, scalings(sigma)))
         expect(not ignored, f"Right for sigma_data = 1, but nothing changes with sigma_data = {sigma_data}.")
     total = sigma**2 + sigma_data**2
-    _expect_not(c_in, {"c_in divides z by its variance; divide by its standard deviation, the square root.": 1 / total})
+    expect_not(c_in, {"c_in divides z by its variance; divide by its standard deviation, the square root.": 1 / total})
     expect_close(c_in, truth[2], "c_in z should have variance 1, where z has the variance sigma^2 + sigma_data^2.")
-    _expect_not(
+    expect_not(
         c_skip, {"c_skip weighs z by the noise's share of its variance; it is the data's share.": sigma**2 / total}
     )
     expect_close(c_skip, truth[0], "c_skip should minimise (1 - c_skip)^2 sigma_data^2 + c_skip^2 sigma^2.")
-    _expect_not(
-        c_out, {"c_out has the wrong sign: v holds -sigma z0 in this project, so c_out is negative.": -truth[1]}
-    )
+    expect_not(c_out, {"c_out has the wrong sign: v holds -sigma z0 in this project, so c_out is negative.": -truth[1]})
     expect_close(c_out, truth[1], "c_out^2 is that minimum, sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2).")
-    _expect_not(c_noise, {"c_noise is a quarter of the logarithm: ln(sigma) / 4.": sigma.log()})
+    expect_not(c_noise, {"c_noise is a quarter of the logarithm: ln(sigma) / 4.": sigma.log()})
     expect_close(c_noise, truth[3], "c_noise is ln(sigma) / 4, the natural logarithm, whatever sigma_data is.")
 
 
@@ -84,7 +72,7 @@ def check_guided_step(solution) -> None:
     swapped = guided_step(z, v_null, v, weight, sigma, then)
     across = v_null + row * (v - v_null)
     one = torch.ones_like(weight)
-    _expect_not(
+    expect_not(
         answer,
         {
             "The two predictions are swapped: start at v_null and go weight times towards v.": swapped,
@@ -120,7 +108,7 @@ def check_guidance_at(solution) -> None:
     answer = ask(solution, even, 2.5)
     expect_shape(answer, even.shape)
     triangle = triangular_guidance(16, 2.5)
-    _expect_not(
+    expect_not(
         answer,
         {
             "The triangle is upside down: 1 at azimuth 0, the peak at the back.": 3.5 - triangle,
@@ -134,7 +122,7 @@ def check_guidance_at(solution) -> None:
 
     uneven = torch.tensor([0.3, 0.5, 3.0, math.pi, 6.0])
     answer = ask(solution, uneven, 3.0)
-    _expect_not(
+    expect_not(
         answer,
         {
             "You counted frames; cameras may stand anywhere, so use their azimuths.": triangular_guidance(
