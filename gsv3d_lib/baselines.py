@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .cameras import Cameras, orbit_cameras, ray_grid
-from .dataset import RING, ViewTensors
+from .dataset import RING, RING_ELEVATION, ViewTensors
 from .gaussians import Gaussians
+
+if TYPE_CHECKING:
+    import trimesh
 
 
 def flat_card(rgb: Tensor, alpha: Tensor, camera: Cameras) -> Gaussians:
@@ -59,12 +63,13 @@ class AverageObject:
         """Points [4096, 3] on the surface of `mesh`, made once for all comparisons."""
         from .metrics import surface_points
 
-        return surface_points(self.mesh())
+        return surface_points(self.mesh)
 
-    def mesh(self, elevation: float = 15.0):
+    @cached_property
+    def mesh(self) -> trimesh.Trimesh:
         """Its surface, where at least half of the training objects are: ring depth maps fused, from azimuth 0."""
         from .mesh import fuse_depth_maps
 
-        cameras = orbit_cameras(torch.arange(RING) * (360 / RING), elevation, self.rgb.shape[1])
+        cameras = orbit_cameras(torch.arange(RING) * (360 / RING), RING_ELEVATION, self.rgb.shape[1])
         inside = (self.alpha >= 0.5).float()
         return fuse_depth_maps(self.rgb, self.depth * inside, inside, cameras)

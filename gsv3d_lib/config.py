@@ -87,6 +87,7 @@ class Config:
     copies: int = 1  # variants of each object: mirrored, recoloured; latents are cached for all
     view_counts: tuple[int, ...] = (16,)  # N of each step is drawn from these, the same for the whole batch
     target_views: int = 4  # views rendered per object and step, input and novel
+    lambda_rgb: float = 1.0
     lambda_depth: float = 0.5
     lambda_alpha: float = 0.0  # not in the paper; on in `tiny`
     lambda_pixel: float = 0.0  # each Gaussian against its own pixel's colour, depth, alpha; not in the paper

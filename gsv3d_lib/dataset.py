@@ -30,6 +30,7 @@ from .paths import atomic_path
 
 COLUMNS = 6
 RING = 16  # the first views of an object form a ring of constant elevation
+RING_ELEVATION = 15.0  # degrees
 # what PIL and numpy raise for files that are missing, cut off, or not what their names say
 UNREADABLE = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 

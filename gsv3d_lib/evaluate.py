@@ -16,7 +16,9 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,15 +27,30 @@ from tqdm import tqdm
 
 from .baselines import AverageObject, flat_card
 from .cameras import orbit_cameras
+from .consistency import detail, ghosting, reprojection_error, split_agreement, view_depths
 from .dataset import RING, Scene, ViewTensors, load_views
 from .gaussians import Gaussians
 from .mesh import fuse_mesh
-from .metrics import chamfer_distance, depth_l1, psnr, ssim, surface_points
+from .metrics import (
+    GRID_RESOLUTION,
+    NUM_POINTS,
+    chamfer_distance,
+    depth_l1,
+    f_score,
+    occupancy_grid,
+    psnr,
+    ssim,
+    surface_points,
+    volume_iou,
+)
 from .orbits import ring_frames
 from .paths import atomic_path
-from .pipeline import GSV3DPipeline
+from .pipeline import Generation, GSV3DPipeline
 from .rendering import render
 from .vae import encode_scaled
+
+if TYPE_CHECKING:
+    import trimesh
 
 FRONT = 12  # the input view
 
@@ -61,61 +78,108 @@ def image_scores(gaussians: Gaussians, scene: Scene, start: int, chosen: Tensor)
     }
 
 
-def true_points(folder: Path, id: str, azimuth: float) -> np.ndarray | None:
-    """4,096 points of the true surface, turned so that the view at `azimuth` degrees stands at azimuth 0."""
+@dataclass(frozen=True)
+class Truth:
+    """The true shape of an object, in the world of the dataset: points [4096, 3] and occupancy bool [64, 64, 64] or None."""
+
+    points: np.ndarray
+    occupancy: np.ndarray | None
+
+
+def load_truth(folder: Path, id: str) -> Truth | None:
+    """`<id>.geometry.npz` of a dataset folder; None where there is none."""
     path = Path(folder) / f"{id}.geometry.npz"
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as arrays:
         points = arrays["points"].astype("f4")
-    chosen = np.random.default_rng(0).choice(len(points), 4096, replace=False)
-    return points[chosen] @ _turn(-azimuth).T
+        bits = np.unpackbits(arrays["occupancy"]) if "occupancy" in arrays else None
+    chosen = np.random.default_rng(0).choice(len(points), NUM_POINTS, replace=False)
+    return Truth(points[chosen], None if bits is None else bits.reshape((GRID_RESOLUTION,) * 3).astype(bool))
 
 
-def mesh_chamfer(gaussians: Gaussians, truth: np.ndarray | None) -> dict[str, float]:
-    """Chamfer distance of the fused mesh; NaN where the Gaussians have no surface."""
+def mesh_scores(gaussians: Gaussians, truth: Truth | None, azimuth: float = 0.0) -> dict[str, float]:
+    """Chamfer distance, F-score and volume IoU of the fused mesh; NaN, 0 and 0 where the Gaussians have no surface.
+
+    azimuth: degrees by which the result is turned to stand in the world of the truth: that of its input view.
+    """
     if truth is None:
         return {}
     try:
-        points = surface_points(fuse_mesh(gaussians, resolution=64, num_views=24, size=64))
+        mesh = fuse_mesh(gaussians, resolution=64, num_views=24, size=64)
     except ValueError:
-        return {"chamfer": float("nan")}
-    return {"chamfer": chamfer_distance(points, truth)}
+        return {"chamfer": float("nan"), "f_score": 0.0, "iou": 0.0}
+    mesh.vertices = mesh.vertices @ _turn(azimuth).T
+    return shape_scores(surface_points(mesh), mesh, truth)
+
+
+def shape_scores(points: np.ndarray, mesh: trimesh.Trimesh | None, truth: Truth) -> dict[str, float]:
+    """Points [N, 3], and the closed mesh they lie on if there is one, against the truth, both in its world."""
+    scores = {"chamfer": chamfer_distance(points, truth.points), "f_score": f_score(points, truth.points)}
+    if mesh is not None and truth.occupancy is not None:
+        scores["iou"] = volume_iou(occupancy_grid(mesh), truth.occupancy)
+    return scores
 
 
 @torch.no_grad()
-def evaluate_decoder(pipe: GSV3DPipeline, scene: Scene) -> dict[str, float]:
-    """The decoder on 16 true views, scored on the views that are not on the ring; and the VAE that it sees through."""
-    frames = ring_frames(FRONT, RING)
+def evaluate_decoder(pipe: GSV3DPipeline, scene: Scene, num_frames: int = RING) -> dict[str, float]:
+    """The decoder on N true views, scored on the views that are not on the ring; and the VAE that it sees through."""
+    frames = ring_frames(FRONT, num_frames)
     latents = encode_scaled(pipe.vae, scene.rgb[frames])
     gaussians = pipe.gaussians_from(latents, relative_cameras(scene, FRONT, frames), scene.rgb[FRONT])
-    scores = image_scores(gaussians, scene, FRONT, torch.arange(RING, len(scene.rgb)))
+    scores = image_scores(gaussians, scene, FRONT, torch.arange(RING, len(scene.rgb))) | failure_scores(
+        gaussians, scene
+    )
     return scores | {"vae_psnr": psnr(pipe.views_from(latents), scene.rgb[frames])}
 
 
-def evaluate_generation(pipe: GSV3DPipeline, scene: Scene, truth, seed: int, **options) -> dict[str, float]:
-    """One image -> 3D from the front, scored on all other views."""
-    elevation = float(scene.elevations[FRONT])
-    gaussians = pipe.generate(scene.rgb[FRONT], elevation=elevation, seed=seed, progress=False, **options).gaussians
-    scores = image_scores(gaussians, scene, FRONT, other_views(scene)) | mesh_chamfer(gaussians, truth)
-    front = image_scores(gaussians, scene, FRONT, torch.tensor([FRONT]))
-    return scores | {"front_psnr": front["psnr"]}
+def evaluate_generation(
+    pipe: GSV3DPipeline, scene: Scene, truth: Truth | None, seed: int, **options
+) -> dict[str, float]:
+    """One image -> 3D from the front, scored on all other views; and whether its own views agree on one object."""
+    elevation, others = float(scene.elevations[FRONT]), other_views(scene)
+    made = pipe.generate(scene.rgb[FRONT], elevation=elevation, seed=seed, progress=False, **options)
+    scores = image_scores(made.gaussians, scene, FRONT, others)
+    scores |= mesh_scores(made.gaussians, truth, float(scene.azimuths[FRONT]))
+    scores |= view_scores(pipe, made) | failure_scores(made.gaussians, scene)
+    return scores | {"front_psnr": image_scores(made.gaussians, scene, FRONT, torch.tensor([FRONT]))["psnr"]}
 
 
-def evaluate_baselines(scene: Scene, truth, average: AverageObject | None) -> dict[str, dict[str, float]]:
+def view_scores(pipe: GSV3DPipeline, made: Generation) -> dict[str, float]:
+    """What needs no truth: reprojection error between neighbouring views, and odd against even views."""
+
+    def decode(latents, cameras):
+        return pipe.gaussians_from(latents, cameras, made.image)
+
+    depth, alpha = view_depths(made.gaussians, made.cameras)
+    scores = {"reprojection": reprojection_error(depth, alpha, made.cameras)}
+    return scores | split_agreement(decode, made.latents, made.cameras)
+
+
+def failure_scores(gaussians: Gaussians, scene: Scene) -> dict[str, float]:
+    """Ghosting and lost texture, on the free views."""
+    free = torch.arange(RING, len(scene.rgb))
+    cameras = relative_cameras(scene, FRONT, free)
+    images = render(gaussians, cameras).rgb.clamp(0, 1)
+    return {
+        "ghosting": ghosting(gaussians, cameras, scene.alpha[free]),
+        "detail": detail(images, scene.rgb[free], scene.alpha[free]),
+    }
+
+
+def evaluate_baselines(scene: Scene, truth: Truth | None, average: AverageObject | None) -> dict[str, dict[str, float]]:
     """The flat card and the average training object, on the views that `evaluate_generation` uses."""
-    others = other_views(scene)
-    camera = relative_cameras(scene, FRONT, torch.tensor([FRONT]))
-    card = flat_card(scene.rgb[FRONT], scene.alpha[FRONT], camera)
+    others, azimuth = other_views(scene), float(scene.azimuths[FRONT])
+    card = flat_card(scene.rgb[FRONT], scene.alpha[FRONT], relative_cameras(scene, FRONT, torch.tensor([FRONT])))
     results = {"card": image_scores(card, scene, FRONT, others)}
-    if truth is not None:
-        results["card"]["chamfer"] = chamfer_distance(card.means.numpy()[:: max(1, len(card) // 4096)], truth)
+    if truth is not None:  # a card has no volume, so it has no IoU
+        points = card.means.numpy()[:: max(1, len(card) // NUM_POINTS)] @ _turn(azimuth).T
+        results["card"] |= shape_scores(points, None, truth)
     if average is not None:
         pictures = average.nearest_views(scene.azimuths[others])
         results["average"] = {"psnr": psnr(pictures, scene.rgb[others]), "ssim": ssim(pictures, scene.rgb[others])}
         if truth is not None:
-            turned = average.points @ _turn(-float(scene.azimuths[FRONT])).T
-            results["average"]["chamfer"] = chamfer_distance(turned, truth)
+            results["average"] |= shape_scores(average.points, average.mesh, truth)
     return results
 
 
@@ -139,7 +203,7 @@ def evaluate(
     rows = []
     for index, id in enumerate(tqdm(views.ids, desc="evaluating", mininterval=5)):
         scene = views.scene(index)
-        truth = true_points(folder, id, float(scene.azimuths[FRONT]))
+        truth = load_truth(folder, id)
         row = {"id": id, "decoder": evaluate_decoder(pipe, scene)}
         for name, scale in (("generated", 1.0), ("generated_without_lora", 0.0))[: 2 if lora else 1]:
             row[name] = evaluate_generation(pipe, scene, truth, seed, lora_scale=scale, **options)
@@ -155,12 +219,14 @@ def averages(rows: list[dict]) -> dict[str, dict[str, float]]:
             if method != "id":
                 for name, value in scores.items():
                     columns.setdefault(method, {}).setdefault(name, []).append(value)
-    return {m: {name: round(_mean(values), 4) for name, values in table.items()} for m, table in columns.items()}
+    return {m: {name: round(finite_mean(values), 4) for name, values in table.items()} for m, table in columns.items()}
 
 
-def _mean(values: list[float]) -> float:
-    there = [value for value in values if np.isfinite(value)]
-    return float(np.mean(there)) if there else float("nan")
+def finite_mean(values) -> float:
+    """Mean of the numbers that are finite; NaN where none is."""
+    there = np.asarray(values, dtype=float)
+    there = there[np.isfinite(there)]
+    return float(there.mean()) if there.size else float("nan")
 
 
 def without_nan(value):
@@ -189,7 +255,7 @@ def commit() -> str:
 
 def table(means: dict[str, dict[str, float]]) -> str:
     """The averages as a Markdown table."""
-    columns = ["psnr", "ssim", "depth_l1", "chamfer"]
+    columns = ["psnr", "ssim", "depth_l1", "chamfer", "f_score", "iou"]
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for method, scores in means.items():
         cells = [f"{scores[c]:.3f}" if scores.get(c) is not None and np.isfinite(scores[c]) else "-" for c in columns]

@@ -16,9 +16,9 @@ def rendering_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_3D of one object on Q target views, input and novel alike.
 
-        L_3D = mean |I - I*|^2 + lambda_depth * mean_foreground |D - D*| + lambda_alpha * mean |A - A*|^2
+        L_3D = lambda_rgb * mean |I - I*|^2 + lambda_depth * mean_foreground |D - D*| + lambda_alpha * mean |A - A*|^2
 
-    rgb [Q, H, W, 3] on white, depth and alpha [Q, H, W, 1]: the truth I*, D*, A*. The form of the depth term and both
+    rgb [Q, H, W, 3] on white, depth and alpha [Q, H, W, 1]: the truth I*, D*, A*. The form of the depth term and the
     weights are this project's choice; the paper states an RGB MSE and a depth term.
     """
     expected = (len(cameras), cameras.height, cameras.width)
@@ -31,7 +31,7 @@ def rendering_loss(
     rgb_loss = (image - rgb).pow(2).mean()
     depth_loss = foreground_l1(z, depth, alpha)
     alpha_loss = (coverage - alpha).pow(2).mean()
-    loss = rgb_loss + config.lambda_depth * depth_loss + config.lambda_alpha * alpha_loss
+    loss = config.lambda_rgb * rgb_loss + config.lambda_depth * depth_loss + config.lambda_alpha * alpha_loss
     psnr = -10 * torch.log10(rgb_loss.detach())
     return loss, {"psnr": psnr, "depth_l1": depth_loss.detach(), "alpha_mse": alpha_loss.detach()}
 

@@ -25,12 +25,11 @@ import torch
 from tqdm import tqdm
 
 from .cameras import orbit_cameras
-from .dataset import RING, ObjectViews, list_objects, write_index, write_object
+from .dataset import RING, RING_ELEVATION, ObjectViews, list_objects, write_index, write_object
 from .objects import FAMILIES, family_of, procedural_object
 from .raycast import MESH_SUFFIXES, load_mesh, render_mesh
 
 RANDOM_VIEWS = 8
-RING_ELEVATION = 15.0  # degrees
 RANDOM_ELEVATIONS = (-10.0, 40.0)  # degrees
 INDEX_EVERY = 20  # objects between two writings of the index: what a stopped run may lose
 

@@ -164,3 +164,21 @@ def _inside_along(mesh: trimesh.Trimesh, axis: int, resolution: int) -> np.ndarr
         np.add.at(crossings, (rays, first_cell), -np.sign(mesh.face_normals[faces, axis]))
     winding = crossings.cumsum(axis=1)[:, :-1].reshape(resolution, resolution, resolution)
     return np.moveaxis(winding > 0.5, -1, axis)
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def bootstrap_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """One value per object [O] -> the 2.5 % and 97.5 % quantiles of the mean over `draws` resamplings of the objects.
+
+    For two methods, pass their differences object by object: the paired interval (Efron 1979). Values that are not finite
+    are left out; (nan, nan) where none is left.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[chosen].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)

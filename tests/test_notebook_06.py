@@ -91,7 +91,7 @@ def test_depth_spread_equals_the_library(notebook):
     gaussians, views = random_gaussians(), orbit_cameras(torch.tensor([0.0, 70.0]), 15.0, 32)
     spread, alpha = notebook["depth_spread"](gaussians, views)
     for view in range(2):
-        library = mesh._front_and_spread(gaussians, views[view])[1][0, ..., 0]
+        library = mesh.front_and_spread(gaussians, views[view])[1][0, ..., 0]
         assert torch.allclose(spread[view], library, atol=1e-5)
     assert alpha.shape == (2, 32, 32)
 

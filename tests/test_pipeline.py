@@ -298,7 +298,7 @@ def test_the_average_object_is_the_mean_of_each_ring_view():
 
 
 def test_the_mesh_of_the_average_of_one_object_is_that_object():
-    mesh = AverageObject.of(ball_views(1, size=64)).mesh()
+    mesh = AverageObject.of(ball_views(1, size=64)).mesh
     gaps = [np.abs(np.linalg.norm(mesh.vertices - centre, axis=1) - radius) for centre, radius, _ in BALLS]
     assert np.median(np.min(gaps, axis=0)) < 0.03
 

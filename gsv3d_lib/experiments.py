@@ -1,0 +1,356 @@
+"""The paper's claims as experiments: train each arm with several seeds, score it object by object, compare it in pairs.
+
+    python -m gsv3d_lib.experiments distillation --data ../shared/objects/train data/cache/procedural \
+        --objects ../shared/objects/gso --out data/results/distillation.json
+
+Every (arm, seed) is one run. Runs are resumable, finished ones are kept under --work and not repeated, and the results
+file is written again after each. All arms of a seed see the same examples, the same noise and the same sampler seed, so
+their differences are paired twice: by seed and by object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .config import Config
+from .dataset import ViewTensors, load_views
+from .evaluate import commit, evaluate_decoder, evaluate_generation, finite_mean, hardware, load_truth, without_nan
+from .metrics import bootstrap_interval
+from .orbits import Orbits, load_orbits
+from .paths import atomic_path
+from .pipeline import GSV3DPipeline, load_config
+from .train import load_dino, load_model
+from .training import train
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of an experiment: what it changes in the configuration, in words and in fields."""
+
+    name: str
+    label: str
+    changes: dict = field(default_factory=dict)
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms that are compared with one of them. `run` trains and scores one arm with one seed."""
+
+    question: str
+    reference: str
+    arms: tuple[Arm, ...]
+    run: Callable
+    defaults: dict  # steps, batch and so on, unless the command says otherwise
+
+    def arm(self, name: str) -> Arm:
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise ValueError(f"There is no arm {name!r}; choose from {', '.join(a.name for a in self.arms)}.")
+
+
+@dataclass
+class World:
+    """What all runs of one command share: the shipped weights, the training orbits, and the objects to score."""
+
+    weights: Path
+    config: Config
+    orbits: Orbits
+    views: ViewTensors
+    objects: Path
+    work: Path
+    sampler: dict  # steps and guidance
+
+
+Rows = list[dict[str, float]]  # one per object
+
+
+# ---------------------------------------------------------------- what one run does
+
+
+def run_distillation(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
+    """Stage 2 from the shipped weights, then image -> 3D of every object with N = config.num_frames."""
+    from .distillation import DistillationStage
+    from .lora import add_lora
+
+    unet = add_lora(load_model(world.weights, "unet"), config.lora_rank, config.seed)
+    clip, decoder = load_model(world.weights, "clip"), load_model(world.weights, "decoder")
+    dino = load_dino(config, world.weights)
+    cost = {}
+    if arm.trained:
+        stage = DistillationStage(unet, clip, decoder, dino, world.orbits, config)
+        cost = timed_training(stage, config.stage2, folder, config.seed)
+    pipe = GSV3DPipeline(config, load_model(world.weights, "vae"), clip, unet.requires_grad_(False), decoder, dino)
+    return score(world, pipe, config, generated=True), cost
+
+
+def run_decoder(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
+    """Stage 1 from scratch on the shipped VAE's latents, then 16 true views -> 3D of every object."""
+    from .decoder import build_decoder
+    from .stages import DecoderStage
+
+    torch.manual_seed(config.seed)
+    dino = load_dino(config, world.weights)
+    stage = DecoderStage(build_decoder(config), dino, world.orbits, config)
+    cost = timed_training(stage, config.stage1, folder, config.seed)
+    decoder = stage.decoder.requires_grad_(False).eval()
+    pipe = GSV3DPipeline(config, load_model(world.weights, "vae"), None, None, decoder, dino)
+    return score(world, pipe, config, generated=False), cost
+
+
+def timed_training(stage, schedule, folder: Path, seed: int) -> dict:
+    """Train to the end; what it cost is kept in `folder`, so that a resumed run knows it too."""
+    started, first = time.process_time(), len(list(folder.glob("checkpoint-*")))
+    history = train(stage, schedule, folder, seed=seed)
+    stored = folder / "cost.json"
+    if not first:  # a resumed run would only know its own part
+        cost = {"cpu_seconds_per_step": round((time.process_time() - started) / schedule.steps, 3)}
+        with atomic_path(stored) as path:
+            path.write_text(json.dumps(cost))
+    cost = json.loads(stored.read_text()) if stored.is_file() else {}
+    return cost | {"last": {k: round(v, 4) for k, v in history[-1].items() if k not in ("time", "step")}}
+
+
+def score(world: World, pipe: GSV3DPipeline, config: Config, generated: bool) -> Rows:
+    """One row of scores per object; the decoder's own, on N true views, are called true_..."""
+    rows = []
+    for index, id in enumerate(tqdm(world.views.ids, desc="scoring", mininterval=10)):
+        scene = world.views.scene(index)
+        row = {f"true_{k}": v for k, v in evaluate_decoder(pipe, scene, config.num_frames).items()}
+        if generated:
+            truth = load_truth(world.objects, id)
+            started = time.process_time()
+            row |= evaluate_generation(pipe, scene, truth, config.seed, **world.sampler)
+            row["cpu_seconds"] = time.process_time() - started
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- the experiments
+
+BOTH = Arm("lambda_1", "λ = 1, the default")
+
+EXPERIMENTS = {
+    "distillation": Experiment(
+        "Does geometric distillation lower the Chamfer distance, and what does it cost in texture?",
+        "lambda_0",
+        (
+            Arm("none", "no LoRA", trained=False),
+            Arm("lambda_0", "λ = 0, the LoRA on L_2D alone", {"lambda_3d": 0.0}),
+            Arm("lambda_0.1", "λ = 0.1", {"lambda_3d": 0.1}),
+            Arm("lambda_0.3", "λ = 0.3", {"lambda_3d": 0.3}),
+            BOTH,
+            Arm("lambda_3", "λ = 3", {"lambda_3d": 3.0}),
+            Arm("lambda_10", "λ = 10", {"lambda_3d": 10.0}),
+            Arm("rgb", "λ = 1, RGB only", {"lambda_depth": 0.0, "lambda_alpha": 0.0}),
+            Arm("depth", "λ = 1, depth only", {"lambda_rgb": 0.0, "lambda_alpha": 0.0}),
+            Arm("snr", "λ = 1, w = 1 / (1 + σ²)", {"sigma_weighting": "snr"}),
+        ),
+        run_distillation,
+        {"stage": "stage2", "steps": 120, "batch": 2},
+    ),
+    "frames": Experiment(
+        "Is N = 16 better than fewer views, for the decoder on true views and for the whole chain?",
+        "n_16",
+        (
+            Arm("n_2", "N = 2", {"num_frames": 2}),
+            Arm("n_4", "N = 4", {"num_frames": 4}),
+            Arm("n_8", "N = 8", {"num_frames": 8}),
+            Arm("n_16", "N = 16"),
+        ),
+        run_distillation,
+        {"stage": "stage2", "steps": 120, "batch": 2},
+    ),
+    "rank": Experiment(
+        "How much does the rank of the LoRA matter?",
+        "rank_16",
+        (
+            Arm("rank_4", "r = 4", {"lora_rank": 4}),
+            Arm("rank_16", "r = 16"),
+            Arm("rank_64", "r = 64", {"lora_rank": 64}),
+        ),
+        run_distillation,
+        {"stage": "stage2", "steps": 120, "batch": 2},
+    ),
+    "dino": Experiment(
+        "Does the decoder need DINO features of the input image?",
+        "dino",
+        (Arm("dino", "with DINO"), Arm("no_dino", "without", {"dino": "none"})),
+        run_decoder,
+        {"stage": "stage1", "steps": 500, "batch": 2},
+    ),
+}
+
+
+def configure(base: Config, experiment: Experiment, arm: Arm, seed: int, steps: int, batch: int) -> Config:
+    """The checkpoint's configuration with the arm's changes, a seed, and a schedule of `steps`."""
+    stage = experiment.defaults["stage"]
+    schedule = dataclasses.replace(getattr(base, stage), steps=steps, batch=batch, warmup=min(20, steps))
+    return base.replace(**arm.changes, **{stage: schedule}, seed=seed)
+
+
+def run_once(world: World, experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int]) -> None:
+    """One (arm, seed): leaves `scores.json` in its folder, or finds it there."""
+    folder = run_folder(world.work, experiment, arm, seed, size)
+    if (folder / "scores.json").is_file():
+        return
+    print(f"{arm.label}, seed {seed}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, cost = experiment.run(world, configure(world.config, experiment, arm, seed, *size), arm, folder)
+    with atomic_path(folder / "scores.json") as path:
+        path.write_text(json.dumps(without_nan({"ids": world.views.ids, "cost": cost, "rows": rows})))
+    for checkpoint in folder.glob("checkpoint-*"):  # the scores are what is kept
+        checkpoint.unlink()
+
+
+def run_folder(work: Path, experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int]) -> Path:
+    """Named by what is run, so that experiments share their common arms: `stage2-120x2-lambda_3d=0.1-seed0`."""
+    changes = "-".join(f"{k}={v}" for k, v in arm.changes.items()) or "default"
+    steps, batch = size
+    what = f"{experiment.defaults['stage']}-{steps}x{batch}-{changes}" if arm.trained else "untrained"
+    return Path(work) / f"{what}-seed{seed}"
+
+
+# ---------------------------------------------------------------- results
+
+
+def collect(work: Path, experiment: Experiment, seeds: list[int], size: tuple[int, int]) -> dict:
+    """Every finished run of an experiment: {"ids", "arms": {arm: {"label", "cost", "scores": {seed: {metric: [O]}}}}}."""
+    arms, ids = {}, None
+    for arm, seed in itertools.product(experiment.arms, seeds):
+        path = run_folder(work, experiment, arm, seed, size) / "scores.json"
+        if not path.is_file():
+            continue
+        stored = json.loads(path.read_text())
+        if ids not in (None, stored["ids"]):
+            raise ValueError(f"{path.parent} was scored on other objects; give each set of objects its own --work.")
+        ids = stored["ids"]
+        columns = {k: [_rounded(row.get(k)) for row in stored["rows"]] for k in stored["rows"][0]}
+        entry = arms.setdefault(arm.name, {"label": arm.label, "cost": {}, "scores": {}})
+        entry["scores"][str(seed)], entry["cost"][str(seed)] = columns, stored["cost"]
+    return {"ids": ids or [], "arms": arms}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def values(arm: dict, metric: str, seeds: list[str] | None = None) -> np.ndarray:
+    """One metric of a collected arm as [S, O], NaN where there is no number."""
+    chosen = [scores for seed, scores in arm["scores"].items() if seeds is None or seed in seeds]
+    return np.array([scores.get(metric, [None] * len(next(iter(scores.values())))) for scores in chosen], dtype=float)
+
+
+def compare(arm: dict, reference: dict, metric: str) -> dict:
+    """Arm minus reference over the seeds that both have: each object's mean over seeds, its mean and interval over objects.
+
+    "mean", "low", "high": the difference and its 95 % interval (paired bootstrap over objects). "seeds": the mean
+    difference of each seed, which shows how much another training moves it.
+    """
+    seeds = [s for s in arm["scores"] if s in reference["scores"]]
+    if not seeds:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "seeds": []}
+    difference = values(arm, metric, seeds) - values(reference, metric, seeds)  # [S, O]
+    per_object = difference.mean(axis=0)
+    low, high = bootstrap_interval(per_object)
+    by_seed = [finite_mean(row) for row in difference]
+    return {"mean": finite_mean(per_object), "low": low, "high": high, "seeds": by_seed}
+
+
+def table(results: dict, reference: str, metrics: list[str]) -> str:
+    """Markdown: the mean of every arm, and in brackets the interval of its difference to the reference."""
+    lines = ["| arm | seeds | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
+    for name, arm in results["arms"].items():
+        cells = []
+        for metric in metrics:
+            cell = f"{finite_mean(values(arm, metric)):.3f}"
+            if name != reference and reference in results["arms"]:
+                difference = compare(arm, results["arms"][reference], metric)
+                cell += f" [{difference['low']:+.3f}, {difference['high']:+.3f}]"
+            cells.append(cell)
+        lines.append(f"| {arm['label']} | {len(arm['scores'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_results(experiment: Experiment, results: dict, out: Path, settings: dict) -> dict:
+    """Write the results file of one experiment: settings, every score, and every arm's difference to the reference."""
+    arms, reference = results["arms"], results["arms"].get(experiment.reference)
+    differences = {}
+    for name, arm in arms.items():
+        if reference is not None and arm is not reference:
+            metrics = next(iter(arm["scores"].values()))
+            differences[name] = {metric: _round_all(compare(arm, reference, metric)) for metric in metrics}
+    record = {"question": experiment.question, "reference": experiment.reference, **settings, "commit": commit()}
+    record |= {"hardware": hardware(), "objects": len(results["ids"]), **results, "differences": differences}
+    with atomic_path(out) as path:
+        path.write_text(json.dumps(without_nan(record), separators=(",", ":"), allow_nan=False))
+    return record
+
+
+def _round_all(value):
+    if isinstance(value, dict):
+        return {key: _round_all(item) for key, item in value.items()}
+    return [_round_all(item) for item in value] if isinstance(value, list) else round(value, 5)
+
+
+def open_world(args: argparse.Namespace) -> World:
+    """Weights, orbits and objects of a command; latents and views are kept under --work."""
+    config = load_config(args.weights)
+    training = load_views(args.data, config.image_size, limit=args.limit, cache=args.work)
+    vae = load_model(args.weights, "vae")
+    orbits = load_orbits(training, vae, config.copies, cache=args.work / "latents.safetensors", seed=config.seed)
+    views = load_views([args.objects], config.image_size, limit=args.objects_limit)
+    sampler = {"steps": args.sampling_steps, "guidance": args.guidance}
+    return World(args.weights, config, orbits, views, args.objects, args.work, sampler)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--weights", type=Path, default=Path("data/checkpoints/tiny"), help="where every arm starts")
+    parser.add_argument("--data", nargs="+", default=["data/cache/procedural"], help="training folders")
+    parser.add_argument("--objects", type=Path, required=True, help="dataset folder to score on")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="checkpoints and finished runs")
+    parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="training steps of every arm")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--sampling-steps", type=int, default=10)
+    parser.add_argument("--guidance", type=float, default=1.0, help="1 = none, which halves the time")
+    parser.add_argument("--limit", type=int, help="use only the first training objects")
+    parser.add_argument("--objects-limit", type=int, help="score only the first objects")
+    args = parser.parse_args(arguments)
+    experiment = EXPERIMENTS[args.experiment]
+    size = args.steps or experiment.defaults["steps"], args.batch or experiment.defaults["batch"]
+    try:
+        arms = [experiment.arm(name) for name in args.arms or [arm.name for arm in experiment.arms]]
+    except ValueError as error:
+        parser.error(str(error))
+    world = open_world(args)
+    command = "python -m gsv3d_lib.experiments " + " ".join(arguments or sys.argv[1:])
+    settings = {"command": command, "weights": str(args.weights), "steps": size[0], "batch": size[1]}
+    settings["sampler"] = world.sampler
+    for seed, arm in itertools.product(args.seeds, arms):  # all arms of one seed first: what is there is balanced
+        run_once(world, experiment, arm, seed, size)
+        record = write_results(experiment, collect(args.work, experiment, args.seeds, size), args.out, settings)
+    scored = next(iter(next(iter(record["arms"].values()))["scores"].values()))
+    print(table(record, experiment.reference, [m for m in ("psnr", "ssim", "chamfer", "true_psnr") if m in scored]))
+
+
+if __name__ == "__main__":
+    main()
