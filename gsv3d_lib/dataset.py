@@ -176,6 +176,11 @@ class ViewTensors:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def subset(self, indices: list[int]) -> ViewTensors:
+        """Some of the objects, in this order."""
+        columns = (getattr(self, name)[indices] for name in COLUMN_NAMES)
+        return ViewTensors([self.ids[k] for k in indices], *columns)
+
     def scene(self, index: int, mirror: bool = False, palette: tuple[int, int, int] = (0, 1, 2)) -> Scene:
         """Object `index`, optionally mirrored (y -> -y, another object with the same statistics) and with its colour
         channels permuted. Cameras are rebuilt from the angles, so that they fit the mirrored world too."""

@@ -1,4 +1,4 @@
-"""Measure a checkpoint on a dataset folder and write the numbers as JSON.
+"""Measure a checkpoint on a dataset folder: the numbers as JSON, a table, and a contact sheet beside it.
 
     python -m gsv3d_lib.evaluate --weights data/checkpoints/tiny --objects ../shared/objects/gso \
         --train ../shared/objects/train --out data/results/tiny-gso.json
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -133,13 +134,15 @@ def evaluate_decoder(pipe: GSV3DPipeline, scene: Scene, num_frames: int = RING) 
     return scores | {"vae_psnr": psnr(pipe.views_from(latents), scene.rgb[frames])}
 
 
-def evaluate_generation(
-    pipe: GSV3DPipeline, scene: Scene, truth: Truth | None, seed: int, **options
-) -> dict[str, float]:
-    """One image -> 3D from the front, scored on all other views; and whether its own views agree on one object."""
-    elevation, others = float(scene.elevations[FRONT]), other_views(scene)
-    made = pipe.generate(scene.rgb[FRONT], elevation=elevation, seed=seed, progress=False, **options)
-    scores = image_scores(made.gaussians, scene, FRONT, others)
+def generate(pipe: GSV3DPipeline, scene: Scene, seed: int, **options) -> Generation:
+    """One image -> 3D from the front view; its true elevation is given."""
+    elevation = float(scene.elevations[FRONT])
+    return pipe.generate(scene.rgb[FRONT], elevation=elevation, seed=seed, progress=False, **options)
+
+
+def evaluate_generation(pipe: GSV3DPipeline, scene: Scene, truth: Truth | None, made: Generation) -> dict[str, float]:
+    """A generated object on all other views; by its mesh; whether its own views agree; ghosting and lost texture."""
+    scores = image_scores(made.gaussians, scene, FRONT, other_views(scene))
     scores |= mesh_scores(made.gaussians, truth, float(scene.azimuths[FRONT]))
     scores |= view_scores(pipe, made) | failure_scores(made.gaussians, scene)
     return scores | {"front_psnr": image_scores(made.gaussians, scene, FRONT, torch.tensor([FRONT]))["psnr"]}
@@ -197,18 +200,40 @@ def evaluate(
     seed: int = 0,
     lora: bool = True,
     **options,
-) -> list[dict]:
-    """All measurements, one row per object: {"id", "decoder", "generated", "generated_without_lora", "card", "average"}."""
+) -> tuple[list[dict], list[Tensor]]:
+    """All measurements, one row per object: {"id", "decoder", "generated", "generated_without_lora", "card", "average"};
+    and one strip of pictures per object (`strip`)."""
     average = None if training_views is None else AverageObject.of(training_views)
-    rows = []
+    rows, strips = [], []
     for index, id in enumerate(tqdm(views.ids, desc="evaluating", mininterval=5)):
-        scene = views.scene(index)
-        truth = load_truth(folder, id)
+        scene, truth = views.scene(index), load_truth(folder, id)
         row = {"id": id, "decoder": evaluate_decoder(pipe, scene)}
         for name, scale in (("generated", 1.0), ("generated_without_lora", 0.0))[: 2 if lora else 1]:
-            row[name] = evaluate_generation(pipe, scene, truth, seed, lora_scale=scale, **options)
+            made = generate(pipe, scene, seed, lora_scale=scale, **options)
+            row[name] = evaluate_generation(pipe, scene, truth, made)
+            if name == "generated":
+                strips.append(strip(made.gaussians, scene))
         rows.append(row | evaluate_baselines(scene, truth, average))
-    return rows
+    return rows, strips
+
+
+SHEET_ANGLES = (45, 90, 180)  # degrees from the input view
+
+
+def strip(gaussians: Gaussians, scene: Scene) -> Tensor:
+    """One row of the contact sheet [S, 10 S, 3]: the input, then truth, result and error at three ring views."""
+    chosen = torch.tensor([(FRONT + angle * RING // 360) % RING for angle in SHEET_ANGLES])
+    truth, result = scene.rgb[chosen], render(gaussians, relative_cameras(scene, FRONT, chosen)).rgb.clamp(0, 1)
+    error = 1 - (result - truth).abs()
+    return torch.cat([scene.rgb[FRONT], *truth, *result, *error], dim=1)
+
+
+def save_sheet(strips: list[Tensor], path: Path, rows: int = 14) -> None:
+    """The contact sheet as a PNG, objects spread evenly over the list if there are more than `rows`."""
+    chosen = np.unique(np.linspace(0, len(strips) - 1, rows).round().astype(int))
+    pixels = (torch.cat([strips[k] for k in chosen]) * 255).round().to(torch.uint8).numpy()
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
 
 
 def averages(rows: list[dict]) -> dict[str, dict[str, float]]:
@@ -268,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=Path("data/checkpoints/tiny"))
     parser.add_argument("--objects", type=Path, required=True, help="dataset folder to measure on")
     parser.add_argument("--train", type=Path, help="training folder, for the average-object baseline")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; .md and .png beside it")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
@@ -279,9 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
     views = load_views([args.objects], pipe.config.image_size, limit=args.limit)
     training = None if args.train is None else load_views([args.train], pipe.config.image_size)
     started = time.time()
-    rows = evaluate(
-        pipe, views, args.objects, training, args.seed, not args.no_lora, steps=args.steps, guidance=args.guidance
-    )
+    options = {"steps": args.steps, "guidance": args.guidance}
+    rows, strips = evaluate(pipe, views, args.objects, training, args.seed, not args.no_lora, **options)
     means = averages(rows)
     record = {
         "command": "python -m gsv3d_lib.evaluate " + " ".join(arguments or sys.argv[1:]),
@@ -295,7 +319,11 @@ def main(arguments: list[str] | None = None) -> None:
     }
     with atomic_path(args.out) as path:
         path.write_text(json.dumps(without_nan(record), indent=1, allow_nan=False))
-    print(table(means))
+    save_sheet(strips, args.out.with_suffix(".png"))
+    text = table(means)
+    with atomic_path(args.out.with_suffix(".md")) as path:
+        path.write_text(f"`{record['command']}`\n\n{text}\n")
+    print(text)
 
 
 if __name__ == "__main__":

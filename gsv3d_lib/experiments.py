@@ -26,14 +26,29 @@ import torch
 from tqdm import tqdm
 
 from .config import Config
-from .dataset import ViewTensors, load_views
-from .evaluate import commit, evaluate_decoder, evaluate_generation, finite_mean, hardware, load_truth, without_nan
+from .dataset import RING, Scene, ViewTensors, load_views
+from .evaluate import (
+    FRONT,
+    Truth,
+    commit,
+    evaluate_decoder,
+    evaluate_generation,
+    finite_mean,
+    generate,
+    hardware,
+    image_scores,
+    load_truth,
+    mesh_scores,
+    relative_cameras,
+    without_nan,
+)
 from .metrics import bootstrap_interval
-from .orbits import Orbits, load_orbits
+from .orbits import Orbits, load_orbits, ring_frames
 from .paths import atomic_path
 from .pipeline import GSV3DPipeline, load_config
 from .train import load_dino, load_model
 from .training import train
+from .vae import encode_scaled
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class Arm:
     label: str
     changes: dict = field(default_factory=dict)
     trained: bool = True
+    warm: bool = False  # start from the shipped weights where the others start from scratch
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,34 @@ def run_decoder(world: World, config: Config, arm: Arm, folder: Path) -> tuple[R
     return score(world, pipe, config, generated=False), cost
 
 
+def run_overfit(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
+    """Stage 1 on a single object, for each object anew: what the decoder can represent, learning aside."""
+    from .decoder import build_decoder
+    from .stages import DecoderStage
+
+    dino, vae = load_dino(config, world.weights), load_model(world.weights, "vae")
+    rows, costs = [], {}
+    for index, id in enumerate(world.views.ids):
+        torch.manual_seed(config.seed)
+        decoder = load_model(world.weights, "decoder") if arm.warm else build_decoder(config)
+        stage = DecoderStage(decoder, dino, load_orbits(world.views.subset([index]), vae, progress=False), config)
+        costs[id] = timed_training(stage, config.stage1, folder / id, config.seed)
+        pipe = GSV3DPipeline(config, vae, None, None, decoder.requires_grad_(False).eval(), dino)
+        truth = load_truth(world.objects, id)
+        rows.append(score_inputs(pipe, world.views.scene(index), config.view_counts[0], truth))
+    return rows, costs
+
+
+@torch.no_grad()
+def score_inputs(pipe: GSV3DPipeline, scene: Scene, num_frames: int, truth: Truth | None) -> dict[str, float]:
+    """A decoder on N true ring views, scored on those same views, on the free views, and by its mesh."""
+    frames, free = ring_frames(FRONT, num_frames), torch.arange(RING, len(scene.rgb))
+    cameras = relative_cameras(scene, FRONT, frames)
+    gaussians = pipe.gaussians_from(encode_scaled(pipe.vae, scene.rgb[frames]), cameras, scene.rgb[FRONT])
+    scores = image_scores(gaussians, scene, FRONT, frames) | mesh_scores(gaussians, truth, float(scene.azimuths[FRONT]))
+    return scores | {f"free_{k}": v for k, v in image_scores(gaussians, scene, FRONT, free).items()}
+
+
 def timed_training(stage, schedule, folder: Path, seed: int) -> dict:
     """Train to the end; what it cost is kept in `folder`, so that a resumed run knows it too."""
     started, first = time.process_time(), len(list(folder.glob("checkpoint-*")))
@@ -134,8 +178,9 @@ def score(world: World, pipe: GSV3DPipeline, config: Config, generated: bool) ->
         if generated:
             truth = load_truth(world.objects, id)
             started = time.process_time()
-            row |= evaluate_generation(pipe, scene, truth, config.seed, **world.sampler)
+            made = generate(pipe, scene, config.seed, **world.sampler)
             row["cpu_seconds"] = time.process_time() - started
+            row |= evaluate_generation(pipe, scene, truth, made)
         rows.append(row)
     return rows
 
@@ -144,7 +189,16 @@ def score(world: World, pipe: GSV3DPipeline, config: Config, generated: bool) ->
 
 BOTH = Arm("lambda_1", "λ = 1, the default")
 
+PICTURE = {"lambda_pixel": 0.0, "lambda_depth": 0.3, "lambda_alpha": 0.3, "view_counts": (8,), "target_views": 8}
+
 EXPERIMENTS = {
+    "overfit": Experiment(
+        "Can the decoder represent one object: 30 dB on its input views, Chamfer distance 0.03?",
+        "scratch",
+        (Arm("scratch", "from scratch", PICTURE), Arm("warm", "from the shipped decoder", PICTURE, warm=True)),
+        run_overfit,
+        {"stage": "stage1", "steps": 1000, "batch": 1},
+    ),
     "distillation": Experiment(
         "Does geometric distillation lower the Chamfer distance, and what does it cost in texture?",
         "lambda_0",
@@ -213,15 +267,19 @@ def run_once(world: World, experiment: Experiment, arm: Arm, seed: int, size: tu
     rows, cost = experiment.run(world, configure(world.config, experiment, arm, seed, *size), arm, folder)
     with atomic_path(folder / "scores.json") as path:
         path.write_text(json.dumps(without_nan({"ids": world.views.ids, "cost": cost, "rows": rows})))
-    for checkpoint in folder.glob("checkpoint-*"):  # the scores are what is kept
+    for checkpoint in folder.rglob("checkpoint-*"):  # the scores are what is kept
         checkpoint.unlink()
 
 
 def run_folder(work: Path, experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int]) -> Path:
-    """Named by what is run, so that experiments share their common arms: `stage2-120x2-lambda_3d=0.1-seed0`."""
-    changes = "-".join(f"{k}={v}" for k, v in arm.changes.items()) or "default"
+    """Named by what is run, so that experiments share common arms: `distillation-120x2-lambda_3d=0.1-seed0`."""
+    changes = "-".join(f"{k}={v}" for k, v in arm.changes.items()).replace(" ", "") or "default"
     steps, batch = size
-    what = f"{experiment.defaults['stage']}-{steps}x{batch}-{changes}" if arm.trained else "untrained"
+    what = (
+        f"{experiment.run.__name__.removeprefix('run_')}-{steps}x{batch}-{changes}{'-warm' * arm.warm}"
+        if arm.trained
+        else "untrained"
+    )
     return Path(work) / f"{what}-seed{seed}"
 
 
@@ -313,7 +371,8 @@ def open_world(args: argparse.Namespace) -> World:
     training = load_views(args.data, config.image_size, limit=args.limit, cache=args.work)
     vae = load_model(args.weights, "vae")
     orbits = load_orbits(training, vae, config.copies, cache=args.work / "latents.safetensors", seed=config.seed)
-    views = load_views([args.objects], config.image_size, limit=args.objects_limit)
+    views = load_views([args.objects], config.image_size)
+    views = views.subset([views.ids.index(id) for id in args.ids or views.ids])
     sampler = {"steps": args.sampling_steps, "guidance": args.guidance}
     return World(args.weights, config, orbits, views, args.objects, args.work, sampler)
 
@@ -333,7 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sampling-steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=1.0, help="1 = none, which halves the time")
     parser.add_argument("--limit", type=int, help="use only the first training objects")
-    parser.add_argument("--objects-limit", type=int, help="score only the first objects")
+    parser.add_argument("--ids", nargs="+", help="score only these objects")
     args = parser.parse_args(arguments)
     experiment = EXPERIMENTS[args.experiment]
     size = args.steps or experiment.defaults["steps"], args.batch or experiment.defaults["batch"]

@@ -8,6 +8,7 @@ import torch
 import trimesh
 
 from gsv3d_lib.metrics import (
+    bootstrap_interval,
     chamfer_distance,
     depth_l1,
     f_score,
@@ -165,3 +166,21 @@ def test_surface_points_repeat_and_lie_on_the_surface():
 def test_point_sets_are_checked(points):
     with pytest.raises(ValueError, match=r"\[N, 3\] with N >= 1"):
         chamfer_distance(points, np.zeros((4, 3)))
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def test_bootstrap_interval_is_that_of_a_mean():
+    values = np.random.default_rng(1).normal(1.0, 2.0, 400)
+    half = 1.96 * values.std() / math.sqrt(400)
+    assert bootstrap_interval(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
+    assert bootstrap_interval(values) == bootstrap_interval(np.append(values, np.nan))
+    assert bootstrap_interval(np.full(7, 0.25)) == (0.25, 0.25)
+    assert all(math.isnan(end) for end in bootstrap_interval(np.array([np.nan])))
+
+
+def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = [low < 0 < high for low, high in (bootstrap_interval(rng.normal(size=40), 300) for _ in range(300))]
+    assert 0.90 < np.mean(inside) < 0.98

@@ -323,17 +323,54 @@ def write_geometry(folder, id: str, balls=BALLS) -> np.ndarray:
         d = rng.normal(size=(5000, 3))
         parts.append(np.array(centre) + radius * d / np.linalg.norm(d, axis=1, keepdims=True))
     points = np.concatenate(parts).astype("f2")
-    np.savez(folder / f"{id}.geometry.npz", points=points)
+    np.savez(folder / f"{id}.geometry.npz", points=points, occupancy=np.packbits(ball_grid(balls)))
     return points
 
 
-def test_true_points_are_turned_to_the_input_view(tmp_path):
+def ball_grid(balls=BALLS) -> np.ndarray:
+    """The cells of a 64^3 grid whose centres are inside a ball."""
+    line = (np.arange(64) + 0.5) / 32 - 1
+    centres = np.stack(np.meshgrid(line, line, line, indexing="ij"), axis=-1)
+    return np.any([np.linalg.norm(centres - centre, axis=-1) < radius for centre, radius, _ in balls], axis=0)
+
+
+def test_the_truth_is_read_as_it_was_written(tmp_path):
     write_geometry(tmp_path, "balls")
-    points = ev.true_points(tmp_path, "balls", 270.0)
-    assert points.shape == (4096, 3) and np.array_equal(points, ev.true_points(tmp_path, "balls", 270.0))
-    gaps = [np.abs(np.linalg.norm(points - centre, axis=1) - radius) for centre, radius, _ in turned(BALLS, -270.0)]
+    truth = ev.load_truth(tmp_path, "balls")
+    assert truth.points.shape == (4096, 3)
+    assert np.array_equal(truth.points, ev.load_truth(tmp_path, "balls").points)
+    gaps = [np.abs(np.linalg.norm(truth.points - centre, axis=1) - radius) for centre, radius, _ in BALLS]
     assert np.min(gaps, axis=0).max() < 2e-3  # half precision
-    assert ev.true_points(tmp_path, "other", 270.0) is None
+    assert np.array_equal(truth.occupancy, ball_grid())
+    assert ev.load_truth(tmp_path, "other") is None and ev.mesh_scores(None, None) == {}
+
+
+def test_a_result_is_turned_into_the_world_of_the_truth(tmp_path):
+    """Opaque Gaussians on the true surface, seen from azimuth 270: turned by it they fit, and not otherwise."""
+    points = write_geometry(tmp_path, "balls").astype("f4") @ ev._turn(-270.0).T
+    truth, count = ev.load_truth(tmp_path, "balls"), len(points)
+    means, quats = torch.from_numpy(points), torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
+    surface = Gaussians(means, quats, torch.full((count, 3), 0.015), torch.full((count,), 0.95), means.abs())
+    there, elsewhere = ev.mesh_scores(surface, truth, 270.0), ev.mesh_scores(surface, truth, 0.0)
+    assert there["chamfer"] < 0.05 and there["f_score"] > 0.9 and there["iou"] > 0.75
+    assert elsewhere["chamfer"] > 0.1 and elsewhere["f_score"] < 0.6 and elsewhere["iou"] < 0.6
+
+
+def test_what_has_no_surface_scores_nothing(tmp_path):
+    write_geometry(tmp_path, "balls")
+    speck = Gaussians(
+        torch.zeros(1, 3), torch.eye(4)[:1], torch.full((1, 3), 1e-3), torch.full((1,), 0.1), torch.ones(1, 3)
+    )
+    scores = ev.mesh_scores(speck, ev.load_truth(tmp_path, "balls"))
+    assert math.isnan(scores["chamfer"]) and scores["f_score"] == scores["iou"] == 0
+
+
+def test_a_strip_shows_input_truth_result_and_error(scene):
+    camera = ev.relative_cameras(scene, ev.FRONT, torch.tensor([ev.FRONT]))
+    card = flat_card(scene.rgb[ev.FRONT], scene.alpha[ev.FRONT], camera)
+    row = ev.strip(card, scene).unfold(1, 64, 64).permute(1, 0, 3, 2)  # [10, 64, 64, 3]
+    assert torch.equal(row[0], scene.rgb[ev.FRONT]) and torch.equal(row[3], scene.rgb[(ev.FRONT + 8) % 16])
+    assert torch.allclose(row[7:], 1 - (row[1:4] - row[4:7]).abs(), atol=1e-6)
 
 
 def test_image_scores_of_an_empty_scene_are_those_of_white(scene):
@@ -352,8 +389,8 @@ def test_averages_leave_nan_out_and_make_a_table():
     means = ev.averages(rows)
     assert means == {"decoder": {"psnr": 21.0, "chamfer": 0.1}, "card": {"psnr": 10.5}}
     lines = ev.table(means).split("\n")
-    assert lines[0] == "| method | psnr | ssim | depth_l1 | chamfer |" and lines[1] == "|---|---|---|---|---|"
-    assert lines[2:] == ["| decoder | 21.000 | - | - | 0.100 |", "| card | 10.500 | - | - | - |"]
+    assert lines[0] == "| method | psnr | ssim | depth_l1 | chamfer | f_score | iou |" and lines[1] == "|---" * 7 + "|"
+    assert lines[2:] == ["| decoder | 21.000 | - | - | 0.100 | - | - |", "| card | 10.500 | - | - | - | - | - |"]
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")  # the faint Gaussians of untrained models have no surface
@@ -375,11 +412,15 @@ def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys)
     record = json.loads(out.read_text())
     assert record["objects"] == 1 and record["rows"][0]["id"] == "balls"
     assert set(record["mean"]) == {"decoder", "generated", "generated_without_lora", "card", "average"}
-    assert {"psnr", "ssim", "depth_l1", "chamfer", "front_psnr"} == set(record["mean"]["generated"])
-    assert {"psnr", "ssim", "chamfer"} == set(record["mean"]["average"])
+    truthful = {"psnr", "ssim", "depth_l1", "chamfer", "f_score", "iou", "front_psnr", "ghosting", "detail"}
+    assert truthful | {"reprojection", "split_psnr", "split_depth"} == set(record["mean"]["generated"])
+    assert {"psnr", "ssim", "chamfer", "f_score", "iou"} == set(record["mean"]["average"])
+    assert {"psnr", "ssim", "depth_l1", "chamfer", "f_score"} == set(record["mean"]["card"])  # it has no volume
     assert 0 < record["mean"]["card"]["chamfer"] < 1 and 5 < record["mean"]["card"]["psnr"] < 40
     assert record["mean"]["generated"] != record["mean"]["generated_without_lora"]
     assert ev.table(record["mean"]) in capsys.readouterr().out
+    assert ev.table(record["mean"]) in out.with_suffix(".md").read_text()
+    assert Image.open(out.with_suffix(".png")).size == (10 * SIZE, SIZE)
     assert record["command"].endswith("--steps 1 --guidance 1")
 
 

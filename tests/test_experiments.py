@@ -1,0 +1,173 @@
+"""Experiments: arms differ in what they say, finished runs are kept, and differences are paired by seed and object."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_pipeline import write_geometry
+from tiny_world import ball_views, object_views, tiny_config
+
+from gsv3d_lib import experiments as ex
+from gsv3d_lib import train as recipes
+from gsv3d_lib.config import Schedule, preset
+from gsv3d_lib.dataset import write_index, write_object
+from gsv3d_lib.metrics import bootstrap_interval
+
+# Two steps must move what four digits show, hence the learning rate.
+CONFIG = tiny_config(lambda_pixel=0.0, stage2=Schedule(steps=2, batch=2, lr=0.3, warmup=0))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A checkpoint folder and a dataset folder of two objects, one with its true shape."""
+    folder = tmp_path_factory.mktemp("place")
+    for stage in ("vae", "dino", "diffusion", "stage1"):
+        recipes.RECIPES[stage](CONFIG, ball_views(), folder, progress=False)
+    for id, turn in (("balls", 0.0), ("others", 60.0)):
+        write_object(folder / "objects", object_views(id, turn))
+    write_index(folder / "objects", [{"id": "balls"}, {"id": "others"}])
+    write_geometry(folder / "objects", "balls")
+    return folder
+
+
+def command(place, work, name, *more) -> dict:
+    out = work / f"{name}.json"
+    objects = str(place / "objects")
+    paths = ["--weights", str(place / "weights"), "--data", objects, "--objects", objects, "--work", str(work / "work")]
+    ex.main([name, *paths, "--out", str(out), "--steps", "2", "--sampling-steps", "1", *more])
+    return json.loads(out.read_text())
+
+
+# ---------------------------------------------------------------- the arms
+
+
+def test_every_arm_is_a_valid_configuration_and_differs_from_the_others():
+    for name, experiment in ex.EXPERIMENTS.items():
+        assert experiment.reference in {arm.name for arm in experiment.arms}
+        configs = [ex.configure(preset("tiny"), experiment, arm, 1, 7, 2) for arm in experiment.arms]
+        keys = {(config, arm.trained, arm.warm) for config, arm in zip(configs, experiment.arms, strict=True)}
+        assert len(keys) == len(experiment.arms), name
+        assert all(c.seed == 1 and getattr(c, experiment.defaults["stage"]).steps == 7 for c in configs)
+    with pytest.raises(ValueError, match="There is no arm 'nothing'; choose from dino, no_dino"):
+        ex.EXPERIMENTS["dino"].arm("nothing")
+
+
+def test_the_sweep_is_the_one_that_was_asked_for():
+    weights = {a.changes["lambda_3d"] for a in ex.EXPERIMENTS["distillation"].arms if "lambda_3d" in a.changes}
+    assert weights | {preset("tiny").lambda_3d} >= {0.0, 0.1, 0.3, 1.0, 3.0}
+    assert {a.changes.get("num_frames", 16) for a in ex.EXPERIMENTS["frames"].arms} == {2, 4, 8, 16}
+    assert {a.changes.get("lora_rank", 16) for a in ex.EXPERIMENTS["rank"].arms} == {4, 16, 64}
+
+
+def test_common_arms_of_two_experiments_are_one_run(tmp_path):
+    distillation, frames, dino = (ex.EXPERIMENTS[k] for k in ("distillation", "frames", "dino"))
+    default = ex.run_folder(tmp_path, distillation, distillation.arm("lambda_1"), 0, (120, 2))
+    assert default == ex.run_folder(tmp_path, frames, frames.arm("n_16"), 0, (120, 2))
+    others = [
+        ex.run_folder(tmp_path, distillation, distillation.arm("lambda_1"), 0, (60, 2)),
+        ex.run_folder(tmp_path, distillation, distillation.arm("lambda_1"), 1, (120, 2)),
+        ex.run_folder(tmp_path, distillation, distillation.arm("lambda_3"), 0, (120, 2)),
+        ex.run_folder(tmp_path, dino, dino.arm("dino"), 0, (120, 2)),
+    ]
+    assert len({default, *others}) == 5
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_distillation_runs_are_scored_paired_and_not_repeated(place, tmp_path, capsys, monkeypatch):
+    arms = ("--arms", "none", "lambda_0", "lambda_10")
+    record = command(place, tmp_path, "distillation", *arms, "--seeds", "0", "1")
+    assert record["ids"] == ["balls", "others"] and list(record["arms"]) == list(arms[1:])
+    for arm in record["arms"].values():
+        assert list(arm["scores"]) == ["0", "1"]
+        scores = arm["scores"]["0"]
+        assert {"psnr", "ssim", "chamfer", "f_score", "reprojection", "split_psnr", "ghosting"} <= set(scores)
+        assert all(len(column) == 2 for column in scores.values())
+        assert scores["chamfer"][1] is None  # no true shape was given for the second object
+    base, tuned = (np.array(record["arms"][k]["scores"]["0"]["psnr"]) for k in ("none", "lambda_10"))
+    assert (base != tuned).any()
+    assert record["arms"]["none"]["scores"]["0"]["true_psnr"] == record["arms"]["lambda_10"]["scores"]["0"]["true_psnr"]
+    assert record["differences"].keys() == {"none", "lambda_10"}
+    assert "| λ = 10 | 2 |" in capsys.readouterr().out
+    assert not list((tmp_path / "work").rglob("checkpoint-*"))
+
+    monkeypatch.setattr(ex, "timed_training", lambda *_: pytest.fail("a finished run was repeated"))
+    assert command(place, tmp_path, "distillation", *arms, "--seeds", "0", "1")["arms"] == record["arms"]
+
+
+def test_a_run_that_was_killed_while_scoring_is_not_trained_again(place, tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(ex, "score", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0")
+    killed = command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0")
+    whole = command(place, tmp_path / "whole", "rank", "--arms", "rank_4", "--seeds", "0")
+    scores = [record["arms"]["rank_4"]["scores"]["0"] for record in (killed, whole)]
+    for metric in scores[0].keys() - {"cpu_seconds"}:
+        assert scores[0][metric] == scores[1][metric], metric
+    assert killed["arms"]["rank_4"]["cost"]["0"]["cpu_seconds_per_step"] > 0
+
+
+def test_decoders_are_trained_from_scratch_with_and_without_dino(place, tmp_path):
+    record = command(place, tmp_path, "dino", "--seeds", "3")
+    with_dino, without = (record["arms"][name]["scores"]["3"] for name in ("dino", "no_dino"))
+    assert set(with_dino) == set(without) and "true_psnr" in with_dino and "psnr" not in with_dino
+    assert with_dino["true_psnr"] != without["true_psnr"]
+
+
+def test_overfitting_lowers_the_loss_on_the_one_object(place, tmp_path):
+    record = command(place, tmp_path, "overfit", "--ids", "balls", "--seeds", "0", "--steps", "30", "--arms", "scratch")
+    first = command(place, tmp_path, "overfit", "--ids", "balls", "--seeds", "0", "--steps", "1", "--arms", "scratch")
+    last, start = (r["arms"]["scratch"]["scores"]["0"]["psnr"][0] for r in (record, first))
+    assert record["ids"] == ["balls"] and last > start
+
+
+def test_scores_of_other_objects_are_not_mixed(place, tmp_path):
+    command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0")
+    with pytest.raises(ValueError, match="was scored on other objects; give each set of objects its own --work"):
+        command(place, tmp_path, "rank", "--arms", "rank_4", "rank_16", "--seeds", "0", "--ids", "balls")
+
+
+def test_an_unknown_arm_is_one_sentence(place, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command(place, tmp_path, "rank", "--arms", "rank_5")
+    assert "There is no arm 'rank_5'; choose from rank_4, rank_16, rank_64." in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- differences
+
+
+def arm(*seeds: list[float]) -> dict:
+    return {"label": "x", "scores": {str(k): {"psnr": row} for k, row in enumerate(seeds)}}
+
+
+def test_differences_are_paired_by_seed_and_object():
+    reference, better = arm([10.0, 20, 30], [11, 21, 31]), arm([11.0, 21, 31], [13, 23, 33])
+    found = ex.compare(better, reference, "psnr")
+    assert found["seeds"] == [1, 2] and found["mean"] == pytest.approx(1.5)
+    assert found["low"] == pytest.approx(1.5) and found["high"] == pytest.approx(1.5)  # every object gained the same
+    assert ex.compare(arm([11.0, 21, 31]), reference, "psnr")["seeds"] == [1]  # only the seed that both have
+
+
+def test_an_object_without_a_number_is_left_out():
+    reference, other = arm([10.0, None, 30]), arm([12.0, 5.0, 32])
+    found = ex.compare(other, reference, "psnr")
+    assert found["mean"] == 2 and (found["low"], found["high"]) == (2, 2)
+    assert math.isnan(ex.compare(arm(), reference, "psnr")["mean"])
+
+
+def test_the_interval_is_the_bootstrap_over_objects():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(2, 40)), rng.normal(size=(2, 40))
+    found = ex.compare(arm(*first.tolist()), arm(*second.tolist()), "psnr")
+    assert (found["low"], found["high"]) == bootstrap_interval((first - second).mean(axis=0))
+
+
+def test_a_world_scores_only_the_objects_that_were_named(place):
+    views = ball_views(3)
+    chosen = views.subset([2, 0])
+    assert chosen.ids == ["balls_2", "balls_0"] and torch.equal(chosen.rgb[0], views.rgb[2])
