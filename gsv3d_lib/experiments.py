@@ -197,7 +197,7 @@ EXPERIMENTS = {
         "scratch",
         (Arm("scratch", "from scratch", PICTURE), Arm("warm", "from the shipped decoder", PICTURE, warm=True)),
         run_overfit,
-        {"stage": "stage1", "steps": 1000, "batch": 1},
+        {"stage": "stage1", "steps": 1500, "batch": 1},
     ),
     "distillation": Experiment(
         "Does geometric distillation lower the Chamfer distance, and what does it cost in texture?",
@@ -209,7 +209,6 @@ EXPERIMENTS = {
             Arm("lambda_0.3", "λ = 0.3", {"lambda_3d": 0.3}),
             BOTH,
             Arm("lambda_3", "λ = 3", {"lambda_3d": 3.0}),
-            Arm("lambda_10", "λ = 10", {"lambda_3d": 10.0}),
             Arm("rgb", "λ = 1, RGB only", {"lambda_depth": 0.0, "lambda_alpha": 0.0}),
             Arm("depth", "λ = 1, depth only", {"lambda_rgb": 0.0, "lambda_alpha": 0.0}),
             Arm("snr", "λ = 1, w = 1 / (1 + σ²)", {"sigma_weighting": "snr"}),

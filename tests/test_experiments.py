@@ -78,7 +78,7 @@ def test_common_arms_of_two_experiments_are_one_run(tmp_path):
 
 
 def test_distillation_runs_are_scored_paired_and_not_repeated(place, tmp_path, capsys, monkeypatch):
-    arms = ("--arms", "none", "lambda_0", "lambda_10")
+    arms = ("--arms", "none", "lambda_0", "lambda_3")
     record = command(place, tmp_path, "distillation", *arms, "--seeds", "0", "1")
     assert record["ids"] == ["balls", "others"] and list(record["arms"]) == list(arms[1:])
     for arm in record["arms"].values():
@@ -87,11 +87,11 @@ def test_distillation_runs_are_scored_paired_and_not_repeated(place, tmp_path, c
         assert {"psnr", "ssim", "chamfer", "f_score", "reprojection", "split_psnr", "ghosting"} <= set(scores)
         assert all(len(column) == 2 for column in scores.values())
         assert scores["chamfer"][1] is None  # no true shape was given for the second object
-    base, tuned = (np.array(record["arms"][k]["scores"]["0"]["psnr"]) for k in ("none", "lambda_10"))
+    base, tuned = (np.array(record["arms"][k]["scores"]["0"]["psnr"]) for k in ("none", "lambda_3"))
     assert (base != tuned).any()
-    assert record["arms"]["none"]["scores"]["0"]["true_psnr"] == record["arms"]["lambda_10"]["scores"]["0"]["true_psnr"]
-    assert record["differences"].keys() == {"none", "lambda_10"}
-    assert "| λ = 10 | 2 |" in capsys.readouterr().out
+    assert record["arms"]["none"]["scores"]["0"]["true_psnr"] == record["arms"]["lambda_3"]["scores"]["0"]["true_psnr"]
+    assert record["differences"].keys() == {"none", "lambda_3"}
+    assert "| λ = 3 | 2 |" in capsys.readouterr().out
     assert not list((tmp_path / "work").rglob("checkpoint-*"))
 
     monkeypatch.setattr(ex, "timed_training", lambda *_: pytest.fail("a finished run was repeated"))
