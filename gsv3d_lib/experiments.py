@@ -189,7 +189,7 @@ def score(world: World, pipe: GSV3DPipeline, config: Config, generated: bool) ->
 
 BOTH = Arm("lambda_1", "λ = 1, the default")
 
-PICTURE = {"lambda_pixel": 0.0, "lambda_depth": 0.3, "lambda_alpha": 0.3, "view_counts": (8,), "target_views": 8}
+PICTURE = {"lambda_pixel": 0.0, "lambda_depth": 0.05, "lambda_alpha": 0.1, "view_counts": (8,), "target_views": 8}
 
 EXPERIMENTS = {
     "overfit": Experiment(
@@ -197,7 +197,7 @@ EXPERIMENTS = {
         "scratch",
         (Arm("scratch", "from scratch", PICTURE), Arm("warm", "from the shipped decoder", PICTURE, warm=True)),
         run_overfit,
-        {"stage": "stage1", "steps": 1500, "batch": 1},
+        {"stage": "stage1", "steps": 2000, "batch": 1, "lr": 1e-3},
     ),
     "distillation": Experiment(
         "Does geometric distillation lower the Chamfer distance, and what does it cost in texture?",
@@ -252,7 +252,9 @@ EXPERIMENTS = {
 def configure(base: Config, experiment: Experiment, arm: Arm, seed: int, steps: int, batch: int) -> Config:
     """The checkpoint's configuration with the arm's changes, a seed, and a schedule of `steps`."""
     stage = experiment.defaults["stage"]
-    schedule = dataclasses.replace(getattr(base, stage), steps=steps, batch=batch, warmup=min(20, steps))
+    schedule = getattr(base, stage)
+    lr = experiment.defaults.get("lr", schedule.lr)
+    schedule = dataclasses.replace(schedule, steps=steps, batch=batch, lr=lr, warmup=min(20, steps))
     return base.replace(**arm.changes, **{stage: schedule}, seed=seed)
 
 
