@@ -1,11 +1,15 @@
 """Run a notebook with other parameters, through papermill, and keep a record of the run.
 
-    python -m gsv3d_lib.run 05 --params long                      notebooks/params/05_long.yaml
+    python -m gsv3d_lib.run 05 --params paper                     notebooks/params/05_paper.yaml
     python -m gsv3d_lib.run 05 --set steps=200 --set seed=1 --out runs/05-again
 
 papermill only warns of a parameter that does not exist and takes a string for a number. Here names and types are checked
-against the notebook's parameters cell before anything runs. The executed notebook is written after every cell, so a killed
-run keeps what it had; training inside resumes from its own checkpoints when the same command is given again.
+against the notebook's parameters cell before anything runs, and a training that it would start against its data and weights.
+
+The executed notebook is written after every cell, and during long ones twice a minute, so a killed run keeps what it had.
+Given again, the same command executes the notebook from its first cell: what the stopped run had written is kept beside the
+new one, rendered objects and finished stages are not made again, and the training of the section "Full run" goes on from its
+last checkpoint. A cell's own short training starts afresh.
 """
 
 from __future__ import annotations
@@ -14,19 +18,33 @@ import argparse
 import ast
 import json
 import logging
+import os
+import platform
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nbformat
 import yaml
 
-from .config import parse_setting
+from .config import parse_setting, preset
 from .paths import ROOT, atomic_path
 from .refresh import NOTEBOOKS, find_notebooks
 
 PARAMS = NOTEBOOKS / "params"
+METRICS = "application/vnd.gsv3d.metrics+json"  # an output of this type carries numbers for the run record
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numba", "gsplat", "numpy")
+AUTOSAVE_SECONDS = 30
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a cluster's scheduler sends before it kills: the run ends as by Ctrl-C."""
 
 
 def declared_parameters(notebook: Path) -> dict:
@@ -53,9 +71,29 @@ def check_parameters(given: dict, declared: dict) -> dict:
         if type(value) is not wanted and not number:
             hint = " Write 1.0e-3, not 1e-3: YAML reads that as text." if "e-" in str(value) else ""
             faults.append(f"{name} is a {wanted.__name__}; got {value!r} ({type(value).__name__}).{hint}")
+        elif wanted is list:
+            kinds = {type(item) for item in declared[name]}
+            odd = [item for item in value if kinds and type(item) not in kinds]
+            if odd:
+                faults.append(f"{name} is a list of {' or '.join(k.__name__ for k in kinds)}; it holds {odd[0]!r}.")
     if faults:
         raise ValueError(" ".join(faults))
     return given
+
+
+def check_training(parameters: dict) -> None:
+    """What the notebook's section "Full run" would refuse at its end, found before its beginning.
+
+    parameters: all of the notebook, given or default. Raises ValueError or FileNotFoundError with what to do.
+    """
+    if "scale" in parameters:
+        preset(parameters["scale"])
+    if parameters.get("full_run"):
+        from .launch import check, run_folder
+
+        scale, stages, data = (parameters[name] for name in ("scale", "full_stages", "full_data"))
+        processes = parameters["full_processes"] if "full_processes" in parameters else parameters["gpus"]
+        check(scale, stages, data, processes, run_folder(scale, parameters["full_steps"]))
 
 
 def read_parameters(path: str | Path) -> dict:
@@ -76,20 +114,25 @@ def read_parameters(path: str | Path) -> dict:
 def run_notebook(notebook: Path, parameters: dict, out: Path) -> dict:
     """Execute `notebook` into the folder `out`, with its prints on this terminal -> the run record, also in run.json.
 
-    The record is written when the run starts and again when it ends, well or not.
+    The record is written when the run starts and again when it ends, well or not; one that says "running" long after was
+    killed. Raises what stopped the run.
     """
     import papermill
 
     from .evaluate import commit, hardware
 
-    check_parameters(parameters, declared_parameters(notebook))
+    declared = declared_parameters(notebook)
+    check_training(declared | check_parameters(parameters, declared))
     out.mkdir(parents=True, exist_ok=True)
+    keep_stopped(notebook, out)
     started = time.perf_counter()
     record = {
         "notebook": notebook.stem,
         "parameters": parameters,
         "commit": commit(),
+        "changed_since_commit": changed_files(),
         "hardware": hardware(),
+        "environment": environment(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "state": "running",
     }
@@ -98,24 +141,98 @@ def run_notebook(notebook: Path, parameters: dict, out: Path) -> dict:
     for noisy in ("traitlets", "asyncio", "blib2to3"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(out / notebook.name),
-            parameters=parameters,
-            kernel_name="python3",
-            language="python",
-            progress_bar=True,
-            log_output=True,
-            coalesce_streams=True,
-            store_widget_state=False,
-        )
+        with termination_raises():
+            papermill.execute_notebook(
+                str(notebook),
+                str(out / notebook.name),
+                parameters=parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=True,
+                log_output=True,
+                autosave_cell_every=AUTOSAVE_SECONDS,
+                coalesce_streams=True,
+                store_widget_state=False,
+            )
         record["state"] = "finished"
     except BaseException as error:  # also Ctrl-C: the record says how the run ended
         record["state"] = f"stopped by {type(error).__name__}"
         raise
     finally:
-        write_record(out, record | {"seconds": round(time.perf_counter() - started, 1), "peak_gb": peak_memory()})
+        record |= {"seconds": round(time.perf_counter() - started, 1), "peak_gb": peak_memory()}
+        record["metrics"] = collected_metrics(out / notebook.name)
+        write_record(out, record)
     return record
+
+
+@contextmanager
+def termination_raises() -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside, so that the kernel and a training below it are ended and the record is written."""
+
+    def stop(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def keep_stopped(notebook: Path, out: Path) -> None:
+    """Move what an unfinished run left in `out` aside, as NAME.stopped.ipynb, before a new one writes there."""
+    written, record = out / notebook.name, out / "run.json"
+    if written.is_file() and record.is_file() and json.loads(record.read_text())["state"] != "finished":
+        os.replace(written, written.with_suffix(".stopped.ipynb"))
+
+
+def environment() -> dict:
+    """Python, the packages that numbers depend on, and the GPUs."""
+    import torch
+
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    return {"python": platform.python_version(), "packages": installed, "cuda": torch.version.cuda, "gpus": gpus}
+
+
+def changed_files() -> list[str] | None:
+    """Tracked files that differ from the commit; None outside a git checkout."""
+    command = ["git", "diff", "--name-only", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def record(**metrics) -> None:
+    """Show numbers in a notebook, and hand them to the record of the run: floats, scalar tensors, or dicts of them."""
+    from IPython.display import display
+
+    metrics = {name: plain(value) for name, value in metrics.items()}
+    display({METRICS: metrics, "text/plain": f"for the run record: {metrics}"}, raw=True)
+
+
+def plain(value):
+    """A number rounded to six digits, text as it is, a dict of such."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return value if isinstance(value, str | bool | int) else float(f"{float(value):.6g}")
+
+
+def collected_metrics(executed: Path) -> dict:
+    """What `record` showed in an executed notebook, so far as it went."""
+    if not executed.is_file():
+        return {}
+    cells = nbformat.read(executed, as_version=4).cells
+    shown = [
+        out["data"][METRICS] for cell in cells for out in cell.get("outputs", []) if METRICS in out.get("data", {})
+    ]
+    return {name: value for metrics in shown for name, value in metrics.items()}
 
 
 def peak_memory() -> float | None:
@@ -136,7 +253,7 @@ def write_record(out: Path, record: dict) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.run", description=__doc__.split("\n")[0])
     parser.add_argument("number", help="of the notebook, such as 05")
-    parser.add_argument("--params", help="a YAML file, or the name of a set in notebooks/params, such as long")
+    parser.add_argument("--params", help="a YAML file, or the name of a set in notebooks/params, such as tiny or paper")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeatable")
     parser.add_argument("--out", type=Path, help="folder for the executed notebook (default runs/NN-PARAMS)")
     parser.add_argument("--check", action="store_true", help="only check the parameters")
@@ -146,7 +263,10 @@ def main(arguments: list[str] | None = None) -> int:
         named = PARAMS / f"{args.number}_{args.params}.yaml"
         given = {} if args.params is None else read_parameters(named if named.is_file() else args.params)
         given |= dict(parse_setting(text) for text in args.set)
-        check_parameters(given, declared_parameters(notebook))
+        declared = declared_parameters(notebook)
+        check_parameters(given, declared)
+        if not args.check:
+            check_training(declared | given)
     except (ValueError, FileNotFoundError) as error:
         print(f"gsv3d: {error}", file=sys.stderr)
         return 2
@@ -161,6 +281,9 @@ def main(arguments: list[str] | None = None) -> int:
     except PapermillExecutionError as error:
         print(f"gsv3d: cell {error.exec_count} of {out / notebook.name} stopped: {error.evalue}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"gsv3d: stopped; {out / notebook.name} holds what was done. Run the same to resume.", file=sys.stderr)
+        return 130
     print(f"Done: {out / notebook.name}")
     return 0
 

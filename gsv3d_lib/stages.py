@@ -16,7 +16,7 @@ from .encoders import clip_token, dino_features, image_features
 from .gaussians import Gaussians
 from .losses import pixel_loss, rendering_loss
 from .orbits import PALETTES, Orbits, batch_cameras, radians, ring_frames
-from .training import Stage
+from .training import Stage, mean_over_processes
 from .vae import to_network
 
 
@@ -94,7 +94,7 @@ class DINOStage(Stage):
             logits = [head(dino_features(backbone, x)) for x in crops]
             targets = [((t - self.center) / self.TEACHER_TEMPERATURE).softmax(-1) for t in logits]
             if self.training:
-                self.center.lerp_(torch.cat(logits).mean(0), 0.1)
+                self.center.lerp_(mean_over_processes(torch.cat(logits).float().mean(0)), 0.1)  # of the whole batch
         loss = sum(F.cross_entropy(student[a], targets[1 - a]) for a in (0, 1)) / 2
         return loss, {"target_entropy": torch.distributions.Categorical(probs=targets[0]).entropy().mean()}
 

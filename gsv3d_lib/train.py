@@ -204,7 +204,8 @@ RECIPES = dict(vae=train_vae, dino=train_dino, diffusion=train_diffusion, stage1
 PRODUCTS = dict(vae="vae", dino="dino", diffusion="clip", stage1="decoder", stage2="lora")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--data", nargs="+", default=["data/cache/procedural"], help="dataset folders")
@@ -214,17 +215,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one field of the preset")
     parser.add_argument("--limit", type=int, help="use only the first objects")
     parser.add_argument("--processes", type=int, default=1, help="how many torchrun was asked for; it must agree")
+    parser.add_argument(
+        "--prepare", action="store_true", help="only read the data and encode it into OUT, once for all processes"
+    )
     parser.add_argument("--export", type=Path, help="only copy the finished weights, in half precision, to this folder")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     if args.export is not None:
         return export_weights(args.out, args.export)
     config = preset(args.preset, **dict(parse_setting(text) for text in args.set))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # else every process would encode on the first GPU
     views = load_views(args.data, config.image_size, limit=args.limit, cache=args.out)
+    if args.prepare:
+        if (args.out / "weights" / "vae").is_dir():  # else this training begins with the VAE
+            orbits_for(config, views, args.out)
+        return
     for name in args.stages:
         if (args.out / "weights" / PRODUCTS[name]).is_dir():
             print(f"{name}: {args.out / 'weights' / PRODUCTS[name]} exists; delete it to train again.")
             continue
         RECIPES[name](with_steps(config, name, args.steps), views, args.out, processes=args.processes)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # gloo sometimes aborts a process that leaves without
 
 
 def with_steps(config: Config, stage: str, steps: int | None) -> Config:

@@ -42,6 +42,15 @@ class Stage(nn.Module):
         """Called after every optimiser step, for example to move a teacher towards its student."""
 
 
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes of the run; the tensor itself where there is one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    total = value.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
+
+
 def example_generator(seed: int, step: int, index: int) -> torch.Generator:
     """The random numbers of one training example, a pure function of its place in the run."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + index)
@@ -103,13 +112,15 @@ def train(
     wrapped, optimizer = accelerator.prepare(stage, optimizer)
     average = {name: p.detach().clone() for name, p in stage.training_state().items()} if schedule.ema else {}
     start = load_checkpoint(run_dir, stage, optimizer, average)
+    check_same_start(accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist(), run_dir)
     history = read_metrics(run_dir, before=start)
     if accelerator.is_main_process:
         write_metrics(run_dir, history)
 
     last = min(schedule.steps, stop_at or schedule.steps)
     saved = time.monotonic()
-    bar = tqdm(range(start, last), initial=start, total=last, desc=run_dir.name, disable=not progress, mininterval=5)
+    quiet = not (progress and accelerator.is_main_process)
+    bar = tqdm(range(start, last), initial=start, total=last, desc=run_dir.name, disable=quiet, mininterval=5)
     for step in bar:
         batch = draw_batch(stage, seed, step, schedule.batch, accelerator.process_index, accelerator.num_processes)
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
@@ -149,6 +160,15 @@ def train(
         for name, p in stage.training_state().items():
             p.copy_(average.get(name, p))
     return history
+
+
+def check_same_start(starts: list[int], run_dir: Path) -> None:
+    """Raises ValueError where the processes resume from different steps, which a folder that is not shared leads to."""
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"The processes found different checkpoints in {run_dir} (steps {', '.join(map(str, starts))}); the run folder "
+            "must lie on a file system that all machines share."
+        )
 
 
 def micro_batches(batch: dict[str, Tensor], size: int = 0) -> list[tuple[float, dict[str, Tensor]]]:

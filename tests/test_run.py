@@ -1,14 +1,23 @@
 """The runner checks before it starts, keeps what it has when a cell fails, and writes down what it did."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from tiny_world import object_views
 
-from gsv3d_lib import refresh, run
-from gsv3d_lib.config import parse_setting
+from gsv3d_lib import launch, refresh, run, train
+from gsv3d_lib.config import parse_setting, preset, schedule_field
+from gsv3d_lib.dataset import write_index, write_object
 
 ROOT = run.ROOT
 
@@ -51,12 +60,86 @@ def test_a_whole_number_may_stand_for_a_float(notebook):
     assert run.check_parameters({"lr": 1}, run.declared_parameters(notebook)) == {"lr": 1}
 
 
+def test_lists_are_checked_item_by_item():
+    declared = {"stages": ["vae"], "data": []}
+    assert run.check_parameters({"stages": ["dino", "stage1"], "data": [1]}, declared)
+    with pytest.raises(ValueError, match="stages is a list of str; it holds 2"):
+        run.check_parameters({"stages": ["vae", 2]}, declared)
+
+
 def test_a_run_is_recorded(notebook, tmp_path):
+    cells = nbformat.read(notebook, as_version=4)
+    cells.cells.append(new_code_cell("from gsv3d_lib.run import record\nrecord(third=1 / 3, of={'steps': steps})"))
+    nbformat.write(cells, notebook)
     run.run_notebook(notebook, {"steps": 5}, tmp_path / "out")
     executed = nbformat.read(tmp_path / "out" / notebook.name, as_version=4)
     assert "0.5" in "".join(o.get("text", "") for c in executed.cells if c.cell_type == "code" for o in c.outputs)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["state"] == "finished" and record["parameters"] == {"steps": 5} and record["seconds"] > 0
+    assert record["metrics"] == {"third": 0.333333, "of": {"steps": 5}}
+    assert re.fullmatch(r"[0-9a-f]{7,}", record["commit"]) and isinstance(record["changed_since_commit"], list)
+    assert record["environment"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"torch", "diffusers", "numba"} <= set(record["environment"]["packages"])
+    assert record["environment"]["gpus"] == [] or record["environment"]["cuda"]
+    assert 0.02 < record["peak_gb"] < 8
+
+
+SLOW = """
+import sys
+from pathlib import Path
+from gsv3d_lib import run
+run.find_notebooks = lambda _: [Path(sys.argv[1])]
+sys.exit(run.main(["02", "--out", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize(("signal_", "state"), [(signal.SIGKILL, "running"), (signal.SIGTERM, "stopped by Terminated")])
+def test_a_killed_run_keeps_what_it_had(notebook, tmp_path, signal_, state):
+    """Killed in its third cell: the second's output is on disk, and the next run moves the stopped one aside."""
+    cells = nbformat.read(notebook, as_version=4)
+    cells.cells[3].source = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))"
+    cells.cells.append(new_code_cell("import time\ntime.sleep(300)"))
+    nbformat.write(cells, notebook)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, notebook, out], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert within(240, lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()), "the cell never ran"
+    time.sleep(1)
+    process.send_signal(signal_)
+    message = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == (130 if signal_ == signal.SIGTERM else -signal_)
+    assert ("Run the same to resume" in message) == (signal_ == signal.SIGTERM)
+    kernel = int((tmp_path / "pid").read_text())
+    assert within(60, lambda: not alive(kernel)), "the kernel outlived its run"
+
+    executed = nbformat.read(out / notebook.name, as_version=4)
+    assert "0.3" in "".join(o.get("text", "") for c in executed.cells if c.cell_type == "code" for o in c.outputs)
+    record = json.loads((out / "run.json").read_text())
+    assert record["state"] == state and record["parameters"] == {}
+    run.keep_stopped(notebook, out)
+    assert [path.name for path in out.glob("*.ipynb")] == ["02_small.stopped.ipynb"]
+
+
+def within(seconds: float, happened) -> bool:
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(happened())
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not defunct(pid)
+
+
+def defunct(pid: int) -> bool:
+    """A process that has ended and whose parent, gone too, has not asked for it."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return not state or state.startswith("Z")
 
 
 def test_a_failing_cell_is_one_sentence_and_the_rest_is_kept(notebook, tmp_path, monkeypatch, capsys):
@@ -92,9 +175,119 @@ def test_settings_are_literals_or_text():
 def test_every_parameter_file_fits_its_notebook(path):
     (notebook,) = refresh.find_notebooks([path.stem[:2]])
     values = run.read_parameters(path)
-    assert values and run.check_parameters(values, run.declared_parameters(notebook)) == yaml.safe_load(
-        path.read_text()
+    declared = run.declared_parameters(notebook)
+    assert values and run.check_parameters(values, declared) == yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("number", ["01", "03", "04", "05", "07"])
+def test_every_training_notebook_has_three_scales(number, scale):
+    (notebook,) = refresh.find_notebooks([number])
+    values = run.declared_parameters(notebook) | run.read_parameters(run.PARAMS / f"{number}_{scale}.yaml")
+    assert values["scale"] == scale
+    processes = values.get("full_processes", values.get("gpus"))
+    assert processes == 4 or scale != "paper"
+    command = launch.train_command(scale, values["full_stages"], values["full_data"], processes)
+    options = train.build_parser().parse_args(command[command.index("gsv3d_lib.train") + 1 :])
+    config = preset(options.preset)
+    assert all(getattr(config, schedule_field(s)).batch % options.processes == 0 for s in options.stages)
+    if scale == "paper" and "stage1" in options.stages:
+        assert (config.stage1.steps, config.stage1.batch, config.stage1.lr) == (80_000, 128, 1e-5)
+    if scale == "paper" and "stage2" in options.stages:
+        assert (config.stage2.steps, config.stage2.batch, config.stage2.lr) == (40_000, 32, 1e-5)
+
+
+@pytest.mark.parametrize("number", ["01", "03", "04", "05", "07"])
+def test_parameter_sets_in_the_prose_exist(number):
+    (notebook,) = refresh.find_notebooks([number])
+    prose = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "markdown")
+    named = set(re.findall(r"make full NB=(\d\d) PARAMS=(\w+)", prose))
+    named |= set(re.findall(r"gsv3d_lib\.run (\d\d) --params (\w+)", prose))
+    assert named and all((run.PARAMS / f"{nb}_{name}.yaml").is_file() for nb, name in named)
+
+
+# ---------------------------------------------------------------- the training of a notebook
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": "papre"}, "There is no preset 'papre'"),
+        ({"full_stages": ["vea"]}, "The stages are vae, dino, diffusion, stage1, stage2; got vea"),
+        ({"full_stages": ["vae"], "full_processes": 3}, "The batch of vae, 8, cannot be shared equally by 3"),
+        ({"full_stages": ["stage2"], "full_steps": 7}, "stage2 needs vae, dino, diffusion, stage1: add them"),
+        ({"full_data": ["data/cache/nowhere"]}, "There is no dataset in data/cache/nowhere; make it with"),
+    ],
+)
+def test_a_training_that_would_fail_is_refused_before_the_notebook_runs(changes, message):
+    (notebook,) = refresh.find_notebooks(["04"])
+    parameters = run.declared_parameters(notebook) | {"full_run": True} | changes
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run.check_training(parameters)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A dataset of two objects, and a folder that the trainings of this test write to."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for k in range(2):
+        write_object(data, object_views(f"ball{k}", turn=40.0 * k))
+    write_index(data, [{"id": f"ball{k}"} for k in range(2)])
+    monkeypatch.setattr(launch, "run_folder", lambda scale, steps=0: tmp_path / "runs")
+    return data, tmp_path / "runs"
+
+
+def test_a_training_is_planned_and_not_started(folders, capsys):
+    data, out = folders
+    assert launch.launch("tiny", ["vae", "stage1"], [str(data)], processes=2) == {}
+    text = capsys.readouterr().out
+    assert re.search(r"stage1 +6,000 x 2 .*\d", text) and "not counted" in text
+    assert (
+        f"torchrun --standalone --nproc_per_node 2 -m gsv3d_lib.train --preset tiny --stages vae stage1 --data {data}"
+        in text
     )
+    assert "Not started: set full_run = True" in text and not out.exists()
+
+
+def test_a_training_runs_and_its_last_numbers_come_back(folders, capsys):
+    data, out = folders
+    trained = launch.launch("tiny", ["vae"], [str(data)], steps=1, start=True)
+    assert set(trained) == {"vae"} and trained["vae"]["step"] == 0 and trained["vae"]["loss"] > 0
+    assert (out / "weights" / "vae" / "config.json").is_file()
+    assert "vae: 100%" in capsys.readouterr().out  # its lines were printed
+
+
+def test_a_failing_training_is_one_sentence(capsys):
+    with pytest.raises(RuntimeError, match=r"ended with code 3 \(no space\)"):
+        launch.watch(["-c", "import sys; print('begun'); print('no space'); sys.exit(3)"])
+    assert capsys.readouterr().out == "begun\nno space\n"
+
+
+def test_an_interrupted_training_is_ended(tmp_path):
+    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)"
+
+    def interrupt():
+        if within(60, lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        launch.watch(["-c", code])
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_of_a_progress_bar_a_line_a_minute_and_the_last_are_shown():
+    bar = [f"vae:  {k}%|#   | {k}/100" for k in range(100)]
+    assert list(launch.thinned(["reading", "", *bar, "done"])) == ["reading", bar[0], bar[-1], "done"]
+    assert list(launch.thinned(bar)) == [bar[0], bar[-1]]
+
+
+def test_make_full_runs_a_parameter_set():
+    shown = subprocess.run(["make", "-n", "full", "NB=05", "PARAMS=paper"], cwd=ROOT, capture_output=True, text=True)
+    assert "-m gsv3d_lib.run 05 --params paper" in shown.stdout
+    empty = subprocess.run(["make", "-n", "full"], cwd=ROOT, capture_output=True, text=True)
+    assert empty.returncode and "say which notebook" in empty.stderr
 
 
 def test_a_real_notebook_runs_from_a_parameter_file(tmp_path):
@@ -153,8 +346,6 @@ def test_refresh_drops_widgets_that_need_a_kernel():
 
 def test_training_takes_fields_of_the_preset(tmp_path, monkeypatch):
     """`--set lambda_pixel=0.0` reaches the configuration; a wrong name is one sentence."""
-    from gsv3d_lib import train
-
     seen = []
     monkeypatch.setattr(train, "load_views", lambda *_, **__: None)
     monkeypatch.setitem(train.RECIPES, "vae", lambda config, *_, **__: seen.append(config))
