@@ -1,4 +1,4 @@
-"""What leaves the project: turntable videos, a stand-alone viewer page, .splat files (PLY is in `gaussians`)."""
+"""What leaves the project: turntable videos, a stand-alone viewer page, .splat files (PLY is in `gaussians`), pruned."""
 
 import base64
 import html
@@ -132,6 +132,46 @@ def save_splat(gaussians: Gaussians, path: str | Path) -> None:
     visibility = gaussians.opacities * gaussians.scales.prod(dim=-1)
     with atomic_path(path) as temporary:
         temporary.write_bytes(pack_splats(turned.select(visibility.argsort(descending=True))))
+
+
+def load_splat(path: str | Path) -> Gaussians:
+    """Read a .splat file (y down, as `save_splat` and web tools write it) into our z-up world, float32 on the CPU.
+
+    Colours and opacities come back to 1 / 510, unit quaternions to 1 / 128 per component, the rest exactly. Raises
+    FileNotFoundError, or ValueError where the file is cut off or holds no numbers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no .splat file at {path}: check the path.")
+    data = path.read_bytes()
+    if len(data) % SPLAT_BYTES:
+        raise ValueError(f"{path} is cut off, or no .splat file: {len(data)} bytes are no multiple of {SPLAT_BYTES}.")
+    records = np.frombuffer(data, np.uint8).reshape(-1, SPLAT_BYTES)
+    floats = torch.from_numpy(records[:, :24].copy().view("<f4").astype(np.float32))
+    rgba, quats = torch.from_numpy(records[:, 24:28] / np.float32(255)), torch.from_numpy(records[:, 28:] / 128.0 - 1)
+    if not floats.isfinite().all():
+        raise ValueError(f"{path} holds numbers that are not finite: it is damaged, or no .splat file.")
+    x, y, z = floats[:, :3].unbind(-1)
+    w, i, j, k = quats.float().unbind(-1)
+    return Gaussians(
+        torch.stack([x, z, -y], dim=-1),  # the quarter turn of `save_splat`, back
+        torch.stack([w + i, i - w, j + k, k - j], dim=-1),
+        floats[:, 3:],
+        rgba[:, 3],
+        rgba[:, :3],
+    )
+
+
+def pruning_cost(
+    gaussians: Gaussians, min_opacity: float, size: int = 128, num_views: int = 8, elevation: float = 15.0
+) -> tuple[float, float]:
+    """What `gaussians.prune(min_opacity)` saves and costs: (share of the Gaussians that stay, PSNR in dB of `num_views`
+    renderings against those of all of them). The PSNR is infinite where no pixel changes."""
+    pruned = gaussians.prune(min_opacity)
+    cameras = orbit_cameras(torch.arange(num_views) * (360 / num_views), elevation, size)
+    with torch.no_grad():
+        error = (render(pruned, cameras).rgb - render(gaussians, cameras).rgb).pow(2).mean()
+    return len(pruned) / max(1, len(gaussians)), float(-10 * torch.log10(error))
 
 
 def pack_splats(gaussians: Gaussians) -> bytes:

@@ -3,19 +3,20 @@
     python -m gsv3d_lib.make_dataset --procedural 200 --seed 0 --out data/cache/procedural
     python -m gsv3d_lib.make_dataset --meshes FOLDER --out data/cache/meshes
 
-Each object gets 24 views: 16 on a ring at elevation 15 degrees, 8 at random with elevation in [-10, 40] degrees.
-A run that was stopped goes on where it was when the same command is given again. A mesh that cannot be read or rendered
-is reported in one line and left out.
+Each object gets 24 views (`--views`): 16 on a ring at elevation 15 degrees, the others at random with elevation in
+[-10, 40] degrees. A run that was stopped goes on where it was when the same command is given again. A mesh that cannot be
+read or rendered, or that kills the process which tries, is left out and noted in `skipped.jsonl` beside the index; it is
+tried again only with `--retry`. Other sources of meshes are in `sources.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import json
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,81 +27,53 @@ from tqdm import tqdm
 
 from .cameras import orbit_cameras
 from .dataset import RING, RING_ELEVATION, ObjectViews, list_objects, write_index, write_object
-from .objects import FAMILIES, family_of, procedural_object
-from .raycast import MESH_SUFFIXES, load_mesh, render_mesh
+from .objects import FAMILIES
+from .paths import atomic_path
+from .raycast import render_mesh
+from .sources import Job, mesh_jobs, objaverse_jobs, procedural_jobs, read_ids, scan_jobs
 
 RANDOM_VIEWS = 8
 RANDOM_ELEVATIONS = (-10.0, 40.0)  # degrees
-INDEX_EVERY = 20  # objects between two writings of the index: what a stopped run may lose
+INDEX_EVERY = 20  # objects between two writings of the index, or a hundredth of all: what a killed run may lose
+SKIPPED = "skipped.jsonl"
 
 
-@dataclass
-class Job:
-    """One object to render: a mesh file, or a procedural object where `path` is None."""
-
-    id: str
-    path: Path | None = None
-    up: str | None = None  # of a mesh file, see `load_mesh`
-    seed: int = 0  # of a procedural object
-    family: str | None = None
-
-
-def procedural_jobs(count: int, first_seed: int = 0, family: str | None = None) -> list[Job]:
-    """Jobs for the seeds first_seed .. first_seed + count - 1."""
-    seeds = range(first_seed, first_seed + count)
-    return [Job(f"procedural_{seed:06d}_{family or family_of(seed)}", seed=seed, family=family) for seed in seeds]
-
-
-def mesh_jobs(folder: str | Path, up: str | None = None) -> list[Job]:
-    """A job per mesh file below `folder`; the id is the path, without the meaningless last part of `x/model.obj`."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder} to read meshes from.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in MESH_SUFFIXES)
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds no mesh file ({', '.join(MESH_SUFFIXES)}).")
-    jobs: dict[str, Job] = {}
-    for path in paths:
-        parts = path.relative_to(folder).with_suffix("").parts
-        parts = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
-        id = re.sub(r"[^\w-]+", "_", "_".join(parts))
-        id = f"{id}_{path.suffix[1:]}" if id in jobs else id
-        jobs[id] = Job(id, path, up)
-    return list(jobs.values())
-
-
-def dataset_angles(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Azimuths and elevations [24] in degrees: the ring, then random views drawn from `seed`."""
-    rng = np.random.default_rng(seed)
-    azimuths = np.concatenate([np.arange(RING) * 360 / RING, rng.uniform(0, 360, RANDOM_VIEWS)])
-    elevations = np.concatenate([np.full(RING, RING_ELEVATION), rng.uniform(*RANDOM_ELEVATIONS, RANDOM_VIEWS)])
+def dataset_angles(seed: int, views: int = RING + RANDOM_VIEWS) -> tuple[np.ndarray, np.ndarray]:
+    """Azimuths and elevations [views] in degrees: the ring, then random views drawn from `seed`."""
+    if views < RING:
+        raise ValueError(f"An object has at least the {RING} views of the ring; got {views}.")
+    rng, free = np.random.default_rng(seed), views - RING
+    azimuths = np.concatenate([np.arange(RING) * 360 / RING, rng.uniform(0, 360, free)])
+    elevations = np.concatenate([np.full(RING, RING_ELEVATION), rng.uniform(*RANDOM_ELEVATIONS, free)])
     return azimuths.astype(np.float32), elevations.astype(np.float32)
 
 
-def render_object(job: Job, size: int = 128, supersample: int = 2) -> tuple[ObjectViews, dict]:
+def render_object(
+    job: Job, size: int = 128, supersample: int = 2, views: int = RING + RANDOM_VIEWS
+) -> tuple[ObjectViews, dict]:
     """Render the views of a job -> (views, its row of the index). Raises ValueError where nothing is visible."""
-    mesh = load_mesh(job.path, job.up) if job.path else procedural_object(job.seed, job.family)
-    azimuths, elevations = dataset_angles(zlib.crc32(job.id.encode()))
+    mesh = job.load()
+    azimuths, elevations = dataset_angles(zlib.crc32(job.id.encode()), views)
     cameras = orbit_cameras(azimuths, elevations, size)
     rgba, depth = render_mesh(mesh, cameras, supersample)
     if not depth.any(axis=(1, 2)).all():
         raise ValueError("it is invisible in some view.")
-    views = ObjectViews(job.id, np.round(rgba * 255).astype(np.uint8), depth, cameras, azimuths, elevations)
+    pictures = ObjectViews(job.id, np.round(rgba * 255).astype(np.uint8), depth, cameras, azimuths, elevations)
     if job.path:
-        row = {"id": job.id, "source": "mesh", "file": job.path.name}
+        row = {"id": job.id, "source": "mesh", "file": job.path.name} | job.facts
     else:
         row = {"id": job.id, "source": "procedural", "seed": job.seed, "family": mesh.metadata["family"]}
-    return views, row | {"coverage": round(float(rgba[..., 3].mean()), 4)}
+    return pictures, row | {"views": views, "size": size, "coverage": round(float(rgba[..., 3].mean()), 4)}
 
 
-def run_job(job: Job, out: Path, size: int, supersample: int) -> dict | str:
+def run_job(job: Job, out: Path, size: int, supersample: int, views: int) -> dict | str:
     """Render and write one object -> its row, or one line that says why it was left out."""
     torch.set_num_threads(1)  # the work is in embree and numpy; idle torch threads only take turns with it
     try:
-        views, row = render_object(job, size, supersample)
+        pictures, row = render_object(job, size, supersample, views)
     except (ValueError, OSError, LookupError, MemoryError) as error:  # a broken file must not end a long run
-        return f"skipped {job.id}: {' '.join(str(error).split()) or type(error).__name__}"
-    write_object(out, views)
+        return " ".join(str(error).split()) or type(error).__name__
+    write_object(out, pictures)
     return row
 
 
@@ -111,23 +84,67 @@ def make_dataset(
     supersample: int = 2,
     workers: int = 1,
     progress: bool = True,
+    views: int = RING + RANDOM_VIEWS,
+    retry: bool = True,
 ) -> list[dict]:
-    """Render the jobs that `out` does not hold yet and write its index -> all rows of the index, sorted by id."""
+    """Render the jobs that `out` does not hold yet and write its index -> all rows of the index, sorted by id.
+
+    views: per object, 16 of them on the ring.  retry: try also what an earlier run noted in `skipped.jsonl`.
+    Raises ValueError where `out` holds objects with another number of views or pixels.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     rows = {row["id"]: row for row in existing_rows(out)}
-    missing = [job for job in jobs if job.id not in rows]
-    work = partial(run_job, out=out, size=size, supersample=supersample)
+    _check_alike(out, rows.values(), views, size)
+    reasons = {row["id"]: row["reason"] for row in skipped_rows(out)}
+    missing = [job for job in jobs if job.id not in rows and (retry or job.id not in reasons)]
+    work = partial(run_job, out=out, size=size, supersample=supersample, views=views)
     bar = tqdm(_run_all(work, missing, workers), total=len(missing), unit="object", disable=not progress)
-    for number, result in enumerate(bar, start=1):
-        if isinstance(result, str):
-            tqdm.write(result)
-        else:
-            rows[result["id"]] = result
-        if number % INDEX_EVERY == 0:
-            write_index(out, _sorted(rows))
-    write_index(out, _sorted(rows))
+    unwritten = 0
+    try:
+        for job, result in zip(missing, bar):
+            if isinstance(result, str):
+                tqdm.write(f"skipped {job.id}: {result}")
+                reasons[job.id] = result
+            else:
+                rows[job.id] = result
+                reasons.pop(job.id, None)
+            unwritten += 1
+            if unwritten >= max(INDEX_EVERY, len(rows) // 100):
+                _write_lists(out, rows, reasons)
+                unwritten = 0
+    finally:
+        _write_lists(out, rows, reasons)
     return _sorted(rows)
+
+
+def skipped_rows(folder: Path) -> list[dict]:
+    """What earlier runs left out: id and reason."""
+    path = Path(folder) / SKIPPED
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it.") from error
+
+
+def _write_lists(out: Path, rows: dict[str, dict], reasons: dict[str, str]) -> None:
+    write_index(out, _sorted(rows))
+    lines = [json.dumps({"id": id, "reason": reasons[id]}) + "\n" for id in sorted(reasons)]
+    if lines:
+        with atomic_path(out / SKIPPED) as path:
+            path.write_text("".join(lines))
+    else:
+        (out / SKIPPED).unlink(missing_ok=True)
+
+
+def _check_alike(out: Path, rows: Iterable[dict], views: int, size: int) -> None:
+    """Objects of one dataset are stacked in training. Rows of older datasets state nothing and are let through."""
+    for row in rows:
+        have = row.get("views", views), row.get("size", size)
+        if have != (views, size):
+            raise ValueError(
+                f"{out} holds objects of {have[0]} views of {have[1]} px, not {views} of {size} px; give another --out."
+            )
 
 
 def existing_rows(folder: Path) -> list[dict]:
@@ -144,9 +161,29 @@ def _run_all(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | st
         finally:
             torch.set_num_threads(threads)  # `run_job` takes one; what follows in this process wants all of them
         return
+    done = 0
+    while done < len(jobs):
+        try:
+            for result in _in_processes(work, jobs[done:], workers):
+                yield result
+                done += 1
+        except BrokenProcessPool:  # one of those that were running; each of them gets a process of its own
+            for job in jobs[done : done + 2 * workers]:
+                yield _alone(work, job)
+                done += 1
+
+
+def _in_processes(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | str]:
     # spawn: a forked copy of a process that has started torch's threads may hang
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(work, jobs)
+
+
+def _alone(work: partial, job: Job) -> dict | str:
+    try:
+        return next(_in_processes(work, [job], 1))
+    except BrokenProcessPool:
+        return "it killed the process that rendered it (out of memory, or a crash of a mesh reader)."
 
 
 def _sorted(rows: dict[str, dict]) -> list[dict]:
@@ -158,23 +195,40 @@ def main(arguments: Iterable[str] | None = None) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--procedural", type=int, metavar="COUNT", help="make this many procedural objects")
     source.add_argument("--meshes", metavar="FOLDER", help="render every mesh file below a folder")
+    source.add_argument("--scans", metavar="FOLDER", help="render Google Scanned Objects, NAME/meshes/model.obj")
+    source.add_argument("--objaverse", metavar="JSON", help="render the downloaded objects of a catalogue")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the dataset folder; it may exist already")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first procedural object (default 0)")
     parser.add_argument("--family", choices=list(FAMILIES), help="only this family (default: all, mixed)")
+    parser.add_argument("--ids", metavar="FILE", help="of --scans and --objaverse: only these, one id a line")
+    parser.add_argument("--licences", nargs="+", metavar="NAME", help="of --objaverse: only these, for example cc0 by")
     parser.add_argument("--up", choices=["y", "z"], help="up axis in the mesh files (default: y for glTF, else z)")
     parser.add_argument("--size", type=int, default=128, help="pixels per side (default 128)")
+    parser.add_argument("--views", type=int, default=RING + RANDOM_VIEWS, help="per object, 16 of them on the ring")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default 2)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--retry", action="store_true", help="try again what an earlier run left out")
     options = parser.parse_args(arguments)
+    settings = dict(size=options.size, supersample=options.supersample, workers=options.workers)
     try:
-        if options.meshes:
-            jobs = mesh_jobs(options.meshes, options.up)
-        else:
-            jobs = procedural_jobs(options.procedural, options.seed, options.family)
-    except FileNotFoundError as error:
+        rows = make_dataset(jobs_of(options), options.out, **settings, views=options.views, retry=options.retry)
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    rows = make_dataset(jobs, options.out, options.size, options.supersample, options.workers)
-    print(f"{options.out} now holds {len(rows)} objects.")
+    left_out = len(skipped_rows(Path(options.out)))
+    note = f" {left_out} were left out; {SKIPPED} says why." if left_out else ""
+    print(f"{options.out} now holds {len(rows)} objects.{note}")
+
+
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """The jobs that a command line names."""
+    ids = read_ids(options.ids) if options.ids else None
+    if options.scans:
+        return scan_jobs(options.scans, ids)
+    if options.objaverse:
+        return objaverse_jobs(options.objaverse, options.licences, ids)
+    if options.meshes:
+        return mesh_jobs(options.meshes, options.up)
+    return procedural_jobs(options.procedural, options.seed, options.family)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,23 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import trimesh
 from PIL import Image
 
-from gsv3d_lib.cameras import orbit_cameras
+from gsv3d_lib.cameras import Y_UP_TO_Z_UP, orbit_cameras
 from gsv3d_lib.export import (
     SPLAT_BYTES,
+    load_splat,
     pack_splats,
+    pruning_cost,
     save_splat,
     save_turntable,
     save_viewer_page,
     turntable_frames,
 )
 from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.mesh import fuse_mesh, save_mesh
+from gsv3d_lib.raycast import render_mesh
 from gsv3d_lib.rendering import render
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -108,6 +113,70 @@ def test_splat_file_is_turned_to_y_down_and_sorted(tmp_path):
     stored = Gaussians(*(torch.tensor(a.astype(np.float32)) for a in (means, quats, scales, rgba[:, 3], rgba[:, :3])))
     expected = turn @ gaussians.covariances()[order] @ turn.T
     assert (stored.covariances() - expected).abs().max() < 2e-4
+
+
+def psnr(a, b) -> float:
+    return float(-10 * torch.log10((a - b).pow(2).mean()))
+
+
+@pytest.mark.parametrize("kind", ["splat", "z-up", "y-up", "y-down"])
+def test_files_of_splats_render_as_they_were(tmp_path, kind):
+    gaussians, path = scene(), tmp_path / "object"
+    if kind == "splat":
+        save_splat(gaussians, path)
+        back = load_splat(path)
+    else:
+        gaussians.save_ply(path, axes=kind)
+        back = Gaussians.load_ply(path)
+    cameras = orbit_cameras([20.0, 140.0, 260.0], [10.0, -20.0, 50.0], 64)
+    quality = psnr(render(back, cameras).rgb, render(gaussians, cameras).rgb)
+    assert quality > (35 if kind == "splat" else 90)  # bytes for colours and rotations; float32
+    other = render(back, orbit_cameras([110.0, 230.0, 350.0], [10.0, -20.0, 50.0], 64)).rgb
+    assert psnr(other, render(gaussians, cameras).rgb) < 25  # a quarter turn would be seen
+
+
+def test_splat_files_that_are_none_are_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no .splat file at"):
+        load_splat(tmp_path / "none.splat")
+    (tmp_path / "cut.splat").write_bytes(pack_splats(scene(3))[:-5])
+    with pytest.raises(ValueError, match="91 bytes are no multiple of 32"):
+        load_splat(tmp_path / "cut.splat")
+    (tmp_path / "other.splat").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match="not finite"):
+        load_splat(tmp_path / "other.splat")
+    (tmp_path / "empty.splat").write_bytes(b"")
+    assert len(load_splat(tmp_path / "empty.splat")) == 0
+
+
+def test_a_glb_shows_what_the_mesh_shows(tmp_path):
+    """Read back by another reader, turned from y up to z up, its linear colours made sRGB again, and ray cast."""
+    means = torch.nn.functional.normalize(torch.randn(3000, 3, generator=torch.Generator().manual_seed(1)), dim=-1)
+    colors = (means.sign() + 1) / 2 * 0.8 + 0.1  # another colour in every octant
+    quats, scales = torch.tensor([1.0, 0, 0, 0]).expand(3000, 4), torch.full((3000, 3), 0.03)
+    means = means * torch.tensor([0.7, 0.45, 0.3])
+    fused = fuse_mesh(Gaussians(means, quats, scales, torch.full((3000,), 0.95), colors), 48, num_views=16, size=64)
+    save_mesh(fused, tmp_path / "object.glb")
+    (part,) = trimesh.load_scene(tmp_path / "object.glb").geometry.values()
+    linear = part.visual.vertex_attributes["color"] / 255.0
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    back = trimesh.Trimesh(
+        part.vertices, part.faces, vertex_colors=np.round(255 * srgb).astype(np.uint8), process=False
+    )
+    back.apply_transform(Y_UP_TO_Z_UP.numpy())
+    cameras = orbit_cameras([0.0, 100.0, 215.0], [0.0, 30.0, -20.0], 48)
+    (rgba, depth), (expected, true_depth) = (render_mesh(mesh, cameras, supersample=1) for mesh in (back, fused))
+    assert (depth > 0).sum() > 500 and np.abs(depth - true_depth).max() < 1e-4
+    assert np.abs(rgba - expected).max() < 0.04  # eight bits of linear light are coarse in the dark
+
+
+def test_pruning_states_what_it_costs():
+    gaussians = scene()
+    assert pruning_cost(gaussians, 0.0) == (1.0, float("inf"))
+    costs = [pruning_cost(gaussians, threshold, size=64, num_views=3) for threshold in (1 / 255, 0.05, 0.3)]
+    assert costs[0][1] > 90  # fainter ones are never drawn
+    assert costs[0][0] > costs[1][0] > costs[2][0] and costs[0][1] > costs[1][1] > costs[2][1]
+    assert costs[2][0] == pytest.approx(float((gaussians.opacities >= 0.3).float().mean()))
+    assert pruning_cost(gaussians, 2.0)[0] == 0
 
 
 def test_broken_gaussians_are_not_written(tmp_path):

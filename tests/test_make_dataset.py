@@ -1,6 +1,7 @@
 """The dataset command: layout, angles, going on after a stop, broken meshes."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import trimesh
 
 from gsv3d_lib import make_dataset as md
-from gsv3d_lib.dataset import list_objects, read_object
+from gsv3d_lib.dataset import list_objects, load_views, read_object
 
 
 @pytest.fixture
@@ -103,6 +104,38 @@ def test_a_stopped_run_keeps_its_index(meshes, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         md.make_dataset(jobs, tmp_path / "set", size=16, progress=False)
     assert [row["id"] for row in json.loads((tmp_path / "set" / "index.json").read_text())] == ["a_box"]
+
+
+def test_84_views_are_a_ring_and_68_others(tmp_path):
+    jobs = md.procedural_jobs(1, 5, "carton")
+    rows = md.make_dataset(jobs, tmp_path / "set", size=16, progress=False, views=84)
+    stored = read_object(tmp_path / "set", rows[0]["id"])
+    assert stored.rgba.shape == (84, 16, 16, 4) and len(set(stored.azimuths.tolist())) == 84
+    assert stored.azimuths[:16] == pytest.approx(np.arange(16) * 22.5) and (stored.elevations[:16] == 15).all()
+    assert load_views([tmp_path / "set"], 16, progress=False).rgb.shape == (1, 84, 16, 16, 3)
+    with pytest.raises(ValueError, match="at least the 16 views"):
+        md.dataset_angles(0, 12)
+    with pytest.raises(ValueError, match="holds objects of 84 views of 16 px, not 24 of 16 px; give another --out"):
+        md.make_dataset(jobs, tmp_path / "set", size=16, progress=False)
+
+
+def test_left_out_meshes_are_noted_and_tried_again_only_when_asked(meshes, tmp_path, capsys):
+    command = ["--meshes", str(meshes), "--size", "16", "--out", str(tmp_path / "set")]
+    md.main(command)
+    assert "1 were left out; skipped.jsonl says why" in capsys.readouterr().out
+    (noted,) = md.skipped_rows(tmp_path / "set")
+    assert noted["id"] == "broken" and noted["reason"].startswith("Cannot read broken.glb")
+    trimesh.creation.box().export(meshes / "broken.glb")  # mended
+    md.main(command)
+    assert len(list_objects(tmp_path / "set")) == 2
+    md.main([*command, "--retry"])
+    assert len(list_objects(tmp_path / "set")) == 3 and not (tmp_path / "set" / md.SKIPPED).exists()
+
+
+def test_a_job_that_kills_its_process_is_left_out_and_the_others_go_on():
+    """As embree, or the kernel when memory runs out, may do to `run_job`; signal 9 is deadly and signal 0 is nothing."""
+    results = list(md._run_all(signal.raise_signal, [0, signal.SIGKILL, 0, 0], workers=2))
+    assert results[0] is None and results[2:] == [None, None] and "killed the process" in results[1]
 
 
 def test_ids_stay_apart(tmp_path):

@@ -1,0 +1,366 @@
+"""Training data on disk: the same numbers as in memory, written once, read in part, and damage is named."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_world import object_views, tiny_config
+
+from gsv3d_lib import shards
+from gsv3d_lib.config import Schedule
+from gsv3d_lib.dataset import load_views, write_index, write_object
+from gsv3d_lib.decoder import build_decoder
+from gsv3d_lib.distillation import DistillationStage
+from gsv3d_lib.encoders import build_clip, build_dino, image_features
+from gsv3d_lib.lora import add_lora
+from gsv3d_lib.orbits import Orbits, load_orbits
+from gsv3d_lib.stages import DecoderStage, DiffusionStage, DINOStage, VAEStage
+from gsv3d_lib.training import draw_batch, example_generator, train
+from gsv3d_lib.unet import build_unet
+from gsv3d_lib.vae import build_vae
+
+CONFIG = tiny_config(lambda_alpha=0.5, lambda_pixel=0.5)
+OBJECTS, COPIES = 5, 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A dataset of five objects, its models, and what `load_orbits` makes of them in memory."""
+    folder = tmp_path_factory.mktemp("dataset")
+    for k in range(OBJECTS):
+        write_object(folder, object_views(f"balls_{k}", 40.0 * k))
+    write_index(folder, [{"id": f"balls_{k}"} for k in range(OBJECTS)])
+    torch.manual_seed(0)
+    vae, dino = build_vae(CONFIG).eval(), build_dino(CONFIG).eval()
+    views = load_views([folder], CONFIG.image_size, progress=False)
+    return SimpleNamespace(
+        folder=folder, vae=vae, dino=dino, views=views, orbits=load_orbits(views, vae, COPIES, seed=3, progress=False)
+    )
+
+
+def write(data, out, **options):
+    options = dict(copies=COPIES, seed=3, shard_size=2, progress=False) | options
+    return shards.write_shards([data.folder], data.vae, out, CONFIG.image_size, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(data, tmp_path_factory):
+    """Shards of all five objects, with features."""
+    out = tmp_path_factory.mktemp("shards")
+    assert write(data, out, dino=data.dino) is not None
+    return out
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """A copy of the shards, to break."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def stage_on(kind, orbits: Orbits, data):
+    torch.manual_seed(1)
+    if kind is VAEStage or kind is DINOStage:
+        return kind(data.vae if kind is VAEStage else data.dino, orbits.views, CONFIG)
+    if kind is DiffusionStage:
+        return kind(build_unet(CONFIG), build_clip(CONFIG), orbits, CONFIG)
+    decoder = build_decoder(CONFIG)
+    if kind is DecoderStage:
+        return kind(decoder, data.dino, orbits, CONFIG)
+    return kind(add_lora(build_unet(CONFIG), 2), build_clip(CONFIG), decoder, data.dino, orbits, CONFIG)
+
+
+# ---------------------------------------------------------------- the same numbers
+
+
+@pytest.mark.parametrize("kind", [VAEStage, DINOStage, DiffusionStage, DecoderStage, DistillationStage])
+def test_a_batch_from_shards_is_the_batch_from_memory(kind, data, folder):
+    memory, disk = (stage_on(kind, orbits, data) for orbits in (data.orbits, shards.open_orbits(folder)))
+    for step in range(3):
+        expected, batch = draw_batch(memory, 0, step, 4), draw_batch(disk, 0, step, 4)
+        assert list(batch) == list(expected)
+        for name in expected:
+            assert torch.equal(batch[name], expected[name]), name
+
+
+def test_every_scene_and_latent_is_the_one_in_memory(data, folder):
+    orbits = shards.open_orbits(folder, data.vae)
+    assert len(orbits) == OBJECTS * COPIES and orbits.views.ids == data.views.ids
+    assert orbits.variants == data.orbits.variants and any(v.mirror for v in orbits.variants)
+    for item in range(len(orbits)):
+        expected, scene = data.orbits.scene(item), orbits.scene(item)
+        for name in ("rgb", "alpha", "depth"):
+            assert torch.equal(getattr(scene, name)[:], getattr(expected, name)), name
+        assert torch.equal(scene.cameras.viewmats, expected.cameras.viewmats)
+        assert torch.equal(orbits.latents[item][:], data.orbits.latents[item])
+    mask = torch.arange(24) % 5 == 0
+    assert torch.equal(orbits.views.rgb[::2, 3:5], data.views.rgb[::2, 3:5])
+    assert torch.equal(orbits.views.depth[1][mask], data.views.depth[1][mask])
+    assert torch.equal(orbits.views.alpha[2, -1], data.views.alpha[2, -1])
+    assert torch.equal(orbits.views.subset([4, 0]).rgb, data.views.rgb[[4, 0]])
+
+
+def test_features_are_those_of_the_condition_view(data, folder):
+    orbits = shards.open_orbits(folder, features=True)
+    with torch.no_grad():
+        for item, start in ((0, 0), (3, 7), (9, 15)):
+            orbit = orbits.orbit(item, start, 4)
+            expected = image_features(data.dino, orbit["image"][None])[0]
+            assert orbit["features"].shape == expected.shape
+            assert torch.allclose(orbit["features"], expected, atol=2e-3, rtol=1e-3)  # stored in half precision
+
+
+def test_training_from_shards_is_training_from_memory(data, folder, tmp_path):
+    schedule = Schedule(steps=2, batch=2, lr=1e-3, warmup=0)
+    curves = []
+    for name, orbits in (("memory", data.orbits), ("disk", shards.open_orbits(folder))):
+        stage = stage_on(DecoderStage, orbits, data)
+        rows = train(stage, schedule, tmp_path / name, log_every=1, progress=False)
+        curves.append([row["loss"] for row in rows])
+    assert curves[0] == curves[1] and len(curves[0]) == 2
+
+
+@pytest.mark.parametrize("values", [3, 70_000])
+def test_depth_is_stored_without_loss(values, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    depth = torch.randint(values, (300, 300), generator=generator) / 7
+    blob = shards.pack_depth(depth)
+    assert torch.equal(shards.unpack_depth(shards._Blob(blob, tmp_path)), depth)
+    assert values > 3 or len(blob) < 0.2 * depth.nbytes
+
+
+def test_only_what_is_asked_for_is_read(folder, monkeypatch):
+    decoded = []
+    unpack = shards.unpack_picture
+    monkeypatch.setattr(shards, "unpack_picture", lambda blob: decoded.append(1) or unpack(blob))
+    orbits = shards.open_orbits(folder)
+    orbits.orbit(3, 5, 4)
+    assert len(decoded) == 1  # the condition image, of 24
+    orbits.targets(3, 5, torch.tensor([5, 17, 20]))
+    assert len(decoded) == 3  # view 5 was there
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_a_stopped_writing_goes_on_and_finished_shards_stay(data, tmp_path, monkeypatch):
+    encoded, encode = [], shards.encode_object
+    fail_at = 3
+
+    def counting(folder, id, *rest):
+        if len(encoded) == fail_at:
+            raise KeyboardInterrupt
+        encoded.append(id)
+        return encode(folder, id, *rest)
+
+    monkeypatch.setattr(shards, "encode_object", counting)
+    with pytest.raises(KeyboardInterrupt):
+        write(data, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no finished shards.*run `python -m gsv3d_lib.shards` again"):
+        shards.open_orbits(tmp_path)
+    fail_at = None
+    index = write(data, tmp_path)
+    assert encoded == ["balls_0", "balls_1", "balls_2", "balls_2", "balls_3", "balls_4"]
+    assert index["objects"] == OBJECTS and [len(shard["ids"]) for shard in index["shards"]] == [2, 2, 1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"0000{k}.safetensors" for k in range(3)), "index.json"]
+    stamps = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*.safetensors"))]
+    (tmp_path / "00001.safetensors").write_bytes(b"cut off")
+    write(data, tmp_path)
+    again = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*.safetensors"))]
+    assert again[0] == stamps[0] and again[2] == stamps[2] and again[1] != stamps[1]
+    assert shards.check_shards(tmp_path) == []
+
+
+def test_another_encoder_writes_anew_and_is_told_apart(data, broken):
+    torch.manual_seed(5)
+    other = build_vae(CONFIG).eval()
+    with pytest.raises(ValueError, match="made by another VAE"):
+        shards.open_orbits(broken, other)
+    before = shards.read_index(broken)["vae"]
+    with torch.no_grad():
+        other.quant_conv.weight.mul_(2)  # what `calibrate` changes counts too
+    assert shards.vae_fingerprint(other) != before
+    shards.write_shards([data.folder], other, broken, CONFIG.image_size, progress=False)
+    orbits = shards.open_orbits(broken, other)
+    assert len(orbits) == OBJECTS
+    with pytest.raises(ValueError, match="no DINO features; make them with --features"):
+        shards.open_orbits(broken, features=True)
+
+
+def test_two_processes_share_the_writing(data, tmp_path, folder):
+    assert write(data, tmp_path, dino=data.dino, share=(1, 2)) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["00001.safetensors"]
+    assert write(data, tmp_path, dino=data.dino, share=(0, 2))["objects"] == OBJECTS
+    for path in folder.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(ValueError, match="0 <= K < N"):
+        write(data, tmp_path, share=(2, 2))
+
+
+def test_objects_with_other_numbers_of_views_are_refused(data, tmp_path):
+    few = object_views("few")
+    few.rgba, few.depth, few.cameras = few.rgba[:20], few.depth[:20], few.cameras[:20]
+    few.azimuths, few.elevations = few.azimuths[:20], few.elevations[:20]
+    write_object(tmp_path / "few", few)
+    write_index(tmp_path / "few", [{"id": "few"}])
+    for size in (1, 64):  # in shards of their own, and in one
+        with pytest.raises(ValueError, match="equally many views.*20.*24"):
+            shards.write_shards(
+                [tmp_path / "few", data.folder], data.vae, tmp_path / f"{size}", 32, shard_size=size, progress=False
+            )
+
+
+# ---------------------------------------------------------------- damage
+
+
+def one_sentence(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 400
+    return text
+
+
+@pytest.mark.parametrize("keep", [None, 0, 100, 0.6], ids=["missing", "empty", "header", "truncated"])
+def test_a_shard_that_is_not_whole_is_named_on_opening(broken, keep):
+    path = broken / "00001.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if keep is not None:
+        path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(ValueError, match="00001.safetensors (is missing|has [0-9]+ bytes instead of)") as error:
+        shards.open_orbits(broken)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("name", ["rgba", "depth", "latents"])
+def test_bytes_that_changed_are_found(broken, name):
+    path = broken / "00001.safetensors"
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    places = json.loads(path.read_bytes()[8 : 8 + header])
+    first, end = places[f"0.{name}"]["data_offsets"]
+    data = bytearray(path.read_bytes())
+    data[8 + header + first : 8 + header + min(end, first + 40)] = b"\xff" * min(end - first, 40)
+    path.write_bytes(data)
+    (problem,) = shards.check_shards(broken)
+    assert "00001.safetensors is damaged (its bytes are not those that were written)" in problem
+    orbits = shards.open_orbits(broken)  # of the same length
+    if name != "latents":  # which have no redundancy of their own
+        with pytest.raises(ValueError, match="Shard .*00001.safetensors is damaged.*delete it and run") as error:
+            orbits.scene(2).rgb[0], orbits.scene(2).depth[0]
+        one_sentence(error)
+
+
+def test_a_shard_with_a_broken_header_is_named_on_reading(broken):
+    path = broken / "00000.safetensors"
+    path.write_bytes(b"\x01" * path.stat().st_size)
+    with pytest.raises(ValueError, match="00000.safetensors is damaged") as error:
+        shards.open_orbits(broken).orbit(0, 0, 4)
+    one_sentence(error)
+
+
+def test_a_broken_index_is_one_sentence(broken):
+    (broken / "index.json").write_text('{"format": 1, "shards": [{}]}')
+    with pytest.raises(ValueError, match="index.json cannot be read") as error:
+        shards.open_orbits(broken)
+    one_sentence(error)
+    (broken / "index.json").write_text('{"format": 9, "shards": []}')
+    with pytest.raises(ValueError, match="format 1"):
+        shards.open_orbits(broken)
+
+
+# ---------------------------------------------------------------- order
+
+
+GROUPS = [list(range(k, k + 10)) for k in range(0, 100, 10)]
+
+
+def test_an_epoch_is_every_item_once_and_touches_few_shards_at_a_time():
+    order = shards.ShuffledOrder(GROUPS, seed=4, window=2)
+    first, second = ([order.item(p) for p in range(e * 100, e * 100 + 100)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(100)) and first != second
+    for start in range(0, 100, 20):
+        assert len({item // 10 for item in first[start : start + 20]}) == 2
+    assert shards.ShuffledOrder(GROUPS, seed=4, window=2).item(137) == second[37]  # asked for out of order
+    assert shards.ShuffledOrder(GROUPS, seed=5, window=2).epoch(0) != first
+
+
+@pytest.mark.parametrize("seed", [0, 11])
+def test_the_place_of_an_example_is_read_from_its_generator(seed):
+    for step, index in ((0, 0), (79_999, 127), (1_500_000, 3)):
+        assert shards.place_in_training(example_generator(seed, step, index), seed) == (step, index)
+    with pytest.raises(ValueError, match="the seed that `train` was given"):
+        shards.place_in_training(example_generator(0, 5, 0), 3)
+
+
+class Seen(DecoderStage):
+    """The decoder's stage, noting which items it is given."""
+
+    def example(self, generator, shared):
+        example = super().example(generator, shared)
+        return example | {"item": torch.tensor(getattr(self.orbits, "item", -1))}
+
+
+def test_processes_share_each_batch_and_an_epoch_sees_every_item_once(data, folder):
+    orbits = shards.open_orbits(folder)
+    torch.manual_seed(1)
+    plain = Seen(build_decoder(CONFIG), None, orbits, CONFIG)
+    stage = shards.InEpochs(plain, shards.ShuffledOrder(orbits.shards, seed=2), seed=6, batch=2)
+    alone = [draw_batch(stage, 6, step, 2)["item"].tolist() for step in range(5)]
+    assert sorted(sum(alone, [])) == list(range(10))
+    shared = [[draw_batch(stage, 6, step, 2, rank, 2)["item"].tolist() for rank in (1, 0)] for step in range(5)]
+    assert [b + a for a, b in shared] == alone
+
+
+def test_training_in_epochs_resumes_exactly(data, folder, tmp_path):
+    schedule = Schedule(steps=4, batch=2, lr=1e-3, warmup=0)
+
+    def run(name, stop_at=None):
+        orbits = shards.open_orbits(folder)
+        stage = stage_on(DecoderStage, orbits, data)
+        wrapped = shards.InEpochs(stage, shards.ShuffledOrder(orbits.shards), seed=6, batch=2)
+        rows = train(wrapped, schedule, tmp_path / name, seed=6, log_every=1, progress=False, stop_at=stop_at)
+        return [row["loss"] for row in rows]
+
+    whole = run("whole")
+    run("parts", stop_at=2)
+    assert run("parts") == whole
+    with safe_open(tmp_path / "whole" / "checkpoint-0000004.safetensors", "pt") as file:
+        own = {f"state.{name}" for name in stage_on(DecoderStage, data.orbits, data).training_state()}
+        assert own <= set(file.keys())  # a checkpoint of the stage itself
+
+
+def test_stages_without_orbits_are_refused(data):
+    with pytest.raises(ValueError, match="VAEStage draws single views"):
+        shards.InEpochs(stage_on(VAEStage, data.orbits, data), shards.ShuffledOrder(GROUPS), 0, 2)
+    with pytest.raises(ValueError, match="100 items, but the stage has 10"):
+        shards.InEpochs(stage_on(DecoderStage, data.orbits, data), shards.ShuffledOrder(GROUPS), 0, 2)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_the_command_writes_checks_and_explains(data, tmp_path, capsys):
+    weights = tmp_path / "weights"
+    data.vae.save_pretrained(weights / "vae")
+    data.dino.save_pretrained(weights / "dino")
+    from gsv3d_lib.train import save_config
+
+    save_config(CONFIG, weights)
+    out = str(tmp_path / "out")
+    shards.main(["--weights", str(weights), "--data", str(data.folder), "--out", out, "--features"])
+    assert "5 objects, 1 shards" in capsys.readouterr().out
+    assert shards.open_orbits(out, data.vae, features=True).orbit(0, 0, 4)["features"].ndim == 2
+    with pytest.raises(SystemExit) as ended:
+        shards.main(["--out", out, "--check"])
+    assert ended.value.code == 0 and "is as it was written" in capsys.readouterr().out
+    for wrong, sentence in (
+        (["--share", "1-2"], "--share takes K/N"),
+        (["--share", "2/2"], "0 <= K < N"),
+        (["--data", str(tmp_path / "none")], "No dataset at"),
+        (["--weights", str(tmp_path / "none")], "is no GSV3D checkpoint"),
+    ):
+        with pytest.raises(SystemExit):
+            shards.main(["--weights", str(weights), "--data", str(data.folder), "--out", out, *wrong])
+        assert sentence in capsys.readouterr().err
