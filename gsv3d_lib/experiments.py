@@ -187,7 +187,7 @@ def score(world: World, pipe: GSV3DPipeline, config: Config, generated: bool) ->
 
 # ---------------------------------------------------------------- the experiments
 
-BOTH = Arm("lambda_1", "λ = 1, the default")
+BOTH = Arm("lambda_1", "λ = 1: RGB, depth and alpha")
 
 PICTURE = {"lambda_pixel": 0.0, "lambda_depth": 0.05, "lambda_alpha": 0.1, "view_counts": (8,), "target_views": 8}
 
@@ -209,6 +209,7 @@ EXPERIMENTS = {
             Arm("lambda_0.3", "λ = 0.3", {"lambda_3d": 0.3}),
             BOTH,
             Arm("lambda_3", "λ = 3", {"lambda_3d": 3.0}),
+            Arm("rgbd", "λ = 1, RGB and depth", {"lambda_alpha": 0.0}),
             Arm("rgb", "λ = 1, RGB only", {"lambda_depth": 0.0, "lambda_alpha": 0.0}),
             Arm("depth", "λ = 1, depth only", {"lambda_rgb": 0.0, "lambda_alpha": 0.0}),
             Arm("snr", "λ = 1, w = 1 / (1 + σ²)", {"sigma_weighting": "snr"}),

@@ -22,7 +22,7 @@ from .diffusion import Condition, build_scheduler, sample
 from .encoders import condition_from, image_features
 from .gaussians import Gaussians
 from .images import prepare_condition
-from .lora import load_lora, set_lora_scale
+from .lora import load_lora, merged_lora, set_lora_scale
 from .train import load_model
 from .vae import decode_scaled
 
@@ -62,6 +62,33 @@ class GSV3DPipeline:
             load_lora(models["unet"], Path(folder) / "lora")
         return cls(config, **models)
 
+    @classmethod
+    def from_sv3d(
+        cls,
+        source: str | Path,
+        *,
+        checkpoint: str | Path | None = None,
+        config: Config | None = None,
+        device: str | None = None,
+        **options,
+    ) -> GSV3DPipeline:
+        """SV3D's published weights (docs/weights.md) with the decoder and LoRA of a GSV3D checkpoint folder.
+
+        source: `sv3d_p.safetensors`, a folder in diffusers' layout, or a Hub name; nothing is fetched without download=True.
+        checkpoint: without one the decoder is freshly initialised, with a warning.
+        config: default, the checkpoint's or the preset `paper`.  options: lora, svd, dino, download of `sv3d.load_sv3d`.
+        Raises FileNotFoundError or ValueError with what to do.
+        """
+        from .sv3d import load_sv3d
+
+        if config is None and checkpoint is not None:
+            config = load_config(checkpoint)
+        config, models = load_sv3d(source, config, checkpoint=checkpoint, **options)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        for name, model in models.items():
+            models[name] = model if model is None else model.requires_grad_(False).to(device)
+        return cls(config, **models)
+
     def __call__(self, image, **options) -> Gaussians:
         """The object in `image` (a path, PIL image or array) as Gaussians; see `generate` for the options."""
         return self.generate(image, **options).gaussians
@@ -92,17 +119,18 @@ class GSV3DPipeline:
             set_lora_scale(self.unet, lora_scale)
         cameras = orbit_cameras(sv3d_azimuths(frames), elevation, self.config.image_size)
         try:
-            latents = sample(
-                self.unet,
-                self.condition(rgb, elevation, frames),
-                self.config,
-                generator=torch.Generator().manual_seed(seed),
-                scheduler=build_scheduler(self.config),
-                steps=steps,
-                guidance=guidance,
-                progress=progress,
-                callback=callback,
-            )[0]
+            with merged_lora(self.unet):
+                latents = sample(
+                    self.unet,
+                    self.condition(rgb, elevation, frames),
+                    self.config,
+                    generator=torch.Generator().manual_seed(seed),
+                    scheduler=build_scheduler(self.config),
+                    steps=steps,
+                    guidance=guidance,
+                    progress=progress,
+                    callback=callback,
+                )[0]
         finally:
             if lora_scale is not None:
                 set_lora_scale(self.unet, 1.0)  # the next call is the distilled model again
