@@ -332,17 +332,40 @@ def compare(arm: dict, reference: dict, metric: str) -> dict:
 
 
 def table(results: dict, reference: str, metrics: list[str]) -> str:
-    """Markdown: the mean of every arm, and in brackets the interval of its difference to the reference."""
+    """Markdown: the reference's means, and every other arm's mean difference to them with its 95 % interval.
+
+    Differences are over common seeds; means of arms with other seeds would not compare.
+    """
     lines = ["| arm | seeds | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
     for name, arm in results["arms"].items():
-        cells = []
-        for metric in metrics:
-            cell = f"{finite_mean(values(arm, metric)):.3f}"
-            if name != reference and reference in results["arms"]:
-                difference = compare(arm, results["arms"][reference], metric)
-                cell += f" [{difference['low']:+.3f}, {difference['high']:+.3f}]"
-            cells.append(cell)
+        cells = [f"{finite_mean(values(arm, metric)):.3f}" for metric in metrics]
+        if name != reference and reference in results["arms"]:
+            found = [compare(arm, results["arms"][reference], metric) for metric in metrics]
+            cells = ["{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference) for difference in found]
         lines.append(f"| {arm['label']} | {len(arm['scores'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+CLAIMS = (  # what the paper says, the experiment, the arm that is compared with its reference, and the number
+    ("distillation lowers the Chamfer distance", "distillation", "lambda_1", "chamfer"),
+    ("its price is texture (detail, 1 = the truth's)", "distillation", "lambda_1", "detail"),
+    ("it makes the views agree (reprojection error)", "distillation", "lambda_1", "reprojection"),
+    ("few views ghost (share of pixels)", "frames", "n_4", "ghosting"),
+    ("N = 16 is best (PSNR)", "frames", "n_8", "psnr"),
+    ("DINO helps (PSNR, true views)", "dino", "no_dino", "true_psnr"),
+    ("DINO helps (depth L1, true views)", "dino", "no_dino", "true_depth_l1"),
+)
+
+
+def claims(folder: str | Path) -> str:
+    """Markdown: the paper's claims beside the differences in the results files of `folder`."""
+    lines = ["| the paper says | compared | difference | 95 % interval | seeds |", "|---" * 5 + "|"]
+    for claim, name, arm, metric in CLAIMS:
+        results = json.loads((Path(folder) / f"{name}.json").read_text())
+        labels = [results["arms"][k]["label"] for k in (arm, results["reference"])]
+        d = results["differences"][arm][metric]
+        interval = f"[{d['low']:+.4f}, {d['high']:+.4f}]"
+        lines.append(f"| {claim} | {' minus '.join(labels)} | {d['mean']:+.4f} | {interval} | {len(d['seeds'])} |")
     return "\n".join(lines)
 
 
