@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 PIP_QUIET := $(if $(CI),--quiet)
 NOTEBOOKS := $(wildcard notebooks)
 
-.PHONY: help install demo test lab notebooks train-tiny bench doctor lint clean
+.PHONY: help install demo test lab notebooks full train-tiny bench doctor lint clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -38,12 +38,17 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks
 notebooks: $(INSTALLED) ## run every notebook in place: outputs, time and memory
 	$(PY) -m gsv3d_lib.refresh
 
+full: $(INSTALLED) ## one notebook with a parameter set: make full NB=05 PARAMS=paper
+	$(if $(NB),,$(error say which notebook and parameter set, such as: make full NB=05 PARAMS=tiny))
+	$(PY) -m gsv3d_lib.run $(NB) --params $(or $(PARAMS),tiny) $(ARGS)
+
 train-tiny: $(INSTALLED) ## train all stages at tiny scale on procedural objects, into runs/tiny
 	$(PY) -m gsv3d_lib.make_dataset --procedural 300 --seed 0 --out data/cache/procedural
 	$(PY) -m gsv3d_lib.train --preset tiny --data data/cache/procedural --out runs/tiny
 
-bench: $(INSTALLED) ## speed of the rasterisers on this machine
+bench: $(INSTALLED) ## speed of the rasterisers, then of training steps and generation, on this machine
 	$(PY) benchmarks/rasterizer.py
+	$(PY) benchmarks/chain.py
 
 doctor: $(INSTALLED) ## what this machine has, what falls back, and how to fix it
 	$(PY) -m gsv3d_lib.doctor

@@ -2,22 +2,67 @@
 
 SVD adds one embedding (fps, motion, noise) to all frames of a clip. SV3D_p adds, per frame,
 [sin256(cond_aug), sin512(polar), sin512(azimuth)] through the same two-layer MLP (docs/method.md). Only that changes,
-so the parameters keep diffusers' names and a saved model opens in diffusers' own class.
+so the parameters keep diffusers' names and a saved model opens in diffusers' own class. Two shortcuts with the same
+results, `TokenAttention` and `FrameConv`, save time (docs/performance.md).
 """
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
+import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import get_timestep_embedding
-from torch import Tensor
+from diffusers.models.resnet import TemporalResnetBlock
+from torch import Tensor, nn
 
 from .config import Config
 
 
+class TokenAttention(AttnProcessor2_0):
+    """Attention whose context is one token: the softmax over one key is 1, so the answer is the token's value.
+
+    With gradients the queries and keys are computed all the same, or their LoRA would be unknown to the optimiser.
+    """
+
+    def __call__(
+        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs
+    ) -> Tensor:
+        """hidden_states [B, T, C], encoder_hidden_states [B, S, D] or None for self-attention -> [B, T, C]."""
+        if encoder_hidden_states is None or encoder_hidden_states.shape[1] != 1 or torch.is_grad_enabled():
+            return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        answer = attn.to_out[0](attn.to_v(encoder_hidden_states))  # [B, 1, C]
+        return answer.expand(-1, hidden_states.shape[1], -1)
+
+
+class FrameConv(nn.Module):
+    """A (3, 1, 1) convolution of [B, C, N, h, w] over the frames, as a (3, 1) one of [B, C, N, h w].
+
+    For the former torch falls back to slow code on one CPU thread. It takes over the parameters of `conv`.
+    """
+
+    def __init__(self, conv: nn.Conv3d):
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias  # [O, C, 3, 1, 1], [O]
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = F.conv2d(x.flatten(3), self.weight.squeeze(-1), self.bias, padding=(1, 0))
+        return flat.unflatten(3, x.shape[3:])
+
+
 class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
     """The multi-view denoiser F(c_in z, c_noise; condition) whose output is v."""
+
+    @wraps(UNetSpatioTemporalConditionModel.__init__)  # diffusers reads the signature to restore a saved model
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.set_attn_processor(TokenAttention())
+        for module in self.modules():
+            if isinstance(module, TemporalResnetBlock):
+                module.conv1, module.conv2 = FrameConv(module.conv1), FrameConv(module.conv2)
 
     def forward(
         self, sample: Tensor, timestep: Tensor, token: Tensor, polar: Tensor, azimuth: Tensor, cond_aug: float = 1e-5
