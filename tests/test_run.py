@@ -264,7 +264,15 @@ def test_a_failing_training_is_one_sentence(capsys):
     assert capsys.readouterr().out == "begun\nno space\n"
 
 
-def test_an_interrupted_training_is_ended(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Python's own answer to Ctrl-C, which a shell switches off in what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_training_is_ended(tmp_path, interruptible):
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)"
 
     def interrupt():
