@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from .command import exit_code
 from .paths import resolve
 
 
@@ -27,13 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, help="peak of the triangular guidance; 1 = none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-lora", action="store_true", help="without the geometric distillation")
-    args = parser.parse_args(arguments)
-    try:
-        run(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"gsv3d: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(run, parser.parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -189,6 +189,7 @@ def score(world: World, pipe: GSV3DPipeline, config: Config, generated: bool) ->
 
 BOTH = Arm("lambda_1", "λ = 1: RGB, depth and alpha")
 
+STAGE2 = {"stage": "stage2", "steps": 120, "batch": 2}  # the same for all, so that common arms are one run
 PICTURE = {"lambda_pixel": 0.0, "lambda_depth": 0.05, "lambda_alpha": 0.1, "view_counts": (8,), "target_views": 8}
 
 EXPERIMENTS = {
@@ -215,7 +216,7 @@ EXPERIMENTS = {
             Arm("snr", "λ = 1, w = 1 / (1 + σ²)", {"sigma_weighting": "snr"}),
         ),
         run_distillation,
-        {"stage": "stage2", "steps": 120, "batch": 2},
+        STAGE2,
     ),
     "frames": Experiment(
         "Is N = 16 better than fewer views, for the decoder on true views and for the whole chain?",
@@ -227,7 +228,7 @@ EXPERIMENTS = {
             Arm("n_16", "N = 16"),
         ),
         run_distillation,
-        {"stage": "stage2", "steps": 120, "batch": 2},
+        STAGE2,
     ),
     "rank": Experiment(
         "How much does the rank of the LoRA matter?",
@@ -238,7 +239,7 @@ EXPERIMENTS = {
             Arm("rank_64", "r = 64", {"lora_rank": 64}),
         ),
         run_distillation,
-        {"stage": "stage2", "steps": 120, "batch": 2},
+        STAGE2,
     ),
     "dino": Experiment(
         "Does the decoder need DINO features of the input image?",

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .command import exit_code
 from .config import Config, preset
 
 SVD = "stabilityai/stable-video-diffusion-img2vid-xt"  # VAE, CLIP and scheduler where a source lacks them
@@ -625,13 +626,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dino", default=DINO)
     parser.add_argument("--download", action="store_true", help="fetch what is missing; without it nothing is fetched")
     parser.add_argument("--out", type=Path, help="convert into OUT/weights, where training at scale `paper` finds it")
-    args = parser.parse_args(arguments)
-    try:
-        run(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"gsv3d: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(run, parser.parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> None:
