@@ -3,8 +3,8 @@
     python -m gsv3d_lib.make_dataset --procedural 200 --seed 0 --out data/cache/procedural
     python -m gsv3d_lib.make_dataset --meshes FOLDER --out data/cache/meshes
 
-Each object gets 24 views (`--views`): 16 on a ring at elevation 15 degrees, the others at random with elevation in
-[-10, 40] degrees. A run that was stopped goes on where it was when the same command is given again. A mesh that cannot be
+Each object gets 24 views (`--views`): 16 on a ring, at elevation 15 degrees or, with `--ring -5 30`, at one drawn for the
+object from that range (the paper's); the others at random with elevation in [-10, 40] degrees. A run that was stopped goes on where it was when the same command is given again. A mesh that cannot be
 read or rendered, or that kills the process which tries, is left out and noted in `skipped.jsonl` beside the index; it is
 tried again only with `--retry`. Other sources of meshes are in `sources.py`.
 """
@@ -38,22 +38,34 @@ INDEX_EVERY = 20  # objects between two writings of the index, or a hundredth of
 SKIPPED = "skipped.jsonl"
 
 
-def dataset_angles(seed: int, views: int = RING + RANDOM_VIEWS) -> tuple[np.ndarray, np.ndarray]:
-    """Azimuths and elevations [views] in degrees: the ring, then random views drawn from `seed`."""
+def dataset_angles(
+    seed: int, views: int = RING + RANDOM_VIEWS, ring: tuple[float, float] = (RING_ELEVATION, RING_ELEVATION)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Azimuths and elevations [views] in degrees: the ring, then random views drawn from `seed`.
+
+    ring: the range from which the ring's one elevation is drawn.
+    """
     if views < RING:
         raise ValueError(f"An object has at least the {RING} views of the ring; got {views}.")
+    if not -90 < ring[0] <= ring[1] < 90:
+        raise ValueError(f"The ring's elevation is drawn from LOW to HIGH degrees between -90 and 90; got {ring}.")
     rng, free = np.random.default_rng(seed), views - RING
     azimuths = np.concatenate([np.arange(RING) * 360 / RING, rng.uniform(0, 360, free)])
-    elevations = np.concatenate([np.full(RING, RING_ELEVATION), rng.uniform(*RANDOM_ELEVATIONS, free)])
+    elevations = np.concatenate([np.full(RING, 0.0), rng.uniform(*RANDOM_ELEVATIONS, free)])
+    elevations[:RING] = rng.uniform(*ring)  # drawn last: the free views do not depend on the range
     return azimuths.astype(np.float32), elevations.astype(np.float32)
 
 
 def render_object(
-    job: Job, size: int = 128, supersample: int = 2, views: int = RING + RANDOM_VIEWS
+    job: Job,
+    size: int = 128,
+    supersample: int = 2,
+    views: int = RING + RANDOM_VIEWS,
+    ring: tuple[float, float] = (RING_ELEVATION, RING_ELEVATION),
 ) -> tuple[ObjectViews, dict]:
     """Render the views of a job -> (views, its row of the index). Raises ValueError where nothing is visible."""
     mesh = job.load()
-    azimuths, elevations = dataset_angles(zlib.crc32(job.id.encode()), views)
+    azimuths, elevations = dataset_angles(zlib.crc32(job.id.encode()), views, ring)
     cameras = orbit_cameras(azimuths, elevations, size)
     rgba, depth = render_mesh(mesh, cameras, supersample)
     if not depth.any(axis=(1, 2)).all():
@@ -66,11 +78,11 @@ def render_object(
     return pictures, row | {"views": views, "size": size, "coverage": round(float(rgba[..., 3].mean()), 4)}
 
 
-def run_job(job: Job, out: Path, size: int, supersample: int, views: int) -> dict | str:
+def run_job(job: Job, out: Path, **settings) -> dict | str:
     """Render and write one object -> its row, or one line that says why it was left out."""
     torch.set_num_threads(1)  # the work is in embree and numpy; idle torch threads only take turns with it
     try:
-        pictures, row = render_object(job, size, supersample, views)
+        pictures, row = render_object(job, **settings)
     except (ValueError, OSError, LookupError, MemoryError) as error:  # a broken file must not end a long run
         return " ".join(str(error).split()) or type(error).__name__
     write_object(out, pictures)
@@ -85,11 +97,12 @@ def make_dataset(
     workers: int = 1,
     progress: bool = True,
     views: int = RING + RANDOM_VIEWS,
+    ring: tuple[float, float] = (RING_ELEVATION, RING_ELEVATION),
     retry: bool = True,
 ) -> list[dict]:
     """Render the jobs that `out` does not hold yet and write its index -> all rows of the index, sorted by id.
 
-    views: per object, 16 of them on the ring.  retry: try also what an earlier run noted in `skipped.jsonl`.
+    views: per object, 16 of them on the ring.  ring: range of the ring's elevation, degrees.  retry: try also what an earlier run noted in `skipped.jsonl`.
     Raises ValueError where `out` holds objects with another number of views or pixels.
     """
     out = Path(out)
@@ -98,7 +111,7 @@ def make_dataset(
     _check_alike(out, rows.values(), views, size)
     reasons = {row["id"]: row["reason"] for row in skipped_rows(out)}
     missing = [job for job in jobs if job.id not in rows and (retry or job.id not in reasons)]
-    work = partial(run_job, out=out, size=size, supersample=supersample, views=views)
+    work = partial(run_job, out=out, size=size, supersample=supersample, views=views, ring=ring)
     bar = tqdm(_run_all(work, missing, workers), total=len(missing), unit="object", disable=not progress)
     unwritten = 0
     try:
@@ -205,13 +218,16 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--up", choices=["y", "z"], help="up axis in the mesh files (default: y for glTF, else z)")
     parser.add_argument("--size", type=int, default=128, help="pixels per side (default 128)")
     parser.add_argument("--views", type=int, default=RING + RANDOM_VIEWS, help="per object, 16 of them on the ring")
+    ring = dict(nargs=2, type=float, default=(RING_ELEVATION, RING_ELEVATION), metavar=("LOW", "HIGH"))
+    parser.add_argument("--ring", **ring, help="range of the ring's elevation in degrees (default 15 15; paper: -5 30)")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default 2)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--retry", action="store_true", help="try again what an earlier run left out")
     options = parser.parse_args(arguments)
-    settings = dict(size=options.size, supersample=options.supersample, workers=options.workers)
+    names = ("size", "supersample", "workers", "views", "retry")
+    settings = {name: getattr(options, name) for name in names} | {"ring": tuple(options.ring)}
     try:
-        rows = make_dataset(jobs_of(options), options.out, **settings, views=options.views, retry=options.retry)
+        rows = make_dataset(jobs_of(options), options.out, **settings)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     left_out = len(skipped_rows(Path(options.out)))
