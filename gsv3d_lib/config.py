@@ -75,6 +75,9 @@ class Config:
     latent_scale: float = 0.18215  # SD's latent scaling factor [code]
     cond_aug: float = 1e-5  # noise on the condition image [code]
     cond_dropout: float = 0.1  # joint dropout of CLIP token and concatenated latent [ours]
+    roll_frames: float = (
+        0.0  # share of orbits whose frames begin elsewhere; makes a short training heed azimuths [ours]
+    )
     log_sigma_mean: float = 0.7  # ln sigma ~ N(0.7, 1.6^2), one sigma per clip [code]
     log_sigma_std: float = 1.6
     sigma_min: float = 0.002  # sampler [code]
@@ -153,6 +156,7 @@ TINY = Config(
     scale_range=(5e-3, 5e-2),  # 32 x 32 Gaussians a view lie further apart than in `paper`
     guidance=1.5,  # 1 and 1.5 score the same on unseen procedural objects
     copies=2,
+    roll_frames=0.5,
     view_counts=(4, 8, 16),
     sigma_max=80.0,  # 50 times the deviation of a latent is noise enough; above, short trainings have seen nothing
     lambda_alpha=0.5,
@@ -227,6 +231,7 @@ PAPER = SMALL.replace(
     sigma_max=700.0,
     guidance=2.5,
     copies=1,
+    roll_frames=0.0,
     view_counts=(16,),
     lambda_alpha=0.0,
     lambda_pixel=0.0,

@@ -4,9 +4,10 @@
     python -m gsv3d_lib.make_dataset --meshes FOLDER --out data/cache/meshes
 
 Each object gets 24 views (`--views`): 16 on a ring, at elevation 15 degrees or, with `--ring -5 30`, at one drawn for the
-object from that range (the paper's); the others at random with elevation in [-10, 40] degrees. A run that was stopped goes on where it was when the same command is given again. A mesh that cannot be
-read or rendered, or that kills the process which tries, is left out and noted in `skipped.jsonl` beside the index; it is
-tried again only with `--retry`. Other sources of meshes are in `sources.py`.
+object from that range (the paper's); the others at random with elevation in [-10, 40] degrees. A run that was stopped goes
+on where it was when the same command is given again. A mesh that cannot be read or rendered, or that kills the process which
+tries, is left out and noted in `skipped.jsonl` beside the index; it is tried again only with `--retry`. Other sources of
+meshes are in `sources.py`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def make_dataset(
 ) -> list[dict]:
     """Render the jobs that `out` does not hold yet and write its index -> all rows of the index, sorted by id.
 
-    views: per object, 16 of them on the ring.  ring: range of the ring's elevation, degrees.  retry: try also what an earlier run noted in `skipped.jsonl`.
+    views: per object, 16 of them on the ring.  ring: range of the ring's elevation, degrees.
+    retry: try also what an earlier run noted in `skipped.jsonl`.
     Raises ValueError where `out` holds objects with another number of views or pixels.
     """
     out = Path(out)

@@ -66,14 +66,13 @@ class Orbits:
         latents [N, 4, h, w] scaled; image [S, S, 3] and image_latent [4, h, w] unscaled, of the condition view;
         azimuth, elevation [N] degrees relative to it.
         """
-        frames = ring_frames(start, num_frames)
-        elevations = self.views.elevations[self.variants[item].index][frames]
+        frames, scene = ring_frames(start, num_frames), self.scene(item)
         return {
             "latents": self.latent_scale * self.latents[item][frames],
-            "image": self.scene(item).rgb[start],
+            "image": scene.rgb[start],
             "image_latent": self.latents[item][start],
-            "azimuth": torch.arange(1, num_frames + 1) * (360 / num_frames) % 360,
-            "elevation": elevations,
+            "azimuth": relative_azimuths(scene, start, frames),
+            "elevation": scene.elevations[frames],
         }
 
     def targets(self, item: int, start: int, chosen: Tensor) -> dict[str, Tensor]:
@@ -83,9 +82,14 @@ class Orbits:
             "target_rgb": scene.rgb[chosen],
             "target_depth": scene.depth[chosen],
             "target_alpha": scene.alpha[chosen],
-            "target_azimuth": (scene.azimuths[chosen] - scene.azimuths[start]) % 360,
+            "target_azimuth": relative_azimuths(scene, start, chosen),
             "target_elevation": scene.elevations[chosen],
         }
+
+
+def relative_azimuths(scene: Scene, start: int, chosen: Tensor) -> Tensor:
+    """Azimuths [Q] in degrees of views `chosen`, in the world where view `start` stands at 0."""
+    return (scene.azimuths[chosen] - scene.azimuths[start]) % 360
 
 
 def ring_frames(start: int, num_frames: int) -> Tensor:

@@ -139,6 +139,8 @@ class DiffusionStage(Stage):
     def example(self, generator, shared):
         item, start = int(draw(generator, len(self.orbits))), int(draw(generator, RING))
         orbit = self.orbits.orbit(item, start, self.config.num_frames)
+        if torch.rand((), generator=generator) < self.config.roll_frames:
+            orbit = rolled(orbit, int(draw(generator, self.config.num_frames)))
         return orbit | diffusion_draws(orbit["latents"], generator, self.config)
 
     def forward(self, batch):
@@ -146,6 +148,15 @@ class DiffusionStage(Stage):
             self.unet, batch["latents"], batch["noise"], batch["sigma"], orbit_condition(batch, self.clip, self.config)
         )
         return loss, {}
+
+
+def rolled(orbit: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
+    """The same orbit begun elsewhere: its N frames moved on by `frames`, their angles with them.
+
+    In SV3D's order frame number and azimuth say the same, so a network may learn either; in a rolled orbit only the azimuth
+    is right.
+    """
+    return orbit | {name: orbit[name].roll(frames, 0) for name in ("latents", "azimuth", "elevation")}
 
 
 def diffusion_draws(latents: Tensor, generator: torch.Generator, config: Config) -> dict[str, Tensor]:

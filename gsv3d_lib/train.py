@@ -4,6 +4,9 @@
 
 Every stage resumes where it was killed and is skipped once its weights lie in OUT/weights. The weights are in the layout of
 diffusers and transformers (`save_pretrained`), so that `GSV3DPipeline.from_pretrained(OUT/weights)` opens them.
+`--init FOLDER` starts the named stages from another checkpoint's weights and takes over what they do not train:
+
+    python -m gsv3d_lib.train --init data/checkpoints/tiny --stages diffusion stage2 --data data/cache/mine --out runs/mine
 """
 
 from __future__ import annotations
@@ -26,13 +29,13 @@ from .training import read_metrics, train
 STAGES = ("vae", "dino", "diffusion", "stage1", "stage2")
 
 
-def train_vae(config: Config, views: ViewTensors, run: Path, **options) -> list[dict]:
+def train_vae(config: Config, views: ViewTensors, run: Path, init: Path | None = None, **options) -> list[dict]:
     """The autoencoder, rescaled at the end so that 0.18215 z has unit variance."""
     from .stages import VAEStage
     from .vae import build_vae, calibrate
 
     torch.manual_seed(config.seed)
-    vae = build_vae(config)
+    vae = build_vae(config) if init is None else load_model(init, "vae")
     history = train(VAEStage(vae, views, config), config.vae_schedule, run / "vae", seed=config.seed, **options)
     some = views.rgb[:: max(1, len(views) // 64), :16:4].flatten(0, 1).float() / 255
     calibrate(vae, some.to(vae.device))
@@ -40,49 +43,50 @@ def train_vae(config: Config, views: ViewTensors, run: Path, **options) -> list[
     return history
 
 
-def train_dino(config: Config, views: ViewTensors, run: Path, **options) -> list[dict]:
+def train_dino(config: Config, views: ViewTensors, run: Path, init: Path | None = None, **options) -> list[dict]:
     """The DINO encoder by self-distillation; the teacher, which averages the students, is what is kept."""
     from .encoders import build_dino
     from .stages import DINOStage
 
     torch.manual_seed(config.seed)
-    stage = DINOStage(build_dino(config), views, config)
+    stage = DINOStage(build_dino(config) if init is None else load_model(init, "dino"), views, config)
     history = train(stage, config.dino_schedule, run / "dino", seed=config.seed, **options)
     save_model(stage.teacher[0], run, "dino", config)
     return history
 
 
-def train_diffusion(config: Config, views: ViewTensors, run: Path, **options) -> list[dict]:
+def train_diffusion(config: Config, views: ViewTensors, run: Path, init: Path | None = None, **options) -> list[dict]:
     """The multi-view U-Net and, where no pretrained one is given, the CLIP tower."""
     from .encoders import build_clip
     from .stages import DiffusionStage
     from .unet import build_unet
 
     torch.manual_seed(config.seed)
-    unet = recomputed(build_unet(config), config)
-    stage = DiffusionStage(unet, build_clip(config), orbits_for(config, views, run), config)
+    unet = build_unet(config) if init is None else load_model(init, "unet")
+    clip = build_clip(config) if init is None else load_model(init, "clip")
+    stage = DiffusionStage(recomputed(unet, config), clip, orbits_for(config, views, run), config)
     history = train(stage, config.diffusion_schedule, run / "diffusion", seed=config.seed, **options)
     save_model(stage.unet, run, "unet", config)
     save_model(stage.clip, run, "clip", config)
     return history
 
 
-def train_stage1(config: Config, views: ViewTensors, run: Path, **options) -> list[dict]:
+def train_stage1(config: Config, views: ViewTensors, run: Path, init: Path | None = None, **options) -> list[dict]:
     """Stage 1: the Gaussian Splatting Decoder on ground-truth latents."""
     from .decoder import build_decoder
     from .stages import DecoderStage
 
     torch.manual_seed(config.seed)
     dino = load_dino(config, run / "weights")
-    decoder = recomputed(build_decoder(config), config)
-    stage = DecoderStage(decoder, dino, orbits_for(config, views, run), config)
+    decoder = build_decoder(config) if init is None else load_model(init, "decoder")
+    stage = DecoderStage(recomputed(decoder, config), dino, orbits_for(config, views, run), config)
     history = train(stage, config.stage1, run / "stage1", seed=config.seed, **options)
     save_model(stage.decoder, run, "decoder", config)
     return history
 
 
-def train_stage2(config: Config, views: ViewTensors, run: Path, **options) -> list[dict]:
-    """Stage 2: geometric distillation into a LoRA."""
+def train_stage2(config: Config, views: ViewTensors, run: Path, init: Path | None = None, **options) -> list[dict]:
+    """Stage 2: geometric distillation into a LoRA, always a new one: `init` has only given the models below it."""
     from .distillation import DistillationStage
     from .lora import add_lora, save_lora
 
@@ -94,6 +98,25 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, **options) -> li
     history = train(stage, config.stage2, run / "stage2", seed=config.seed, **options)
     write_weights(run, "lora", config, lambda folder: save_lora(unet, folder))
     return history
+
+
+def take_over(init: Path, run: Path, stages: list[str]) -> None:
+    """Copy into OUT/weights the models of the checkpoint `init` that `stages` do not train and OUT does not have yet.
+
+    Raises FileNotFoundError where `init` is no checkpoint.
+    """
+    if not (init / "gsv3d.json").is_file():
+        raise FileNotFoundError(
+            f"--init {init} is no GSV3D checkpoint: gsv3d.json is missing. Try data/checkpoints/tiny."
+        )
+    trained = {PRODUCTS[stage] for stage in stages} | ({"unet"} if "diffusion" in stages else set()) | {"lora"}
+    for source in sorted(path for path in init.iterdir() if path.is_dir() and path.name not in trained):
+        target = run / "weights" / source.name
+        if not target.exists():
+            temporary = target.with_name(f".{source.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source, temporary)
+            temporary.rename(target)
 
 
 def recomputed(model, config: Config):
@@ -213,6 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--steps", type=int, help="override the number of steps of the named stages")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one field of the preset")
+    parser.add_argument("--init", type=Path, metavar="FOLDER", help="a checkpoint whose weights the stages start from")
     parser.add_argument("--limit", type=int, help="use only the first objects")
     parser.add_argument("--processes", type=int, default=1, help="how many torchrun was asked for; it must agree")
     parser.add_argument(
@@ -229,6 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = preset(args.preset, **dict(parse_setting(text) for text in args.set))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # else every process would encode on the first GPU
+    if args.init is not None and int(os.environ.get("RANK", 0)) == 0:  # the others read these weights only in a stage
+        take_over(args.init, args.out, args.stages)
     views = load_views(args.data, config.image_size, limit=args.limit, cache=args.out)
     if args.prepare:
         if (args.out / "weights" / "vae").is_dir():  # else this training begins with the VAE
@@ -238,7 +264,8 @@ def main(arguments: list[str] | None = None) -> None:
         if (args.out / "weights" / PRODUCTS[name]).is_dir():
             print(f"{name}: {args.out / 'weights' / PRODUCTS[name]} exists; delete it to train again.")
             continue
-        RECIPES[name](with_steps(config, name, args.steps), views, args.out, processes=args.processes)
+        config_of_stage = with_steps(config, name, args.steps)
+        RECIPES[name](config_of_stage, views, args.out, init=args.init, processes=args.processes)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # gloo sometimes aborts a process that leaves without
 

@@ -151,3 +151,13 @@ def test_an_empty_or_missing_folder_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         md.main(["--meshes", str(tmp_path / "none"), "--out", str(tmp_path / "set")])
     assert "There is no folder" in capsys.readouterr().err
+
+
+def test_the_ring_stands_at_an_elevation_of_the_objects_own():
+    drawn = [md.dataset_angles(seed, ring=(-5.0, 30.0))[1] for seed in range(40)]
+    rings = np.array([elevations[:16] for elevations in drawn])
+    assert (rings == rings[:, :1]).all() and (rings >= -5).all() and (rings <= 30).all()
+    assert np.ptp(rings[:, 0]) > 20
+    assert np.array_equal(drawn[3][16:], md.dataset_angles(3)[1][16:])  # the free views do not depend on the range
+    with pytest.raises(ValueError, match="LOW to HIGH"):
+        md.dataset_angles(0, ring=(30.0, -5.0))

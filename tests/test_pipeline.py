@@ -69,6 +69,24 @@ def one_sentence(error) -> str:
     return text
 
 
+# ---------------------------------------------------------------- starting from a checkpoint
+
+
+def test_init_takes_over_what_is_not_trained_and_starts_from_the_rest(weights, tmp_path):
+    recipes.take_over(weights, tmp_path, ["diffusion"])
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == {"vae", "dino", "decoder"}
+    still = CONFIG.replace(diffusion_schedule=Schedule(steps=1, batch=1, lr=0.0, warmup=0))
+    recipes.RECIPES["diffusion"](still, ball_views(), tmp_path, init=weights, progress=False)
+    before, after = (recipes.load_model(folder, "unet").state_dict() for folder in (weights, tmp_path / "weights"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_init_needs_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no GSV3D checkpoint") as error:
+        recipes.take_over(tmp_path, tmp_path / "run", ["stage2"])
+    one_sentence(error)
+
+
 # ---------------------------------------------------------------- the checkpoint folder
 
 

@@ -295,6 +295,7 @@ def test_tracked_files_are_small_and_free_of_pickles():
     assert [f for f in set(files) - set(weights) if f.stat().st_size > 5_000_000] == []
     assert [f for f in files if f.suffix in (".pt", ".pth", ".pkl", ".pickle", ".ckpt")] == []
 
+
 def test_the_readme_states_what_the_results_files_say():
     """The block of the paper's claims is `experiments.claims` of the committed files, word for word."""
     block = re.search(r"<!-- claims: begin.*?-->\n(.*?)\n<!-- claims: end -->", (ROOT / "README.md").read_text(), re.S)

@@ -23,7 +23,7 @@ from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.losses import foreground_l1, pixel_loss, rendering_loss
 from gsv3d_lib.orbits import load_orbits
 from gsv3d_lib.rendering import render
-from gsv3d_lib.stages import DecoderStage, DiffusionStage, DINOStage, VAEStage, orbit_condition
+from gsv3d_lib.stages import DecoderStage, DiffusionStage, DINOStage, VAEStage, orbit_condition, rolled
 from gsv3d_lib.training import (
     Stage,
     draw_batch,
@@ -520,3 +520,10 @@ def test_pixel_loss_is_zero_for_gaussians_on_their_pixels():
     assert pixel_loss(shifted, cameras, rgb, depth - 0.5, alpha) == pytest.approx(expected + 0.5, abs=1e-4)
     with pytest.raises(ValueError, match="32 Gaussians do not sit on 2 x 3 x 4 pixels"):
         pixel_loss(scene, cameras, rgb[:, :3], depth, alpha)
+
+
+def test_a_rolled_orbit_keeps_each_frame_with_its_angles():
+    orbit = {"latents": torch.arange(4.0), "azimuth": 90 * torch.arange(1.0, 5) % 360, "elevation": torch.arange(4.0)}
+    moved = rolled(orbit | {"image": torch.ones(3)}, 1)
+    assert moved["azimuth"].tolist() == [0, 90, 180, 270] and moved["latents"].tolist() == [3, 0, 1, 2]
+    assert moved["elevation"].tolist() == [3, 0, 1, 2] and moved["image"].tolist() == [1, 1, 1]
