@@ -10,7 +10,6 @@ Views are told apart by their rays alone, so N may change at run time. With `pla
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from .attention import attend, full_precision, join_heads, split_heads
 from .cameras import Cameras, pluecker_rays, ray_grid
 from .config import Config
 from .gaussians import Gaussians
@@ -40,9 +40,8 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, C / heads]
-        k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_kv(context).chunk(2, dim=-1))
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (split_heads(t, self.heads) for t in (self.to_q(x), *self.to_kv(context).chunk(2, dim=-1)))
+        return self.to_out(join_heads(attend(q, k, v)))
 
 
 class Block(nn.Module):
@@ -164,12 +163,6 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         if width is not None and (features is None or features.shape[0] != len(latents) or features.shape[-1] != width):
             got = None if features is None else tuple(features.shape)
             raise ValueError(f"This decoder needs DINO features [{len(latents)}, T, {width}]; got {got}.")
-
-
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off: bfloat16 has three digits, with which rays and depths would miss their pixel."""
-    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def plane_sweep(latents: Tensor, cameras: Cameras, grid: tuple[int, int], config) -> Tensor:

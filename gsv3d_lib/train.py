@@ -24,7 +24,7 @@ import torch
 from .config import Config, parse_setting, preset, schedule_field
 from .dataset import ViewTensors, load_views
 from .paths import atomic_path
-from .training import read_metrics, train
+from .training import PRECISIONS, read_metrics, train
 
 STAGES = ("vae", "dino", "diffusion", "stage1", "stage2")
 
@@ -237,6 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="override the number of steps of the named stages")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one field of the preset")
     parser.add_argument("--init", type=Path, metavar="FOLDER", help="a checkpoint whose weights the stages start from")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--limit", type=int, help="use only the first objects")
     parser.add_argument("--processes", type=int, default=1, help="how many torchrun was asked for; it must agree")
     parser.add_argument(
@@ -265,7 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name}: {args.out / 'weights' / PRODUCTS[name]} exists; delete it to train again.")
             continue
         config_of_stage = with_steps(config, name, args.steps)
-        RECIPES[name](config_of_stage, views, args.out, init=args.init, processes=args.processes)
+        options = dict(init=args.init, processes=args.processes, precision=args.precision)
+        RECIPES[name](config_of_stage, views, args.out, **options)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # gloo sometimes aborts a process that leaves without
 

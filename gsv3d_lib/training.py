@@ -26,6 +26,8 @@ from tqdm import tqdm
 from .config import Schedule
 from .paths import atomic_path
 
+PRECISIONS = ("auto", "fp32", "bf16")
+
 
 class Stage(nn.Module):
     """Base of all stages: what the loop needs to know beyond `example` and `forward`."""
@@ -85,10 +87,12 @@ def train(
     log_every: int = 20,
     progress: bool = True,
     processes: int = 1,
+    precision: str = "auto",
 ) -> list[dict]:
     """Train `stage` for `schedule.steps` steps, resuming from the last checkpoint in `run_dir` if there is one.
 
     stop_at: leave after this step with a checkpoint (the schedule stays that of the full run).
+    precision: of matrix products, "fp32" or "bf16"; "auto" is bf16 on a GPU. Weights and sums stay in float32.
     processes: how many processes were asked for; a ValueError is raised if accelerate sees another number.
     Returns the metrics, one dict per logged step, which are also appended to `run_dir`/metrics.jsonl.
     The averaged weights (if `schedule.ema`) are in the stage when the function returns.
@@ -97,7 +101,10 @@ def train(
 
     use_cuda = torch.cuda.is_available()
     idle = DistributedDataParallelKwargs(find_unused_parameters=True)  # DINO's mask token, the VAE's middle attention
-    accelerator = Accelerator(cpu=not use_cuda, mixed_precision="bf16" if use_cuda else "no", kwargs_handlers=[idle])
+    if precision not in PRECISIONS:
+        raise ValueError(f"The precision is one of {', '.join(PRECISIONS)}; got {precision!r}.")
+    mixed = "bf16" if precision == "bf16" or (precision == "auto" and use_cuda) else "no"
+    accelerator = Accelerator(cpu=not use_cuda, mixed_precision=mixed, kwargs_handlers=[idle])
     if accelerator.num_processes != processes:
         raise ValueError(
             f"{processes} processes were asked for, but {accelerator.num_processes} are running; start them with "

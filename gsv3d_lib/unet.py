@@ -14,28 +14,32 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import TemporalResnetBlock
 from torch import Tensor, nn
 
+from .attention import attend, join_heads, split_heads
 from .config import Config
 
 
-class TokenAttention(AttnProcessor2_0):
-    """Attention whose context is one token: the softmax over one key is 1, so the answer is the token's value.
+class TokenAttention:
+    """The attention of diffusers' transformer blocks, shorter where the context is one token.
 
-    With gradients the queries and keys are computed all the same, or their LoRA would be unknown to the optimiser.
+    The softmax over one key is 1, so the answer is the token's value. With gradients the queries and keys are computed all
+    the same, or their LoRA would be unknown to the optimiser.
     """
 
     def __call__(
-        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs
+        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, **kwargs
     ) -> Tensor:
         """hidden_states [B, T, C], encoder_hidden_states [B, S, D] or None for self-attention -> [B, T, C]."""
-        if encoder_hidden_states is None or encoder_hidden_states.shape[1] != 1 or torch.is_grad_enabled():
-            return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
-        answer = attn.to_out[0](attn.to_v(encoder_hidden_states))  # [B, 1, C]
-        return answer.expand(-1, hidden_states.shape[1], -1)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if context.shape[1] == 1 and not torch.is_grad_enabled():
+            answer = attn.to_v(context).expand(-1, hidden_states.shape[1], -1)
+        else:
+            parts = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+            answer = join_heads(attend(*(split_heads(t, attn.heads) for t in parts)))
+        return attn.to_out[0](answer)
 
 
 class FrameConv(nn.Module):

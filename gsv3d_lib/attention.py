@@ -1,0 +1,36 @@
+"""Scaled dot-product attention, and where mixed precision must leave it alone."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: queries [B, heads, T, d], keys and values [B, heads, S, d] -> [B, heads, T, d].
+
+    On a CPU torch's attention in bfloat16 has a backward pass ten times slower than in float32, so it is done in float32.
+    """
+    if q.device.type != "cpu" or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v)
+    with full_precision(q.device):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, heads * d] -> [B, heads, T, d]"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[B, heads, T, d] -> [B, T, heads * d]"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast off: bfloat16 has three digits, with which rays and depths, for example, would miss their pixel."""
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
