@@ -105,16 +105,34 @@ class Config:
         return self.image_size // 8
 
     def replace(self, **changes) -> Config:
-        """A copy with some fields changed; unknown names and wrong types get one clear sentence."""
-        types = {f.name: f.type for f in dataclasses.fields(self)}
+        """A copy with some fields changed; "stage1.lr" is one number of a schedule.
+
+        Unknown names and wrong types get one clear sentence.
+        """
+        parts: dict[str, dict] = {}  # of schedules
         for name, value in changes.items():
-            if name not in types:
-                raise ValueError(f"Config has no field {name!r}; it has: {', '.join(types)}.")
-            old = getattr(self, name)
-            number = isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool)
-            if type(value) is not type(old) and not number:
-                raise ValueError(f"Config.{name} is a {type(old).__name__}; got {value!r} ({type(value).__name__}).")
-        return dataclasses.replace(self, **changes)
+            field, dot, number = name.partition(".")
+            if dot:
+                parts.setdefault(field, {})[number] = value
+        whole = {name: value for name, value in changes.items() if "." not in name}
+        for field, numbers in parts.items():
+            if not isinstance(getattr(self, field, None), Schedule):
+                raise ValueError(f"Config.{field} is no schedule, so there is no {field}.{next(iter(numbers))}.")
+            whole[field] = checked_replace(whole.get(field, getattr(self, field)), numbers)
+        return checked_replace(self, whole)
+
+
+def checked_replace(record, changes: dict):
+    """`dataclasses.replace` that refuses unknown names and values of another type in one sentence (ValueError)."""
+    kind, names = type(record).__name__, [f.name for f in dataclasses.fields(record)]
+    for name, value in changes.items():
+        if name not in names:
+            raise ValueError(f"{kind} has no field {name!r}; it has: {', '.join(names)}.")
+        old = getattr(record, name)
+        number = isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool)
+        if type(value) is not type(old) and not number:
+            raise ValueError(f"{kind}.{name} is a {type(old).__name__}; got {value!r} ({type(value).__name__}).")
+    return dataclasses.replace(record, **changes)
 
 
 TINY = Config(

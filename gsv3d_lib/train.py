@@ -235,7 +235,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="checkpoints, curves and weights")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--steps", type=int, help="override the number of steps of the named stages")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one field of the preset")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one field of the preset, such as stage1.lr=1e-4",
+    )
     parser.add_argument("--init", type=Path, metavar="FOLDER", help="a checkpoint whose weights the stages start from")
     parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--limit", type=int, help="use only the first objects")

@@ -16,7 +16,7 @@ from tiny_world import SCALE, ball_views, descend, randn, random_orbits, shake, 
 from torch import nn
 
 from gsv3d_lib.cameras import orbit_cameras, ray_grid
-from gsv3d_lib.config import Schedule
+from gsv3d_lib.config import Schedule, preset
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.encoders import build_clip, build_dino
 from gsv3d_lib.gaussians import Gaussians
@@ -527,3 +527,14 @@ def test_a_rolled_orbit_keeps_each_frame_with_its_angles():
     moved = rolled(orbit | {"image": torch.ones(3)}, 1)
     assert moved["azimuth"].tolist() == [0, 90, 180, 270] and moved["latents"].tolist() == [3, 0, 1, 2]
     assert moved["elevation"].tolist() == [3, 0, 1, 2] and moved["image"].tolist() == [1, 1, 1]
+
+
+def test_one_number_of_a_schedule_can_be_set():
+    config = preset("tiny", **{"stage1.lr": 1e-4, "stage1.batch": 8, "lambda_3d": 2})
+    assert config.stage1 == replace(preset("tiny").stage1, lr=1e-4, batch=8) and config.lambda_3d == 2
+    with pytest.raises(ValueError, match="Schedule has no field 'rate'"):
+        preset("tiny", **{"stage1.rate": 1e-4})
+    with pytest.raises(ValueError, match="no schedule"):
+        preset("tiny", **{"seed.lr": 1e-4})
+    with pytest.raises(ValueError, match="Schedule.batch is a int"):
+        preset("tiny", **{"stage1.batch": 0.5})
