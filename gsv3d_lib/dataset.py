@@ -217,8 +217,17 @@ def load_views(
     columns = {} if stored is None else read_cache(stored)
     if not columns:
         objects = tqdm(rows, desc="reading objects", disable=not progress, mininterval=5)
-        parts = [resize_views(read_object(folder, id), size) for folder, id in objects]
-        columns = {name: torch.stack(column) for name, column in zip(COLUMN_NAMES, zip(*parts))}
+        for index, (folder, id) in enumerate(objects):
+            parts = dict(zip(COLUMN_NAMES, resize_views(read_object(folder, id), size)))
+            if not columns:  # filled in place: thousands of small tensors beside large temporaries tear memory apart
+                columns = {name: part.new_empty(len(rows), *part.shape) for name, part in parts.items()}
+            if len(parts["rgb"]) != columns["rgb"].shape[1]:
+                raise ValueError(
+                    f"{ids[index]} in {folder} has {len(parts['rgb'])} views, the objects before it {columns['rgb'].shape[1]}; "
+                    "read objects of equal numbers of views together."
+                )
+            for name, part in parts.items():
+                columns[name][index] = part
         if stored is not None:
             with atomic_path(stored) as path:
                 save_file(columns, path)

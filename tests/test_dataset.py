@@ -277,3 +277,13 @@ def test_a_shared_scan_reads(shared_objects):
     assert 2.4 < views.depth[hit].min() and views.depth[hit].max() < 4.6
     assert (views.rgba[..., 3][hit] > 0).mean() > 0.99
     assert json.loads((scans / "index.json").read_text())
+
+
+def test_objects_of_other_numbers_of_views_are_one_sentence(broken):
+    whole = object_views("third")
+    fewer = {name: getattr(whole, name)[:20] for name in ("rgba", "depth", "cameras", "azimuths", "elevations")}
+    write_object(broken, ObjectViews("third", **fewer))
+    write_index(broken, [{"id": "first"}, {"id": "third"}])
+    with pytest.raises(ValueError, match="third in .* has 20 views") as error:
+        load_views([broken], SIZE, progress=False)
+    one_sentence(error)
