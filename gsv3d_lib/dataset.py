@@ -221,10 +221,10 @@ def load_views(
             parts = dict(zip(COLUMN_NAMES, resize_views(read_object(folder, id), size)))
             if not columns:  # filled in place: thousands of small tensors beside large temporaries tear memory apart
                 columns = {name: part.new_empty(len(rows), *part.shape) for name, part in parts.items()}
-            if len(parts["rgb"]) != columns["rgb"].shape[1]:
+            views, expected = len(parts["rgb"]), columns["rgb"].shape[1]
+            if views != expected:
                 raise ValueError(
-                    f"{ids[index]} in {folder} has {len(parts['rgb'])} views, the objects before it {columns['rgb'].shape[1]}; "
-                    "read objects of equal numbers of views together."
+                    f"{id} in {folder} has {views} views, the objects before it {expected}; read only objects of one kind together."
                 )
             for name, part in parts.items():
                 columns[name][index] = part
