@@ -223,9 +223,7 @@ def load_views(
                 columns = {name: part.new_empty(len(rows), *part.shape) for name, part in parts.items()}
             views, expected = len(parts["rgb"]), columns["rgb"].shape[1]
             if views != expected:
-                raise ValueError(
-                    f"{id} in {folder} has {views} views, the objects before it {expected}; read only objects of one kind together."
-                )
+                raise ValueError(f"{id} in {folder} has {views} views, those before it {expected}; read them apart.")
             for name, part in parts.items():
                 columns[name][index] = part
         if stored is not None:
