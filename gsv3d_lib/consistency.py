@@ -107,8 +107,8 @@ def ghosting(gaussians: Gaussians, cameras: Cameras, true_alpha: Tensor) -> floa
 @torch.no_grad()
 def ghost_map(gaussians: Gaussians, cameras: Cameras) -> Tensor:
     """True [V, H, W] where a pixel is not one opaque surface."""
-    spread = torch.cat([front_and_spread(gaussians, cameras[k])[1] for k in range(len(cameras))])
-    alpha = render(gaussians, cameras).alpha
+    views = [front_and_spread(gaussians, cameras[k])[1:] for k in range(len(cameras))]
+    spread, alpha = (torch.cat(parts) for parts in zip(*views, strict=True))
     return ((spread > MIXED_DEPTH) | (alpha < OPAQUE))[..., 0]
 
 

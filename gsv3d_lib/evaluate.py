@@ -47,7 +47,7 @@ from .metrics import (
 from .orbits import ring_frames
 from .paths import atomic_path
 from .pipeline import Generation, GSV3DPipeline
-from .rendering import render
+from .rendering import Rendering, render
 from .vae import encode_scaled
 
 if TYPE_CHECKING:
@@ -67,10 +67,20 @@ def other_views(scene: Scene) -> Tensor:
     return torch.tensor([k for k in range(len(scene.rgb)) if k != FRONT])
 
 
+def free_views(scene: Scene) -> Tensor:
+    """Indices of the views that are not on the ring."""
+    return torch.arange(RING, len(scene.rgb))
+
+
 def image_scores(gaussians: Gaussians, scene: Scene, start: int, chosen: Tensor) -> dict[str, float]:
     """PSNR, SSIM and depth L1 of renderings against the true views `chosen`."""
     with torch.no_grad():
-        rgb, depth, alpha = render(gaussians, relative_cameras(scene, start, chosen))
+        return picture_scores(render(gaussians, relative_cameras(scene, start, chosen)), scene, chosen)
+
+
+def picture_scores(seen: Rendering, scene: Scene, chosen: Tensor) -> dict[str, float]:
+    """`image_scores` of what is rendered already."""
+    rgb, depth, alpha = seen
     depth = torch.where(alpha > 0.5, depth, 0)
     return {
         "psnr": psnr(rgb, scene.rgb[chosen]),
@@ -107,7 +117,7 @@ def mesh_scores(gaussians: Gaussians, truth: Truth | None, azimuth: float = 0.0)
     if truth is None:
         return {}
     try:
-        mesh = fuse_mesh(gaussians, resolution=64, num_views=24, size=64)
+        mesh = fuse_mesh(gaussians, resolution=64, num_views=24, size=64, colors=False)
     except ValueError:
         return {"chamfer": float("nan"), "f_score": 0.0, "iou": 0.0}
     mesh.vertices = mesh.vertices @ _turn(azimuth).T
@@ -124,14 +134,19 @@ def shape_scores(points: np.ndarray, mesh: trimesh.Trimesh | None, truth: Truth)
 
 @torch.no_grad()
 def evaluate_decoder(pipe: GSV3DPipeline, scene: Scene, num_frames: int = RING) -> dict[str, float]:
-    """The decoder on N true views, scored on the views that are not on the ring; and the VAE that it sees through."""
-    frames = ring_frames(FRONT, num_frames)
+    """The decoder on N true views, scored on the views that are not on the ring."""
+    frames, free = ring_frames(FRONT, num_frames), free_views(scene)
     latents = encode_scaled(pipe.vae, scene.rgb[frames])
     gaussians = pipe.gaussians_from(latents, relative_cameras(scene, FRONT, frames), scene.rgb[FRONT])
-    scores = image_scores(gaussians, scene, FRONT, torch.arange(RING, len(scene.rgb))) | failure_scores(
-        gaussians, scene
-    )
-    return scores | {"vae_psnr": psnr(pipe.views_from(latents), scene.rgb[frames])}
+    seen = render(gaussians, relative_cameras(scene, FRONT, free))
+    return picture_scores(seen, scene, free) | failure_scores(gaussians, seen, scene)
+
+
+@torch.no_grad()
+def evaluate_vae(pipe: GSV3DPipeline, scene: Scene) -> dict[str, float]:
+    """The VAE that everything is seen through, on the true ring views."""
+    ring = scene.rgb[ring_frames(FRONT, RING)]
+    return {"vae_psnr": psnr(pipe.views_from(encode_scaled(pipe.vae, ring)), ring)}
 
 
 def generate(pipe: GSV3DPipeline, scene: Scene, seed: int, **options) -> Generation:
@@ -140,12 +155,19 @@ def generate(pipe: GSV3DPipeline, scene: Scene, seed: int, **options) -> Generat
     return pipe.generate(scene.rgb[FRONT], elevation=elevation, seed=seed, progress=False, **options)
 
 
+@torch.no_grad()
 def evaluate_generation(pipe: GSV3DPipeline, scene: Scene, truth: Truth | None, made: Generation) -> dict[str, float]:
     """A generated object on all other views; by its mesh; whether its own views agree; ghosting and lost texture."""
-    scores = image_scores(made.gaussians, scene, FRONT, other_views(scene))
+    others, free = other_views(scene), free_views(scene)
+    seen = render(made.gaussians, relative_cameras(scene, FRONT, torch.arange(len(scene.rgb))))
+    scores = picture_scores(_chosen(seen, others), scene, others)
     scores |= mesh_scores(made.gaussians, truth, float(scene.azimuths[FRONT]))
-    scores |= view_scores(pipe, made) | failure_scores(made.gaussians, scene)
-    return scores | {"front_psnr": image_scores(made.gaussians, scene, FRONT, torch.tensor([FRONT]))["psnr"]}
+    scores |= view_scores(pipe, made) | failure_scores(made.gaussians, _chosen(seen, free), scene)
+    return scores | {"front_psnr": psnr(seen.rgb[FRONT], scene.rgb[FRONT])}
+
+
+def _chosen(seen: Rendering, views: Tensor) -> Rendering:
+    return Rendering(*(image[views] for image in seen))
 
 
 def view_scores(pipe: GSV3DPipeline, made: Generation) -> dict[str, float]:
@@ -159,14 +181,12 @@ def view_scores(pipe: GSV3DPipeline, made: Generation) -> dict[str, float]:
     return scores | split_agreement(decode, made.latents, made.cameras)
 
 
-def failure_scores(gaussians: Gaussians, scene: Scene) -> dict[str, float]:
-    """Ghosting and lost texture, on the free views."""
-    free = torch.arange(RING, len(scene.rgb))
-    cameras = relative_cameras(scene, FRONT, free)
-    images = render(gaussians, cameras).rgb.clamp(0, 1)
+def failure_scores(gaussians: Gaussians, seen: Rendering, scene: Scene) -> dict[str, float]:
+    """Ghosting and lost texture, on the free views, which `seen` shows."""
+    free = free_views(scene)
     return {
-        "ghosting": ghosting(gaussians, cameras, scene.alpha[free]),
-        "detail": detail(images, scene.rgb[free], scene.alpha[free]),
+        "ghosting": ghosting(gaussians, relative_cameras(scene, FRONT, free), scene.alpha[free]),
+        "detail": detail(seen.rgb.clamp(0, 1), scene.rgb[free], scene.alpha[free]),
     }
 
 
@@ -207,7 +227,7 @@ def evaluate(
     rows, strips = [], []
     for index, id in enumerate(tqdm(views.ids, desc="evaluating", mininterval=5)):
         scene, truth = views.scene(index), load_truth(folder, id)
-        row = {"id": id, "decoder": evaluate_decoder(pipe, scene)}
+        row = {"id": id, "decoder": evaluate_decoder(pipe, scene) | evaluate_vae(pipe, scene)}
         for name, scale in (("generated", 1.0), ("generated_without_lora", 0.0))[: 2 if lora else 1]:
             made = generate(pipe, scene, seed, lora_scale=scale, **options)
             row[name] = evaluate_generation(pipe, scene, truth, made)

@@ -79,6 +79,9 @@ class Experiment:
         raise ValueError(f"There is no arm {name!r}; choose from {', '.join(a.name for a in self.arms)}.")
 
 
+Rows = list[dict[str, float]]  # one per object
+
+
 @dataclass
 class World:
     """What all runs of one command share: the shipped weights, the training orbits, and the objects to score."""
@@ -90,9 +93,7 @@ class World:
     objects: Path
     work: Path
     sampler: dict  # steps and guidance
-
-
-Rows = list[dict[str, float]]  # one per object
+    true_rows: dict[int, Rows] = field(default_factory=dict)  # scores of the shipped decoder on N true views, once made
 
 
 # ---------------------------------------------------------------- what one run does
@@ -111,7 +112,11 @@ def run_distillation(world: World, config: Config, arm: Arm, folder: Path) -> tu
         stage = DistillationStage(unet, clip, decoder, dino, world.orbits, config)
         cost = timed_training(stage, config.stage2, folder, config.seed)
     pipe = GSV3DPipeline(config, load_model(world.weights, "vae"), clip, unet.requires_grad_(False), decoder, dino)
-    return score(world, pipe, config, generated=True), cost
+    frames = config.num_frames
+    if frames not in world.true_rows:  # the decoder is frozen: all arms share its own scores
+        world.true_rows[frames] = score_decoder(world, pipe, frames)
+    made = score_generations(world, pipe, config.seed)
+    return [true | row for true, row in zip(world.true_rows[frames], made, strict=True)], cost
 
 
 def run_decoder(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
@@ -125,7 +130,7 @@ def run_decoder(world: World, config: Config, arm: Arm, folder: Path) -> tuple[R
     cost = timed_training(stage, config.stage1, folder, config.seed)
     decoder = stage.decoder.requires_grad_(False).eval()
     pipe = GSV3DPipeline(config, load_model(world.weights, "vae"), None, None, decoder, dino)
-    return score(world, pipe, config, generated=False), cost
+    return score_decoder(world, pipe, config.num_frames), cost
 
 
 def run_overfit(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
@@ -169,19 +174,21 @@ def timed_training(stage, schedule, folder: Path, seed: int) -> dict:
     return cost | {"last": {k: round(v, 4) for k, v in history[-1].items() if k not in ("time", "step")}}
 
 
-def score(world: World, pipe: GSV3DPipeline, config: Config, generated: bool) -> Rows:
-    """One row of scores per object; the decoder's own, on N true views, are called true_..."""
+def score_decoder(world: World, pipe: GSV3DPipeline, num_frames: int) -> Rows:
+    """The decoder's own scores on N true views, called true_..., one row per object."""
+    scenes = (world.views.scene(index) for index in range(len(world.views.ids)))
+    return [{f"true_{k}": v for k, v in evaluate_decoder(pipe, scene, num_frames).items()} for scene in scenes]
+
+
+def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
+    """Image -> 3D of every object: its scores and what it cost, one row per object."""
     rows = []
     for index, id in enumerate(tqdm(world.views.ids, desc="scoring", mininterval=10)):
-        scene = world.views.scene(index)
-        row = {f"true_{k}": v for k, v in evaluate_decoder(pipe, scene, config.num_frames).items()}
-        if generated:
-            truth = load_truth(world.objects, id)
-            started = time.process_time()
-            made = generate(pipe, scene, config.seed, **world.sampler)
-            row["cpu_seconds"] = time.process_time() - started
-            row |= evaluate_generation(pipe, scene, truth, made)
-        rows.append(row)
+        scene, truth = world.views.scene(index), load_truth(world.objects, id)
+        started = time.process_time()
+        made = generate(pipe, scene, seed, **world.sampler)
+        seconds = time.process_time() - started
+        rows.append({"cpu_seconds": seconds} | evaluate_generation(pipe, scene, truth, made))
     return rows
 
 

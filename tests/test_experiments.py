@@ -98,10 +98,19 @@ def test_distillation_runs_are_scored_paired_and_not_repeated(place, tmp_path, c
     assert command(place, tmp_path, "distillation", *arms, "--seeds", "0", "1")["arms"] == record["arms"]
 
 
+def test_the_frozen_decoder_is_scored_once_for_all_arms(place, tmp_path, monkeypatch):
+    frames, scored = [], ex.score_decoder
+    monkeypatch.setattr(ex, "score_decoder", lambda *args: frames.append(args[2]) or scored(*args))
+    record = command(place, tmp_path, "frames", "--arms", "n_2", "n_4", "--seeds", "0", "1")
+    assert frames == [2, 4]
+    true = {name: [scores["true_psnr"] for scores in arm["scores"].values()] for name, arm in record["arms"].items()}
+    assert true["n_2"][0] == true["n_2"][1] != true["n_4"][0]
+
+
 def test_a_run_that_was_killed_while_scoring_is_not_trained_again(place, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(ex, "score", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(ex, "score_generations", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0")
     killed = command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0")

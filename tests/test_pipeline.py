@@ -445,10 +445,10 @@ def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys)
 def test_the_decoder_is_scored_on_views_that_it_did_not_get(pipe, monkeypatch):
     scene, seen = ball_views(1).scene(0), {}
 
-    def spy(gaussians, scene, start, chosen):
+    def spy(pictures, scene, chosen):
         seen["chosen"] = chosen.tolist()
         return {}
 
-    monkeypatch.setattr(ev, "image_scores", spy)
-    scores = ev.evaluate_decoder(pipe, scene)
-    assert seen["chosen"] == list(range(16, 24)) and math.isfinite(scores["vae_psnr"])
+    monkeypatch.setattr(ev, "picture_scores", spy)
+    assert set(ev.evaluate_decoder(pipe, scene)) == {"ghosting", "detail"} and seen["chosen"] == list(range(16, 24))
+    assert math.isfinite(ev.evaluate_vae(pipe, scene)["vae_psnr"])
