@@ -110,7 +110,7 @@ def make_dataset(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     rows = {row["id"]: row for row in existing_rows(out)}
-    _check_alike(out, rows.values(), views, size)
+    check_alike(out, rows.values(), views, size)
     reasons = {row["id"]: row["reason"] for row in skipped_rows(out)}
     missing = [job for job in jobs if job.id not in rows and (retry or job.id not in reasons)]
     work = partial(run_job, out=out, size=size, supersample=supersample, views=views, ring=ring)
@@ -152,7 +152,7 @@ def _write_lists(out: Path, rows: dict[str, dict], reasons: dict[str, str]) -> N
         (out / SKIPPED).unlink(missing_ok=True)
 
 
-def _check_alike(out: Path, rows: Iterable[dict], views: int, size: int) -> None:
+def check_alike(out: Path, rows: Iterable[dict], views: int, size: int) -> None:
     """Objects of one dataset are stacked in training. Rows of older datasets state nothing and are let through."""
     for row in rows:
         have = row.get("views", views), row.get("size", size)
