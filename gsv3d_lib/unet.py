@@ -3,7 +3,7 @@
 SVD adds one embedding (fps, motion, noise) to all frames of a clip. SV3D_p adds, per frame,
 [sin256(cond_aug), sin512(polar), sin512(azimuth)] through the same two-layer MLP (docs/method.md). Only that changes,
 so the parameters keep diffusers' names and a saved model opens in diffusers' own class. Two shortcuts with the same
-results, `TokenAttention` and `FrameConv`, save time (docs/performance.md).
+results, `TokenAttention` and `FrameConv`, save time, and `TemporalBlock` saves memory (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import TemporalBasicTransformerBlock
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import TemporalResnetBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, join_heads, split_heads
 from .config import Config
@@ -57,6 +59,17 @@ class FrameConv(nn.Module):
         return flat.unflatten(3, x.shape[3:])
 
 
+class TemporalBlock(TemporalBasicTransformerBlock):
+    """diffusers' attention over frames, which its gradient checkpointing passes over: here it is recomputed like the rest."""
+
+    gradient_checkpointing = False  # `enable_gradient_checkpointing()` sets it
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
 class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
     """The multi-view denoiser F(c_in z, c_noise; condition) whose output is v."""
 
@@ -67,6 +80,8 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
         for module in self.modules():
             if isinstance(module, TemporalResnetBlock):
                 module.conv1, module.conv2 = FrameConv(module.conv1), FrameConv(module.conv2)
+            elif isinstance(module, TemporalBasicTransformerBlock):
+                module.__class__ = TemporalBlock  # the same parameters, another forward
 
     def forward(
         self, sample: Tensor, timestep: Tensor, token: Tensor, polar: Tensor, azimuth: Tensor, cond_aug: float = 1e-5
