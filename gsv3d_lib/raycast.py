@@ -24,6 +24,7 @@ MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 Y_UP_SUFFIXES = (".glb", ".gltf")  # the glTF specification fixes +y as up; the other formats do not say
 
 RAY_BLOCK = 16_000  # rays per embree call, to bound its memory; the speed is the same from 2,000 to 1,000,000
+BESIDE_MATERIAL = "color"  # vertex attribute [V, 3]: colours that multiply those of the material
 UNPAINTED = (0.7, 0.7, 0.7)  # albedo of a mesh that carries no colour
 
 # Brightness of a surface with unit normal n = AMBIENT + SKY * (1 + n_z) / 2 + SUN * max(0, n . SUN_DIRECTION).
@@ -55,7 +56,21 @@ def load_mesh(path: str | Path, up: str | None = None) -> trimesh.Scene:
         scene = trimesh.load_scene(path)
     except Exception as error:  # each reader raises its own kinds
         raise ValueError(f"Cannot read {path.name} as a mesh ({type(error).__name__}: {error}).") from error
+    _keep_vertex_colors(scene)
     return normalized(scene, Y_UP_TO_Z_UP.numpy() if up == "y" else np.eye(4))
+
+
+def _keep_vertex_colors(scene: trimesh.Scene) -> None:
+    """Where a glTF has a material and vertex colours, its specification multiplies them, and they are linear.
+
+    trimesh hangs such colours on the material, where the first copy of the mesh loses them. In place.
+    """
+    for part in scene.geometry.values():
+        colors = getattr(getattr(part, "visual", None), "vertex_attributes", {}).get("color")
+        if colors is not None:
+            linear = _unit_rgb(np.asarray(colors))
+            srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+            part.vertex_attributes[BESIDE_MATERIAL] = srgb.astype(np.float32)
 
 
 def normalized(mesh: trimesh.Trimesh | trimesh.Scene, turn: np.ndarray | None = None) -> trimesh.Scene:
@@ -208,10 +223,13 @@ def _color_lookup(part: trimesh.Trimesh) -> ColorLookup:
     visual = part.visual
     if visual.kind == "texture":
         image, tint = _material(visual.material)
+        colors = np.broadcast_to(tint, (len(part.faces), 3, 3))
+        if BESIDE_MATERIAL in part.vertex_attributes:
+            colors = colors * part.vertex_attributes[BESIDE_MATERIAL][part.faces]
         if image is not None and visual.uv is not None:
             corners = visual.uv[part.faces].astype(np.float32)  # [F, 3, 2]
-            return partial(_texture_color, _shrunk(image, corners, part.area), corners, tint)
-        return partial(_corner_color, np.broadcast_to(tint, (len(part.faces), 3, 3)))
+            return partial(_texture_color, _shrunk(image, corners, part.area), corners, colors)
+        return partial(_corner_color, colors)
     if visual.kind == "vertex":
         return partial(_corner_color, _unit_rgb(visual.vertex_colors)[part.faces])
     if visual.kind == "face":
@@ -242,9 +260,12 @@ def _corner_color(corners: np.ndarray, face: np.ndarray, weights: np.ndarray) ->
 
 
 def _texture_color(
-    image: np.ndarray, corners: np.ndarray, tint: np.ndarray, face: np.ndarray, weights: np.ndarray
+    image: np.ndarray, corners: np.ndarray, colors: np.ndarray, face: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Bilinear texture lookup with wrap-around. image [h, w, 3] in 0..1, texture coordinates corners [F, 3, 2]."""
+    """Bilinear texture lookup with wrap-around, times the colours at the corners [F, 3, 3].
+
+    image [h, w, 3] in 0..1, texture coordinates corners [F, 3, 2].
+    """
     uv = np.einsum("pc,pcx->px", weights, corners[face])
     height, width = image.shape[:2]
     x, y = uv[:, 0] * width - 0.5, (1 - uv[:, 1]) * height - 0.5  # v points up, image rows go down
@@ -253,7 +274,7 @@ def _texture_color(
     left, right, top, bottom = x0 % width, (x0 + 1) % width, y0 % height, (y0 + 1) % height
     upper = image[top, left] * (1 - fx) + image[top, right] * fx
     lower = image[bottom, left] * (1 - fx) + image[bottom, right] * fx
-    return (upper * (1 - fy) + lower * fy) * tint
+    return (upper * (1 - fy) + lower * fy) * _corner_color(colors, face, weights)
 
 
 def _shrunk(image, corners: np.ndarray, area: float, finest: float = 1 / 256) -> np.ndarray:

@@ -166,6 +166,20 @@ def test_vertex_colours_survive_a_file(tmp_path, suffix):
     assert rgba[0, 4, 4, 0] / rgba[0, 4, 4, 2] == pytest.approx(2, rel=0.05)
 
 
+def test_a_gltf_material_multiplies_vertex_colours(tmp_path):
+    """Base colour factor, texture and linear vertex colours, as glTF 2.0 has it."""
+    mesh = textured_quad(Image.new("RGB", (4, 4), (255, 255, 128)))
+    linear = 55  # of 255, which is 128 of 255 in sRGB
+    material = trimesh.visual.material.PBRMaterial(
+        baseColorFactor=[0.5, 1.0, 1.0, 1.0], baseColorTexture=mesh.visual.material.image, alphaMode="OPAQUE"
+    )
+    mesh.visual = trimesh.visual.TextureVisuals(uv=mesh.visual.uv, material=material)
+    mesh.visual.vertex_attributes["color"] = np.full((4, 4), [255, linear, 255, 255], np.uint8)
+    mesh.export(tmp_path / "quad.glb")
+    rgba, _ = render_mesh(load_mesh(tmp_path / "quad.glb", up="z"), orbit_cameras([-90.0], [0.0], 9))
+    assert rgba[0, 4, 4, :3] / rgba[0, 4, 4, 0] == pytest.approx([1, 1, 1], abs=0.03)
+
+
 def test_errors_say_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no mesh file"):
         load_mesh(tmp_path / "none.obj")
