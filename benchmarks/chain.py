@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gsv3d_lib.config import Config
 from gsv3d_lib.dataset import COLUMN_NAMES, ObjectViews, ViewTensors, resize_views
 from gsv3d_lib.decoder import plane_sweep
-from gsv3d_lib.diffusion import guided_v, predict_v
+from gsv3d_lib.diffusion import Condition, guided_v, predict_v
 from gsv3d_lib.distillation import DistillationStage
 from gsv3d_lib.encoders import image_features
 from gsv3d_lib.gaussians import Gaussians
@@ -311,9 +311,10 @@ def std_of_views(values: Tensor) -> Tensor:
     return values.std(0, correction=0)
 
 
-def guided_by_two(unet, *given) -> Tensor:
-    """`diffusion.guided_v` as it treats any function: one pass with the condition and one without."""
-    return guided_v(unet.__call__, *given)
+def guided_by_two(unet, noisy: Tensor, sigma: Tensor, condition: Condition, weight: Tensor) -> Tensor:
+    """`diffusion.guided_v` in two passes, one with the condition and one without."""
+    v, null = (predict_v(unet, noisy, sigma, c) for c in (condition, condition.dropped()))
+    return null + weight * (v - null)
 
 
 @contextmanager

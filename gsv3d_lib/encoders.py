@@ -80,9 +80,9 @@ def condition_from(
 ) -> Condition:
     """SV3D's `Condition` of condition images [B, H, W, 3]; polar and azimuth [B, N] in radians.
 
-    noise [B, H, W, 3]: standard normal, multiplied by cond_aug = 1e-5 and added to the image, as in training SV3D.
+    noise [B, H, W, 3]: standard normal; cond_aug = 1e-5 times it is added to the image in [-1, 1], as in training SV3D.
     """
-    noisy = images if noise is None else images + config.cond_aug * noise
+    noisy = images if noise is None else images + config.cond_aug / 2 * noise  # these images span [0, 1]
     with torch.no_grad():
         latent = encode(vae, noisy)
     return Condition(clip_token(clip, images), latent, polar, azimuth, config.cond_aug)

@@ -1,7 +1,9 @@
 """LoRA on the U-Net's attention: W -> W + (alpha / r) B A with A [r, in], B [out, r], B = 0 at the start (peft).
 
 Rank and targets are not stated in the paper; r = 16 on to_q, to_k, to_v, to_out.0 of spatial and temporal attention is this
-project's choice: 256 layers and 414,976 r parameters at paper scale.
+project's choice: 256 layers and 414,976 r parameters at paper scale. A quarter of the layers, to_q and to_k of the
+cross-attentions, cannot learn: these attend to one token, and a softmax over one key is 1 whatever the query. Their gradient
+is rounding; they are there because the choice is "all attention layers", as tools for LoRA make it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from pathlib import Path
 
+IDLE = (".attn2.to_q.", ".attn2.to_k.")  # in the names of layers that cannot change any result
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 

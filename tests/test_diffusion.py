@@ -182,19 +182,22 @@ def test_angles_are_embedded_as_cosines_then_sines():
 
 
 def test_guidance_is_a_triangle_with_its_peak_at_the_back():
+    """The numbers of Stability's `TrianglePredictionGuider`: a triangle wave of period 1 over linspace(0, 1, N)."""
+    wave = 2 * (torch.linspace(0, 1, 21) - (torch.linspace(0, 1, 21) + 0.5).floor()).abs()
+    assert torch.allclose(triangular_guidance(21, 2.5), 1.5 * wave + 1)
     weights = triangular_guidance(16, 2.5)
-    assert weights[-1] == 1 and weights[7] == 2.5 and weights[3] == pytest.approx(1.75)
-    assert torch.allclose(weights[:15], weights[:15].flip(0))  # frame k and the one opposite, mirrored
-    assert torch.allclose(triangular_guidance(4, 3.0), torch.tensor([2.0, 3.0, 2.0, 1.0]))
+    assert weights[0] == weights[-1] == 1 and weights.max() == pytest.approx(2.4)
+    assert torch.allclose(weights, weights.flip(0))
+    assert torch.allclose(triangular_guidance(5, 3.0), torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0]))
     assert torch.equal(triangular_guidance(8, 1.0), torch.ones(8))
 
 
 def test_guidance_extrapolates_from_the_null_condition():
-    """A network that says 1 with a token and 0 without: the guided v is the weight of the frame."""
+    """A network that says 1 for an orbit with a token and 0 without: the guided v is the weight of the frame."""
     seen = []
 
     def unet(network_input, c_noise, token, *_):
-        return torch.ones(BATCH, 4, 4, SIDE, SIDE) * (token != 0).any()
+        return torch.ones_like(network_input[:, :, :4]) * frames_like((token != 0).any(-1), network_input)
 
     config = tiny_config()
     sample(
@@ -214,11 +217,11 @@ def test_guidance_extrapolates_from_the_null_condition():
     assert torch.allclose(seen[0], c_skip * start + c_out * v, atol=1e-4)
 
 
-def test_guidance_1_asks_the_network_once_per_step():
-    for guidance, calls in ((1.0, 5), (2.0, 10)):
+def test_guidance_1_asks_the_network_without_the_null_condition():
+    for guidance, orbits in ((1.0, BATCH), (2.0, 2 * BATCH)):
         unet = GaussianUNet()
         sample(unet, condition(), tiny_config(), steps=5, guidance=guidance, progress=False)
-        assert len(unet.calls) == calls
+        assert [len(token) for _, _, token, *_ in unet.calls] == 5 * [orbits]
 
 
 # ---------------------------------------------------------------- the sampler

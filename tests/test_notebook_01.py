@@ -27,8 +27,8 @@ CONDITION = diffusion.Condition(randn(2, 1, 8), randn(2, 4, 2, 2), torch.ones(2,
 
 
 def network(sample, c_noise, token, *_):
-    """A stand-in for the U-Net: some function of what it is given."""
-    return sample[:, :, :4].tanh() + 0.1 * token.mean() + 0.1 * diffusion.frames_like(c_noise, sample)
+    """A stand-in for the U-Net: some function of what it is given, each orbit for itself."""
+    return sample[:, :, :4].tanh() + 0.1 * diffusion.frames_like(token.mean((1, 2)) + c_noise, sample)
 
 
 # ---------------------------------------------------------------- the notebook's functions
@@ -195,11 +195,11 @@ def test_check_guided_step():
 
 
 def right_guidance(azimuth, peak):
-    """The library's triangle, looked up on a fine even orbit."""
-    fine = diffusion.triangular_guidance(3600, peak)  # entry k - 1 stands at 2 pi k / 3600
+    """The library's triangle over many frames, whose first and last both stand at the front, looked up by azimuth."""
+    fine = diffusion.triangular_guidance(3601, peak)  # entry k stands at 2 pi k / 3600
     position = (azimuth / (2 * math.pi) * 3600) % 3600
     low = position.floor().long()
-    return torch.lerp(fine[(low - 1) % 3600], fine[low % 3600], position - low)
+    return torch.lerp(fine[low], fine[low + 1], position - low)
 
 
 WRONG_GUIDANCE = {

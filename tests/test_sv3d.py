@@ -569,8 +569,8 @@ def test_sampling_equals_diffusers_stable_video_diffusion(models, monkeypatch):
     ids = torch.tensor([[float(fps - 1), float(bucket), noise]])
     config = CONFIG.replace(cond_aug=noise)
     angles = torch.zeros(1, frames), sv3d_azimuths(frames)[None].deg2rad()
-    half = drawn.permute(0, 2, 3, 1) / 2  # diffusers adds noise to an image in [-1, 1], we to one in [0, 1]
-    condition = condition_from(image, *angles, models["vae"], models["clip"], config, noise=half)
+    noise = drawn.permute(0, 2, 3, 1)
+    condition = condition_from(image, *angles, models["vae"], models["clip"], config, noise=noise)
     monkeypatch.setattr(diffusion, "triangular_guidance", lambda n, peak: torch.linspace(1, peak, n))  # SVD's shape
     sample(
         TimeIds(unet, ids),
