@@ -1,41 +1,60 @@
-"""Memory and time of a training step before anything is trained: counted on the meta device, where tensors have no data.
+"""Memory and time of a stage before anything is trained, and of an inference: rehearsed with tensors that have no data.
 
     python -m gsv3d_lib.plan --scale paper --stage stage2 --gpus 4 --frames 16 --rank 16
 
-The real models run forward and backward without numbers; what autograd would keep for the backward pass is counted tensor by
-tensor, and matrix products by torch's own FLOP counter. So the plan follows the code, not a formula. Two things are assumed:
-how fast the device computes (`--tflops`), and that half precision halves every activation (norms under autocast stay in
-float32, so expect somewhat more). The rasteriser's own buffers, small beside the networks', are left out.
+`rehearse` runs one real training step, the code of `stages.py` and `distillation.py` itself, with torch's fake tensors:
+shapes, types and lifetimes are true, numbers are not there. Every buffer that comes and goes is counted, and every matrix
+product. So the plan follows the code, not a formula. Assumed are how fast the device computes (`--tflops`), and that a GPU's
+autocast does what a CPU's does (a GPU keeps norms in float32, so expect somewhat more). The rasteriser cannot run without
+numbers; a stand-in has its outputs and, roughly, its buffers. benchmarks/memory.py holds the plan against measurements.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from .cameras import Cameras
 from .config import Config, preset, schedule_field
 
 GB = 1e9
+CARDS = (24, 48, 80)  # GB of common GPUs
+USABLE = 0.92  # of a card; the rest is taken by CUDA itself and by gaps between buffers
+STAGES = ("diffusion", "stage1", "stage2")
+NETWORKS = ("vae", "clip", "unet", "dino", "decoder")
+SPLAT_BYTES = 96  # that `rasterizer.py` keeps of one Gaussian in one view: splat 64, box 20, place in a list 8; rounded
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One network in a training step, for one example (an orbit of N views)."""
+    """One network in a training step or an inference."""
 
     name: str
     parameters: int
     trained: int  # of those, the ones that the optimiser moves
-    activations: int  # bytes kept for the backward pass, float32
-    checkpointed: int  # the same with gradient checkpointing: inputs of all blocks and one block's inside
-    forward: int  # floating point operations
-    backward: int
+    kept: int  # bytes that stay for the backward pass of one example
+    forward: int  # floating point operations of one example
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What one step on one example takes, or one inference. Bytes, parameters and their gradients left out."""
+
+    parts: tuple[Part, ...]
+    peak: int  # of all that is alive at once
+    copies: int  # of it, bfloat16 copies of weights, which a larger batch does not multiply
+    flops: int  # forward, backward, and what checkpointing computes again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +62,28 @@ class Plan:
     """One stage on one kind of machine. Memory is per GPU, in bytes."""
 
     parts: tuple[Part, ...]
-    weights: int
+    weights: int  # of all networks in the step, and their bfloat16 copies where there are some
     gradients: int
-    optimizer: int
+    optimizer: int  # AdamW's two averages
+    average: int  # of the weights, where the schedule asks for one
     activations: int
+    micro_batch: int
     flops: int  # per optimiser step, all GPUs together
     seconds: float  # per optimiser step
     hours: float  # of the stage
 
     @property
     def memory(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+
+# ---------------------------------------------------------------- counting
 
 
 class Ledger:
     """Counts what autograd keeps: every storage once, parameters not at all."""
 
-    def __init__(self, parameters: Iterator[Tensor]):
+    def __init__(self, parameters: Iterable[Tensor]):
         self.known = {p.untyped_storage()._cdata for p in parameters}
         self.tensors: dict[int, Tensor] = {}  # held, so that no storage is freed and its address used again
 
@@ -74,117 +98,246 @@ class Ledger:
         return sum(t.untyped_storage().nbytes() for t in self.tensors.values())
 
 
-class _Attention(torch.autograd.Function):
-    """Attention as the fused kernels do it: the score matrix is computed in passing and never kept."""
+class Meter(TorchDispatchMode):
+    """Within the block every new buffer is counted until it is freed, and the operations of every matrix product."""
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        super().__init__()
+        self.parameters = {p.untyped_storage()._cdata for p in parameters}
+        self.known = set(self.parameters)
+        self.live = self.copies = self.peak = self.copies_at_peak = self.flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        formula = flop_formulas().get(function._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        copies = function is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.parameters
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage(), copies)
+        return result
+
+    def add(self, storage, copy: bool) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.change(size, copy)
+        weakref.finalize(storage, self.forget, key, size, copy)
+
+    def forget(self, key: int, size: int, copy: bool) -> None:
+        self.known.discard(key)
+        self.change(-size, copy)
+
+    def change(self, size: int, copy: bool) -> None:
+        self.live += size
+        self.copies += size * copy
+        if self.live > self.peak:
+            self.peak, self.copies_at_peak = self.live, self.copies
+
+
+@cache
+def flop_formulas() -> dict:
+    """torch's own, and those of its fused attention on a CPU, which it does not count."""
+    from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+    aten = torch.ops.aten
+    fused = aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return flop_registry | dict(zip(fused, (sdpa_flop, sdpa_backward_flop)))
+
+
+# ---------------------------------------------------------------- the rehearsal
+
+
+class _Splats(torch.autograd.Function):
+    """A rasteriser without numbers: five tensors [G, ...] -> sums [V, H, W, 4] and alpha [V, H, W, 1]."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = (q @ k.transpose(-1, -2)) @ v
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1]))
-        return out
+    def forward(ctx, views: int, width: int, height: int, *gaussians: Tensor):
+        image, alpha = (gaussians[0].new_empty(views, height, width, channels) for channels in (4, 1))
+        splats = image.new_empty(views, len(gaussians[0]), SPLAT_BYTES // 4)
+        ctx.save_for_backward(*gaussians, image, alpha, splats)
+        return image, alpha
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        q, k, v, _, _ = ctx.saved_tensors
-        scores = q @ k.transpose(-1, -2)  # computed again, as the kernels do
-        grad_scores = grad @ v.transpose(-1, -2)
-        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, scores.transpose(-1, -2) @ grad
+    def backward(ctx, *gradients):
+        *gaussians, _, _, splats = ctx.saved_tensors
+        torch.empty_like(splats)  # the gradients of the splats
+        return None, None, None, *map(torch.empty_like, gaussians)
 
 
 @contextmanager
-def fused_attention():
-    """The meta device has only the unfused attention, whose score matrices no GPU would hold."""
-    original = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v, *_, **__: _Attention.apply(q, k, v)
-    try:
+def imagined() -> Iterator[None]:
+    """Within the block tensors have no data. What cannot do without it, cameras and the rasteriser, has stand-ins."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def rasterizer(*_):
+        return lambda *given: _Splats.apply(len(given[5]), given[7], given[8], *given[:5])
+
+    def batch_cameras(azimuth: Tensor, elevation: Tensor, size: int) -> list[Cameras]:
+        views = azimuth.shape[1]
+        return [Cameras(torch.zeros(views, 4, 4), torch.zeros(views, 3, 3), size, size) for _ in azimuth]
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(patch("gsv3d_lib.rendering._rasterizer", rasterizer))
+        for module in ("stages", "distillation"):
+            stack.enter_context(patch(f"gsv3d_lib.{module}.batch_cameras", batch_cameras))
+        for module in ("unet", "decoder"):  # `attend` is slower, larger and more exact on a CPU
+            stack.enter_context(patch(f"gsv3d_lib.{module}.attend", F.scaled_dot_product_attention))
         yield
-    finally:
-        F.scaled_dot_product_attention = original
 
 
-def count(name: str, model: nn.Module, forward: Callable[[], Tensor], blocks: list[nn.Module]) -> Part:
-    """Run `forward` of a model once, and its backward -> what it costs. `blocks` are the units of checkpointing."""
-    from torch.utils.flop_counter import FlopCounterMode
+def without_data(model: nn.Module) -> nn.Module:
+    """The parameters and buffers of a model on the meta device as tensors of the CPU without data, in place."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, device="cpu"), p.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+    return model
 
-    ledger, inside, entering = Ledger(model.parameters()), [0], [0]
 
-    def enter(module, args, kwargs):
-        entering.append(ledger.bytes)
-        given = [*args, *kwargs.values()]
-        inside_inputs.extend(a for a in given if isinstance(a, Tensor))
+def models_on_meta(config: Config, *names: str) -> dict[str, nn.Module | None]:
+    """Some of the five networks, unlearned; None in place of DINO where the configuration has none."""
+    from .decoder import build_decoder
+    from .encoders import build_clip, build_dino
+    from .unet import build_unet
+    from .vae import build_vae
 
-    def leave(module, *_):
-        inside.append(ledger.bytes - entering.pop())
+    builders = dict(vae=build_vae, clip=build_clip, unet=build_unet, dino=build_dino, decoder=build_decoder)
+    with torch.device("meta"):
+        models = {name: builders[name](config).to("meta") for name in names}
+    return models | ({"dino": None} if config.dino == "none" and "dino" in names else {})
 
-    inside_inputs: list[Tensor] = []
-    handles = [b.register_forward_pre_hook(enter, with_kwargs=True) for b in blocks]
-    handles += [b.register_forward_hook(leave) for b in blocks]
-    with fused_attention(), torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda t: t):
-        with FlopCounterMode(display=False) as counter:
-            result = forward()
-        forward_flops = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            result.sum().backward()
-        backward_flops = counter.get_total_flops()
+
+def build_stage(config: Config, stage: str):
+    """The stage on the meta device, without data to draw from. Raises ValueError for an unknown name."""
+    from . import distillation, stages
+    from .lora import add_lora
+    from .train import recomputed
+
+    if stage not in STAGES:
+        raise ValueError(f"plan knows the stages {', '.join(STAGES)}; got {stage!r}.")
+    if stage == "diffusion":
+        models = models_on_meta(config, "unet", "clip")
+        recomputed(models["unet"], config)
+        return stages.DiffusionStage(*models.values(), None, config)
+    if stage == "stage1":
+        models = models_on_meta(config, "decoder", "dino")
+        recomputed(models["decoder"], config)
+        return stages.DecoderStage(*models.values(), None, config)
+    models = models_on_meta(config, "unet", "clip", "decoder", "dino")
+    with torch.device("meta"):
+        add_lora(models["unet"], config.lora_rank, config.seed)
+    recomputed(models["unet"], config), recomputed(models["decoder"], config)
+    return distillation.DistillationStage(*models.values(), None, config)
+
+
+def shapes(config: Config, stage: str) -> dict[str, tuple[int, ...]]:
+    """What `example` of a stage draws, by name: the shapes of one example."""
+    size, latent, frames, targets = config.image_size, config.latent_size, config.num_frames, config.target_views
+    found = {"latents": (frames, 4, latent, latent), "image": (size, size, 3), "image_latent": (4, latent, latent)}
+    found |= {"azimuth": (frames,), "elevation": (frames,)}
+    if stage != "stage1":
+        found |= {"noise": found["latents"], "sigma": (), "keep": ()}
+    if stage != "diffusion":
+        found |= {f"target_{name}": (targets, size, size, n) for name, n in (("rgb", 3), ("depth", 1), ("alpha", 1))}
+        found |= {"target_azimuth": (targets,), "target_elevation": (targets,)}
+    if stage == "stage1" and config.lambda_pixel:
+        side = latent * config.decoder_upsample // config.decoder_patch
+        found |= {f"own_{name}": (frames, side, side, n) for name, n in (("rgb", 3), ("depth", 1), ("alpha", 1))}
+    return found
+
+
+@contextmanager
+def watched(models: dict[str, nn.Module], meter: Meter, kept: dict, forward: dict) -> Iterator[None]:
+    """Within the block, what each model's forward pass leaves behind and computes is added up under its name."""
+    entered, handles = [], []
+    for name, model in models.items():
+
+        def leave(*_, name=name):
+            live, flops = entered.pop()
+            kept[name] = kept.get(name, 0) + meter.live - live
+            forward[name] = forward.get(name, 0) + meter.flops - flops
+
+        handles.append(model.register_forward_pre_hook(lambda *_: entered.append((meter.live, meter.flops))))
+        handles.append(model.register_forward_hook(leave))
+    yield
     for handle in handles:
         handle.remove()
-    inputs = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in inside_inputs}
-    outside = ledger.bytes - sum(inside)
-    return Part(
-        name,
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        ledger.bytes,
-        min(ledger.bytes, sum(inputs.values()) + max(inside) + max(0, outside)),
-        forward_flops,
-        backward_flops,
-    )
+
+
+def part(name: str, model: nn.Module, kept: dict, forward: dict) -> Part:
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(n for n, needs in sizes if needs)
+    return Part(name, sum(n for n, _ in sizes), trained, kept.get(name, 0), forward.get(name, 0))
 
 
 @cache
-def unet_part(config: Config, lora: bool) -> Part:
-    """The U-Net on one orbit; with `lora` only that is trained."""
+def rehearse(config: Config, stage: str, half: bool = False) -> Rehearsal:
+    """One step of a stage on one example, forward and backward, with the checkpointing of the configuration.
+
+    half: under autocast to bfloat16, as `training.train` does on a GPU.
+    """
+    learner = build_stage(config, stage)
+    models = {name: model for name, model in learner.named_children() if name in NETWORKS}
+    kept, forward = {}, {}
+    with imagined():
+        without_data(learner)
+        batch = {name: torch.zeros(1, *shape) for name, shape in shapes(config, stage).items()}
+        for p in learner.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None  # they stay from micro-batch to micro-batch
+        gradients = [p.grad for p in learner.parameters() if p.requires_grad]
+        meter = Meter([*learner.parameters(), *gradients, *batch.values()])
+        with meter, torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            with watched(models, meter, kept, forward):
+                loss, _ = learner(batch)
+            loss.backward()
+    parts = tuple(part(name, model, kept, forward) for name, model in models.items())
+    return Rehearsal(parts, meter.peak, meter.copies_at_peak, meter.flops)
+
+
+@cache
+def rehearse_inference(config: Config) -> Rehearsal:
+    """One image to Gaussians: condition, one guided step of the sampler, decoder; in float32.
+
+    The LoRA is merged meanwhile, so its layers' old weights are kept beside the new ones.
+    """
+    from .diffusion import guided_v
     from .lora import add_lora
-    from .unet import build_unet
+    from .pipeline import GSV3DPipeline
 
-    frames, size = config.num_frames, config.latent_size
+    models, frames, size = models_on_meta(config, *NETWORKS), config.num_frames, config.image_size
+    unet, kept, forward = models["unet"], {}, {}
     with torch.device("meta"):
-        unet = build_unet(config).to("meta")
-        unet = add_lora(unet, config.lora_rank, config.seed) if lora else unet
-        given = torch.zeros(1, frames, 8, size, size), torch.zeros(1), torch.zeros(1, 1, config.clip_dim)
-        angles = torch.zeros(1, frames), torch.zeros(1, frames)
-        levels = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-        blocks = [b for level in levels for b in [*level.resnets, *getattr(level, "attentions", [])]]
-        return count("U-Net with LoRA" if lora else "U-Net", unet, lambda: unet(*given, *angles), blocks)
+        add_lora(unet, config.lora_rank)
+    merged = sum(p.numel() for name, p in unet.named_parameters() if name.endswith("base_layer.weight"))
+    with imagined(), torch.no_grad():
+        for model in models.values():
+            model is None or without_data(model)
+        rgb, cameras = (
+            torch.zeros(size, size, 3),
+            Cameras(torch.zeros(frames, 4, 4), torch.zeros(frames, 3, 3), size, size),
+        )
+        z = torch.zeros(1, frames, 4, config.latent_size, config.latent_size)
+        pipe = GSV3DPipeline(config, **models)
+        present = {name: model for name, model in models.items() if model is not None}
+        meter = Meter([p for model in present.values() for p in model.parameters()])
+        with meter, watched(present, meter, kept, forward):
+            guided_v(unet, z, torch.zeros(1), pipe.condition(rgb, 15.0, frames), 1.5)
+            pipe.gaussians_from(z[0], cameras, rgb)
+            generation = meter.peak
+            pipe.views_from(z[0])  # for the VAE's row; `pipe(image)` does without
+    parts = tuple(part(name, model, {}, forward) for name, model in present.items())
+    return Rehearsal(parts, 4 * merged + generation, 0, meter.flops)
 
 
-@cache
-def decoder_part(config: Config, frozen: bool) -> Part:
-    """The Gaussian Splatting Decoder on one orbit; where it is frozen its activations are needed all the same."""
-    from .cameras import orbit_cameras
-    from .decoder import build_decoder
-
-    frames, size = config.num_frames, config.latent_size
-    cameras = orbit_cameras(torch.arange(frames) * 360.0 / frames, torch.zeros(frames), config.image_size).to("meta")
-    tokens = (config.dino_size // config.dino_patch) ** 2 + 1
-    with torch.device("meta"):
-        decoder = build_decoder(config).to("meta").requires_grad_(not frozen)
-        latents = torch.zeros(1, frames, 4, size, size, requires_grad=frozen)
-        features = None if config.dino == "none" else torch.zeros(1, tokens, config.dino_width)
-        name = "decoder, frozen" if frozen else "decoder"
-        return count(name, decoder, lambda: decoder.output_maps(latents, [cameras], features)[0], list(decoder.blocks))
-
-
-def parts_of(config: Config, stage: str) -> tuple[Part, ...]:
-    """The networks that a stage differentiates through. Raises ValueError for a stage that is not planned."""
-    if stage == "diffusion":
-        return (unet_part(config, lora=False),)
-    if stage == "stage1":
-        return (decoder_part(config, frozen=False),)
-    if stage == "stage2":
-        with_3d = () if config.lambda_3d == 0 else (decoder_part(config, frozen=True),)
-        return (unet_part(config, lora=True), *with_3d)
-    raise ValueError(f"plan knows the stages diffusion, stage1 and stage2; got {stage!r}.")
+# ---------------------------------------------------------------- plans
 
 
 def plan(
@@ -193,71 +346,155 @@ def plan(
     gpus: int = 1,
     micro_batch: int = 1,
     half: bool = True,
-    checkpointing: bool = False,
+    checkpointing: bool | None = None,
     tflops: float = 100.0,
 ) -> Plan:
     """Memory per GPU, and time, of one stage.
 
     micro_batch: orbits that are on a GPU at once; the rest of the batch follows by gradient accumulation.
-    half: activations in bfloat16; weights, gradients and AdamW's two averages stay in float32.
+    half: autocast to bfloat16; weights, gradients and AdamW's two averages stay in float32.
+    checkpointing: None takes the configuration's.
     tflops: what one GPU sustains on these models, an assumption (an A100 peaks at 312 in bfloat16).
     """
-    parts = parts_of(config, stage)
-    schedule = getattr(config, schedule_field(stage))
-    kept = sum(part.checkpointed if checkpointing else part.activations for part in parts)
-    again = sum(part.forward for part in parts) if checkpointing else 0
-    flops = schedule.batch * (sum(part.forward + part.backward for part in parts) + again)
+    if checkpointing is not None:
+        config = config.replace(checkpointing=checkpointing)
+    step, schedule = rehearse(config, stage, half), getattr(config, schedule_field(stage))
+    flops = schedule.batch * step.flops
     seconds = flops / (gpus * tflops * 1e12)
-    trained = sum(part.trained for part in parts)
+    trained = sum(part.trained for part in step.parts)
     return Plan(
-        parts,
-        weights=4 * sum(part.parameters for part in parts),
+        step.parts,
+        weights=4 * sum(part.parameters for part in step.parts) + step.copies,
         gradients=4 * trained,
         optimizer=8 * trained,
-        activations=micro_batch * kept // (2 if half else 1),
+        average=4 * trained if schedule.ema else 0,
+        activations=micro_batch * (step.peak - step.copies),
+        micro_batch=micro_batch,
         flops=flops,
         seconds=seconds,
         hours=seconds * schedule.steps / 3600,
     )
 
 
+def plan_inference(config: Config, tflops: float = 100.0) -> Plan:
+    """One image to Gaussians with all `sampling_steps`, in float32, as `GSV3DPipeline` does it."""
+    once = rehearse_inference(config)
+    forward = {p.name: p.forward for p in once.parts}
+    flops = once.flops + (config.sampling_steps - 1) * forward["unet"]
+    seconds = flops / (tflops * 1e12)
+    weights = 4 * sum(p.parameters for p in once.parts)
+    return Plan(once.parts, weights, 0, 0, 0, once.peak, 1, flops, seconds, seconds / 3600)
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """How a stage fits a card: orbits at once (0 where nothing fits), checkpointing, N, and the plan of that."""
+
+    gigabytes: int
+    frames: int
+    checkpointing: bool
+    plan: Plan | None
+
+
+def advise(
+    config: Config, stage: str, gigabytes: int, gpus: int = 1, half: bool = True, tflops: float = 100.0
+) -> Advice:
+    """The quickest setting that fits a card: without checkpointing, else with it, else with half the views, and so on."""
+    share = max(1, getattr(config, schedule_field(stage)).batch // gpus)
+    frames = config.num_frames
+    while frames >= 1:
+        for checkpointing in (False, True):
+            asked = config.replace(num_frames=frames, checkpointing=checkpointing)
+            one = plan(asked, stage, gpus, 1, half, None, tflops)
+            room = int((USABLE * gigabytes * GB - (one.memory - one.activations)) // one.activations)
+            if room >= 1:
+                best = dataclasses.replace(one, micro_batch=min(room, share))
+                best = dataclasses.replace(best, activations=best.micro_batch * one.activations)
+                return Advice(gigabytes, frames, checkpointing, best)
+        frames //= 2
+    return Advice(gigabytes, 0, True, None)
+
+
+# ---------------------------------------------------------------- the report
+
+
 def report(plan: Plan) -> str:
     """The plan as a table."""
-    lines = [f"{'network':18}{'parameters':>16}{'trained':>14}{'kept GB':>9}{'ckpt GB':>9}{'fwd TF':>8}{'bwd TF':>8}"]
+    lines = [f"{'network':10}{'parameters':>16}{'trained':>14}{'loaded GB':>11}{'kept GB':>9}{'forward TFLOP':>15}"]
     for p in plan.parts:
-        numbers = f"{p.activations / GB:9.2f}{p.checkpointed / GB:9.2f}{p.forward / 1e12:8.2f}{p.backward / 1e12:8.2f}"
-        lines.append(f"{p.name:18}{p.parameters:16,}{p.trained:14,}{numbers}")
+        numbers = f"{4 * p.parameters / GB:11.2f}{p.kept / GB:9.2f}{p.forward / 1e12:15.2f}"
+        lines.append(f"{p.name:10}{p.parameters:16,}{p.trained:14,}{numbers}")
     lines += [
-        "(per orbit, float32, without and with gradient checkpointing)",
+        "(kept for the backward pass and computed: for one orbit)",
         "",
-        f"per GPU: weights {plan.weights / GB:.1f} + gradients {plan.gradients / GB:.1f} + optimiser "
-        f"{plan.optimizer / GB:.1f} + activations {plan.activations / GB:.1f} = {plan.memory / GB:.1f} GB",
+        f"per GPU, {plan.micro_batch} at once: weights {plan.weights / GB:.1f} + gradients {plan.gradients / GB:.1f} + "
+        f"AdamW {plan.optimizer / GB:.1f} + average {plan.average / GB:.1f} + activations {plan.activations / GB:.1f} = "
+        f"{plan.memory / GB:.1f} GB",
         f"per step: {plan.flops / 1e12:,.1f} TFLOP, {plan.seconds:.2f} s; the whole stage {plan.hours:,.1f} h",
     ]
-    for size in (24, 48, 80):
-        lines.append(f"  {size} GB: {'fits' if plan.memory < 0.92 * size * GB else 'does not fit'}")
     return "\n".join(lines)
+
+
+def report_cards(config: Config, stage: str, gpus: int = 1, half: bool = True, tflops: float = 100.0) -> str:
+    """What to switch on for cards of 24, 48 and 80 GB."""
+    lines = [f"{'card':8}{'N':>4}{'checkpointing':>15}{'orbits at once':>16}{'GB':>8}{'hours':>9}"]
+    for card in CARDS:
+        a = advise(config, stage, card, gpus, half, tflops)
+        if a.plan is None:
+            lines.append(f"{card:2} GB: does not fit")
+            continue
+        switch = "on" if a.checkpointing else "off"
+        numbers = f"{a.plan.micro_batch:16}{a.plan.memory / GB:8.1f}{a.plan.hours:9,.0f}"
+        lines.append(f"{f'{card} GB':8}{a.frames:4}{switch:>15}{numbers}")
+    return "\n".join(lines)
+
+
+def remarks(config: Config, stage: str, step: Plan) -> str:
+    """What the table does not say: the VAE, and levers of other projects that are not in this code."""
+    from .vae import build_vae
+
+    with torch.device("meta"):
+        vae = sum(p.numel() for p in build_vae(config).parameters())
+    pixels = config.target_views * config.image_size**2
+    splats = config.target_views * config.num_frames * (config.latent_size // config.decoder_patch) ** 2
+    buffers = SPLAT_BYTES * splats * config.decoder_upsample**2 + 4 * 5 * pixels
+    drawn = "" if stage == "diffusion" else f"deferred rendering at most {buffers / GB:.2f} GB per orbit, "
+    return (
+        f"VAE: {vae:,} parameters, {4 * vae / GB:.2f} GB; latents are encoded and cached before the stage starts, so it is "
+        "not\nloaded in a step, and a tiny VAE would save nothing here. For pictures it decodes views in chunks of "
+        f"{config.vae_clip} (`vae_clip`).\n"
+        f"Not in this code: 8-bit Adam would save {0.75 * step.optimizer / GB:.2f} GB, {drawn}tiny VAE: 0."
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--scale", default="paper", help="tiny, small or paper")
-    parser.add_argument("--stage", default="stage2", choices=["diffusion", "stage1", "stage2"])
+    parser.add_argument("--stage", default="stage2", choices=[*STAGES, "inference"])
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--frames", type=int, help="N, views per orbit")
     parser.add_argument("--rank", type=int, help="of the LoRA")
-    parser.add_argument("--micro-batch", type=int, default=1, help="orbits on a GPU at once")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
-    parser.add_argument("--float32", action="store_true", help="activations in float32 instead of bfloat16")
+    parser.add_argument("--micro-batch", type=int, help="orbits on a GPU at once (default: the preset's)")
+    parser.add_argument(
+        "--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks (default: the preset's)"
+    )
+    parser.add_argument("--float32", action="store_true", help="no autocast to bfloat16")
     parser.add_argument("--tflops", type=float, default=100.0, help="sustained by one GPU (an assumption)")
     args = parser.parse_args(arguments)
-    changes = {"num_frames": args.frames, "lora_rank": args.rank}
+    changes = {"num_frames": args.frames, "lora_rank": args.rank, "checkpointing": args.checkpointing}
     try:
         config = preset(args.scale, **{name: value for name, value in changes.items() if value is not None})
+        if args.gpus < 1:
+            raise ValueError(f"--gpus is at least 1; got {args.gpus}.")
     except ValueError as error:
         parser.error(str(error))
-    options = dict(gpus=args.gpus, micro_batch=args.micro_batch, half=not args.float32, tflops=args.tflops)
-    print(report(plan(config, args.stage, checkpointing=args.checkpointing, **options)))
+    if args.stage == "inference":
+        return print(report(plan_inference(config, args.tflops)))
+    schedule = getattr(config, schedule_field(args.stage))
+    micro_batch = args.micro_batch or schedule.micro_batch or max(1, schedule.batch // args.gpus)
+    options = dict(gpus=args.gpus, half=not args.float32, tflops=args.tflops)
+    step = plan(config, args.stage, micro_batch=micro_batch, **options)
+    print(report(step), report_cards(config, args.stage, **options), remarks(config, args.stage, step), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class FrameConv(nn.Module):
 
 
 class TemporalBlock(TemporalBasicTransformerBlock):
-    """diffusers' attention over frames, which its gradient checkpointing passes over: here it is recomputed like the rest."""
+    """diffusers' attention over frames, which its checkpointing passes over: here it is recomputed like the rest."""
 
     gradient_checkpointing = False  # `enable_gradient_checkpointing()` sets it
 
