@@ -16,9 +16,8 @@ from torch import Tensor
 from .config import Config
 from .dataset import RING
 from .diffusion import diffusion_loss
-from .encoders import image_features
 from .orbits import Orbits, batch_cameras
-from .stages import diffusion_draws, draw, orbit_condition, target_loss
+from .stages import condition_features, diffusion_draws, draw, orbit_condition, target_loss
 from .training import Stage
 
 
@@ -38,8 +37,8 @@ class DistillationStage(Stage):
         self.clip, self.decoder = clip.requires_grad_(False), decoder.requires_grad_(False)
         self.dino = dino.requires_grad_(False) if dino is not None else None
 
-    def example(self, generator, shared):
-        item, start = int(draw(generator, len(self.orbits))), int(draw(generator, RING))
+    def example(self, generator, shared, place):
+        item, start = self.orbits.item(generator, place), int(draw(generator, RING))
         orbit = self.orbits.orbit(item, start, self.config.num_frames)
         chosen = torch.randperm(self.orbits.views.rgb.shape[1], generator=generator)[: self.config.target_views]
         draws = diffusion_draws(orbit["latents"], generator, self.config)
@@ -57,6 +56,6 @@ class DistillationStage(Stage):
     def loss_3d(self, z_hat: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """w(sigma) L_3D of the Gaussians decoded from z_hat [B, N, 4, h, w], averaged over the batch."""
         cameras = batch_cameras(batch["azimuth"], batch["elevation"], self.config.image_size)
-        scenes = self.decoder(z_hat, cameras, image_features(self.dino, batch["image"]))
+        scenes = self.decoder(z_hat, cameras, condition_features(self.dino, batch))
         weight = sigma_weight(batch["sigma"], self.config.sigma_weighting)
         return target_loss(scenes, batch, self.config, weight)

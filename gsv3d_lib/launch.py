@@ -19,6 +19,7 @@ import torch
 from .config import Config, preset, schedule_field
 from .paths import ROOT, resolve
 from .plan import GB, plan
+from .shards import is_shards
 from .train import PRODUCTS, STAGES
 from .training import read_metrics
 
@@ -32,6 +33,7 @@ def launch(
 ) -> dict[str, dict]:
     """Print the plan and the command of a training; with `start`, run it -> the last metrics of every stage.
 
+    data: dataset folders, or one folder of shards.
     steps: of each stage; 0 is the preset's schedule. Another number is a trial, in a folder of its own.
     Raises ValueError or FileNotFoundError, in one sentence, for what could not be trained, before anything starts;
     RuntimeError where the training ends with an error.
@@ -57,7 +59,8 @@ def train_command(scale: str, stages: list[str], data: list[str], processes: int
     """What follows `python` on the command line: `-m gsv3d_lib.train ...`, through torchrun for several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     trial = ["--steps", str(steps)] if steps else []
-    options = ["--preset", scale, "--stages", *stages, "--data", *data, *trial, "--processes", str(processes)]
+    source = ["--shards" if is_shards(resolve(data[0])) else "--data", *data]
+    options = ["--preset", scale, "--stages", *stages, *source, *trial, "--processes", str(processes)]
     out = run_folder(scale, steps)
     out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
     return [*(torchrun if processes > 1 else []), "-m", "gsv3d_lib.train", *options, "--out", str(out)]
@@ -93,6 +96,8 @@ def check(scale: str, stages: list[str], data: list[str], processes: int, out: P
             raise FileNotFoundError(
                 f"There is no dataset in {folder}; make it with `python -m gsv3d_lib.make_dataset --out {folder} ...`."
             )
+        if len(data) > 1 and is_shards(resolve(folder)):
+            raise ValueError(f"{folder} holds shards, and a training reads one folder of those and nothing else.")
 
 
 def report(config: Config, stages: list[str], processes: int = 1) -> str:

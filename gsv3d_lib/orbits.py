@@ -6,7 +6,10 @@ the world of the Gaussians is turned such that the input image was taken from az
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import astuple, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -41,17 +44,61 @@ def make_variants(objects: int, copies: int = 1, seed: int = 0) -> list[Variant]
     return variants
 
 
-class Orbits:
-    """Variants of the objects in `views`, with the unscaled VAE latents of their rings [M, 16, 4, h, w]."""
+class ShuffledOrder:
+    """Every item once per epoch, in an order that depends on the seed and the epoch alone.
 
-    def __init__(self, views: ViewTensors, variants: list[Variant], latents: Tensor, latent_scale: float):
+    groups: the items of each file they are read from. The files are shuffled, and the items of `window` neighbouring files
+    among themselves: far-apart examples share a batch, while only `window` files are read at random at a time.
+    """
+
+    def __init__(self, groups: list[list[int]], seed: int = 0, window: int = 8):
+        self.groups, self.seed, self.window = groups, seed, window
+        self.epoch = lru_cache(1)(self._epoch)
+
+    def item(self, place: int) -> int:
+        """The item at a place of the training, counted through all steps and epochs."""
+        epoch, rest = divmod(place, sum(map(len, self.groups)))
+        return self.epoch(epoch)[rest]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        files = [self.groups[k] for k in torch.randperm(len(self.groups), generator=generator).tolist()]
+        order: list[int] = []
+        for first in range(0, len(files), self.window):
+            pool = [item for items in files[first : first + self.window] for item in items]
+            order += [pool[k] for k in torch.randperm(len(pool), generator=generator).tolist()]
+        return order
+
+
+class Orbits:
+    """Variants of the objects in `views`, with the unscaled VAE latents of their rings [M, 16, 4, h, w].
+
+    order: of the items in a training; without one, they are drawn at random.
+    features: DINO's of every ring view [M, 16, T, D]; if given, every orbit has those of its condition view.
+    """
+
+    def __init__(
+        self,
+        views: ViewTensors,
+        variants: list[Variant],
+        latents: Tensor,
+        latent_scale: float,
+        order: ShuffledOrder | None = None,
+        features: Tensor | None = None,
+    ):
         if latents.shape[:3] != (len(variants), RING, 4):
             raise ValueError(f"latents are [{len(variants)}, {RING}, 4, h, w]; got {tuple(latents.shape)}.")
         self.views, self.variants, self.latents, self.latent_scale = views, variants, latents, latent_scale
+        self.order, self.features = order, features
         self._last: tuple[int, Scene] | None = None  # one example asks for its scene several times
 
     def __len__(self) -> int:
         return len(self.variants)
+
+    def item(self, generator: torch.Generator, place: int) -> int:
+        """The item of the example at a place of a training (see `training.draw_batch`)."""
+        drawn = int(torch.randint(len(self), (), generator=generator))
+        return drawn if self.order is None else self.order.item(place)
 
     def scene(self, item: int) -> Scene:
         """The views of variant `item`."""
@@ -64,16 +111,17 @@ class Orbits:
         """The orbit of N frames whose condition view is ring view `start`.
 
         latents [N, 4, h, w] scaled; image [S, S, 3] and image_latent [4, h, w] unscaled, of the condition view;
-        azimuth, elevation [N] degrees relative to it.
+        azimuth, elevation [N] degrees relative to it; features [T, D] of the condition view, where there are any.
         """
         frames, scene = ring_frames(start, num_frames), self.scene(item)
-        return {
+        orbit = {
             "latents": self.latent_scale * self.latents[item][frames],
             "image": scene.rgb[start],
             "image_latent": self.latents[item][start],
             "azimuth": relative_azimuths(scene, start, frames),
             "elevation": scene.elevations[frames],
         }
+        return orbit if self.features is None else orbit | {"features": self.features[item][start]}
 
     def targets(self, item: int, start: int, chosen: Tensor) -> dict[str, Tensor]:
         """Views `chosen` [Q] (ring or free) with their true rgb, depth, alpha and angles relative to the condition view."""
@@ -143,7 +191,23 @@ def load_orbits(
 
 
 def latent_fingerprint(views: ViewTensors, variants: list[Variant], vae) -> Tensor:
-    """A few numbers that change when the objects, their variants or the encoder change."""
-    weights = sum(p.detach().double().abs().sum().cpu() for p in vae.encoder.parameters())
-    pixels = views.rgb[:, ::8, ::8, ::8].double().sum()
-    return torch.tensor([len(variants), views.rgb.shape[-2], float(weights), float(pixels)], dtype=torch.float64)
+    """32 bytes that change when the objects, their variants or what encodes them change."""
+    size, some = views.rgb.shape[-2], views.rgb[:, ::8, ::8, ::8]
+    parts = [size, [astuple(v) for v in variants], digest({"rgb": some}), vae_fingerprint(vae)]
+    return torch.tensor(list(hashlib.sha256(json.dumps(parts).encode()).digest()), dtype=torch.uint8)
+
+
+def vae_fingerprint(vae) -> str:
+    """SHA-256 of what makes latents: the encoder and the layer behind it, which `vae.calibrate` rescales."""
+    layers = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
+    return digest({f"{layer}.{k}": v for layer, module in layers.items() for k, v in module.state_dict().items()})
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, types and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -39,7 +39,7 @@ class VAEStage(Stage):
         self.vae, self.views, self.clip, self.kl_weight = vae, views, config.vae_clip, kl_weight
         self.anchor_weight = config.vae_anchor
 
-    def example(self, generator, shared):
+    def example(self, generator, shared, place):
         index = int(draw(generator, len(self.views)))
         frames = (draw(generator, RING, 1) + torch.arange(self.clip)) % RING
         palette = PALETTES[int(draw(generator, len(PALETTES)))]  # another palette: colours generalise
@@ -80,7 +80,7 @@ class DINOStage(Stage):
         teacher = {f"teacher.{name}": p for name, p in self.teacher.named_parameters()}
         return super().training_state() | teacher | {"center": self.center}
 
-    def example(self, generator, shared):
+    def example(self, generator, shared, place):
         index = int(draw(generator, len(self.views)))
         pair = draw(generator, len(self.views.azimuths[index]), 2)
         crops = [random_crop(self.views.rgb[index, k].float() / 255, generator) for k in pair.tolist()]
@@ -136,8 +136,8 @@ class DiffusionStage(Stage):
         super().__init__()
         self.unet, self.clip, self.orbits, self.config = unet, clip, orbits, config
 
-    def example(self, generator, shared):
-        item, start = int(draw(generator, len(self.orbits))), int(draw(generator, RING))
+    def example(self, generator, shared, place):
+        item, start = self.orbits.item(generator, place), int(draw(generator, RING))
         orbit = self.orbits.orbit(item, start, self.config.num_frames)
         if torch.rand((), generator=generator) < self.config.roll_frames:
             orbit = rolled(orbit, int(draw(generator, self.config.num_frames)))
@@ -182,10 +182,10 @@ class DecoderStage(Stage):
         self.decoder, self.orbits, self.config = decoder, orbits, config
         self.dino = dino.requires_grad_(False) if dino is not None else None
 
-    def example(self, generator, shared):
+    def example(self, generator, shared, place):
         config = self.config
         frames = config.view_counts[int(draw(shared, len(config.view_counts)))]
-        item, start = int(draw(generator, len(self.orbits))), int(draw(generator, RING))
+        item, start = self.orbits.item(generator, place), int(draw(generator, RING))
         chosen = torch.randperm(self.orbits.views.rgb.shape[1], generator=generator)[: config.target_views]
         orbit = self.orbits.orbit(item, start, frames) | self.orbits.targets(item, start, chosen)
         return orbit | (self._own_pixels(item, start, frames) if config.lambda_pixel else {})
@@ -201,14 +201,18 @@ class DecoderStage(Stage):
     def forward(self, batch):
         size = self.config.image_size
         cameras = batch_cameras(batch["azimuth"], batch["elevation"], size)
-        features = image_features(self.dino, batch["image"])
-        scenes = self.decoder(batch["latents"], cameras, features)
+        scenes = self.decoder(batch["latents"], cameras, condition_features(self.dino, batch))
         loss, metrics = target_loss(scenes, batch, self.config)
         if self.config.lambda_pixel:
             own = zip(scenes, cameras, batch["own_rgb"], batch["own_depth"], batch["own_alpha"])
             pixel = torch.stack([pixel_loss(*parts) for parts in own]).mean()
             loss, metrics = loss + self.config.lambda_pixel * pixel, metrics | {"pixel": pixel.detach()}
         return loss, metrics
+
+
+def condition_features(dino, batch: dict[str, Tensor]) -> Tensor | None:
+    """DINO's features of the condition views: those that came with the orbits (from shards), else computed here."""
+    return batch["features"] if "features" in batch else image_features(dino, batch["image"])
 
 
 def avg_pool(images: Tensor, block: int) -> Tensor:

@@ -7,6 +7,8 @@ diffusers and transformers (`save_pretrained`), so that `GSV3DPipeline.from_pret
 `--init FOLDER` starts the named stages from another checkpoint's weights and takes over what they do not train:
 
     python -m gsv3d_lib.train --init data/checkpoints/tiny --stages diffusion stage2 --data data/cache/mine --out runs/mine
+
+`--shards FOLDER` instead of `--data` reads from disk what `shards.py` computed once, with that checkpoint's encoders.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from .config import Config, parse_setting, preset, schedule_field
 from .dataset import ViewTensors, load_views
 from .paths import atomic_path
+from .shards import ShardViews, open_shards
 from .training import PRECISIONS, read_metrics, train
 
 STAGES = ("vae", "dino", "diffusion", "stage1", "stage2")
@@ -79,7 +82,7 @@ def train_stage1(config: Config, views: ViewTensors, run: Path, init: Path | Non
     torch.manual_seed(config.seed)
     dino = load_dino(config, run / "weights")
     decoder = build_decoder(config) if init is None else load_model(init, "decoder")
-    stage = DecoderStage(recomputed(decoder, config), dino, orbits_for(config, views, run), config)
+    stage = DecoderStage(recomputed(decoder, config), dino, orbits_for(config, views, run, dino), config)
     history = train(stage, config.stage1, run / "stage1", seed=config.seed, **options)
     save_model(stage.decoder, run, "decoder", config)
     return history
@@ -92,9 +95,9 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, init: Path | Non
 
     weights = run / "weights"
     unet = recomputed(add_lora(load_model(weights, "unet"), config.lora_rank, config.seed), config)
+    clip, dino = load_model(weights, "clip"), load_dino(config, weights)
     decoder = recomputed(load_model(weights, "decoder"), config)
-    parts = unet, load_model(weights, "clip"), decoder, load_dino(config, weights)
-    stage = DistillationStage(*parts, orbits_for(config, views, run), config)
+    stage = DistillationStage(unet, clip, decoder, dino, orbits_for(config, views, run, dino), config)
     history = train(stage, config.stage2, run / "stage2", seed=config.seed, **options)
     write_weights(run, "lora", config, lambda folder: save_lora(unet, folder))
     return history
@@ -131,12 +134,14 @@ def load_dino(config: Config, weights: Path):
     return None if config.dino == "none" else load_model(weights, "dino")
 
 
-def orbits_for(config: Config, views: ViewTensors, run: Path):
-    """Orbits of all objects and their variants, encoded once by this run's VAE."""
+def orbits_for(config: Config, views: ViewTensors, run: Path, dino=None):
+    """Orbits of all objects and their variants, encoded once by this run's VAE; from shards with the features of `dino`."""
     from .orbits import load_orbits
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = load_model(run / "weights", "vae").to(device)
+    if isinstance(views, ShardViews):
+        return views.orbits(vae, dino, config.seed)
     return load_orbits(views, vae, config.copies, cache=run / f"latents-{config.copies}.safetensors", seed=config.seed)
 
 
@@ -231,7 +236,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--data", nargs="+", default=["data/cache/procedural"], help="dataset folders")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", nargs="+", default=["data/cache/procedural"], help="dataset folders")
+    source.add_argument("--shards", metavar="FOLDER", help="what `python -m gsv3d_lib.shards` wrote, instead of --data")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="checkpoints, curves and weights")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--steps", type=int, help="override the number of steps of the named stages")
@@ -262,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # else every process would encode on the first GPU
     if args.init is not None and int(os.environ.get("RANK", 0)) == 0:  # the others read these weights only in a stage
         take_over(args.init, args.out, args.stages)
-    views = load_views(args.data, config.image_size, limit=args.limit, cache=args.out)
+    views = views_for(args, config)
     if args.prepare:
         if (args.out / "weights" / "vae").is_dir():  # else this training begins with the VAE
             orbits_for(config, views, args.out)
@@ -276,6 +283,23 @@ def main(arguments: list[str] | None = None) -> None:
         RECIPES[name](config_of_stage, views, args.out, **options)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # gloo sometimes aborts a process that leaves without
+
+
+def views_for(args: argparse.Namespace, config: Config) -> ViewTensors:
+    """The data that the command line names. Raises ValueError where a stage to come would find shards of another encoder."""
+    if args.shards is None:
+        return load_views(args.data, config.image_size, limit=args.limit, cache=args.out)
+    if args.limit is not None:
+        raise ValueError("--limit counts the objects of --data; shards are read whole.")
+    views = open_shards(args.shards, config.image_size)
+    todo = [stage for stage in args.stages if not (args.out / "weights" / PRODUCTS[stage]).is_dir()]
+    made = [name for name in ("vae", "dino") if name in todo and views.files.index[name]]
+    if made and set(todo) - {"vae", "dino"}:
+        raise ValueError(
+            f"{args.shards} holds what an earlier {made[0]} made, which one trained here will not fit: train "
+            f"{' and '.join(made)} first, make the shards with it, then train the other stages."
+        )
+    return views
 
 
 def with_steps(config: Config, stage: str, steps: int | None) -> Config:

@@ -2,11 +2,12 @@
 
 A stage is an `nn.Module` with two methods (see `stages.py` and `distillation.py`):
 
-    example(generator, shared) -> dict of tensors   one training example; ALL randomness comes from the generators
-    forward(batch) -> (loss, metrics)               the mean loss over a batch of stacked examples
+    example(generator, shared, place) -> dict of tensors   one training example; ALL randomness comes from the generators
+    forward(batch) -> (loss, metrics)                      the mean loss over a batch of stacked examples
 
-The generator of an example is seeded by (seed, step, index in the global batch). So a run that was killed at step k
-and resumed draws what the uninterrupted run draws, and two processes draw what one process would.
+The generator of an example is seeded by (seed, step, index in the global batch), and its place is the number of examples
+before it. So a run that was killed at step k and resumed draws what the uninterrupted run draws, and two processes draw
+what one process would.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ PRECISIONS = ("auto", "fp32", "bf16")
 class Stage(nn.Module):
     """Base of all stages: what the loop needs to know beyond `example` and `forward`."""
 
-    def example(self, generator: torch.Generator, shared: torch.Generator) -> dict[str, Tensor]:
-        """One training example; `shared` gives the draws that all examples of a step have in common."""
+    def example(self, generator: torch.Generator, shared: torch.Generator, place: int) -> dict[str, Tensor]:
+        """One training example; `shared` gives the draws that all examples of a step have in common.
+
+        place: how many examples all steps and processes drew before this one, for data that comes in an order.
+        """
         raise NotImplementedError
 
     def training_state(self) -> dict[str, Tensor]:
@@ -62,7 +66,9 @@ def draw_batch(stage: Stage, seed: int, step: int, batch: int, rank: int = 0, wo
     """Process `rank`'s share of the global batch of this step: examples rank, rank + world, ..., stacked."""
     shared = batch  # its index is that of no example
     examples = [
-        stage.example(example_generator(seed, step, index), example_generator(seed, step, shared))
+        stage.example(
+            example_generator(seed, step, index), example_generator(seed, step, shared), place=step * batch + index
+        )
         for index in range(rank, batch, world)
     ]
     return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}

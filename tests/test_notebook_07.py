@@ -80,7 +80,7 @@ def test_gradient_accumulation():
 class Recorder(Stage):
     """Remembers nothing and draws a number that only its generator decides."""
 
-    def example(self, generator, shared):
+    def example(self, generator, shared, place):
         return {"x": torch.rand((), generator=generator)}
 
 

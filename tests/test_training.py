@@ -51,7 +51,7 @@ class LineStage(Stage):
         self.net = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1))
         self.die_at = die_at
 
-    def example(self, generator, shared):
+    def example(self, generator, shared, place):
         x, slope = torch.randn(5, 1, generator=generator), 2 + 0.1 * torch.randn((), generator=shared)
         return {"x": x, "y": slope * x - 1, "slope": slope}
 
