@@ -71,7 +71,7 @@ def measure(scale: str, jobs: list[Job], views: int, encoded: int) -> dict:
         "dataset_bytes_per_object": stored / len(rows),
         "shard_bytes_per_object": packed / len(rows) + RING * 4 * config.latent_size**2 * 4,
         "latent_bytes_per_object": RING * 4 * config.latent_size**2 * 4,
-        "feature_bytes_per_object": RING * tokens * config.dino_width * 2,
+        "feature_bytes_per_object": RING * tokens * config.dino_width * 4,
     }
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .blender import check_python, render_cycles
 from .cameras import orbit_cameras
 from .dataset import RING, RING_ELEVATION, ObjectViews, list_objects, write_index, write_object
 from .objects import FAMILIES
@@ -63,12 +64,16 @@ def render_object(
     supersample: int = 2,
     views: int = RING + RANDOM_VIEWS,
     ring: tuple[float, float] = (RING_ELEVATION, RING_ELEVATION),
+    blender: str | None = None,
 ) -> tuple[ObjectViews, dict]:
-    """Render the views of a job -> (views, its row of the index). Raises ValueError where nothing is visible."""
+    """Render the views of a job -> (views, its row of the index). Raises ValueError where nothing is visible.
+
+    blender: a Python with bpy, for Cycles instead of the ray caster.
+    """
     mesh = job.load()
     azimuths, elevations = dataset_angles(zlib.crc32(job.id.encode()), views, ring)
     cameras = orbit_cameras(azimuths, elevations, size)
-    rgba, depth = render_mesh(mesh, cameras, supersample)
+    rgba, depth = render_cycles(mesh, cameras, blender) if blender else render_mesh(mesh, cameras, supersample)
     if not depth.any(axis=(1, 2)).all():
         raise ValueError("it is invisible in some view.")
     pictures = ObjectViews(job.id, np.round(rgba * 255).astype(np.uint8), depth, cameras, azimuths, elevations)
@@ -76,6 +81,7 @@ def render_object(
         row = {"id": job.id, "source": "mesh", "file": job.path.name} | job.facts
     else:
         row = {"id": job.id, "source": "procedural", "seed": job.seed, "family": mesh.metadata["family"]}
+    row |= {"renderer": "Cycles"} if blender else {}
     return pictures, row | {"views": views, "size": size, "coverage": round(float(rgba[..., 3].mean()), 4)}
 
 
@@ -100,20 +106,23 @@ def make_dataset(
     views: int = RING + RANDOM_VIEWS,
     ring: tuple[float, float] = (RING_ELEVATION, RING_ELEVATION),
     retry: bool = True,
+    blender: str | None = None,
 ) -> list[dict]:
     """Render the jobs that `out` does not hold yet and write its index -> all rows of the index, sorted by id.
 
     views: per object, 16 of them on the ring.  ring: range of the ring's elevation, degrees.
-    retry: try also what an earlier run noted in `skipped.jsonl`.
-    Raises ValueError where `out` holds objects with another number of views or pixels.
+    retry: try also what an earlier run noted in `skipped.jsonl`.  blender: a Python with bpy, see `blender.py`.
+    Raises ValueError where that has none, and where `out` holds objects with another number of views or pixels.
     """
+    if blender:
+        check_python(blender)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     rows = {row["id"]: row for row in existing_rows(out)}
     check_alike(out, rows.values(), views, size)
     reasons = {row["id"]: row["reason"] for row in skipped_rows(out)}
     missing = [job for job in jobs if job.id not in rows and (retry or job.id not in reasons)]
-    work = partial(run_job, out=out, size=size, supersample=supersample, views=views, ring=ring)
+    work = partial(run_job, out=out, size=size, supersample=supersample, views=views, ring=ring, blender=blender)
     bar = tqdm(_run_all(work, missing, workers), total=len(missing), unit="object", disable=not progress)
     unwritten = 0
     try:
@@ -223,10 +232,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
     ring = dict(nargs=2, type=float, default=(RING_ELEVATION, RING_ELEVATION), metavar=("LOW", "HIGH"))
     parser.add_argument("--ring", **ring, help="range of the ring's elevation in degrees (default 15 15; paper: -5 30)")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default 2)")
+    parser.add_argument("--blender", metavar="PYTHON", help="render with Cycles, by this Python that has bpy")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--retry", action="store_true", help="try again what an earlier run left out")
     options = parser.parse_args(arguments)
-    names = ("size", "supersample", "workers", "views", "retry")
+    names = ("size", "supersample", "workers", "views", "retry", "blender")
     settings = {name: getattr(options, name) for name in names} | {"ring": tuple(options.ring)}
     try:
         rows = make_dataset(jobs_of(options), options.out, **settings)
