@@ -20,6 +20,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -162,7 +163,8 @@ def planned(case: dict) -> int:
     config = config_of(case)
     if case["work"] == "inference":
         return plan_inference(config).memory
-    return plan(config, case["work"], micro_batch=batch_of(case), half=False).memory
+    schedule = replace(getattr(config, case["work"]), batch=batch_of(case))  # a step of one micro-batch
+    return plan(config.replace(**{case["work"]: schedule}), case["work"], micro_batch=schedule.batch, half=False).memory
 
 
 def row(case: dict) -> dict:

@@ -68,13 +68,17 @@ class Plan:
     average: int  # of the weights, where the schedule asks for one
     activations: int
     micro_batch: int
+    together: (
+        bool  # gradients are there when activations peak: they stay between micro-batches, or blocks are recomputed
+    )
     flops: int  # per optimiser step, all GPUs together
     seconds: float  # per optimiser step
     hours: float  # of the stage
 
     @property
     def memory(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        pair = self.gradients, self.activations
+        return self.weights + self.optimizer + self.average + (sum(pair) if self.together else max(pair))
 
 
 # ---------------------------------------------------------------- counting
@@ -370,6 +374,7 @@ def plan(
         average=4 * trained if schedule.ema else 0,
         activations=micro_batch * (step.peak - step.copies),
         micro_batch=micro_batch,
+        together=config.checkpointing or micro_batch * gpus < schedule.batch,
         flops=flops,
         seconds=seconds,
         hours=seconds * schedule.steps / 3600,
@@ -383,7 +388,7 @@ def plan_inference(config: Config, tflops: float = 100.0) -> Plan:
     flops = once.flops + (config.sampling_steps - 1) * forward["unet"]
     seconds = flops / (tflops * 1e12)
     weights = 4 * sum(p.parameters for p in once.parts)
-    return Plan(once.parts, weights, 0, 0, 0, once.peak, 1, flops, seconds, seconds / 3600)
+    return Plan(once.parts, weights, 0, 0, 0, once.peak, 1, False, flops, seconds, seconds / 3600)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,10 +411,10 @@ def advise(
         for checkpointing in (False, True):
             asked = config.replace(num_frames=frames, checkpointing=checkpointing)
             one = plan(asked, stage, gpus, 1, half, None, tflops)
-            room = int((USABLE * gigabytes * GB - (one.memory - one.activations)) // one.activations)
+            rest = one.weights + one.gradients + one.optimizer + one.average
+            room = int((USABLE * gigabytes * GB - rest) // one.activations)
             if room >= 1:
-                best = dataclasses.replace(one, micro_batch=min(room, share))
-                best = dataclasses.replace(best, activations=best.micro_batch * one.activations)
+                best = plan(asked, stage, gpus, min(room, share), half, None, tflops)
                 return Advice(gigabytes, frames, checkpointing, best)
         frames //= 2
     return Advice(gigabytes, 0, True, None)
@@ -427,8 +432,8 @@ def report(plan: Plan) -> str:
     lines += [
         "(kept for the backward pass and computed: for one orbit)",
         "",
-        f"per GPU, {plan.micro_batch} at once: weights {plan.weights / GB:.1f} + gradients {plan.gradients / GB:.1f} + "
-        f"AdamW {plan.optimizer / GB:.1f} + average {plan.average / GB:.1f} + activations {plan.activations / GB:.1f} = "
+        f"per GPU, {plan.micro_batch} at once: weights {plan.weights / GB:.1f}, AdamW {plan.optimizer / GB:.1f}, average "
+        f"{plan.average / GB:.1f}, gradients {plan.gradients / GB:.1f}, activations {plan.activations / GB:.1f}: "
         f"{plan.memory / GB:.1f} GB",
         f"per step: {plan.flops / 1e12:,.1f} TFLOP, {plan.seconds:.2f} s; the whole stage {plan.hours:,.1f} h",
     ]

@@ -90,6 +90,9 @@ def test_memory_and_time_follow_their_causes():
     lighter = plan(config, "stage2", half=False, checkpointing=True)
     assert lighter.activations < base.activations and lighter.flops > base.flops
     assert plan(config.replace(lambda_3d=0.0), "stage2", half=False).activations < base.activations
+    once, parts = (plan(config, "stage2", micro_batch=m) for m in (2, 1))  # the batch is 2
+    assert parts.together and not once.together
+    assert once.memory == parts.memory + parts.activations - parts.gradients
     trained = sum(part.trained for part in base.parts)
     assert (base.gradients, base.optimizer, base.average) == (4 * trained, 8 * trained, 0)
     averaged = config.replace(stage2=dataclasses.replace(config.stage2, ema=0.9))
