@@ -25,8 +25,8 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PY) -m pip install $(PIP_QUIET) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
 	@touch $@
 
-demo: $(INSTALLED) ## one image -> 3D Gaussians; IMAGE=my.png for your own picture
-	$(PY) -m gsv3d_lib.demo $(if $(IMAGE),--image "$(IMAGE)")
+demo: $(INSTALLED) ## one image -> 3D Gaussians; IMAGE=my.png for your own picture, ELEVATION=auto or degrees
+	$(PY) -m gsv3d_lib.demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(ELEVATION),--elevation $(ELEVATION))
 
 test: $(INSTALLED) ## every test and every notebook, offline
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadscope \

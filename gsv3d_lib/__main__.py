@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from .command import exit_code
+from .command import ELEVATION_HELP, degrees, exit_code
 from .paths import resolve
 
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("image", type=Path, help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask")
     parser.add_argument("--out", type=Path, default=Path("runs/object"))
     parser.add_argument("--weights", default="data/checkpoints/tiny")
-    parser.add_argument("--elevation", type=float, default=15.0, help="degrees, of the camera that took the image")
+    parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
     parser.add_argument("--steps", type=int, help="of the sampler")
     parser.add_argument("--guidance", type=float, help="peak of the triangular guidance; 1 = none")
     parser.add_argument("--seed", type=int, default=0)
@@ -40,9 +40,10 @@ def run(args: argparse.Namespace) -> None:
     rgb, _ = prepare_condition(args.image, load_config(weights).image_size)  # a bad image fails before models load
     pipe = GSV3DPipeline.from_pretrained(weights, lora=not args.no_lora)
     started = time.perf_counter()
-    gaussians = pipe(rgb, elevation=args.elevation, steps=args.steps, guidance=args.guidance, seed=args.seed)
-    print(f"image -> {len(gaussians):,} Gaussians in {time.perf_counter() - started:.1f} s")
-    for kind, path in save_object(gaussians, args.out).items():
+    made = pipe.generate(rgb, elevation=args.elevation, steps=args.steps, guidance=args.guidance, seed=args.seed)
+    seconds = time.perf_counter() - started
+    print(f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s")
+    for kind, path in save_object(made.gaussians, args.out).items():
         print(f"{kind:>7}  {path}")
 
 

@@ -1,4 +1,4 @@
-"""What the command lines share: an error that a user can mend is one sentence, not a traceback."""
+"""What the command lines share: an error that a user can mend is one sentence, and how an elevation is given."""
 
 from __future__ import annotations
 
@@ -15,3 +15,16 @@ def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespac
         print(f"gsv3d: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+ELEVATION_HELP = "of the camera that took the image (default 15); auto estimates it"
+
+
+def degrees(text: str) -> float | None:
+    """The option --elevation: a number, or None for "auto"."""
+    if text == "auto":
+        return None
+    value = float(text)  # argparse turns a ValueError into its own sentence
+    if not -90 < value < 90:
+        raise argparse.ArgumentTypeError(f"must be auto or between -90 and 90 degrees, got {text}")
+    return value

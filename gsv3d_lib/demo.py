@@ -1,6 +1,6 @@
 """`make demo`: notebook 00 through papermill on one image, then where the results lie.
 
-python -m gsv3d_lib.demo [--image my.png] [--out runs/demo]
+python -m gsv3d_lib.demo [--image my.png] [--elevation auto] [--out runs/demo]
 """
 
 from __future__ import annotations
@@ -10,28 +10,33 @@ import sys
 import time
 from pathlib import Path
 
+from .command import ELEVATION_HELP, degrees
 from .paths import ROOT, resolve
 from .run import run_notebook
 
 NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
+WEIGHTS = ROOT / "data" / "checkpoints" / "tiny"  # the notebook's
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.demo", description=__doc__)
     parser.add_argument("--image", default="data/images/demo.png")
+    parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
     parser.add_argument("--out", default="runs/demo")
     args = parser.parse_args(arguments)
+    from .elevation import estimate
     from .images import load_image
 
     image = Path(args.image).resolve() if Path(args.image).is_file() else resolve(args.image)
     try:
         load_image(image)  # fails here, in one sentence, and not inside a notebook
+        elevation = estimate(image, WEIGHTS) if args.elevation is None else args.elevation
     except (ValueError, FileNotFoundError) as error:
         print(f"gsv3d: {error}", file=sys.stderr)
         return 1
     out = resolve(args.out)
     started = time.perf_counter()
-    run_notebook(NOTEBOOK, {"image_path": str(image), "out_dir": str(out)}, out)
+    run_notebook(NOTEBOOK, {"image_path": str(image), "out_dir": str(out), "elevation": elevation}, out)
     seconds = time.perf_counter() - started
     print(f"\nDone in {seconds:.0f} s. The results lie in {out}:")
     for path in sorted(p for p in out.iterdir() if p.is_file()):

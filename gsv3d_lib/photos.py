@@ -2,13 +2,13 @@
 
     python -m gsv3d_lib.photos FOLDER --out data/cache/mine [--id NAME] [--size 128]
 
-FOLDER holds `transforms.json`, as NeRF's Blender scenes and nerfstudio write it: per frame `file_path` and `transform_matrix`
-(camera to world, OpenGL camera axes), and a pinhole lens, `camera_angle_x` or `fl_x` with `fl_y`, `cx`, `cy`, `w`, `h`, for all
-frames or per frame. nerfstudio's `mask_path` is used where given. Lenses with distortion are refused: undistort first.
+FOLDER holds `transforms.json`, as NeRF's Blender scenes and nerfstudio write it: per frame `file_path` and
+`transform_matrix` (camera to world, OpenGL camera axes), and a pinhole lens, `camera_angle_x` or `fl_x` with `fl_y`, `cx`,
+`cy`, `w`, `h`, for all frames or per frame. nerfstudio's `mask_path` is used where given; lens distortion is refused.
 
 Every photograph is cut out and warped into the standard camera of this project. A camera that only turns or zooms sees the
-same rays, so that is a homography and exact. What remains of the real camera is its distance: it stands where it stood, while
-the dataset says 3.509 radii for all. The lens makes up for the size, not for the perspective (`displacement`).
+same rays, so that is a homography and exact. What remains of the real camera is its distance: it stands where it stood,
+while the dataset says 3.509 radii for all. The lens makes up for the size, not for the perspective (`displacement`).
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _cropped(photo: Photo, max_side: int) -> Photo:
 
 @dataclass
 class World:
-    """Where the object is in the world of the cameras: its centre [3], its radius, and the rotation [3, 3] that puts z up."""
+    """Where the object is in the world of the cameras: centre [3], radius, and the rotation [3, 3] that puts z up."""
 
     center: Tensor
     radius: float
@@ -288,7 +288,7 @@ def warp(photo: Photo, rotation: Tensor, K: Tensor, size: int, samples: int = 4)
 
 
 def displacement(distance: float) -> float:
-    """How far perspective from `distance` radii, instead of 3.509, moves a point of the object at most: a share of the frame.
+    """How far perspective from `distance` radii, not 3.509, moves a point of the object at most: a share of the frame.
 
     Both lenses show the ball equally large, so this is 0 on its outline and in the middle, and most between.
     """
@@ -429,7 +429,7 @@ def summary(pictures: ObjectViews, row: dict) -> str:
     return (
         f"{row['id']}: {row['photographs']} photographs, {row['repeated']} of {row['views']} views repeated\n"
         f"ring: at most {gap:.1f} degrees from regular, elevations {low:.1f} to {high:.1f} degrees\n"
-        f"cameras at {near:.2f} to {far:.2f} radii, taken as {DISTANCE}: perspective off by at most {moved:.1f} % of the frame"
+        f"cameras at {near:.2f} to {far:.2f} radii, taken as {DISTANCE}: perspective off by up to {moved:.1f} % of the frame"
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from .cameras import Cameras, orbit_cameras, sv3d_azimuths
 from .config import Config, preset
 from .diffusion import Condition, build_scheduler, sample
+from .elevation import Elevation, load_elevation
 from .encoders import condition_from, image_features
 from .gaussians import Gaussians
 from .images import prepare_condition
@@ -31,11 +32,12 @@ from .vae import decode_scaled
 class Generation:
     """One object with every intermediate of the chain.
 
-    image [S, S, 3] in [0, 1] on white, the condition R; latents [N, 4, h, w] scaled; cameras: the N views of the orbit;
-    gaussians: the object.
+    image [S, S, 3] in [0, 1] on white, the condition R; elevation: degrees, of its camera, as given or estimated;
+    latents [N, 4, h, w] scaled; cameras: the N views of the orbit; gaussians: the object.
     """
 
     image: Tensor
+    elevation: float
     latents: Tensor
     cameras: Cameras
     gaussians: Gaussians
@@ -44,8 +46,8 @@ class Generation:
 class GSV3DPipeline:
     """The models of one checkpoint and the two ways to use them: `pipe(image)` and `pipe.generate(image)`."""
 
-    def __init__(self, config: Config, vae, clip, unet, decoder, dino=None):
-        self.config = config
+    def __init__(self, config: Config, vae, clip, unet, decoder, dino=None, estimator: Elevation | None = None):
+        self.config, self.estimator = config, estimator
         self.vae, self.clip, self.unet, self.decoder, self.dino = vae, clip, unet, decoder, dino
 
     @classmethod
@@ -60,7 +62,7 @@ class GSV3DPipeline:
         models = {name: load_model(folder, name).requires_grad_(False).to(device) for name in names}
         if lora:
             load_lora(models["unet"], Path(folder) / "lora")
-        return cls(config, **models)
+        return cls(config, **models, estimator=load_elevation(folder))
 
     @classmethod
     def from_sv3d(
@@ -98,7 +100,7 @@ class GSV3DPipeline:
         self,
         image,
         *,
-        elevation: float = 15.0,
+        elevation: float | None = 15.0,
         num_frames: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -109,12 +111,14 @@ class GSV3DPipeline:
     ) -> Generation:
         """Run the chain and keep its intermediates.
 
-        elevation: degrees, of the camera that took the input.  num_frames: N, views of the orbit.
+        elevation: degrees, of the camera that took the input; None estimates it, where the checkpoint has an estimator.
+        num_frames: N, views of the orbit.
         steps, guidance: of the sampler; defaults from the configuration.  lora_scale: 0 = without the distillation.
         callback(i, z, z_hat): sees every step of the sampler, batches of one orbit [1, N, 4, h, w].
         """
         rgb = image if isinstance(image, Tensor) else prepare_condition(image, self.config.image_size)[0]
         frames = num_frames or self.config.num_frames
+        elevation = self.elevation_of(rgb) if elevation is None else float(elevation)
         if lora_scale is not None:
             set_lora_scale(self.unet, lora_scale)
         cameras = orbit_cameras(sv3d_azimuths(frames), elevation, self.config.image_size)
@@ -134,7 +138,16 @@ class GSV3DPipeline:
         finally:
             if lora_scale is not None:
                 set_lora_scale(self.unet, 1.0)  # the next call is the distilled model again
-        return Generation(rgb, latents, cameras, self.gaussians_from(latents, cameras, rgb))
+        return Generation(rgb, elevation, latents, cameras, self.gaussians_from(latents, cameras, rgb))
+
+    def elevation_of(self, rgb: Tensor) -> float:
+        """Estimated elevation in degrees of the camera that took the condition image [S, S, 3], see `elevation.py`."""
+        if self.estimator is None:
+            raise ValueError(
+                "This checkpoint cannot estimate elevations: give one in degrees, or fit an estimator with "
+                "`python -m gsv3d_lib.elevation`."
+            )
+        return float(self.estimator(rgb[None])[0])
 
     def condition(self, rgb: Tensor, elevation: float, frames: int) -> Condition:
         """SV3D's condition of one image [S, S, 3] for a static orbit of `frames` views at `elevation` degrees."""

@@ -1,4 +1,4 @@
-"""Photographs with known cameras -> an object of a dataset: warps are exact, axes come back, wrong inputs get one sentence."""
+"""Photographs with known cameras -> an object of a dataset: warps are exact, axes come back, wrong inputs are named."""
 
 import json
 import math
@@ -302,5 +302,5 @@ def test_too_few_photographs_or_only_one_side(folder, read, tmp_path, capsys):
 def test_repeated_views_are_counted(read):
     pictures, row = photos.object_from(read, "x", size=16, world=TRUE_WORLD)
     assert row["repeated"] == 4 and row["photographs"] == 20 and len(pictures.rgba) == 24
-    assert "perspective off by at most" in photos.summary(pictures, row)
+    assert "perspective off by up to" in photos.summary(pictures, row)
     assert len(ball_views(1).azimuths[0]) == 24  # what it stacks with
