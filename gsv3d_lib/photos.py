@@ -416,7 +416,7 @@ def run(args: argparse.Namespace) -> None:
     pictures, row = object_from(photos, id, args.size, args.views, given or find_world(photos, turn), args.front)
     add_object(args.out, pictures, row)
     print(summary(pictures, row))
-    print(f"{args.out / id}.webp shows the cut-outs: look at them.")
+    print(f"{id}.webp shows the cut-outs: look at them.")
 
 
 def summary(pictures: ObjectViews, row: dict) -> str:
