@@ -91,7 +91,7 @@ def sphere_cameras(num_views: int, size: int) -> Cameras:
 def fuse_depth_maps(
     rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras, resolution: int = 96, colors: bool = True
 ) -> trimesh.Trimesh:
-    """RGB-D views of one object -> closed triangle mesh, coloured if asked (z-up world, faces counter-clockwise from outside).
+    """RGB-D views of one object -> closed triangle mesh (z-up world, faces counter-clockwise from outside), coloured or not.
 
     rgb: [V, H, W, 3] in [0, 1] on white.  depth: z-depth [V, H, W, 1], 0 = nothing.  alpha: [V, H, W, 1] in [0, 1].
     Every camera must have the whole object in its frame: what is outside of a frame counts as empty. A point that no
