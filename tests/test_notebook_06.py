@@ -310,6 +310,7 @@ def test_card_mesh_is_the_one_that_is_evaluated(monkeypatch):
         "resolution": CARD["mesh"]["grid"],
         "num_views": CARD["mesh"]["views"],
         "size": CARD["mesh"]["size_px"],
+        "colors": False,  # no score looks at them
     }
 
 

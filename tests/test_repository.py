@@ -113,10 +113,11 @@ def test_every_import_is_a_declared_dependency():
     distributions = {"PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml", "imageio_ffmpeg": "imageio-ffmpeg"}
     distributions |= {"playwright": "pytest-playwright", "IPython": "ipykernel"}  # each requires the former
     declared = {r.name.lower().replace("-", "_") for r in requirements()}
+    blender = {"bpy", "mathutils"}  # of Blender's own Python, under which blender.py renders (docs/data.md)
     own = {"gsv3d_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
     folders = ("gsv3d_lib", "tests", "benchmarks")
     for path in [*(path for folder in folders for path in (ROOT / folder).glob("*.py")), *NOTEBOOKS]:
-        for name in imported_packages(path) - set(sys.stdlib_module_names) - own - {"torchvision"}:
+        for name in imported_packages(path) - set(sys.stdlib_module_names) - own - {"torchvision"} - blender:
             distribution = distributions.get(name, name).lower().replace("-", "_")
             assert distribution in declared, f"{path.name} imports {name}, which pyproject.toml does not name"
 
