@@ -75,9 +75,7 @@ class Config:
     latent_scale: float = 0.18215  # SD's latent scaling factor [code]
     cond_aug: float = 1e-5  # noise on the condition image [code]
     cond_dropout: float = 0.1  # joint dropout of CLIP token and concatenated latent [ours]
-    roll_frames: float = (
-        0.0  # share of orbits whose frames begin elsewhere; makes a short training heed azimuths [ours]
-    )
+    roll_frames: float = 0.0  # share of orbits that begin at another frame, so that azimuths must be heeded [ours]
     log_sigma_mean: float = 0.7  # ln sigma ~ N(0.7, 1.6^2), one sigma per clip [code]
     log_sigma_std: float = 1.6
     sigma_min: float = 0.002  # sampler [code]
