@@ -87,9 +87,8 @@ def render_job(folder: Path) -> None:
 
     rgba, depth = [], []
     for c2w in job["c2w"]:
-        camera.matrix_world = (
-            c2w @ np.diag([1, -1, -1, 1])
-        ).T.tolist()  # OpenCV axes to OpenGL's; columns, as bpy wants
+        opengl = c2w @ np.diag([1, -1, -1, 1])
+        camera.matrix_world = opengl.T.tolist()  # columns, as bpy wants
         scene.cycles.samples, scene.cycles.filter_width = int(job["samples"]), 1.0
         scene.view_layers[0].material_override = None
         rgba.append(rendered(bpy, folder / "view.png", "PNG", "8"))

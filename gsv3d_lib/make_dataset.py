@@ -34,6 +34,7 @@ from .paths import atomic_path
 from .raycast import render_mesh
 from .sources import Job, mesh_jobs, objaverse_jobs, procedural_jobs, read_ids, scan_jobs
 
+LEVEL = (RING_ELEVATION, RING_ELEVATION)  # range of the ring's elevation: all objects alike
 RANDOM_VIEWS = 8
 RANDOM_ELEVATIONS = (-10.0, 40.0)  # degrees
 INDEX_EVERY = 20  # objects between two writings of the index, or a hundredth of all: what a killed run may lose
@@ -41,7 +42,7 @@ SKIPPED = "skipped.jsonl"
 
 
 def dataset_angles(
-    seed: int, views: int = RING + RANDOM_VIEWS, ring: tuple[float, float] = (RING_ELEVATION, RING_ELEVATION)
+    seed: int, views: int = RING + RANDOM_VIEWS, ring: tuple[float, float] = LEVEL
 ) -> tuple[np.ndarray, np.ndarray]:
     """Azimuths and elevations [views] in degrees: the ring, then random views drawn from `seed`.
 
@@ -63,7 +64,7 @@ def render_object(
     size: int = 128,
     supersample: int = 2,
     views: int = RING + RANDOM_VIEWS,
-    ring: tuple[float, float] = (RING_ELEVATION, RING_ELEVATION),
+    ring: tuple[float, float] = LEVEL,
     blender: str | None = None,
 ) -> tuple[ObjectViews, dict]:
     """Render the views of a job -> (views, its row of the index). Raises ValueError where nothing is visible.
@@ -104,7 +105,7 @@ def make_dataset(
     workers: int = 1,
     progress: bool = True,
     views: int = RING + RANDOM_VIEWS,
-    ring: tuple[float, float] = (RING_ELEVATION, RING_ELEVATION),
+    ring: tuple[float, float] = LEVEL,
     retry: bool = True,
     blender: str | None = None,
 ) -> list[dict]:
@@ -229,7 +230,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--up", choices=["y", "z"], help="up axis in the mesh files (default: y for glTF, else z)")
     parser.add_argument("--size", type=int, default=128, help="pixels per side (default 128)")
     parser.add_argument("--views", type=int, default=RING + RANDOM_VIEWS, help="per object, 16 of them on the ring")
-    ring = dict(nargs=2, type=float, default=(RING_ELEVATION, RING_ELEVATION), metavar=("LOW", "HIGH"))
+    ring = dict(nargs=2, type=float, default=LEVEL, metavar=("LOW", "HIGH"))
     parser.add_argument("--ring", **ring, help="range of the ring's elevation in degrees (default 15 15; paper: -5 30)")
     parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default 2)")
     parser.add_argument("--blender", metavar="PYTHON", help="render with Cycles, by this Python that has bpy")

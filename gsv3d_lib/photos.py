@@ -35,10 +35,7 @@ from .images import cut_out, load_image
 from .make_dataset import RANDOM_VIEWS, check_alike, existing_rows
 
 MAX_GAP = 45.0  # degrees between a ring azimuth and its photograph: beyond, an orbit's views are no longer in order
-EXTENT, GRID = (
-    1.3,
-    64,
-)  # the visual hull is carved from a cube of this half side (in first guesses of the radius), this fine
+EXTENT, GRID = 1.3, 64  # the visual hull's cube: half its side, in first guesses of the radius, and cells a side
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 PINHOLE = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE")
 

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def train_vae(config: Config, views: ViewTensors, run: Path, init: Path | None =
     from .vae import build_vae, calibrate
 
     torch.manual_seed(config.seed)
-    vae = build_vae(config) if init is None else load_model(init, "vae")
+    vae = initial("vae", build_vae, config, init)
     history = train(VAEStage(vae, views, config), config.vae_schedule, run / "vae", seed=config.seed, **options)
     some = views.rgb[:: max(1, len(views) // 64), :16:4].flatten(0, 1).float() / 255
     calibrate(vae, some.to(vae.device))
@@ -52,7 +53,7 @@ def train_dino(config: Config, views: ViewTensors, run: Path, init: Path | None 
     from .stages import DINOStage
 
     torch.manual_seed(config.seed)
-    stage = DINOStage(build_dino(config) if init is None else load_model(init, "dino"), views, config)
+    stage = DINOStage(initial("dino", build_dino, config, init), views, config)
     history = train(stage, config.dino_schedule, run / "dino", seed=config.seed, **options)
     save_model(stage.teacher[0], run, "dino", config)
     return history
@@ -65,8 +66,8 @@ def train_diffusion(config: Config, views: ViewTensors, run: Path, init: Path | 
     from .unet import build_unet
 
     torch.manual_seed(config.seed)
-    unet = build_unet(config) if init is None else load_model(init, "unet")
-    clip = build_clip(config) if init is None else load_model(init, "clip")
+    unet = initial("unet", build_unet, config, init)
+    clip = initial("clip", build_clip, config, init)
     stage = DiffusionStage(recomputed(unet, config), clip, orbits_for(config, views, run), config)
     history = train(stage, config.diffusion_schedule, run / "diffusion", seed=config.seed, **options)
     save_model(stage.unet, run, "unet", config)
@@ -81,7 +82,7 @@ def train_stage1(config: Config, views: ViewTensors, run: Path, init: Path | Non
 
     torch.manual_seed(config.seed)
     dino = load_dino(config, run / "weights")
-    decoder = build_decoder(config) if init is None else load_model(init, "decoder")
+    decoder = initial("decoder", build_decoder, config, init)
     stage = DecoderStage(recomputed(decoder, config), dino, orbits_for(config, views, run, dino), config)
     history = train(stage, config.stage1, run / "stage1", seed=config.seed, **options)
     save_model(stage.decoder, run, "decoder", config)
@@ -103,6 +104,11 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, init: Path | Non
     return history
 
 
+def initial(name: str, build: Callable[[Config], torch.nn.Module], config: Config, init: Path | None):
+    """What a stage starts from: a new model, or that of the checkpoint `init`."""
+    return build(config) if init is None else load_model(init, name)
+
+
 def take_over(init: Path, run: Path, stages: list[str]) -> None:
     """Copy into OUT/weights the models of the checkpoint `init` that `stages` do not train and OUT does not have yet.
 
@@ -114,12 +120,8 @@ def take_over(init: Path, run: Path, stages: list[str]) -> None:
         )
     trained = {PRODUCTS[stage] for stage in stages} | ({"unet"} if "diffusion" in stages else set()) | {"lora"}
     for source in sorted(path for path in init.iterdir() if path.is_dir() and path.name not in trained):
-        target = run / "weights" / source.name
-        if not target.exists():
-            temporary = target.with_name(f".{source.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(source, temporary)
-            temporary.rename(target)
+        if not (run / "weights" / source.name).exists():
+            place_whole(run / "weights" / source.name, partial(shutil.copytree, source))
 
 
 def recomputed(model, config: Config):
@@ -178,14 +180,19 @@ def write_weights(run: Path, name: str, config: Config, write: Callable[[Path], 
     """
     folder = Path(run) / "weights"
     if int(os.environ.get("RANK", 0)) == 0:
-        temporary = folder / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        write(temporary)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        temporary.rename(folder / name)
+        place_whole(folder / name, write)
         save_config(config, folder)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def place_whole(target: Path, write: Callable[[Path], object]) -> None:
+    """The folder `target` by `write(folder)`, in full or not at all, in place of one that is there."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
 
 
 def save_config(config: Config, folder: Path) -> None:
