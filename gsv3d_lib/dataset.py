@@ -205,15 +205,14 @@ def load_views(
     """Read dataset folders into tensors of `size` pixels. Colours are averaged over areas (alpha-weighted); depth takes
     the nearest stored sample, because a mean across an edge lies on no surface.
 
-    cache: a folder where the tensors are kept, so that the next call with the same objects takes a second; a damaged
+    cache: a folder where the tensors are kept, so that the next call with the same files takes a second; a damaged
     file in it is made again.
     """
     rows = [(folder, row["id"]) for folder in folders for row in list_objects(folder)][:limit]
     if not rows:
         raise ValueError(f"The dataset folders {[str(f) for f in folders]} hold no objects.")
     ids = [id for _, id in rows]
-    digest = hashlib.sha256("\n".join([str(size), *ids]).encode()).hexdigest()[:12]
-    stored = None if cache is None else Path(cache) / f"views-{size}px-{digest}.safetensors"
+    stored = None if cache is None else Path(cache) / f"views-{size}px-{files_digest(rows)}.safetensors"
     columns = {} if stored is None else read_cache(stored)
     if not columns:
         objects = tqdm(rows, desc="reading objects", disable=not progress, mininterval=5)
@@ -230,6 +229,13 @@ def load_views(
             with atomic_path(stored) as path:
                 save_file(columns, path)
     return ViewTensors(ids, **columns)
+
+
+def files_digest(rows: list[tuple[str | Path, str]]) -> str:
+    """Twelve characters that change when an object of `rows` (folder, id) is another, or was written anew."""
+    sheets = ((id, Path(folder) / f"{id}.webp") for folder, id in rows)
+    stamps = [[id, path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else [id] for id, path in sheets]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]
 
 
 def read_cache(path: str | Path) -> dict[str, Tensor]:

@@ -212,24 +212,29 @@ def load_model(folder: str | Path, name: str):
             "or point to a folder that has them, such as data/checkpoints/tiny."
         )
     try:
-        return model_classes()[name].from_pretrained(path, local_files_only=True).float().eval()
+        model = model_classes()[name].from_pretrained(path, local_files_only=True).float().eval()
     except Exception as error:  # safetensors, diffusers and transformers each raise their own kinds, some of many lines
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"The {name} weights in {folder} cannot be read ({reason}); copy them again or train them anew."
         ) from error
+    if hasattr(model, "register_to_config"):  # diffusers notes the path, which the next `save_pretrained` would pass on
+        model.register_to_config(_name_or_path=name)
+    return model
 
 
 def export_weights(run: Path, folder: Path) -> None:
-    """Copy OUT/weights to `folder` in half precision, and the training curves beside them: what this project ships."""
+    """Copy OUT/weights to `folder`, models in half precision, and the training curves beside them: what this project ships."""
     from .lora import load_lora, save_lora
 
     weights, folder = Path(run) / "weights", Path(folder)
-    for name in model_classes():
-        if (weights / name).is_dir():
+    for name in sorted(path.name for path in weights.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if name in model_classes():
             load_model(weights, name).half().save_pretrained(folder / name, safe_serialization=True)
-    if (weights / "lora").is_dir():
-        save_lora(load_lora(load_model(weights, "unet"), weights / "lora").half(), folder / "lora")
+        elif name == "lora":
+            save_lora(load_lora(load_model(weights, "unet"), weights / "lora").half(), folder / "lora")
+        else:  # what `--init` took over, such as the elevation estimate
+            shutil.copytree(weights / name, folder / name, dirs_exist_ok=True)
     shutil.copyfile(weights / "gsv3d.json", folder / "gsv3d.json")
     with atomic_path(folder / "curves.json") as path:
         path.write_text(json.dumps({stage: read_metrics(Path(run) / stage) for stage in STAGES}))

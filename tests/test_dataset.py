@@ -182,6 +182,17 @@ def test_the_cache_is_not_used_for_other_objects_or_sizes(folder, tmp_path):
     assert len(list(tmp_path.glob("views-*.safetensors"))) == 3
 
 
+def test_the_cache_is_not_used_for_an_object_made_anew(tmp_path):
+    for colour in (0.2, 0.8):
+        views = object_views("balls", size=SIZE)
+        views.rgba[..., :3] = int(255 * colour)
+        write_object(tmp_path / "data", views)
+        write_index(tmp_path / "data", [{"id": "balls"}])
+        loaded = load_views([tmp_path / "data"], SIZE, cache=tmp_path, progress=False)
+        inside = loaded.rgb[loaded.alpha[..., 0] == 255].float().mean() / 255
+        assert abs(float(inside) - colour) < 0.02
+
+
 def test_a_damaged_cache_is_made_again(folder, tmp_path):
     first = load_views([folder], SIZE, cache=tmp_path, progress=False)
     (cache,) = tmp_path.glob("views-*.safetensors")

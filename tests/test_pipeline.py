@@ -147,6 +147,16 @@ def test_exported_weights_are_half_the_size_and_nearly_the_same(run, weights, pi
     ours, theirs = pipe(picture, **QUICK), shipped(picture, **QUICK)
     assert (ours.means - theirs.means).abs().max() < 0.02 and (ours.colors - theirs.colors).abs().max() < 0.02
     assert set(json.loads((tmp_path / "curves.json").read_text())) == set(recipes.STAGES)
+    assert all(str(run) not in path.read_text() for path in tmp_path.rglob("*.json"))  # nor any path of a machine
+
+
+def test_an_export_keeps_what_the_run_took_over(tmp_path):
+    estimator = tmp_path / "run/weights/elevation/elevation.safetensors"
+    estimator.parent.mkdir(parents=True)
+    estimator.write_bytes(b"as it was")
+    recipes.save_config(CONFIG, tmp_path / "run/weights")
+    recipes.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
+    assert (tmp_path / "shipped/elevation/elevation.safetensors").read_bytes() == b"as it was"
 
 
 # ---------------------------------------------------------------- image -> Gaussians
