@@ -224,7 +224,7 @@ def load_model(folder: str | Path, name: str):
 
 
 def export_weights(run: Path, folder: Path) -> None:
-    """Copy OUT/weights to `folder`, models in half precision, and the training curves beside them: what this project ships."""
+    """Copy OUT/weights to `folder`, models in half precision, with the training curves: what this project ships."""
     from .lora import load_lora, save_lora
 
     weights, folder = Path(run) / "weights", Path(folder)
