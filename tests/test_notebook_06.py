@@ -121,6 +121,29 @@ def test_bootstrap_interval_equals_the_library(notebook):
     assert notebook["bootstrap_interval"](values) == metrics.bootstrap_interval(values)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "low", "high", "end"),
+    [
+        ([], None, None, "no seed in common with the reference: no verdict"),
+        ([0.2], 0.1, 0.3, "one seed: no verdict"),
+        ([0.2, 0.1], 0.1, 0.3, "2 of 2 seeds better: better, by two seeds only"),
+        ([0.3, -0.1], 0.05, 0.2, "1 of 2 seeds better: no difference shown, by two seeds only"),
+        ([0.2, 0.1, 0.3], 0.1, 0.3, "3 of 3 seeds better: better"),
+        ([0.4, 0.3, -0.1], 0.1, 0.3, "2 of 3 seeds better: no difference shown"),
+        ([0.2, 0.1, 0.3], -0.1, 0.3, "3 of 3 seeds better: no difference shown"),
+        ([-0.2, -0.1, -0.3], -0.3, -0.1, "0 of 3 seeds better: worse"),
+    ],
+)
+def test_an_arm_is_judged_by_two_seeds_or_more_that_agree(notebook, seeds, low, high, end):
+    def results(sign):
+        ends = (None, None) if low is None else sorted((sign * low, sign * high))
+        difference = {"mean": sign * np.mean(seeds) if seeds else None, "low": ends[0], "high": ends[1]}
+        return {"differences": {"x": {"psnr": difference | {"seeds": [sign * s for s in seeds]}}}}
+
+    for sign, better in ((1, "higher"), (-1, "lower")):
+        assert notebook["verdict"](results(sign), "x", "psnr", better).endswith(end)
+
+
 def test_ghosting_and_detail_equal_the_library(notebook):
     gaussians, views = random_gaussians(), orbit_cameras(torch.tensor([0.0, 70.0]), 15.0, 32)
     mask = torch.zeros(2, 32, 32, 1)
