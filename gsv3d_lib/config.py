@@ -179,40 +179,19 @@ TINY = Config(
     lambda_pixel=0.5,
 )
 
-SMALL = TINY.replace(
+SMALL = TINY.replace(  # tiny's networks on four times the pixels, which `train --init` can start from tiny's weights
     name="small",
     image_size=128,
-    vae_channels=(64, 128, 128, 128),
-    vae_layers=1,
-    vae_norm_groups=16,
-    vae_anchor=0.0,
-    vae_clip=4,
-    clip_size=112,
-    clip_patch=14,
-    clip_width=256,
-    clip_layers=6,
-    clip_mlp=1024,
-    clip_dim=256,
-    unet_channels=(128, 256, 256),
-    unet_attention=(True, True, True),
-    unet_heads=(2, 4, 4),
-    unet_layers=2,
-    dino_size=112,
-    dino_patch=14,
-    dino_width=256,
-    dino_layers=6,
     decoder_patch=2,
-    decoder_width=384,
-    decoder_layers=8,
-    decoder_upsample=8,
-    vae_schedule=Schedule(steps=20000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
-    dino_schedule=Schedule(steps=10000, batch=128, lr=5e-4),
-    diffusion_schedule=Schedule(steps=40000, batch=16, lr=2e-4, ema=0.9995),
-    stage1=Schedule(steps=30000, batch=8, lr=2e-4, ema=0.999),
-    stage2=Schedule(steps=4000, batch=8, lr=1e-4),
+    decoder_upsample=8,  # 64 x 64 Gaussians a view
+    vae_schedule=Schedule(steps=3000, batch=16, lr=1e-3, ema=0.999, weight_decay=0.0),
+    dino_schedule=Schedule(steps=3000, batch=64, lr=5e-4),
+    diffusion_schedule=Schedule(steps=20000, batch=16, lr=4e-4, ema=0.9995),
+    stage1=Schedule(steps=10000, batch=8, lr=4e-4, ema=0.999),
+    stage2=Schedule(steps=1000, batch=8, lr=2e-4),
 )
 
-PAPER = SMALL.replace(
+PAPER = TINY.replace(
     name="paper",
     image_size=576,
     vae_channels=(128, 256, 512, 512),
@@ -251,6 +230,10 @@ PAPER = SMALL.replace(
     view_counts=(16,),
     lambda_alpha=0.0,
     lambda_pixel=0.0,
+    # SVD's VAE, SV3D's U-Net and DINOv2 come trained; these are for who starts without them [ours]
+    vae_schedule=Schedule(steps=20000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
+    dino_schedule=Schedule(steps=10000, batch=128, lr=5e-4),
+    diffusion_schedule=Schedule(steps=40000, batch=16, lr=2e-4, ema=0.9995),
     # 8 and 2 orbits at once, with checkpointing, fit 80 GB (`python -m gsv3d_lib.plan`) [calc]
     checkpointing=True,
     stage1=Schedule(steps=80000, batch=128, lr=1e-5, warmup=1000, micro_batch=8),  # [paper]

@@ -200,6 +200,24 @@ def ray_distance(logits: Tensor, origins: Tensor, radius: float) -> Tensor:
     return origins.norm(dim=-1, keepdim=True) + (2 * logits.sigmoid() - 1) * radius
 
 
+@torch.no_grad()
+def doubled(decoder: GaussianDecoder) -> GaussianDecoder:
+    """The decoder for pictures of twice the side: as many tokens, each of 2 x 2 times the latents and of the Gaussians.
+
+    It begins as the old one: the first layer averages the new latents of what was one, and each old cell of the last layer
+    is repeated 2 x 2 times. Training goes on from there at the old cost, since attention sees the same tokens.
+    """
+    old = decoder.config
+    new = GaussianDecoder.from_config({**old, "patch": 2 * old["patch"], "upsample": 2 * old["upsample"]})
+    state = decoder.state_dict()
+    state["embed.weight"] = state["embed.weight"].repeat_interleave(2, -1).repeat_interleave(2, -2) / 4
+    for name in ("upsampler.0.weight", "upsampler.0.bias"):
+        cells = state[name].unflatten(0, (HIDDEN, old["upsample"], old["upsample"]))
+        state[name] = cells.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(0, 2)
+    new.load_state_dict(state)
+    return new
+
+
 def build_decoder(config: Config) -> GaussianDecoder:
     """A freshly initialised decoder; `config.dino = "none"` leaves the cross-attention out."""
     return GaussianDecoder(

@@ -105,8 +105,15 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, init: Path | Non
 
 
 def initial(name: str, build: Callable[[Config], torch.nn.Module], config: Config, init: Path | None):
-    """What a stage starts from: a new model, or that of the checkpoint `init`."""
-    return build(config) if init is None else load_model(init, name)
+    """What a stage starts from: a new model, or that of the checkpoint `init`, which may be of half the picture's side."""
+    if init is None:
+        return build(config)
+    model = load_model(init, name)
+    if name == "decoder" and config.decoder_patch == 2 * model.config.patch:
+        from .decoder import doubled
+
+        model = doubled(model)
+    return model
 
 
 def take_over(init: Path, run: Path, stages: list[str]) -> None:

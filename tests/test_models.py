@@ -13,7 +13,7 @@ from torch import nn
 
 from gsv3d_lib.cameras import DISTANCE, orbit_cameras, ray_grid, sv3d_azimuths
 from gsv3d_lib.config import preset
-from gsv3d_lib.decoder import SWEEP, GaussianDecoder, build_decoder, plane_sweep
+from gsv3d_lib.decoder import SWEEP, GaussianDecoder, build_decoder, doubled, plane_sweep
 from gsv3d_lib.encoders import (
     CLIP_MEAN,
     CLIP_STD,
@@ -345,6 +345,21 @@ def test_patches_and_upsampling_set_the_number_of_gaussians():
         decoder = build_decoder(tiny_config(decoder_patch=patch, decoder_upsample=upsample, dino="none"))
         maps, origins, _ = decoder.output_maps(randn(1, 2, 4, 4, 4), [cameras_of(2)])
         assert maps.shape == (1, 2, side, side, 12) and origins.shape == (1, 2, side, side, 3)
+
+
+@torch.no_grad()
+def test_a_doubled_decoder_says_of_enlarged_latents_what_the_old_one_says():
+    old = shake(build_decoder(tiny_config(decoder_planes=0)), size=0.2)
+    old.embed.weight[:, 4:] = 0  # rays through finer pixels are other rays
+    old.to_maps.weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0  # and neighbours other neighbours
+    new = doubled(old)
+    assert (new.config.patch, new.config.upsample) == (2, 4)
+    latents = randn(1, 2, 4, 4, 4)
+    fine = latents.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    expected, _, _ = old.output_maps(latents, [cameras_of(2)], features())
+    maps, _, _ = new.output_maps(fine, [cameras_of(2)], features())
+    assert maps.shape == (1, 2, 16, 16, 12) and maps.std() > 0.1
+    assert torch.allclose(maps, expected.repeat_interleave(2, 2).repeat_interleave(2, 3), atol=1e-5)
 
 
 @torch.no_grad()

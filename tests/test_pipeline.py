@@ -18,6 +18,7 @@ from gsv3d_lib.baselines import AverageObject, flat_card
 from gsv3d_lib.cameras import orbit_cameras, sv3d_azimuths
 from gsv3d_lib.config import Schedule, preset
 from gsv3d_lib.dataset import write_index, write_object
+from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.diffusion import build_scheduler, sample
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.metrics import psnr
@@ -79,6 +80,14 @@ def test_init_takes_over_what_is_not_trained_and_starts_from_the_rest(weights, t
     recipes.RECIPES["diffusion"](still, ball_views(), tmp_path, init=weights, progress=False)
     before, after = (recipes.load_model(folder, "unet").state_dict() for folder in (weights, tmp_path / "weights"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_init_from_half_the_side_doubles_the_decoder(weights):
+    config = CONFIG.replace(image_size=2 * SIZE, decoder_patch=2, decoder_upsample=2 * CONFIG.decoder_upsample)
+    started, fresh = recipes.initial("decoder", build_decoder, config, weights), build_decoder(config)
+    trained = recipes.load_model(weights, "decoder")
+    assert {k: v.shape for k, v in started.state_dict().items()} == {k: v.shape for k, v in fresh.state_dict().items()}
+    assert torch.equal(started.blocks[0].mlp[0].weight, trained.blocks[0].mlp[0].weight)
 
 
 def test_init_needs_a_checkpoint(tmp_path):
