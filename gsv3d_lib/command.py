@@ -1,20 +1,41 @@
-"""What the command lines share: an error that a user can mend is one sentence, and how an elevation is given."""
+"""What the command lines share: an error that a user can mend is one sentence, and how some options are given."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command: 0, or 1 with the sentence on stderr where it raises ValueError or FileNotFoundError."""
+    """Run a command: 0, or 2, as argparse ends, with the sentence on stderr where it raises ValueError or FileNotFoundError."""
     try:
         run(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"gsv3d: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError where a file at `path` could not be written: before hours of work, not after them."""
+    place = path.absolute().parent
+    while not os.path.lexists(place):
+        place = place.parent
+    if path.is_dir():
+        raise ValueError(f"{path} cannot be written: it is a folder; name a file in it.")
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise ValueError(f"{path} cannot be written: {place} is no folder that you may write to.")
+
+
+def positive(text: str) -> int:
+    """An option that counts something."""
+    value = int(text)  # argparse turns a ValueError into its own sentence
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return value
 
 
 ELEVATION_HELP = "of the camera that took the image (default 15); auto estimates it"
@@ -24,7 +45,7 @@ def degrees(text: str) -> float | None:
     """The option --elevation: a number, or None for "auto"."""
     if text == "auto":
         return None
-    value = float(text)  # argparse turns a ValueError into its own sentence
+    value = float(text)
     if not -90 < value < 90:
         raise argparse.ArgumentTypeError(f"must be auto or between -90 and 90 degrees, got {text}")
     return value

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from .baselines import AverageObject, flat_card
 from .cameras import orbit_cameras
+from .command import check_writable, exit_code, positive
 from .consistency import detail, ghosting, reprojection_error, split_agreement, view_depths
-from .dataset import RING, Scene, ViewTensors, load_views
+from .dataset import RING, UNREADABLE, Scene, ViewTensors, load_views
 from .gaussians import Gaussians
 from .mesh import fuse_mesh
 from .metrics import (
@@ -98,15 +99,18 @@ class Truth:
 
 
 def load_truth(folder: Path, id: str) -> Truth | None:
-    """`<id>.geometry.npz` of a dataset folder; None where there is none."""
+    """`<id>.geometry.npz` of a dataset folder; None where there is none. Raises ValueError where it is damaged."""
     path = Path(folder) / f"{id}.geometry.npz"
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        points = arrays["points"].astype("f4")
-        bits = np.unpackbits(arrays["occupancy"]) if "occupancy" in arrays else None
-    chosen = np.random.default_rng(0).choice(len(points), NUM_POINTS, replace=False)
-    return Truth(points[chosen], None if bits is None else bits.reshape((GRID_RESOLUTION,) * 3).astype(bool))
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            points = arrays["points"].astype("f4")
+            bits = np.unpackbits(arrays["occupancy"]) if "occupancy" in arrays else None
+        chosen = np.random.default_rng(0).choice(len(points), NUM_POINTS, replace=False)
+        return Truth(points[chosen], None if bits is None else bits.reshape((GRID_RESOLUTION,) * 3).astype(bool))
+    except UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read ({error}); without the file its object gets no mesh scores.") from error
 
 
 def mesh_scores(gaussians: Gaussians, truth: Truth | None, azimuth: float = 0.0) -> dict[str, float]:
@@ -308,18 +312,27 @@ def table(means: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=Path("data/checkpoints/tiny"))
     parser.add_argument("--objects", type=Path, required=True, help="dataset folder to measure on")
     parser.add_argument("--train", type=Path, help="training folder, for the average-object baseline")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write; .md and .png beside it")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--limit", type=positive, help="only the first objects")
+    parser.add_argument("--steps", type=positive, help="of the sampler")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-lora", action="store_true")
-    args = parser.parse_args(arguments)
+    parser.set_defaults(command="python -m gsv3d_lib.evaluate " + " ".join(arguments or sys.argv[1:]))
+    return exit_code(run, parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> None:
+    beside = args.out.with_suffix(".md"), args.out.with_suffix(".png")
+    if args.out in beside:
+        raise ValueError(f"--out names the JSON file; the table and the pictures go beside it, so {args.out} is taken.")
+    for path in (args.out, *beside):
+        check_writable(path)
     pipe = GSV3DPipeline.from_pretrained(args.weights, lora=not args.no_lora)
     views = load_views([args.objects], pipe.config.image_size, limit=args.limit)
     training = None if args.train is None else load_views([args.train], pipe.config.image_size)
@@ -328,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows, strips = evaluate(pipe, views, args.objects, training, args.seed, not args.no_lora, **options)
     means = averages(rows)
     record = {
-        "command": "python -m gsv3d_lib.evaluate " + " ".join(arguments or sys.argv[1:]),
+        "command": args.command,
         "commit": commit(),
         "hardware": hardware(),
         "seconds": round(time.time() - started),
@@ -347,4 +360,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

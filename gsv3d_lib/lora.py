@@ -45,7 +45,7 @@ def load_lora(unet, folder: str | Path):
     """
     path = Path(folder) / "pytorch_lora_weights.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"No LoRA at {path}; train one with `make train-tiny` or pass lora=False.")
+        raise FileNotFoundError(f"No LoRA at {path}; train one with `make train-tiny` or pass lora=False (--no-lora).")
     try:
         unet.load_lora_adapter(str(folder), prefix=None, weight_name=path.name, adapter_name="default")
     except Exception as error:  # safetensors, peft and torch each raise their own kinds, some of many lines

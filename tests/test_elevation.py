@@ -119,4 +119,4 @@ def test_how_an_elevation_is_given(tmp_path):
     with pytest.raises(ValueError, match="no estimator") as error:
         el.estimate(torch.ones(8, 8, 3), tmp_path)
     one_sentence(error)
-    assert el.main(["--weights", str(tmp_path), "--data", str(tmp_path)]) == 1
+    assert el.main(["--weights", str(tmp_path), "--data", str(tmp_path)]) == 2

@@ -234,7 +234,7 @@ def test_objects_share_a_dataset_and_the_front_can_be_named(folder, tmp_path):
         assert photos.main([str(folder), "--out", str(tmp_path), "--id", id, "--size", "32", "--front", "007.png"]) == 0
     views = load_views([tmp_path], SIZE, progress=False)
     assert views.ids == ["one", "two"] and views.azimuths[0, 12] == 270
-    assert photos.main([str(folder), "--out", str(tmp_path), "--id", "three", "--size", "64"]) == 1
+    assert photos.main([str(folder), "--out", str(tmp_path), "--id", "three", "--size", "64"]) == 2
 
 
 def test_training_on_photographs(folder, tmp_path):
@@ -295,7 +295,7 @@ def test_too_few_photographs_or_only_one_side(folder, read, tmp_path, capsys):
     with pytest.raises(ValueError, match="inside the object") as error:
         photos.object_from(read, "x", world=photos.World(SHIFT.double(), 4 * SCALE, Z_UP))
     one_sentence(error)
-    assert photos.main([str(folder), "--out", str(tmp_path), "--radius", "1"]) == 1
+    assert photos.main([str(folder), "--out", str(tmp_path), "--radius", "1"]) == 2
     assert "together" in capsys.readouterr().err
 
 

@@ -730,7 +730,7 @@ def test_gated_and_missing_repositories_say_what_to_do(hub, capsys):
             fetch(repo, file, download=True)
         assert "\n" not in str(caught.value)
     assert sv3d.find("open/model", "vae", download=True) == []  # so that SVD's will be asked for
-    assert sv3d.main(["gated/model", "--download"]) == 1
+    assert sv3d.main(["gated/model", "--download"]) == 2
     assert capsys.readouterr().err.startswith("gsv3d: gated/model is gated")
 
 
