@@ -90,7 +90,8 @@ def show_views(rgb: Tensor, depth: Tensor, alpha: Tensor, max_views: int = 8, wi
     near, far = depth_range(depth)
     pictures = [*rgb[chosen], *color_depth(depth[chosen], near, far), *(1 - alpha[chosen])]
     titles = [f"view {i}" for i in chosen.tolist()]
-    return image_grid(pictures, titles, count, ["colour", f"depth\n{near:.2f} … {far:.2f}", "alpha\ndark = 1"], width)
+    depth_title = f"depth\n{near:.2f} … {far:.2f}\nnear = bright"
+    return image_grid(pictures, titles, count, ["colour", depth_title, "alpha\ndark = 1"], width)
 
 
 def depth_range(depth: Tensor) -> tuple[float, float]:
