@@ -145,7 +145,7 @@ def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
     weights = alphas * before
     total, depth = weights.sum(), (weights * depths).sum() / weights.sum()
 
-    def sum_gradient(features: Tensor) -> Tensor:  # of sum w f, equation (2.11)
+    def sum_gradient(features: Tensor) -> Tensor:  # of sum w f, equation (2.12)
         from_i_on = (weights * features).flip(0).cumsum(0).flip(0)
         return before * features - (from_i_on - weights * features) / (1 - alphas)
 
