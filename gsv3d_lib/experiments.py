@@ -3,15 +3,17 @@
     python -m gsv3d_lib.experiments distillation --data ../shared/objects/train data/cache/procedural \
         --objects ../shared/objects/gso --out data/results/distillation.json
 
-Every (arm, seed) is one run. Runs are resumable, finished ones are kept under --work and not repeated, and the results
-file is written again after each. All arms of a seed see the same examples, the same noise and the same sampler seed, so
-their differences are paired twice: by seed and by object.
+Every (arm, seed) is one run. Runs are resumable; finished ones are found under --work and in the results file itself, and
+not repeated. A run from other weights, on other data or of another length is another run. The results file is written
+again after each. All arms of a seed see the same examples, the same noise and the same sampler seed, so their differences
+are paired twice: by seed and by object.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .command import check_writable, exit_code, positive
 from .config import Config
 from .dataset import RING, Scene, ViewTensors, load_views
 from .evaluate import (
@@ -43,10 +46,10 @@ from .evaluate import (
     without_nan,
 )
 from .metrics import bootstrap_interval
-from .orbits import Orbits, load_orbits, ring_frames
+from .orbits import Orbits, digest, load_orbits, ring_frames
 from .paths import atomic_path
 from .pipeline import GSV3DPipeline, load_config
-from .train import load_dino, load_model
+from .train import load_dino, load_model, model_classes
 from .training import train
 from .vae import encode_scaled
 
@@ -93,6 +96,8 @@ class World:
     objects: Path
     work: Path
     sampler: dict  # steps and guidance
+    fingerprint: str  # of the weights
+    start: str  # eight digits that change with the weights, the training data, the objects or the sampler
     true_rows: dict[int, Rows] = field(default_factory=dict)  # scores of the shipped decoder on N true views, once made
 
 
@@ -269,20 +274,24 @@ def configure(base: Config, experiment: Experiment, arm: Arm, seed: int, steps: 
 
 def run_once(world: World, experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int]) -> None:
     """One (arm, seed): leaves `scores.json` in its folder, or finds it there."""
-    folder = run_folder(world.work, experiment, arm, seed, size)
+    folder = world.work / run_name(experiment, arm, seed, size, world.start)
     if (folder / "scores.json").is_file():
         return
     print(f"{arm.label}, seed {seed}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     rows, cost = experiment.run(world, configure(world.config, experiment, arm, seed, *size), arm, folder)
-    with atomic_path(folder / "scores.json") as path:
-        path.write_text(json.dumps(without_nan({"ids": world.views.ids, "cost": cost, "rows": rows})))
+    write_scores(folder, rows, cost)
     for checkpoint in folder.rglob("checkpoint-*"):  # the scores are what is kept
         checkpoint.unlink()
 
 
-def run_folder(work: Path, experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int]) -> Path:
-    """Named by what is run, so that experiments share common arms: `distillation-120x2-lambda_3d=0.1-seed0`."""
+def write_scores(folder: Path, rows: Rows, cost: dict) -> None:
+    with atomic_path(folder / "scores.json") as path:
+        path.write_text(json.dumps(without_nan({"cost": cost, "rows": rows})))
+
+
+def run_name(experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int], start: str) -> str:
+    """Says what is run, so that experiments share common arms: `distillation-120x2-lambda_3d=0.1-seed0-1f0c77ab`."""
     changes = "-".join(f"{k}={v}" for k, v in arm.changes.items()).replace(" ", "") or "default"
     steps, batch = size
     what = (
@@ -290,27 +299,62 @@ def run_folder(work: Path, experiment: Experiment, arm: Arm, seed: int, size: tu
         if arm.trained
         else "untrained"
     )
-    return Path(work) / f"{what}-seed{seed}"
+    return f"{what}-seed{seed}-{start}"
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Sixteen digits that change with what arms start from: a checkpoint's configuration and models, not its LoRA."""
+    files = [folder / "gsv3d.json"] + [f for name in model_classes() for f in (folder / name).glob("*.safetensors")]
+    total = hashlib.sha256()
+    for path in sorted(files):
+        total.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return total.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- results
 
 
-def collect(work: Path, experiment: Experiment, seeds: list[int], size: tuple[int, int]) -> dict:
-    """Every finished run of an experiment: {"ids", "arms": {arm: {"label", "cost", "scores": {seed: {metric: [O]}}}}}."""
-    arms, ids = {}, None
+def restore_runs(out: Path, world: World, experiment: Experiment, size: tuple[int, int]) -> set[int]:
+    """Put the runs of a results file that this command would repeat into --work; returns their seeds.
+
+    Says how many there are of other weights, data or steps, or without a fingerprint. Raises ValueError for another file.
+    """
+    if not out.is_file():
+        return set()
+    try:
+        stored = json.loads(out.read_text())
+        runs = [(name, int(seed), entry) for name, entry in stored["arms"].items() for seed in entry["scores"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{out} is no results file of experiments; choose another --out.") from error
+    arms, seeds = {arm.name: arm for arm in experiment.arms}, []
+    for name, seed, entry in runs:
+        run = entry.get("runs", {}).get(str(seed))
+        if name in arms and run == run_name(experiment, arms[name], seed, size, world.start):
+            seeds.append(seed)
+            if not (world.work / run / "scores.json").is_file():
+                columns = entry["scores"][str(seed)]
+                rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+                write_scores(world.work / run, rows, entry["cost"][str(seed)])
+    if len(seeds) < len(runs):
+        left = f"{len(runs) - len(seeds)} of {len(runs)} runs"
+        print(f"{out}: {left} are of other weights, data or steps, or do not say of which; they are left out.")
+    return set(seeds)
+
+
+def collect(world: World, experiment: Experiment, seeds: list[int], size: tuple[int, int]) -> dict:
+    """Every finished run: {"ids", "arms": {arm: {"label", "runs", "cost", "scores": {seed: {metric: [O]}}}}}."""
+    arms: dict[str, dict] = {}
     for arm, seed in itertools.product(experiment.arms, seeds):
-        path = run_folder(work, experiment, arm, seed, size) / "scores.json"
-        if not path.is_file():
-            continue
-        stored = json.loads(path.read_text())
-        if ids not in (None, stored["ids"]):
-            raise ValueError(f"{path.parent} was scored on other objects; give each set of objects its own --work.")
-        ids = stored["ids"]
-        columns = {k: [_rounded(row.get(k)) for row in stored["rows"]] for k in stored["rows"][0]}
-        entry = arms.setdefault(arm.name, {"label": arm.label, "cost": {}, "scores": {}})
-        entry["scores"][str(seed)], entry["cost"][str(seed)] = columns, stored["cost"]
-    return {"ids": ids or [], "arms": arms}
+        name = run_name(experiment, arm, seed, size, world.start)
+        path = world.work / name / "scores.json"
+        if path.is_file():
+            stored = json.loads(path.read_text())
+            entry = arms.setdefault(arm.name, {"label": arm.label, "runs": {}, "cost": {}, "scores": {}})
+            metrics = dict.fromkeys(metric for row in stored["rows"] for metric in row)
+            columns = {k: [_rounded(row.get(k)) for row in stored["rows"]] for k in metrics}
+            for key, value in (("runs", name), ("cost", stored["cost"]), ("scores", columns)):
+                entry[key][str(seed)] = value
+    return {"ids": world.views.ids, "arms": arms}
 
 
 def _rounded(value: float | None) -> float | None:
@@ -405,44 +449,53 @@ def open_world(args: argparse.Namespace) -> World:
     vae = load_model(args.weights, "vae")
     orbits = load_orbits(training, vae, config.copies, cache=args.work / "latents.safetensors", seed=config.seed)
     views = load_views([args.objects], config.image_size)
+    unknown = set(args.ids or []) - set(views.ids)
+    if unknown:
+        raise ValueError(f"{args.objects} has no object {', '.join(sorted(unknown))}.")
     views = views.subset([views.ids.index(id) for id in args.ids or views.ids])
     sampler = {"steps": args.sampling_steps, "guidance": args.guidance}
-    return World(args.weights, config, orbits, views, args.objects, args.work, sampler)
+    fingerprint = weights_fingerprint(args.weights)
+    seen = [[v.ids, digest({"rgb": v.rgb[:, ::8, ::8, ::8]})] for v in (training, views)]
+    start = hashlib.sha256(json.dumps([fingerprint, seen, sampler]).encode()).hexdigest()[:8]
+    return World(args.weights, config, orbits, views, args.objects, args.work, sampler, fingerprint, start)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--weights", type=Path, default=Path("data/checkpoints/tiny"), help="where every arm starts")
     parser.add_argument("--data", nargs="+", default=["data/cache/procedural"], help="training folders")
     parser.add_argument("--objects", type=Path, required=True, help="dataset folder to score on")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; its own finished runs are kept")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="checkpoints and finished runs")
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="training steps of every arm")
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--sampling-steps", type=int, default=10)
+    parser.add_argument("--steps", type=positive, help="training steps of every arm")
+    parser.add_argument("--batch", type=positive)
+    parser.add_argument("--sampling-steps", type=positive, default=10)
     parser.add_argument("--guidance", type=float, default=1.0, help="1 = none, which halves the time")
-    parser.add_argument("--limit", type=int, help="use only the first training objects")
+    parser.add_argument("--limit", type=positive, help="use only the first training objects")
     parser.add_argument("--ids", nargs="+", help="score only these objects")
-    args = parser.parse_args(arguments)
+    parser.set_defaults(command="python -m gsv3d_lib.experiments " + " ".join(arguments or sys.argv[1:]))
+    return exit_code(run, parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> None:
     experiment = EXPERIMENTS[args.experiment]
     size = args.steps or experiment.defaults["steps"], args.batch or experiment.defaults["batch"]
-    try:
-        arms = [experiment.arm(name) for name in args.arms or [arm.name for arm in experiment.arms]]
-    except ValueError as error:
-        parser.error(str(error))
+    arms = [experiment.arm(name) for name in args.arms or [arm.name for arm in experiment.arms]]
+    for path in (args.out, args.work / "latents.safetensors"):
+        check_writable(path)
     world = open_world(args)
-    command = "python -m gsv3d_lib.experiments " + " ".join(arguments or sys.argv[1:])
-    settings = {"command": command, "weights": str(args.weights), "steps": size[0], "batch": size[1]}
-    settings["sampler"] = world.sampler
+    seeds = sorted({*args.seeds, *restore_runs(args.out, world, experiment, size)})
+    settings = {"command": args.command, "weights": str(args.weights), "fingerprint": world.fingerprint}
+    settings |= {"steps": size[0], "batch": size[1], "sampler": world.sampler}
     for seed, arm in itertools.product(args.seeds, arms):  # all arms of one seed first: what is there is balanced
         run_once(world, experiment, arm, seed, size)
-        record = write_results(experiment, collect(args.work, experiment, args.seeds, size), args.out, settings)
+        record = write_results(experiment, collect(world, experiment, seeds, size), args.out, settings)
     scored = next(iter(next(iter(record["arms"].values()))["scores"].values()))
     print(table(record, experiment.reference, [m for m in ("psnr", "ssim", "chamfer", "true_psnr") if m in scored]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def command(place, work, name, *more) -> dict:
     out = work / f"{name}.json"
     objects = str(place / "objects")
     paths = ["--weights", str(place / "weights"), "--data", objects, "--objects", objects, "--work", str(work / "work")]
-    ex.main([name, *paths, "--out", str(out), "--steps", "2", "--sampling-steps", "1", *more])
+    assert ex.main([name, *paths, "--out", str(out), "--steps", "2", "--sampling-steps", "1", *more]) == 0
     return json.loads(out.read_text())
 
 
@@ -61,17 +62,18 @@ def test_the_sweep_is_the_one_that_was_asked_for():
     assert {a.changes.get("lora_rank", 16) for a in ex.EXPERIMENTS["rank"].arms} == {4, 16, 64}
 
 
-def test_common_arms_of_two_experiments_are_one_run(tmp_path):
+def test_common_arms_of_two_experiments_are_one_run():
     distillation, frames, dino = (ex.EXPERIMENTS[k] for k in ("distillation", "frames", "dino"))
-    default = ex.run_folder(tmp_path, distillation, distillation.arm("lambda_1"), 0, (120, 2))
-    assert default == ex.run_folder(tmp_path, frames, frames.arm("n_16"), 0, (120, 2))
+    default = ex.run_name(distillation, distillation.arm("lambda_1"), 0, (120, 2), "start")
+    assert default == ex.run_name(frames, frames.arm("n_16"), 0, (120, 2), "start")
     others = [
-        ex.run_folder(tmp_path, distillation, distillation.arm("lambda_1"), 0, (60, 2)),
-        ex.run_folder(tmp_path, distillation, distillation.arm("lambda_1"), 1, (120, 2)),
-        ex.run_folder(tmp_path, distillation, distillation.arm("lambda_3"), 0, (120, 2)),
-        ex.run_folder(tmp_path, dino, dino.arm("dino"), 0, (120, 2)),
+        ex.run_name(distillation, distillation.arm("lambda_1"), 0, (60, 2), "start"),
+        ex.run_name(distillation, distillation.arm("lambda_1"), 1, (120, 2), "start"),
+        ex.run_name(distillation, distillation.arm("lambda_1"), 0, (120, 2), "other"),
+        ex.run_name(distillation, distillation.arm("lambda_3"), 0, (120, 2), "start"),
+        ex.run_name(dino, dino.arm("dino"), 0, (120, 2), "start"),
     ]
-    assert len({default, *others}) == 5
+    assert len({default, *others}) == 6
 
 
 # ---------------------------------------------------------------- runs
@@ -135,16 +137,41 @@ def test_overfitting_lowers_the_loss_on_the_one_object(place, tmp_path):
     assert record["ids"] == ["balls"] and last > start
 
 
-def test_scores_of_other_objects_are_not_mixed(place, tmp_path):
-    command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0")
-    with pytest.raises(ValueError, match="was scored on other objects; give each set of objects its own --work"):
-        command(place, tmp_path, "rank", "--arms", "rank_4", "rank_16", "--seeds", "0", "--ids", "balls")
+def test_finished_runs_are_found_in_the_results_file(place, tmp_path, monkeypatch, capsys):
+    """Without --work, by their fingerprint; those of other weights, steps or objects are left out and said to be."""
+    first = command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0")
+    shutil.rmtree(tmp_path / "work")
+    second = command(place, tmp_path, "rank", "--arms", "rank_4", "rank_16", "--seeds", "1")
+    assert {name: list(arm["scores"]) for name, arm in second["arms"].items()} == {
+        "rank_4": ["0", "1"],
+        "rank_16": ["1"],
+    }
+    assert second["arms"]["rank_4"]["cost"]["0"] == first["arms"]["rank_4"]["cost"]["0"]
+    shutil.rmtree(tmp_path / "work")
+    with monkeypatch.context() as patch:
+        patch.setattr(ex, "timed_training", lambda *_: pytest.fail("a finished run was repeated"))
+        again = command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0", "1")
+    assert again["arms"] == second["arms"] and again["fingerprint"] == second["fingerprint"]
+    assert "left out" not in capsys.readouterr().out
+
+    others = command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0", "--ids", "balls")
+    assert others["ids"] == ["balls"] and list(others["arms"]["rank_4"]["scores"]) == ["0"]
+    assert "3 of 3 runs are of other weights, data or steps" in capsys.readouterr().out
+    del others["fingerprint"], others["arms"]["rank_4"]["runs"]  # as files were written before
+    (tmp_path / "rank.json").write_text(json.dumps(others))
+    command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0", "--ids", "balls")
+    assert "1 of 1 runs are of other weights, data or steps, or do not say of which" in capsys.readouterr().out
 
 
-def test_an_unknown_arm_is_one_sentence(place, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        command(place, tmp_path, "rank", "--arms", "rank_5")
-    assert "There is no arm 'rank_5'; choose from rank_4, rank_16, rank_64." in capsys.readouterr().err
+def test_the_fingerprint_is_of_what_arms_start_from(place, tmp_path):
+    shutil.copytree(place / "weights", tmp_path / "copy")
+    (tmp_path / "copy/lora").mkdir()
+    (tmp_path / "copy/lora/pytorch_lora_weights.safetensors").write_bytes(b"arms do not start from it")
+    same = ex.weights_fingerprint(place / "weights")
+    assert ex.weights_fingerprint(tmp_path / "copy") == same
+    (file,) = (tmp_path / "copy/unet").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert ex.weights_fingerprint(tmp_path / "copy") != same
 
 
 # ---------------------------------------------------------------- differences

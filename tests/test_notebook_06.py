@@ -310,7 +310,7 @@ def test_card_states_how_experiments_are_run():
     stated, parser = CARD["experiments"], inspect.getsource(experiments.main)
     assert (
         f"default={stated['seeds']}" in parser
-        and f'"--sampling-steps", type=int, default={stated["sampler"]["steps"]}' in parser
+        and f'"--sampling-steps", type=positive, default={stated["sampler"]["steps"]}' in parser
     )
     for path in sorted((ROOT / "data" / "results").glob("*.json")):
         record = json.loads(path.read_text())
