@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command: 0, or 2, as argparse ends, with the sentence on stderr where it raises ValueError or FileNotFoundError."""
+    """Run a command: 0, or argparse's 2 with the sentence on stderr where it raises ValueError or FileNotFoundError."""
     try:
         run(args)
     except (ValueError, FileNotFoundError) as error:

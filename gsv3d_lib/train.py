@@ -18,12 +18,14 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from .command import check_writable, exit_code, positive
 from .config import Config, parse_setting, preset, schedule_field
 from .dataset import ViewTensors, load_views
 from .paths import atomic_path
@@ -235,6 +237,10 @@ def export_weights(run: Path, folder: Path) -> None:
     from .lora import load_lora, save_lora
 
     weights, folder = Path(run) / "weights", Path(folder)
+    if not (weights / "gsv3d.json").is_file():
+        raise FileNotFoundError(
+            f"There are no finished weights in {weights}: --out names the run that --export copies."
+        )
     for name in sorted(path.name for path in weights.iterdir() if path.is_dir() and not path.name.startswith(".")):
         if name in model_classes():
             load_model(weights, name).half().save_pretrained(folder / name, safe_serialization=True)
@@ -260,7 +266,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--shards", metavar="FOLDER", help="what `python -m gsv3d_lib.shards` wrote, instead of --data")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="checkpoints, curves and weights")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    parser.add_argument("--steps", type=int, help="override the number of steps of the named stages")
+    parser.add_argument("--steps", type=positive, help="override the number of steps of the named stages")
     parser.add_argument(
         "--set",
         action="append",
@@ -270,8 +276,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--init", type=Path, metavar="FOLDER", help="a checkpoint whose weights the stages start from")
     parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--limit", type=int, help="use only the first objects")
-    parser.add_argument("--processes", type=int, default=1, help="how many torchrun was asked for; it must agree")
+    parser.add_argument("--limit", type=positive, help="use only the first objects")
+    parser.add_argument("--processes", type=positive, default=1, help="how many torchrun was asked for; it must agree")
     parser.add_argument(
         "--prepare", action="store_true", help="only read the data and encode it into OUT, once for all processes"
     )
@@ -279,8 +285,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = build_parser().parse_args(arguments)
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser().parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> None:
+    check_writable((args.export or args.out / "weights") / "gsv3d.json")
     if args.export is not None:
         return export_weights(args.out, args.export)
     config = preset(args.preset, **dict(parse_setting(text) for text in args.set))
@@ -329,4 +339,4 @@ def with_steps(config: Config, stage: str, steps: int | None) -> Config:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

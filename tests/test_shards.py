@@ -371,13 +371,14 @@ def test_train_reads_shards(data, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "preset", lambda *_, **__: CONFIG)
     out = tmp_path / "run"
 
-    def command(*stages: str) -> None:
-        recipes.main(["--shards", str(folder), "--out", str(out), "--steps", "1", "--stages", *stages])
+    def command(*stages: str, more=()) -> None:
+        arguments = ["--shards", str(folder), "--out", str(out), "--steps", "1", *more, "--stages", *stages]
+        recipes.run(recipes.build_parser().parse_args(arguments))
 
     with pytest.raises(ValueError, match="an earlier vae made.*train vae and dino first"):
         command(*recipes.STAGES)
     with pytest.raises(ValueError, match="--limit counts the objects of --data"):
-        recipes.main(["--shards", str(folder), "--limit", "1", "--out", str(out)])
+        command("vae", more=["--limit", "1"])
     command("vae", "dino")  # from the pictures
     with pytest.raises(ValueError, match="made by another VAE"):
         command("diffusion")
