@@ -33,7 +33,7 @@ test: $(INSTALLED) ## every test and every notebook, offline
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests $(NOTEBOOKS)
 
 lab: $(INSTALLED) ## JupyterLab on the notebooks
-	$(PY) -m jupyterlab --notebook-dir=notebooks
+	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_from_one_image_to_3d.ipynb
 
 notebooks: $(INSTALLED) ## run every notebook in place: outputs, time and memory
 	$(PY) -m gsv3d_lib.refresh
