@@ -172,6 +172,14 @@ def test_failure_numbers_have_their_closed_forms(notebook):
     assert (moved.means - card.means).norm(dim=1).mean() > 0.2
 
 
+def test_a_two_faced_ring_repeats_its_front(notebook):
+    ring = random_images(16, 8, 8, 3)
+    made = notebook["two_faced"](ring)
+    front = [(evaluate.FRONT + step) % 16 for step in range(-4, 5)]
+    assert torch.equal(made[front], ring[front])
+    assert notebook["front_back_similarity"](made[evaluate.FRONT], made[(evaluate.FRONT + 8) % 16]) == math.inf
+
+
 # ---------------------------------------------------------------- exercises
 
 
