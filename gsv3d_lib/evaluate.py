@@ -5,7 +5,8 @@
 
 Protocol. Input: view 12 (the front). Targets: all other views, at the preset's resolution, on white, no alignment. PSNR is
 the mean over views of -10 log10 MSE over the whole frame. The decoder alone gets the 16 true ring views, encoded by the
-VAE, and is scored on the 8 free views that it never saw. Chamfer distance: see `metrics.chamfer_distance`.
+VAE, and is scored on the 8 free views that it never saw. Chamfer distance: see `metrics.chamfer_distance`. LPIPS is measured
+where --lpips gives its weights (`lpips.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .command import check_writable, exit_code, positive
 from .consistency import detail, ghosting, reprojection_error, split_agreement, view_depths
 from .dataset import RING, UNREADABLE, Scene, ViewTensors, load_views
 from .gaussians import Gaussians
+from .lpips import LPIPS, load_lpips
 from .mesh import fuse_mesh
 from .metrics import (
     GRID_RESOLUTION,
@@ -73,21 +75,25 @@ def free_views(scene: Scene) -> Tensor:
     return torch.arange(RING, len(scene.rgb))
 
 
-def image_scores(gaussians: Gaussians, scene: Scene, start: int, chosen: Tensor) -> dict[str, float]:
-    """PSNR, SSIM and depth L1 of renderings against the true views `chosen`."""
+def image_scores(
+    gaussians: Gaussians, scene: Scene, start: int, chosen: Tensor, lpips: LPIPS | None = None
+) -> dict[str, float]:
+    """PSNR, SSIM, LPIPS if given, and depth L1 of renderings against the true views `chosen`."""
     with torch.no_grad():
-        return picture_scores(render(gaussians, relative_cameras(scene, start, chosen)), scene, chosen)
+        return picture_scores(render(gaussians, relative_cameras(scene, start, chosen)), scene, chosen, lpips)
 
 
-def picture_scores(seen: Rendering, scene: Scene, chosen: Tensor) -> dict[str, float]:
+def picture_scores(seen: Rendering, scene: Scene, chosen: Tensor, lpips: LPIPS | None = None) -> dict[str, float]:
     """`image_scores` of what is rendered already."""
     rgb, depth, alpha = seen
     depth = torch.where(alpha > 0.5, depth, 0)
-    return {
-        "psnr": psnr(rgb, scene.rgb[chosen]),
-        "ssim": ssim(rgb, scene.rgb[chosen]),
-        "depth_l1": depth_l1(depth, scene.depth[chosen]),
-    }
+    return color_scores(rgb, scene.rgb[chosen], lpips) | {"depth_l1": depth_l1(depth, scene.depth[chosen])}
+
+
+def color_scores(pictures: Tensor, truth: Tensor, lpips: LPIPS | None) -> dict[str, float]:
+    """Means over the views [V, S, S, 3]."""
+    scores = {"psnr": psnr(pictures, truth), "ssim": ssim(pictures, truth)}
+    return scores if lpips is None else scores | {"lpips": float(lpips(pictures, truth).mean())}
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,9 @@ def load_truth(folder: Path, id: str) -> Truth | None:
         chosen = np.random.default_rng(0).choice(len(points), NUM_POINTS, replace=False)
         return Truth(points[chosen], None if bits is None else bits.reshape((GRID_RESOLUTION,) * 3).astype(bool))
     except UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read ({error}); without the file its object gets no mesh scores.") from error
+        raise ValueError(
+            f"{path} cannot be read ({error}); without the file its object gets no mesh scores."
+        ) from error
 
 
 def mesh_scores(gaussians: Gaussians, truth: Truth | None, azimuth: float = 0.0) -> dict[str, float]:
@@ -137,13 +145,15 @@ def shape_scores(points: np.ndarray, mesh: trimesh.Trimesh | None, truth: Truth)
 
 
 @torch.no_grad()
-def evaluate_decoder(pipe: GSV3DPipeline, scene: Scene, num_frames: int = RING) -> dict[str, float]:
+def evaluate_decoder(
+    pipe: GSV3DPipeline, scene: Scene, num_frames: int = RING, lpips: LPIPS | None = None
+) -> dict[str, float]:
     """The decoder on N true views, scored on the views that are not on the ring."""
     frames, free = ring_frames(FRONT, num_frames), free_views(scene)
     latents = encode_scaled(pipe.vae, scene.rgb[frames])
     gaussians = pipe.gaussians_from(latents, relative_cameras(scene, FRONT, frames), scene.rgb[FRONT])
     seen = render(gaussians, relative_cameras(scene, FRONT, free))
-    return picture_scores(seen, scene, free) | failure_scores(gaussians, seen, scene)
+    return picture_scores(seen, scene, free, lpips) | failure_scores(gaussians, seen, scene)
 
 
 @torch.no_grad()
@@ -160,11 +170,13 @@ def generate(pipe: GSV3DPipeline, scene: Scene, seed: int, **options) -> Generat
 
 
 @torch.no_grad()
-def evaluate_generation(pipe: GSV3DPipeline, scene: Scene, truth: Truth | None, made: Generation) -> dict[str, float]:
+def evaluate_generation(
+    pipe: GSV3DPipeline, scene: Scene, truth: Truth | None, made: Generation, lpips: LPIPS | None = None
+) -> dict[str, float]:
     """A generated object on all other views; by its mesh; whether its own views agree; ghosting and lost texture."""
     others, free = other_views(scene), free_views(scene)
     seen = render(made.gaussians, relative_cameras(scene, FRONT, torch.arange(len(scene.rgb))))
-    scores = picture_scores(_chosen(seen, others), scene, others)
+    scores = picture_scores(_chosen(seen, others), scene, others, lpips)
     scores |= mesh_scores(made.gaussians, truth, float(scene.azimuths[FRONT]))
     scores |= view_scores(pipe, made) | failure_scores(made.gaussians, _chosen(seen, free), scene)
     return scores | {"front_psnr": psnr(seen.rgb[FRONT], scene.rgb[FRONT])}
@@ -194,17 +206,19 @@ def failure_scores(gaussians: Gaussians, seen: Rendering, scene: Scene) -> dict[
     }
 
 
-def evaluate_baselines(scene: Scene, truth: Truth | None, average: AverageObject | None) -> dict[str, dict[str, float]]:
+def evaluate_baselines(
+    scene: Scene, truth: Truth | None, average: AverageObject | None, lpips: LPIPS | None = None
+) -> dict[str, dict[str, float]]:
     """The flat card and the average training object, on the views that `evaluate_generation` uses."""
     others, azimuth = other_views(scene), float(scene.azimuths[FRONT])
     card = flat_card(scene.rgb[FRONT], scene.alpha[FRONT], relative_cameras(scene, FRONT, torch.tensor([FRONT])))
-    results = {"card": image_scores(card, scene, FRONT, others)}
+    results = {"card": image_scores(card, scene, FRONT, others, lpips)}
     if truth is not None:  # a card has no volume, so it has no IoU
         points = card.means.numpy()[:: max(1, len(card) // NUM_POINTS)] @ _turn(azimuth).T
         results["card"] |= shape_scores(points, None, truth)
     if average is not None:
         pictures = average.nearest_views(scene.azimuths[others])
-        results["average"] = {"psnr": psnr(pictures, scene.rgb[others]), "ssim": ssim(pictures, scene.rgb[others])}
+        results["average"] = color_scores(pictures, scene.rgb[others], lpips)
         if truth is not None:
             results["average"] |= shape_scores(average.points, average.mesh, truth)
     return results
@@ -223,6 +237,7 @@ def evaluate(
     training_views: ViewTensors | None,
     seed: int = 0,
     lora: bool = True,
+    lpips: LPIPS | None = None,
     **options,
 ) -> tuple[list[dict], list[Tensor]]:
     """All measurements, one row per object: {"id", "decoder", "generated", "generated_without_lora", "card", "average"};
@@ -231,13 +246,13 @@ def evaluate(
     rows, strips = [], []
     for index, id in enumerate(tqdm(views.ids, desc="evaluating", mininterval=5)):
         scene, truth = views.scene(index), load_truth(folder, id)
-        row = {"id": id, "decoder": evaluate_decoder(pipe, scene) | evaluate_vae(pipe, scene)}
+        row = {"id": id, "decoder": evaluate_decoder(pipe, scene, lpips=lpips) | evaluate_vae(pipe, scene)}
         for name, scale in (("generated", 1.0), ("generated_without_lora", 0.0))[: 2 if lora else 1]:
             made = generate(pipe, scene, seed, lora_scale=scale, **options)
-            row[name] = evaluate_generation(pipe, scene, truth, made)
+            row[name] = evaluate_generation(pipe, scene, truth, made, lpips)
             if name == "generated":
                 strips.append(strip(made.gaussians, scene))
-        rows.append(row | evaluate_baselines(scene, truth, average))
+        rows.append(row | evaluate_baselines(scene, truth, average, lpips))
     return rows, strips
 
 
@@ -304,7 +319,9 @@ def commit() -> str:
 
 def table(means: dict[str, dict[str, float]]) -> str:
     """The averages as a Markdown table."""
-    columns = ["psnr", "ssim", "depth_l1", "chamfer", "f_score", "iou"]
+    columns = ["psnr", "ssim", "lpips", "depth_l1", "chamfer", "f_score", "iou"]
+    if not any("lpips" in scores for scores in means.values()):
+        columns.remove("lpips")
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for method, scores in means.items():
         cells = [f"{scores[c]:.3f}" if scores.get(c) is not None and np.isfinite(scores[c]) else "-" for c in columns]
@@ -323,6 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-lora", action="store_true")
+    parser.add_argument("--lpips", type=Path, help="file of `python -m gsv3d_lib.lpips`: measure LPIPS with it too")
     parser.set_defaults(command="python -m gsv3d_lib.evaluate " + " ".join(arguments or sys.argv[1:]))
     return exit_code(run, parser.parse_args(arguments))
 
@@ -333,12 +351,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--out names the JSON file; the table and the pictures go beside it, so {args.out} is taken.")
     for path in (args.out, *beside):
         check_writable(path)
+    lpips = None if args.lpips is None else load_lpips(args.lpips)
     pipe = GSV3DPipeline.from_pretrained(args.weights, lora=not args.no_lora)
     views = load_views([args.objects], pipe.config.image_size, limit=args.limit)
     training = None if args.train is None else load_views([args.train], pipe.config.image_size)
     started = time.time()
     options = {"steps": args.steps, "guidance": args.guidance}
-    rows, strips = evaluate(pipe, views, args.objects, training, args.seed, not args.no_lora, **options)
+    rows, strips = evaluate(pipe, views, args.objects, training, args.seed, not args.no_lora, lpips, **options)
     means = averages(rows)
     record = {
         "command": args.command,
@@ -347,6 +366,7 @@ def run(args: argparse.Namespace) -> None:
         "seconds": round(time.time() - started),
         "seed": args.seed,
         "objects": len(rows),
+        "lpips": None if lpips is None else lpips.origin,
         "mean": means,
         "rows": rows,
     }

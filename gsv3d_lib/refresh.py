@@ -1,6 +1,7 @@
 """Run notebooks in place and write what a reader sees: outputs, and the time and memory in their headers.
 
     python -m gsv3d_lib.refresh [02 05 ...] [--out FOLDER]
+    python -m gsv3d_lib.refresh --hero docs/images/hero.png    # the README's picture instead
 
 Every notebook runs on a fresh kernel in the notebooks' folder. The text between `<!-- measured -->` and `<!-- /measured -->`
 in its first cells, and in its row of the README's table, is replaced by what was measured. What GitHub cannot show is left
@@ -23,6 +24,7 @@ from .paths import ROOT, atomic_path
 NOTEBOOKS = ROOT / "notebooks"
 MEASURED = re.compile(r"<!-- measured -->.*?<!-- /measured -->")
 WIDGET = "application/vnd.jupyter.widget-view+json"
+HERO = ("house", "car", "chair", "face", "mug")  # the README's picture
 PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"  # GB on Linux
 
 
@@ -99,6 +101,27 @@ def update_readme(name: str, sentence: str, readme: Path = ROOT / "README.md") -
         temporary.write_text("\n".join(lines))
 
 
+def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: int = 160) -> None:
+    """Bundled pictures and what `weights` make of them, seen from eight sides, as a PNG."""
+    import torch
+
+    from .cameras import orbit_cameras
+    from .figures import image_grid
+    from .images import prepare_condition
+    from .pipeline import GSV3DPipeline
+    from .rendering import render
+
+    pipe = GSV3DPipeline.from_pretrained(weights, device="cpu")
+    angles, pictures = torch.arange(8) * 45.0, []
+    for name in tqdm(names, unit="picture"):
+        image = ROOT / "data" / "images" / f"{name}.png"
+        seen = render(pipe(image, seed=0, progress=False), orbit_cameras(angles, 15.0, size)).rgb.clamp(0, 1)
+        pictures += [prepare_condition(image, size)[0], *seen]
+    titles = ["input", *(f"{angle:.0f}°" for angle in angles)]
+    with atomic_path(path) as temporary:
+        image_grid(pictures, titles=titles, columns=9, width=10).savefig(temporary, dpi=100, format="png")
+
+
 def find_notebooks(numbers: list[str]) -> list[Path]:
     """The notebooks whose names begin with these numbers; all for none. Raises FileNotFoundError for an unknown one."""
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
@@ -114,7 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.refresh", description=__doc__.split("\n")[0])
     parser.add_argument("numbers", nargs="*", help="such as 02; all notebooks by default")
     parser.add_argument("--out", type=Path, default=NOTEBOOKS, help="folder to write to (default: in place)")
+    parser.add_argument("--hero", type=Path, metavar="PNG", help="only draw the README's picture")
     args = parser.parse_args(arguments)
+    if args.hero is not None:
+        draw_hero(args.hero, ROOT / "data" / "checkpoints" / "tiny")
+        return 0
     failed = 0
     for path in find_notebooks(args.numbers):
         try:

@@ -308,7 +308,9 @@ def test_card_formulas_are_the_metrics():
     assert fusion["background_weight"] == mesh.BACKGROUND_WEIGHT
     measured = set(TABLE["rows"][0]["generated"])
     assert {"chamfer", "f_score", "iou", "reprojection", "split_psnr", "ghosting", "detail"} <= measured
-    assert not measured & {"lpips", "fid", "kid", "clip_iqa"}
+    assert not measured & {"fid", "kid", "clip_iqa"}
+    weights = {key: CARD["lpips"][key] for key in ("net", "sha256")}
+    assert TABLE.get("lpips") == (weights if "lpips" in measured else None)
     assert CARD["reprojection"]["occluded"] == consistency.OCCLUDED
     assert CARD["reprojection"]["alpha_threshold"] == mesh.SURFACE_ALPHA
     assert (CARD["ghosting"]["depth_spread"], CARD["ghosting"]["opaque"]) == (mesh.MIXED_DEPTH, consistency.OPAQUE)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_world import BALLS, SIZE, ball_pictures, ball_views, object_views, tiny_config, turned
 
 from gsv3d_lib import evaluate as ev
@@ -21,6 +22,7 @@ from gsv3d_lib.dataset import write_index, write_object
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.diffusion import build_scheduler, sample
 from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.lpips import LPIPS
 from gsv3d_lib.metrics import psnr
 from gsv3d_lib.pipeline import GSV3DPipeline, load_config
 from gsv3d_lib.rendering import render
@@ -436,7 +438,8 @@ def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys)
         write_object(tmp_path / folder, object_views(id, 0.0 if id == "balls" else 60.0, size=SIZE))
         write_index(tmp_path / folder, [{"id": id}])
     write_geometry(tmp_path / "gso", "balls")
-    out = tmp_path / "results" / "tiny.json"
+    out, lpips = tmp_path / "results" / "tiny.json", tmp_path / "lpips.safetensors"
+    save_file(LPIPS("alex").state_dict(), lpips, metadata={"lpips": "alex"})
     arguments = [
         "--weights",
         str(weights),
@@ -444,15 +447,20 @@ def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys)
         str(tmp_path / "gso"),
         "--train",
         str(tmp_path / "train"),
+        "--lpips",
+        str(lpips),
     ]
     ev.main([*arguments, "--out", str(out), "--steps", "1", "--guidance", "1"])
     record = json.loads(out.read_text())
     assert record["objects"] == 1 and record["rows"][0]["id"] == "balls"
     assert set(record["mean"]) == {"decoder", "generated", "generated_without_lora", "card", "average"}
-    truthful = {"psnr", "ssim", "depth_l1", "chamfer", "f_score", "iou", "front_psnr", "ghosting", "detail"}
+    assert record["lpips"]["net"] == "alex" and "lpips" in record["mean"]["decoder"]
+    truthful = {"psnr", "ssim", "lpips", "depth_l1", "chamfer", "f_score", "iou", "front_psnr", "ghosting", "detail"}
     assert truthful | {"reprojection", "split_psnr", "split_depth"} == set(record["mean"]["generated"])
-    assert {"psnr", "ssim", "chamfer", "f_score", "iou"} == set(record["mean"]["average"])
-    assert {"psnr", "ssim", "depth_l1", "chamfer", "f_score"} == set(record["mean"]["card"])  # it has no volume
+    assert {"psnr", "ssim", "lpips", "chamfer", "f_score", "iou"} == set(record["mean"]["average"])
+    assert {"psnr", "ssim", "lpips", "depth_l1", "chamfer", "f_score"} == set(
+        record["mean"]["card"]
+    )  # it has no volume
     assert 0 < record["mean"]["card"]["chamfer"] < 1 and 5 < record["mean"]["card"]["psnr"] < 40
     assert record["mean"]["generated"] != record["mean"]["generated_without_lora"]
     assert ev.table(record["mean"]) in capsys.readouterr().out
@@ -464,7 +472,7 @@ def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys)
 def test_the_decoder_is_scored_on_views_that_it_did_not_get(pipe, monkeypatch):
     scene, seen = ball_views(1).scene(0), {}
 
-    def spy(pictures, scene, chosen):
+    def spy(pictures, scene, chosen, lpips):
         seen["chosen"] = chosen.tolist()
         return {}
 

@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 from tiny_world import object_views
 
 from gsv3d_lib import launch, refresh, run, train
@@ -339,6 +340,12 @@ def test_refresh_writes_the_row_of_the_readme(tmp_path):
     )
     refresh.update_readme("02_x", "3 s", readme)
     assert "| <!-- measured -->3 s<!-- /measured --> |\n| [b]" in readme.read_text()
+
+
+def test_the_picture_of_the_readme_is_one_row_per_input(tmp_path):
+    refresh.draw_hero(tmp_path / "hero.png", ROOT / "data/checkpoints/tiny", names=("mug",), size=32)
+    width, height = Image.open(tmp_path / "hero.png").size
+    assert width == 1000 and 7 < width / height < 9  # the input and eight sides, with their titles
 
 
 def test_refresh_drops_widgets_that_need_a_kernel():
