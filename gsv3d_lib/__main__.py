@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from .command import ELEVATION_HELP, degrees, exit_code
-from .paths import resolve
+from .paths import BEST, resolve
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("image", type=Path, help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask")
     parser.add_argument("--out", type=Path, default=Path("runs/object"))
-    parser.add_argument("--weights", default="data/checkpoints/tiny")
+    parser.add_argument("--weights", default=BEST, help="checkpoint folder (default: %(default)s)")
     parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
     parser.add_argument("--steps", type=int, help="of the sampler")
     parser.add_argument("--guidance", type=float, help="peak of the triangular guidance; 1 = none")

@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 from .command import ELEVATION_HELP, degrees
-from .paths import ROOT, resolve
+from .paths import BEST, ROOT, resolve
 from .run import run_notebook
 
 NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
-WEIGHTS = ROOT / "data" / "checkpoints" / "tiny"  # the notebook's
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,17 +25,26 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     from .elevation import estimate
     from .images import load_image
+    from .pipeline import load_config
 
     image = Path(args.image).resolve() if Path(args.image).is_file() else resolve(args.image)
     try:
         load_image(image)  # fails here, in one sentence, and not inside a notebook
-        elevation = estimate(image, WEIGHTS) if args.elevation is None else args.elevation
+        elevation = estimate(image, resolve(BEST)) if args.elevation is None else args.elevation
+        steps = load_config(resolve(BEST)).sampling_steps
     except (ValueError, FileNotFoundError) as error:
         print(f"gsv3d: {error}", file=sys.stderr)
         return 1
     out = resolve(args.out)
     started = time.perf_counter()
-    run_notebook(NOTEBOOK, {"image_path": str(image), "out_dir": str(out), "elevation": elevation}, out)
+    parameters = {
+        "weights": BEST,
+        "steps": steps,
+        "elevation": elevation,
+        "image_path": str(image),
+        "out_dir": str(out),
+    }
+    run_notebook(NOTEBOOK, parameters, out)
     seconds = time.perf_counter() - started
     print(f"\nDone in {seconds:.0f} s. The results lie in {out}:")
     for path in sorted(p for p in out.iterdir() if p.is_file()):

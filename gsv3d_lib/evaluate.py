@@ -329,6 +329,31 @@ def table(means: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+REPORTED = {"psnr": "20.390", "ssim": "0.884", "chamfer": "0.100", "iou": "0.721"}  # by the authors, table 1
+METHODS = {
+    "generated": "GSV3D",
+    "generated_without_lora": "the same without LoRA",
+    "card": "the input as a flat card",
+    "average": "the average training object",
+    "decoder": "*the decoder alone, on 16 true views; 8 unseen ones*",
+}
+
+
+def comparison(*records: Path) -> str:
+    """Markdown: the means of results files, best first as given, and what the paper reports in a row of its own."""
+    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "depth_l1": "depth L1"}
+    names |= {"chamfer": "CD", "f_score": "F-score", "iou": "volume IoU"}
+    lines = [f"| | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
+    for path in records:
+        record = json.loads(Path(path).read_text())
+        for method, label in METHODS.items():
+            if scores := record["mean"].get(method):
+                cells = [f"{scores[k]:.3f}" if scores.get(k) is not None else "-" for k in names]
+                lines.append(f"| {label}, {record['pixels']} px | {' | '.join(cells)} |")
+    lines.append(f"| reported by the authors, 576 px | {' | '.join(REPORTED.get(k, '-') for k in names)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=Path("data/checkpoints/tiny"))
@@ -366,6 +391,7 @@ def run(args: argparse.Namespace) -> None:
         "seconds": round(time.time() - started),
         "seed": args.seed,
         "objects": len(rows),
+        "pixels": pipe.config.image_size,
         "lpips": None if lpips is None else lpips.origin,
         "mean": means,
         "rows": rows,
