@@ -87,9 +87,10 @@ def check(scale: str, stages: list[str], data: list[str], processes: int, out: P
             need for need in NEEDS[stage] if need not in stages and not (out / "weights" / PRODUCTS[need]).is_dir()
         ]
         if missing:
+            fetched = f" (`python -m gsv3d_lib.sv3d stabilityai/sv3d --download --out {out}`)" if scale == "paper" else ""
             raise ValueError(
-                f"{stage} needs {', '.join(missing)}: add them to the stages, or put their weights, in the layout of "
-                f"diffusers and transformers, into {out / 'weights'}."
+                f"{stage} needs {', '.join(missing)}: add them to the stages, or put their weights into "
+                f"{out / 'weights'}{fetched}."
             )
     for folder in data:
         if not (resolve(folder) / "index.json").is_file():
