@@ -87,7 +87,9 @@ def check(scale: str, stages: list[str], data: list[str], processes: int, out: P
             need for need in NEEDS[stage] if need not in stages and not (out / "weights" / PRODUCTS[need]).is_dir()
         ]
         if missing:
-            fetched = f" (`python -m gsv3d_lib.sv3d stabilityai/sv3d --download --out {out}`)" if scale == "paper" else ""
+            fetched = (
+                f" (`python -m gsv3d_lib.sv3d stabilityai/sv3d --download --out {out}`)" if scale == "paper" else ""
+            )
             raise ValueError(
                 f"{stage} needs {', '.join(missing)}: add them to the stages, or put their weights into "
                 f"{out / 'weights'}{fetched}."
