@@ -19,7 +19,7 @@ from pathlib import Path
 import nbformat
 from tqdm import tqdm
 
-from .paths import ROOT, atomic_path
+from .paths import BEST, ROOT, atomic_path
 
 NOTEBOOKS = ROOT / "notebooks"
 MEASURED = re.compile(r"<!-- measured -->.*?<!-- /measured -->")
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hero", type=Path, metavar="PNG", help="only draw the README's picture")
     args = parser.parse_args(arguments)
     if args.hero is not None:
-        draw_hero(args.hero, ROOT / "data" / "checkpoints" / "tiny")
+        draw_hero(args.hero, ROOT / BEST)
         return 0
     failed = 0
     for path in find_notebooks(args.numbers):
