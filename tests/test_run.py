@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 from tiny_world import object_views
 
-from gsv3d_lib import launch, refresh, run, train
+from gsv3d_lib import demo, launch, refresh, run, train
 from gsv3d_lib.config import parse_setting, preset, schedule_field
 from gsv3d_lib.dataset import write_index, write_object
 
@@ -346,6 +346,14 @@ def test_the_picture_of_the_readme_is_one_row_per_input(tmp_path):
     refresh.draw_hero(tmp_path / "hero.png", ROOT / "data/checkpoints/tiny", names=("mug",), size=32)
     width, height = Image.open(tmp_path / "hero.png").size
     assert width == 1000 and 7 < width / height < 9  # the input and eight sides, with their titles
+
+
+def test_the_demo_gives_notebook_00_what_it_knows(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(demo, "run_notebook", lambda path, parameters, out: asked.update(parameters | {"path": path}))
+    assert demo.main(["--image", "data/images/mug.png", "--elevation", "auto", "--out", str(tmp_path)]) == 0
+    run.check_parameters(asked, run.declared_parameters(asked.pop("path")))  # raises for a name it does not have
+    assert (ROOT / asked["weights"] / "gsv3d.json").is_file() and -10 <= asked["elevation"] <= 40
 
 
 def test_refresh_drops_widgets_that_need_a_kernel():
