@@ -74,11 +74,16 @@ def read_object(folder: str | Path, id: str) -> ObjectViews:
         azimuths, elevations = arrays["az"].astype("f4"), arrays["el"].astype("f4")
     except UNREADABLE as error:
         raise ValueError(
-            f"Object {id!r} in {folder} cannot be read ({error}); delete its files and render it again."
+            f"Object {id!r} in {folder} cannot be read ({reason(error)}); delete its files and render it again."
         ) from error
     views, height, width = depth.shape
     cameras = from_c2w(c2w, K.expand(views, 3, 3), width, height)
     return ObjectViews(id, rgba, depth, cameras, azimuths, elevations)
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with an array file. numpy takes any other file for a pickle and advises to run it: nobody should."""
+    return "it is no array file" if "allow_pickle" in str(error) else str(error)
 
 
 def write_object(folder: str | Path, views: ObjectViews, quality: int = 85) -> None:

@@ -31,7 +31,7 @@ from .baselines import AverageObject, flat_card
 from .cameras import orbit_cameras
 from .command import check_writable, exit_code, positive
 from .consistency import detail, ghosting, reprojection_error, split_agreement, view_depths
-from .dataset import RING, UNREADABLE, Scene, ViewTensors, load_views
+from .dataset import RING, UNREADABLE, Scene, ViewTensors, load_views, reason
 from .gaussians import Gaussians
 from .lpips import LPIPS, load_lpips
 from .mesh import fuse_mesh
@@ -117,7 +117,7 @@ def load_truth(folder: Path, id: str) -> Truth | None:
         return Truth(points[chosen], None if bits is None else bits.reshape((GRID_RESOLUTION,) * 3).astype(bool))
     except UNREADABLE as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); without the file its object gets no mesh scores."
+            f"{path} cannot be read ({reason(error)}); without the file its object gets no mesh scores."
         ) from error
 
 

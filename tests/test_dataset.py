@@ -116,6 +116,13 @@ def test_a_broken_object_is_one_sentence(broken, suffix, keep):
     one_sentence(error)
 
 
+def test_junk_in_place_of_arrays_is_not_to_be_unpickled(broken):
+    (broken / "first.npz").write_bytes(b"junk" * 100)
+    with pytest.raises(ValueError, match="it is no array file.*render it again") as error:
+        read_object(broken, "first")
+    assert "pickle" not in str(error.value)
+
+
 def test_arrays_without_cameras_are_one_sentence(broken):
     with np.load(broken / "first.npz") as arrays:
         kept = {name: arrays[name] for name in arrays if name != "c2w"}
