@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cameras import Cameras, from_c2w, orbit_cameras
-from .paths import atomic_path
+from .paths import atomic_path, reason
 
 COLUMNS = 6
 RING = 16  # the first views of an object form a ring of constant elevation
@@ -79,11 +79,6 @@ def read_object(folder: str | Path, id: str) -> ObjectViews:
     views, height, width = depth.shape
     cameras = from_c2w(c2w, K.expand(views, 3, 3), width, height)
     return ObjectViews(id, rgba, depth, cameras, azimuths, elevations)
-
-
-def reason(error: Exception) -> str:
-    """What is wrong with an array file. numpy takes any other file for a pickle and advises to run it: nobody should."""
-    return "it is no array file" if "allow_pickle" in str(error) else str(error)
 
 
 def write_object(folder: str | Path, views: ObjectViews, quality: int = 85) -> None:

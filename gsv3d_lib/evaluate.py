@@ -31,7 +31,7 @@ from .baselines import AverageObject, flat_card
 from .cameras import orbit_cameras
 from .command import check_writable, exit_code, positive
 from .consistency import detail, ghosting, reprojection_error, split_agreement, view_depths
-from .dataset import RING, UNREADABLE, Scene, ViewTensors, load_views, reason
+from .dataset import RING, UNREADABLE, Scene, ViewTensors, load_views
 from .gaussians import Gaussians
 from .lpips import LPIPS, load_lpips
 from .mesh import fuse_mesh
@@ -48,7 +48,7 @@ from .metrics import (
     volume_iou,
 )
 from .orbits import ring_frames
-from .paths import atomic_path
+from .paths import atomic_path, reason
 from .pipeline import Generation, GSV3DPipeline
 from .rendering import Rendering, render
 from .vae import encode_scaled

@@ -11,6 +11,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from pathlib import Path
 
+from .paths import reason
+
 IDLE = (".attn2.to_q.", ".attn2.to_k.")  # in the names of layers that cannot change any result
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -49,9 +51,8 @@ def load_lora(unet, folder: str | Path):
     try:
         unet.load_lora_adapter(str(folder), prefix=None, weight_name=path.name, adapter_name="default")
     except Exception as error:  # safetensors, peft and torch each raise their own kinds, some of many lines
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"The LoRA at {path} cannot be read or does not fit ({reason}); copy or train it again."
+            f"The LoRA at {path} cannot be read or does not fit ({reason(error)}); copy or train it again."
         ) from error
     return unet
 

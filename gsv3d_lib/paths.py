@@ -21,6 +21,15 @@ def resolve(path: str | Path) -> Path:
     return path.resolve()
 
 
+def reason(error: Exception) -> str:
+    """The first line of what a reader of files says; libraries like to explain themselves in many.
+
+    numpy takes any other file for a pickle and advises to run it: nobody should.
+    """
+    text = str(error).strip()
+    return "it is no array file" if "allow_pickle" in text else text.split("\n")[0] or type(error).__name__
+
+
 class atomic_path:
     """Context manager: yields a temporary path beside `path` and renames it over `path` only on success."""
 

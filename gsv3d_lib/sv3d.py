@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .command import exit_code
 from .config import Config, preset
+from .paths import reason
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
 
 SVD = "stabilityai/stable-video-diffusion-img2vid-xt"  # VAE, CLIP and scheduler where a source lacks them
@@ -142,7 +143,7 @@ def fetch(repo: str, file: str, download: bool) -> Path:
     except errors.EntryNotFoundError:
         raise Absent(f"{repo} has no {file}; name a repository in diffusers' layout, or {SINGLE} as a file.") from None
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        problem = f"{file} of {repo} could not be fetched ({first_line(error)}); try again, or give the path of a copy."
+        problem = f"{file} of {repo} could not be fetched ({reason(error)}); try again, or give the path of a copy."
     raise FileNotFoundError(problem)
 
 
@@ -166,7 +167,7 @@ class Weights:
                     handle = opened.enter_context(safe_open(file, framework="pt"))
                 except (SafetensorError, OSError) as error:
                     raise ValueError(
-                        f"{file} is damaged or no safetensors file ({first_line(error)}); fetch or copy it again."
+                        f"{file} is damaged or no safetensors file ({reason(error)}); fetch or copy it again."
                     ) from error
                 for key in handle.keys():  # noqa: SIM118, a handle is no dict
                     self.handles[key], self.shapes[key] = handle, tuple(handle.get_slice(key).get_shape())
@@ -178,10 +179,6 @@ class Weights:
     def blank(self, key: str) -> Tensor:
         """A tensor of the stored shape without values."""
         return torch.empty(self.shapes[key], device="meta")
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def find(source: str | Path, part: str, download: bool) -> list[Path]:
@@ -371,7 +368,7 @@ def read_settings(files: list[Path]) -> dict:
     try:
         return dict(json.loads(files[0].read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{files[0]} cannot be read ({first_line(error)}); fetch or copy it again.") from error
+        raise ValueError(f"{files[0]} cannot be read ({reason(error)}); fetch or copy it again.") from error
 
 
 def load_dino(dino: str | Path, config: Config, download: bool):
@@ -391,7 +388,7 @@ def load_dino(dino: str | Path, config: Config, download: bool):
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # safetensors, transformers and json each raise their own kinds, some of many lines
-        raise ValueError(f"DINOv2 in {folder} cannot be read ({first_line(error)}); fetch or copy it again.") from error
+        raise ValueError(f"DINOv2 in {folder} cannot be read ({reason(error)}); fetch or copy it again.") from error
     if report["missing_keys"] or model.config.hidden_size != config.dino_width:
         raise ValueError(f"{folder} is no DINOv2 of width {config.dino_width}; {config.name!r} is built for {DINO}.")
     return model.float().eval()

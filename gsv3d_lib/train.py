@@ -28,7 +28,7 @@ import torch
 from .command import check_writable, exit_code, positive
 from .config import Config, parse_setting, preset, schedule_field
 from .dataset import ViewTensors, load_views
-from .paths import atomic_path
+from .paths import atomic_path, reason
 from .shards import ShardViews, open_shards
 from .training import PRECISIONS, read_metrics, train
 
@@ -223,9 +223,8 @@ def load_model(folder: str | Path, name: str):
     try:
         model = model_classes()[name].from_pretrained(path, local_files_only=True).float().eval()
     except Exception as error:  # safetensors, diffusers and transformers each raise their own kinds, some of many lines
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"The {name} weights in {folder} cannot be read ({reason}); copy them again or train them anew."
+            f"The {name} weights in {folder} cannot be read ({reason(error)}); copy them again or train them anew."
         ) from error
     if hasattr(model, "register_to_config"):  # diffusers notes the path, which the next `save_pretrained` would pass on
         model.register_to_config(_name_or_path=name)
