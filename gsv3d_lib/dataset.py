@@ -205,8 +205,8 @@ def load_views(
     """Read dataset folders into tensors of `size` pixels. Colours are averaged over areas (alpha-weighted); depth takes
     the nearest stored sample, because a mean across an edge lies on no surface.
 
-    cache: a folder where the tensors are kept, so that the next call with the same files takes a second; a damaged
-    file in it is made again.
+    cache: a folder where the tensors are kept, so that the next call with the same files takes a second; the last ones of
+    each size stay, and a damaged file is made again.
     """
     rows = [(folder, row["id"]) for folder in folders for row in list_objects(folder)][:limit]
     if not rows:
@@ -228,6 +228,9 @@ def load_views(
         if stored is not None:
             with atomic_path(stored) as path:
                 save_file(columns, path)
+            for other in stored.parent.glob(f"views-{size}px-*.safetensors"):  # gigabytes of what is no more
+                if other != stored:
+                    other.unlink()
     return ViewTensors(ids, **columns)
 
 

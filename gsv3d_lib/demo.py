@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from .command import ELEVATION_HELP, degrees
+from .command import ELEVATION_HELP, degrees, exit_code
 from .paths import BEST, ROOT, resolve
 from .run import run_notebook
 
@@ -22,19 +22,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image", default="data/images/demo.png")
     parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
     parser.add_argument("--out", default="runs/demo")
-    args = parser.parse_args(arguments)
+    return exit_code(run, parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> None:
     from .elevation import estimate
     from .images import load_image
     from .pipeline import load_config
 
     image = Path(args.image).resolve() if Path(args.image).is_file() else resolve(args.image)
-    try:
-        load_image(image)  # fails here, in one sentence, and not inside a notebook
-        elevation = estimate(image, resolve(BEST)) if args.elevation is None else args.elevation
-        steps = load_config(resolve(BEST)).sampling_steps
-    except (ValueError, FileNotFoundError) as error:
-        print(f"gsv3d: {error}", file=sys.stderr)
-        return 1
+    load_image(image)  # fails here, in one sentence, and not inside a notebook
+    elevation = estimate(image, resolve(BEST)) if args.elevation is None else args.elevation
+    steps = load_config(resolve(BEST)).sampling_steps
     out = resolve(args.out)
     started = time.perf_counter()
     parameters = {
@@ -50,7 +49,6 @@ def main(arguments: list[str] | None = None) -> int:
     for path in sorted(p for p in out.iterdir() if p.is_file()):
         print(f"  {path.name:<32}{path.stat().st_size / 1e6:6.1f} MB")
     print(f"Open {out / 'viewer.html'} in a browser to turn the object.")
-    return 0
 
 
 if __name__ == "__main__":

@@ -79,12 +79,14 @@ def train_diffusion(config: Config, views: ViewTensors, run: Path, init: Path | 
 
 def train_stage1(config: Config, views: ViewTensors, run: Path, init: Path | None = None, **options) -> list[dict]:
     """Stage 1: the Gaussian Splatting Decoder on ground-truth latents."""
-    from .decoder import build_decoder
+    from .decoder import build_decoder, doubled
     from .stages import DecoderStage
 
     torch.manual_seed(config.seed)
     dino = load_dino(config, run / "weights")
     decoder = initial("decoder", build_decoder, config, init)
+    if config.decoder_patch == 2 * decoder.config.patch:  # `init` is of half the picture's side
+        decoder = doubled(decoder)
     stage = DecoderStage(recomputed(decoder, config), dino, orbits_for(config, views, run, dino), config)
     history = train(stage, config.stage1, run / "stage1", seed=config.seed, **options)
     save_model(stage.decoder, run, "decoder", config)
@@ -107,21 +109,14 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, init: Path | Non
 
 
 def initial(name: str, build: Callable[[Config], torch.nn.Module], config: Config, init: Path | None):
-    """What a stage starts from: a new model, or that of the checkpoint `init`, which may be of half the picture's side."""
-    if init is None:
-        return build(config)
-    model = load_model(init, name)
-    if name == "decoder" and config.decoder_patch == 2 * model.config.patch:
-        from .decoder import doubled
-
-        model = doubled(model)
-    return model
+    """What a stage starts from: a new model, or that of the checkpoint `init`."""
+    return build(config) if init is None else load_model(init, name)
 
 
 def take_over(init: Path, run: Path, stages: list[str]) -> None:
     """Copy into OUT/weights the models of the checkpoint `init` that `stages` do not train and OUT does not have yet.
 
-    Raises FileNotFoundError where `init` is no checkpoint.
+    Raises FileNotFoundError where `init` is no checkpoint, ValueError where its weights are damaged.
     """
     if not (init / "gsv3d.json").is_file():
         raise FileNotFoundError(
@@ -130,6 +125,8 @@ def take_over(init: Path, run: Path, stages: list[str]) -> None:
     trained = {PRODUCTS[stage] for stage in stages} | ({"unet"} if "diffusion" in stages else set()) | {"lora"}
     for source in sorted(path for path in init.iterdir() if path.is_dir() and path.name not in trained):
         if not (run / "weights" / source.name).exists():
+            if source.name in model_classes():
+                load_model(init, source.name)  # damaged weights are named now, not hours later
             place_whole(run / "weights" / source.name, partial(shutil.copytree, source))
 
 

@@ -84,12 +84,24 @@ def test_init_takes_over_what_is_not_trained_and_starts_from_the_rest(weights, t
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_init_from_half_the_side_doubles_the_decoder(weights):
+def test_init_from_half_the_side_doubles_the_decoder(weights, tmp_path):
     config = CONFIG.replace(image_size=2 * SIZE, decoder_patch=2, decoder_upsample=2 * CONFIG.decoder_upsample)
-    started, fresh = recipes.initial("decoder", build_decoder, config, weights), build_decoder(config)
-    trained = recipes.load_model(weights, "decoder")
-    assert {k: v.shape for k, v in started.state_dict().items()} == {k: v.shape for k, v in fresh.state_dict().items()}
-    assert torch.equal(started.blocks[0].mlp[0].weight, trained.blocks[0].mlp[0].weight)
+    config = config.replace(stage1=Schedule(steps=1, batch=1, lr=0.0, warmup=0))
+    recipes.take_over(weights, tmp_path, ["stage1"])
+    recipes.RECIPES["stage1"](config, ball_views(1, 2 * SIZE), tmp_path, init=weights, progress=False)
+    trained, fresh = recipes.load_model(weights, "decoder"), build_decoder(config).state_dict()
+    started = recipes.load_model(tmp_path / "weights", "decoder").state_dict()
+    assert {k: v.shape for k, v in started.items()} == {k: v.shape for k, v in fresh.items()}
+    assert torch.equal(started["blocks.0.mlp.0.weight"], trained.blocks[0].mlp[0].weight)
+
+
+def test_init_names_damaged_weights_before_it_copies_them(weights, tmp_path):
+    shutil.copytree(weights, tmp_path / "init")
+    (tmp_path / "init/vae/diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="The vae weights in .* cannot be read") as error:
+        recipes.take_over(tmp_path / "init", tmp_path / "run", ["stage2"])
+    one_sentence(error)
+    assert not (tmp_path / "run/weights/vae").exists()
 
 
 def test_init_needs_a_checkpoint(tmp_path):
