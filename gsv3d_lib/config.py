@@ -23,6 +23,13 @@ class Schedule:
     ema: float = 0.0  # decay of the averaged weights that are saved for use; 0 = none
     micro_batch: int = 0  # examples on a device at once, gradients are accumulated; 0 = all of its share
 
+    def __post_init__(self):
+        if self.steps < 1 or self.batch < 1 or self.micro_batch < 0:
+            raise ValueError(
+                f"A schedule has 1 step or more, a batch of 1 or more, and a micro_batch of 0 or more; got {self.steps}, "
+                f"{self.batch}, {self.micro_batch}."
+            )
+
 
 @dataclass(frozen=True)
 class Config:
@@ -97,6 +104,14 @@ class Config:
     lora_rank: int = 16
     checkpointing: bool = False  # recompute blocks in the backward pass: a third more time, a fraction of the memory
     seed: int = 0
+
+    def __post_init__(self):
+        if self.image_size < 8 or self.image_size % 8:
+            raise ValueError(f"image_size is a multiple of 8, the side of a latent's block; got {self.image_size}.")
+        if self.vae_clip < 1 or self.copies < 1:
+            raise ValueError(f"vae_clip and copies are 1 or more; got {self.vae_clip}, {self.copies}.")
+        if self.dino not in ("dinov2", "none"):
+            raise ValueError(f'dino is "dinov2" or "none"; got {self.dino!r}.')
 
     @property
     def latent_size(self) -> int:

@@ -19,9 +19,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .paths import ROOT
+from .paths import BEST, ROOT
 
-CHECKPOINT = ROOT / "data" / "checkpoints" / "tiny"
+CHECKPOINT = ROOT / BEST
 SCANS = ROOT.parent / "shared" / "objects"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 MARKS = {"good": "ok  ", "fallback": "note", "broken": "FAIL"}
@@ -144,7 +144,7 @@ def device_finding() -> Finding:
         return Finding(
             "fallback",
             f"torch {torch.__version__} sees no CUDA GPU, so everything runs on {cores} CPU core(s): enough for the "
-            "tiny preset, not for small or paper.",
+            "shipped weights and to train tiny; small takes hours, paper a cluster.",
         )
     device = torch.cuda.get_device_properties(0)
     memory = device.total_memory / 2**30

@@ -38,6 +38,7 @@ def launch(
     Raises ValueError or FileNotFoundError, in one sentence, for what could not be trained, before anything starts;
     RuntimeError where the training ends with an error.
     """
+    check_request(scale, stages, data, processes)
     command = train_command(scale, stages, data, processes, steps)
     print(report(preset(scale), stages, processes))
     print("\n" + shown(command))
@@ -71,18 +72,28 @@ def shown(command: list[str]) -> str:
     return shlex.join(["python", *command]).replace("python -m torch.distributed.run", "torchrun")
 
 
-def check(scale: str, stages: list[str], data: list[str], processes: int, out: Path) -> None:
-    """Everything that can be known to fail. Raises ValueError or FileNotFoundError with what to do."""
+def check_request(scale: str, stages: list[str], data: list[str], processes: int) -> None:
+    """What is wrong in the request itself. Raises ValueError."""
     config = preset(scale)
+    if not data:
+        raise ValueError("A training needs data: name dataset folders, or one folder of shards.")
     if processes < 1:
         raise ValueError(f"A training needs one process or more; got {processes}.")
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
         raise ValueError(f"The stages are {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}.")
+    if stages != sorted(stages, key=STAGES.index):
+        raise ValueError(f"Stages build on each other, so give them in this order: {', '.join(STAGES)}.")
     for stage in stages:
         batch = getattr(config, schedule_field(stage)).batch
         if batch % processes:
             raise ValueError(f"The batch of {stage}, {batch}, cannot be shared equally by {processes} processes.")
+
+
+def check(scale: str, stages: list[str], data: list[str], processes: int, out: Path) -> None:
+    """Everything that can be known to fail. Raises ValueError or FileNotFoundError with what to do."""
+    check_request(scale, stages, data, processes)
+    for stage in stages:
         missing = [
             need for need in NEEDS[stage] if need not in stages and not (out / "weights" / PRODUCTS[need]).is_dir()
         ]

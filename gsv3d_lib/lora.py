@@ -11,6 +11,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import safe_open
+
 from .paths import reason
 
 IDLE = (".attn2.to_q.", ".attn2.to_k.")  # in the names of layers that cannot change any result
@@ -49,7 +51,11 @@ def load_lora(unet, folder: str | Path):
     if not path.is_file():
         raise FileNotFoundError(f"No LoRA at {path}; train one with `make train-tiny` or pass lora=False (--no-lora).")
     try:
+        with safe_open(path, "pt") as file:
+            stored = len(file.keys())
         unet.load_lora_adapter(str(folder), prefix=None, weight_name=path.name, adapter_name="default")
+        if stored != len(lora_parameters(unet)):
+            raise ValueError(f"it has {stored} tensors, this U-Net's LoRA {len(lora_parameters(unet))}")
     except Exception as error:  # safetensors, peft and torch each raise their own kinds, some of many lines
         raise ValueError(
             f"The LoRA at {path} cannot be read or does not fit ({reason(error)}); copy or train it again."

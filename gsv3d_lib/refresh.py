@@ -143,7 +143,11 @@ def main(arguments: list[str] | None = None) -> int:
         draw_hero(args.hero, ROOT / BEST)
         return 0
     failed = 0
-    for path in find_notebooks(args.numbers):
+    try:
+        chosen = find_notebooks(args.numbers)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    for path in chosen:
         try:
             sentence = refresh(path, args.out)
         except Exception as error:  # a failing cell: its message is the news, the others still run

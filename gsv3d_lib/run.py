@@ -259,7 +259,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only check the parameters")
     args = parser.parse_args(arguments)
     try:
-        (notebook,) = find_notebooks([args.number])
+        (notebook, *others) = find_notebooks([args.number])
+        if others:
+            raise ValueError(
+                f"{args.number} begins the names of {1 + len(others)} notebooks; give both digits, such as 05."
+            )
         named = PARAMS / f"{args.number}_{args.params}.yaml"
         given = {} if args.params is None else read_parameters(named if named.is_file() else args.params)
         given |= dict(parse_setting(text) for text in args.set)

@@ -79,14 +79,12 @@ def train_diffusion(config: Config, views: ViewTensors, run: Path, init: Path | 
 
 def train_stage1(config: Config, views: ViewTensors, run: Path, init: Path | None = None, **options) -> list[dict]:
     """Stage 1: the Gaussian Splatting Decoder on ground-truth latents."""
-    from .decoder import build_decoder, doubled
+    from .decoder import build_decoder
     from .stages import DecoderStage
 
     torch.manual_seed(config.seed)
     dino = load_dino(config, run / "weights")
     decoder = initial("decoder", build_decoder, config, init)
-    if config.decoder_patch == 2 * decoder.config.patch:  # `init` is of half the picture's side
-        decoder = doubled(decoder)
     stage = DecoderStage(recomputed(decoder, config), dino, orbits_for(config, views, run, dino), config)
     history = train(stage, config.stage1, run / "stage1", seed=config.seed, **options)
     save_model(stage.decoder, run, "decoder", config)
@@ -109,8 +107,26 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, init: Path | Non
 
 
 def initial(name: str, build: Callable[[Config], torch.nn.Module], config: Config, init: Path | None):
-    """What a stage starts from: a new model, or that of the checkpoint `init`."""
-    return build(config) if init is None else load_model(init, name)
+    """What a stage starts from: a new model, or that of the checkpoint `init`.
+
+    A decoder may be of half the picture's side. Raises ValueError where the sizes are not those of `config`.
+    """
+    if init is None:
+        return build(config)
+    model = load_model(init, name)
+    if name == "decoder" and config.decoder_patch == 2 * model.config.patch:
+        from .decoder import doubled
+
+        model = doubled(model)
+    with torch.device("meta"):
+        wanted = {key: value.shape for key, value in build(config).state_dict().items()}
+    for key, value in model.state_dict().items():
+        if wanted.get(key) != value.shape:
+            raise ValueError(
+                f"The {name} in {init} is not of this configuration's size ({key} is {tuple(value.shape)}, not "
+                f"{tuple(wanted.get(key, ()))}); train without --init, or without the settings that changed it."
+            )
+    return model
 
 
 def take_over(init: Path, run: Path, stages: list[str]) -> None:
@@ -128,6 +144,16 @@ def take_over(init: Path, run: Path, stages: list[str]) -> None:
             if source.name in model_classes():
                 load_model(init, source.name)  # damaged weights are named now, not hours later
             place_whole(run / "weights" / source.name, partial(shutil.copytree, source))
+
+
+def take_over_once(init: Path, run: Path, stages: list[str]) -> None:
+    """`take_over` by the first process, while the others of the run wait."""
+    from accelerate import PartialState
+
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    if processes.is_main_process:
+        take_over(init, run, stages)
+    processes.wait_for_everyone()
 
 
 def recomputed(model, config: Config):
@@ -218,7 +244,10 @@ def load_model(folder: str | Path, name: str):
             "or point to a folder that has them, such as data/checkpoints/tiny."
         )
     try:
-        model = model_classes()[name].from_pretrained(path, local_files_only=True).float().eval()
+        opened = model_classes()[name].from_pretrained(path, local_files_only=True, output_loading_info=True)
+        model, differences = opened[0].float().eval(), opened[1]
+        if absent := sorted(differences["missing_keys"]):
+            raise ValueError(f"{len(absent)} tensors such as {absent[0]} are missing")
     except Exception as error:  # safetensors, diffusers and transformers each raise their own kinds, some of many lines
         raise ValueError(
             f"The {name} weights in {folder} cannot be read ({reason(error)}); copy them again or train them anew."
@@ -239,11 +268,17 @@ def export_weights(run: Path, folder: Path) -> None:
         )
     for name in sorted(path.name for path in weights.iterdir() if path.is_dir() and not path.name.startswith(".")):
         if name in model_classes():
-            load_model(weights, name).half().save_pretrained(folder / name, safe_serialization=True)
+            place_whole(
+                folder / name, partial(load_model(weights, name).half().save_pretrained, safe_serialization=True)
+            )
         elif name == "lora":
-            save_lora(load_lora(load_model(weights, "unet"), weights / "lora").half(), folder / "lora")
+            place_whole(
+                folder / name, partial(save_lora, load_lora(load_model(weights, "unet"), weights / name).half())
+            )
         else:  # what `--init` took over, such as the elevation estimate
-            shutil.copytree(weights / name, folder / name, dirs_exist_ok=True)
+            place_whole(folder / name, partial(shutil.copytree, weights / name))
+    if not (weights / "lora").is_dir():  # one from an earlier export would be that of another U-Net
+        shutil.rmtree(folder / "lora", ignore_errors=True)
     shutil.copyfile(weights / "gsv3d.json", folder / "gsv3d.json")
     with atomic_path(folder / "curves.json") as path:
         path.write_text(json.dumps({stage: read_metrics(Path(run) / stage) for stage in STAGES}))
@@ -292,8 +327,8 @@ def run(args: argparse.Namespace) -> None:
     config = preset(args.preset, **dict(parse_setting(text) for text in args.set))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # else every process would encode on the first GPU
-    if args.init is not None and int(os.environ.get("RANK", 0)) == 0:  # the others read these weights only in a stage
-        take_over(args.init, args.out, args.stages)
+    if args.init is not None:
+        take_over_once(args.init, args.out, args.stages)
     views = views_for(args, config)
     if args.prepare:
         if (args.out / "weights" / "vae").is_dir():  # else this training begins with the VAE
@@ -301,7 +336,8 @@ def run(args: argparse.Namespace) -> None:
         return
     for name in args.stages:
         if (args.out / "weights" / PRODUCTS[name]).is_dir():
-            print(f"{name}: {args.out / 'weights' / PRODUCTS[name]} exists; delete it to train again.")
+            made = args.out / "weights" / PRODUCTS[name]
+            print(f"{name}: {made} exists; to train again delete it, {args.out / name}, and what was trained on it.")
             continue
         config_of_stage = with_steps(config, name, args.steps)
         options = dict(init=args.init, processes=args.processes, precision=args.precision)

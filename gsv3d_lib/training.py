@@ -151,6 +151,8 @@ def train(
             for name, value in {"loss": loss, **metrics}.items():
                 values[name] = values.get(name, 0) + share * value.detach()
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(norm):  # a step with it would ruin the weights, and the next checkpoint with them
+            raise ValueError(f"The gradient of step {step} is {float(norm)}; lower the learning rate and resume.")
         optimizer.step()
         stage.after_step(step, schedule.steps)
         update_average(average, stage.training_state(), schedule.ema, step)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_world import ball_views, descend, randn, random_orbits, shake, tiny_config
 
 from gsv3d_lib.decoder import build_decoder
@@ -162,6 +163,10 @@ def test_a_missing_or_truncated_lora_is_one_sentence(tmp_path):
     assert "\n" not in str(error.value)
     save_lora(add_lora(base_unet(), 2), tmp_path)
     path = tmp_path / "pytorch_lora_weights.safetensors"
+    whole = load_file(path)
+    save_file(dict(list(whole.items())[1:]), path)
+    with pytest.raises(ValueError, match=f"it has {len(whole) - 1} tensors, this U-Net's LoRA {len(whole)}"):
+        load_lora(base_unet(), tmp_path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="cannot be read") as error:
         load_lora(base_unet(), tmp_path)

@@ -70,6 +70,16 @@ def test_the_paper_preset_has_a_vit_base_decoder_and_clip_h():
 def test_configurations_name_what_is_wrong():
     with pytest.raises(ValueError, match="tiny, small, paper"):
         preset("huge")
+    for changes in (
+        {"vae_schedule.steps": 0},
+        {"stage1.batch": 0},
+        {"image_size": 60},
+        {"copies": 0},
+        {"dino": "dinov3"},
+    ):
+        with pytest.raises(ValueError, match="got") as error:
+            preset("tiny", **changes)
+        assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no field 'frames'"):
         preset("tiny", frames=3)
     with pytest.raises(ValueError, match="'1e-3'"):  # what papermill makes of a YAML number without a point

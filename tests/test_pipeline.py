@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_world import BALLS, SIZE, ball_pictures, ball_views, object_views, tiny_config, turned
 
 from gsv3d_lib import evaluate as ev
@@ -104,6 +104,12 @@ def test_init_names_damaged_weights_before_it_copies_them(weights, tmp_path):
     assert not (tmp_path / "run/weights/vae").exists()
 
 
+def test_init_of_another_size_is_one_sentence(weights):
+    with pytest.raises(ValueError, match="is not of this configuration's size") as error:
+        recipes.initial("decoder", build_decoder, CONFIG.replace(decoder_width=2 * CONFIG.decoder_width), weights)
+    one_sentence(error)
+
+
 def test_init_needs_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="no GSV3D checkpoint") as error:
         recipes.take_over(tmp_path, tmp_path / "run", ["stage2"])
@@ -147,7 +153,7 @@ def test_finished_stages_are_not_trained_again(run, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(recipes, "preset", lambda name: CONFIG)
     before = {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
     recipes.main(["--data", str(tmp_path / "data"), "--out", str(run), "--stages", "vae", "diffusion"])
-    assert capsys.readouterr().out.count("delete it to train again") == 2
+    assert capsys.readouterr().out.count("to train again delete it") == 2
     assert before == {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
     for path in run.glob("views-*"):
         path.unlink()
@@ -180,6 +186,13 @@ def test_an_export_keeps_what_the_run_took_over(tmp_path):
     recipes.save_config(CONFIG, tmp_path / "run/weights")
     recipes.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
     assert (tmp_path / "shipped/elevation/elevation.safetensors").read_bytes() == b"as it was"
+
+
+def test_an_export_does_not_keep_the_lora_of_another_run(tmp_path):
+    recipes.save_config(CONFIG, tmp_path / "run/weights")
+    (tmp_path / "shipped/lora").mkdir(parents=True)
+    recipes.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
+    assert not (tmp_path / "shipped/lora").exists()
 
 
 # ---------------------------------------------------------------- image -> Gaussians
@@ -295,6 +308,10 @@ def test_missing_and_truncated_weights_are_one_sentence(weights, tmp_path, name)
     folder = tmp_path / "weights"
     shutil.copytree(weights, folder)
     (file,) = (folder / name).glob("*.safetensors")
+    save_file(dict(list(load_file(file).items())[1:]), file, metadata={"format": "pt"})  # a tensor is missing
+    with pytest.raises(ValueError, match=f"{name}.*cannot be read.*tensors") as error:
+        GSV3DPipeline.from_pretrained(folder)
+    one_sentence(error)
     file.write_bytes(file.read_bytes()[:-64])
     with pytest.raises(ValueError, match=f"{name}.*cannot be read") as error:
         GSV3DPipeline.from_pretrained(folder)

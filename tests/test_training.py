@@ -244,6 +244,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         run(Exploding(), tmp_path)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tmp_path):
+    class Steep(LineStage):
+        def forward(self, batch):
+            loss, metrics = super().forward(batch)
+            return loss + (loss - loss).sqrt(), metrics  # a finite value, an infinite slope
+
+    stage = Steep()
+    with pytest.raises(ValueError, match="gradient of step 0 is nan; lower the learning rate"):
+        run(stage, tmp_path)
+    assert all(p.isfinite().all() for p in stage.parameters())
+
+
 def test_the_number_of_processes_is_checked(tmp_path):
     with pytest.raises(ValueError, match="2 processes were asked for, but 1 are running; start them with"):
         run(LineStage(), tmp_path, processes=2)
