@@ -246,7 +246,8 @@ PAPER = TINY.replace(
     view_counts=(16,),
     lambda_alpha=0.0,
     lambda_pixel=0.0,
-    # SVD's VAE, SV3D's U-Net and DINOv2 come trained; these are for who starts without them [ours]
+    # SVD's VAE, SV3D's U-Net and DINOv2 come trained; these are for who starts without them [ours];
+    # one clip of 16 views keeps 155 GB in a step of the VAE [calc], so that stage needs a smaller vae_clip
     vae_schedule=Schedule(steps=20000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
     dino_schedule=Schedule(steps=10000, batch=128, lr=5e-4),
     diffusion_schedule=Schedule(steps=40000, batch=16, lr=2e-4, ema=0.9995),

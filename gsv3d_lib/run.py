@@ -277,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.check:
         print(f"{notebook.stem}: {len(given)} parameters fit.")
         return 0
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     out = args.out or ROOT / "runs" / f"{args.number}-{Path(args.params or 'default').stem}"
@@ -284,6 +285,10 @@ def main(arguments: list[str] | None = None) -> int:
         run_notebook(notebook, given, out)
     except PapermillExecutionError as error:
         print(f"gsv3d: cell {error.exec_count} of {out / notebook.name} stopped: {error.evalue}", file=sys.stderr)
+        return 1
+    except DeadKernelError:
+        sentence = "the kernel was killed, most likely for want of memory; the same command resumes its trainings."
+        print(f"gsv3d: {out / notebook.name}: {sentence}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"gsv3d: stopped; {out / notebook.name} holds what was done. Run the same to resume.", file=sys.stderr)

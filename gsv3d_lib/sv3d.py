@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .command import exit_code
+from .command import check_writable, exit_code
 from .config import Config, preset
 from .paths import reason
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
@@ -446,6 +446,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        check_writable(args.out / "weights" / "gsv3d.json")  # before gigabytes are fetched
     files = downloads(args.source, args.svd, args.dino)
     for file in files:
         print(file)
