@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,7 +151,7 @@ def evaluate_decoder(
     """The decoder on N true views, scored on the views that are not on the ring."""
     frames, free = ring_frames(FRONT, num_frames), free_views(scene)
     latents = encode_scaled(pipe.vae, scene.rgb[frames])
-    gaussians = pipe.gaussians_from(latents, relative_cameras(scene, FRONT, frames), scene.rgb[FRONT])
+    gaussians = pipe.gaussians_from(latents, relative_cameras(scene, FRONT, frames), scene.rgb[FRONT]).to("cpu")
     seen = render(gaussians, relative_cameras(scene, FRONT, free))
     return picture_scores(seen, scene, free, lpips) | failure_scores(gaussians, seen, scene)
 
@@ -160,13 +160,14 @@ def evaluate_decoder(
 def evaluate_vae(pipe: GSV3DPipeline, scene: Scene) -> dict[str, float]:
     """The VAE that everything is seen through, on the true ring views."""
     ring = scene.rgb[ring_frames(FRONT, RING)]
-    return {"vae_psnr": psnr(pipe.views_from(encode_scaled(pipe.vae, ring)), ring)}
+    return {"vae_psnr": psnr(pipe.views_from(encode_scaled(pipe.vae, ring)).cpu(), ring)}
 
 
 def generate(pipe: GSV3DPipeline, scene: Scene, seed: int, **options) -> Generation:
-    """One image -> 3D from the front view; its true elevation is given."""
+    """One image -> 3D from the front view, its true elevation given; the Gaussians on the CPU, where all is measured."""
     elevation = float(scene.elevations[FRONT])
-    return pipe.generate(scene.rgb[FRONT], elevation=elevation, seed=seed, progress=False, **options)
+    made = pipe.generate(scene.rgb[FRONT], elevation=elevation, seed=seed, progress=False, **options)
+    return replace(made, gaussians=made.gaussians.to("cpu"))
 
 
 @torch.no_grad()
@@ -190,7 +191,7 @@ def view_scores(pipe: GSV3DPipeline, made: Generation) -> dict[str, float]:
     """What needs no truth: reprojection error between neighbouring views, and odd against even views."""
 
     def decode(latents, cameras):
-        return pipe.gaussians_from(latents, cameras, made.image)
+        return pipe.gaussians_from(latents, cameras, made.image).to("cpu")
 
     depth, alpha = view_depths(made.gaussians, made.cameras)
     scores = {"reprojection": reprojection_error(depth, alpha, made.cameras)}

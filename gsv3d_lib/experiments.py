@@ -170,6 +170,7 @@ def timed_training(stage, schedule, folder: Path, seed: int) -> dict:
     """Train to the end; what it cost is kept in `folder`, so that a resumed run knows it too."""
     started, first = time.process_time(), len(list(folder.glob("checkpoint-*")))
     history = train(stage, schedule, folder, seed=seed)
+    stage.cpu()  # where everything is measured
     stored = folder / "cost.json"
     if not first:  # a resumed run would only know its own part
         cost = {"cpu_seconds_per_step": round((time.process_time() - started) / schedule.steps, 3)}

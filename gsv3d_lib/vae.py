@@ -99,7 +99,7 @@ def to_images(network: Tensor) -> Tensor:
 
 def encode(vae, images: Tensor) -> Tensor:
     """Unscaled latents, the mode of q(z | x): images [..., H, W, 3] -> [..., 4, H/8, W/8]."""
-    mode = vae.encode(to_network(images)).latent_dist.mode()
+    mode = vae.encode(to_network(images).to(vae.device)).latent_dist.mode()
     return mode.unflatten(0, images.shape[:-3])
 
 
