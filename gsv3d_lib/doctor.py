@@ -21,7 +21,7 @@ from packaging.version import Version
 
 from .paths import BEST, ROOT
 
-CHECKPOINT = ROOT / BEST
+CHECKPOINTS = (ROOT / "data/checkpoints/tiny", ROOT / BEST)  # of the notebooks, and of the demo
 SCANS = ROOT.parent / "shared" / "objects"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 MARKS = {"good": "ok  ", "fallback": "note", "broken": "FAIL"}
@@ -57,7 +57,7 @@ def examine() -> list[Finding]:
         device_finding(),
         gsplat_finding(has_cuda(), has_nvcc(), has_compiled_kernels()),
         *optional_findings(),
-        checkpoint_finding(CHECKPOINT),
+        *map(checkpoint_finding, CHECKPOINTS),
         scans_finding(SCANS),
     ]
 

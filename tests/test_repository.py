@@ -179,7 +179,7 @@ def test_doctor_finds_nothing_broken_here(capsys, monkeypatch):
     assert doctor.main() == 0
     report = capsys.readouterr().out
     assert report.startswith("ok    Python 3.") and report.endswith("Everything that GSV3D needs is here.\n")
-    assert "render()" in report and "data/checkpoints/tiny" in report
+    assert "render()" in report and "data/checkpoints/tiny" in report and "data/checkpoints/small" in report
 
 
 def test_doctor_says_how_to_fix_a_package():
