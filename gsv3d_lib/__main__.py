@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from .command import ELEVATION_HELP, degrees, exit_code
+from .command import ELEVATION_HELP, check_writable, degrees, exit_code, positive
 from .paths import BEST, resolve
 
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/object"))
     parser.add_argument("--weights", default=BEST, help="checkpoint folder (default: %(default)s)")
     parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
-    parser.add_argument("--steps", type=int, help="of the sampler")
+    parser.add_argument("--steps", type=positive, help="of the sampler")
     parser.add_argument("--guidance", type=float, help="peak of the triangular guidance; 1 = none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-lora", action="store_true", help="without the geometric distillation")
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from .images import prepare_condition
     from .pipeline import GSV3DPipeline, load_config
 
+    check_writable(args.out / "object.ply")
     weights = resolve(args.weights)
     rgb, _ = prepare_condition(args.image, load_config(weights).image_size)  # a bad image fails before models load
     pipe = GSV3DPipeline.from_pretrained(weights, lora=not args.no_lora)

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from .command import ELEVATION_HELP, degrees, exit_code
+from .command import ELEVATION_HELP, check_writable, degrees, exit_code
 from .paths import BEST, ROOT, resolve
 from .run import run_notebook
 
@@ -27,18 +27,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     from .elevation import estimate
-    from .images import load_image
+    from .images import prepare_condition
     from .pipeline import load_config
 
     image = Path(args.image).resolve() if Path(args.image).is_file() else resolve(args.image)
-    load_image(image)  # fails here, in one sentence, and not inside a notebook
+    out, config = resolve(args.out), load_config(resolve(BEST))
+    check_writable(out / "run.json")
+    prepare_condition(image, config.image_size)  # fails here, in one sentence, and not inside a notebook
     elevation = estimate(image, resolve(BEST)) if args.elevation is None else args.elevation
-    steps = load_config(resolve(BEST)).sampling_steps
-    out = resolve(args.out)
     started = time.perf_counter()
     parameters = {
         "weights": BEST,
-        "steps": steps,
+        "steps": config.sampling_steps,
         "elevation": elevation,
         "image_path": str(image),
         "out_dir": str(out),

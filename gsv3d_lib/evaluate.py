@@ -131,7 +131,7 @@ def mesh_scores(gaussians: Gaussians, truth: Truth | None, azimuth: float = 0.0)
     try:
         mesh = fuse_mesh(gaussians, resolution=64, num_views=24, size=64, colors=False)
     except ValueError:
-        return {"chamfer": float("nan"), "f_score": 0.0, "iou": 0.0}
+        return {"chamfer": float("nan"), "f_score": 0.0} | ({} if truth.occupancy is None else {"iou": 0.0})
     mesh.vertices = mesh.vertices @ _turn(azimuth).T
     return shape_scores(surface_points(mesh), mesh, truth)
 

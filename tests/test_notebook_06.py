@@ -336,8 +336,11 @@ def test_card_mesh_is_the_one_that_is_evaluated(monkeypatch):
         raise ValueError("no surface")
 
     monkeypatch.setattr(evaluate, "fuse_mesh", fuse)
-    scores = evaluate.mesh_scores(random_gaussians(), evaluate.Truth(np.zeros((1, 3)), None))
+    scores = evaluate.mesh_scores(random_gaussians(), evaluate.Truth(np.zeros((1, 3)), np.zeros((64, 64, 64), bool)))
     assert math.isnan(scores["chamfer"])  # null in the file
+    assert "iou" not in evaluate.mesh_scores(
+        random_gaussians(), evaluate.Truth(np.zeros((1, 3)), None)
+    )  # unknown solid
     assert scores["f_score"] == CARD["f_score"]["no_surface"] and scores["iou"] == CARD["volume_iou"]["no_surface"]
     assert asked == {
         "resolution": CARD["mesh"]["grid"],
