@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -42,22 +43,46 @@ def load_mesh(path: str | Path, up: str | None = None) -> trimesh.Scene:
     path: .glb, .gltf, .obj, .ply, .stl or .off; textures and vertex / face colours are kept.
     up:   the axis that points up in the file, "y" or "z". None: "y" for glTF (fixed by its specification), else "z".
     A y-up file is turned about x: its +z (the front in glTF) becomes -y (the front here).
-    Raises FileNotFoundError, or ValueError where the file holds no triangles or cannot be read.
+    Raises FileNotFoundError, or ValueError as `read_scene` does and where the file holds no triangles.
     """
-    import trimesh
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no mesh file at {path}.")
     up = up or ("y" if path.suffix.lower() in Y_UP_SUFFIXES else "z")
     if up not in ("y", "z"):
         raise ValueError(f"up must be 'y' or 'z', but is {up!r}.")
+    return normalized(read_scene(path), Y_UP_TO_Z_UP.numpy() if up == "y" else np.eye(4))
+
+
+def read_scene(path: Path, *places: Path) -> trimesh.Scene:
+    """A mesh file as trimesh reads it, with the pictures and materials that it names.
+
+    Those lie where it says, else beside it or in `places`. Raises ValueError where one of them is nowhere (mesh readers
+    would go on in grey) or the mesh cannot be read.
+    """
+    import trimesh
+    from trimesh.resolvers import FilePathResolver
+
+    missing: list[str] = []
+
+    class Resolver(FilePathResolver):
+        def get(self, name: str) -> bytes:
+            plain = unquote(name.strip().replace("\\", "/"))  # Windows' paths; glTF's, which are addresses
+            stated = [path.parent / name.strip(), path.parent / plain]
+            for candidate in stated + [place / Path(plain).name for place in (path.parent, *places)]:
+                if candidate.is_file():
+                    return candidate.read_bytes()
+            missing.append(name)
+            raise FileNotFoundError(name)
+
     try:
-        scene = trimesh.load_scene(path)
+        scene = trimesh.load_scene(path, resolver=Resolver(str(path)))
     except Exception as error:  # each reader raises its own kinds
         raise ValueError(f"Cannot read {path.name} as a mesh ({type(error).__name__}: {error}).") from error
+    if missing:
+        raise ValueError(f"{path.name} names {missing[0]}, which is not there; without it the mesh would be grey.")
     _keep_vertex_colors(scene)
-    return normalized(scene, Y_UP_TO_Z_UP.numpy() if up == "y" else np.eye(4))
+    return scene
 
 
 def _keep_vertex_colors(scene: trimesh.Scene) -> None:
@@ -68,9 +93,7 @@ def _keep_vertex_colors(scene: trimesh.Scene) -> None:
     for part in scene.geometry.values():
         colors = getattr(getattr(part, "visual", None), "vertex_attributes", {}).get("color")
         if colors is not None:
-            linear = _unit_rgb(np.asarray(colors))
-            srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-            part.vertex_attributes[BESIDE_MATERIAL] = srgb.astype(np.float32)
+            part.vertex_attributes[BESIDE_MATERIAL] = _srgb(np.asarray(colors))
 
 
 def normalized(mesh: trimesh.Trimesh | trimesh.Scene, turn: np.ndarray | None = None) -> trimesh.Scene:
@@ -240,9 +263,8 @@ def _color_lookup(part: trimesh.Trimesh) -> ColorLookup:
 def _material(material) -> tuple[object, np.ndarray]:
     """trimesh material -> (PIL image or None, colour factor [3])."""
     if hasattr(material, "baseColorTexture"):
-        factor = material.baseColorFactor
-        tint = np.ones(3, np.float32) if factor is None else _unit_rgb(np.asarray(factor))
-        return material.baseColorTexture, tint
+        factor = material.baseColorFactor  # linear, as vertex colours beside a material are
+        return material.baseColorTexture, np.ones(3, np.float32) if factor is None else _srgb(np.asarray(factor))
     image = getattr(material, "image", None)
     # an OBJ's Kd next to a texture is often black or grey by accident; the texture alone is what artists mean
     return image, np.ones(3, np.float32) if image is not None else _unit_rgb(material.main_color)
@@ -252,6 +274,12 @@ def _unit_rgb(colors: np.ndarray) -> np.ndarray:
     """uint8 (0..255) or float (0..1) colours [..., 3 or 4] -> float32 [..., 3] in 0..1."""
     scale = 255 if np.issubdtype(colors.dtype, np.integer) else 1
     return np.asarray(colors[..., :3], np.float32) / scale
+
+
+def _srgb(colors: np.ndarray) -> np.ndarray:
+    """As `_unit_rgb`, of colours that are linear."""
+    linear = _unit_rgb(colors)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).astype(np.float32)
 
 
 def _corner_color(corners: np.ndarray, face: np.ndarray, weights: np.ndarray) -> np.ndarray:

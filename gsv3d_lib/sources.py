@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .command import check_writable
 from .objects import family_of, procedural_object
 from .paths import atomic_path
-from .raycast import MESH_SUFFIXES, load_mesh, normalized
+from .raycast import MESH_SUFFIXES, load_mesh, normalized, read_scene
 
 if TYPE_CHECKING:
     import trimesh
@@ -84,7 +85,8 @@ def mesh_jobs(folder: str | Path, up: str | None = None) -> list[Job]:
         parts = path.relative_to(folder).with_suffix("").parts
         parts = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
         id = plain_id("_".join(parts))
-        id = f"{id}_{path.suffix[1:]}" if id in jobs else id
+        while id in jobs:
+            id = f"{id}_{path.suffix[1:]}"
         jobs[id] = Job(id, path, up)
     return list(jobs.values())
 
@@ -130,37 +132,11 @@ def scan_jobs(folder: str | Path, ids: Iterable[str] | None = None) -> list[Job]
 def load_scan(folder: str | Path) -> trimesh.Scene:
     """The mesh of one scan with its texture, z up, inside the unit ball.
 
-    The material names the picture alone, which lies beside the mesh or in materials/textures; mesh readers look only
-    beside the mesh and go on in grey. Raises ValueError where a named picture is nowhere, or the mesh cannot be read.
+    The material names the picture alone, which lies beside the mesh or in materials/textures. Raises ValueError where it
+    is in neither, or the mesh cannot be read.
     """
-    import trimesh
-
     folder = Path(folder)
-    try:
-        resolver = scan_resolver(folder)
-        scene = trimesh.load_scene(folder / SCAN_MESH, resolver=resolver)
-    except Exception as error:  # each reader raises its own kinds
-        raise ValueError(f"Cannot read {folder.name}/{SCAN_MESH} ({type(error).__name__}: {error}).") from error
-    if resolver.missing:
-        raise ValueError(f"Its picture {resolver.missing[0]} is neither beside the mesh nor in {SCAN_TEXTURES}.")
-    return normalized(scene)
-
-
-def scan_resolver(folder: Path):
-    """What trimesh asks for the files that a scan's mesh names; `missing` lists those that are nowhere."""
-    from trimesh.resolvers import FilePathResolver
-
-    class Resolver(FilePathResolver):
-        def get(self, name: str) -> bytes:
-            for place in (folder / SCAN_MESH.parent, folder / SCAN_TEXTURES):
-                if (place / Path(name).name).is_file():
-                    return (place / Path(name).name).read_bytes()
-            self.missing.append(name)
-            raise FileNotFoundError(name)
-
-    resolver = Resolver(str(folder / SCAN_MESH))
-    resolver.missing = []
-    return resolver
+    return normalized(read_scene(folder / SCAN_MESH, folder / SCAN_TEXTURES))
 
 
 # ---------------------------------------------------------------- Objaverse
@@ -310,6 +286,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="downloads at a time (default 1)")
     options = parser.parse_args(arguments)
     try:
+        if options.annotations or options.download:
+            check_writable(Path(options.catalogue))
         uids = read_ids(options.uids) if options.uids else None
         if options.annotations and not Path(options.catalogue).is_file():
             write_catalogue(options.catalogue, fetch_annotations(uids))

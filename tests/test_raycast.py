@@ -1,5 +1,8 @@
 """Ray casting against closed forms: spheres, boxes, textured quads, camera axes."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import trimesh
@@ -171,13 +174,64 @@ def test_a_gltf_material_multiplies_vertex_colours(tmp_path):
     mesh = textured_quad(Image.new("RGB", (4, 4), (255, 255, 128)))
     linear = 55  # of 255, which is 128 of 255 in sRGB
     material = trimesh.visual.material.PBRMaterial(
-        baseColorFactor=[0.5, 1.0, 1.0, 1.0], baseColorTexture=mesh.visual.material.image, alphaMode="OPAQUE"
+        baseColorFactor=[linear, 255, 255, 255], baseColorTexture=mesh.visual.material.image, alphaMode="OPAQUE"
     )
     mesh.visual = trimesh.visual.TextureVisuals(uv=mesh.visual.uv, material=material)
     mesh.visual.vertex_attributes["color"] = np.full((4, 4), [255, linear, 255, 255], np.uint8)
     mesh.export(tmp_path / "quad.glb")
     rgba, _ = render_mesh(load_mesh(tmp_path / "quad.glb", up="z"), orbit_cameras([-90.0], [0.0], 9))
     assert rgba[0, 4, 4, :3] / rgba[0, 4, 4, 0] == pytest.approx([1, 1, 1], abs=0.03)
+
+
+def textured_obj(folder: Path, stated: str) -> Path:
+    """A square whose material names its picture as `stated`."""
+    folder.mkdir(parents=True)
+    corners = ["v 0 0 0", "v 1 0 0", "v 1 0 1", "v 0 0 1", "vt 0 0", "vt 1 0", "vt 1 1", "vt 0 1"]
+    lines = ["mtllib square.mtl", "usemtl m", *corners, "f 1/1 2/2 3/3 4/4"]
+    (folder / "square.obj").write_text("\n".join(lines) + "\n")
+    (folder / "square.mtl").write_text(f"newmtl m\nKd 0.5 0.5 0.5\nmap_Kd {stated}\n")
+    return folder / "square.obj"
+
+
+@pytest.mark.parametrize(
+    ("stated", "place"),
+    [
+        ("red.png", "red.png"),
+        ("../textures/red.png", "../textures/red.png"),
+        ("maps\\red one.png", "maps/red one.png"),
+        ("C:\\Users\\me\\red.png", "red.png"),
+    ],
+)
+def test_a_texture_is_found_where_the_file_says_or_beside_it(tmp_path, stated, place):
+    path = textured_obj(tmp_path / "square", stated)
+    (path.parent / place).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4), (200, 20, 20)).save(path.parent / place)
+    rgba, _ = render_mesh(load_mesh(path), orbit_cameras([-90.0], [0.0], 9))
+    assert rgba[0, 4, 4, 0] > 5 * rgba[0, 4, 4, 1]
+
+
+def test_a_gltf_names_its_picture_by_an_address(tmp_path):
+    mesh = textured_quad(Image.new("RGB", (4, 4), (200, 20, 20)))
+    files = trimesh.Scene(mesh).export(file_type="gltf")
+    tree = json.loads(files.pop("model.gltf"))
+    tree["images"] = [{"uri": "red%20one.png"}]
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "model.gltf").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="model.gltf names red%20one.png, which is not there"):
+        load_mesh(tmp_path / "model.gltf")
+    Image.new("RGB", (4, 4), (200, 20, 20)).save(tmp_path / "red one.png")
+    rgba, _ = render_mesh(load_mesh(tmp_path / "model.gltf", up="z"), orbit_cameras([-90.0], [0.0], 9))
+    assert rgba[0, 4, 4, 0] > 5 * rgba[0, 4, 4, 1]
+
+
+@pytest.mark.parametrize("gone", ["red.png", "square.mtl"])
+def test_a_mesh_without_its_picture_or_material_is_refused_not_grey(tmp_path, gone):
+    path = textured_obj(tmp_path / "square", "red.png")
+    Image.new("RGB", (4, 4)).save(path.parent / "red.png")
+    (path.parent / gone).unlink()
+    with pytest.raises(ValueError, match=f"square.obj names {gone}, which is not there"):
+        load_mesh(path)
 
 
 def test_errors_say_what_is_wrong(tmp_path):

@@ -48,7 +48,7 @@ def test_a_scan_without_its_texture_is_left_out_not_grey(scans, tmp_path):
     (scans / "Mug" / "meshes" / "texture.png").unlink()
     md.make_dataset(sources.scan_jobs(scans), tmp_path / "set", size=16, progress=False)
     (noted,) = md.skipped_rows(tmp_path / "set")
-    assert noted["id"] == "Mug" and "texture.png is neither beside the mesh nor in" in noted["reason"]
+    assert noted["id"] == "Mug" and "model.obj names texture.png, which is not there" in noted["reason"]
 
 
 def test_listed_scans_only(scans, tmp_path):
