@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from .blender import check_python, render_cycles
 from .cameras import orbit_cameras
+from .command import check_writable, positive
 from .dataset import RING, RING_ELEVATION, ObjectViews, list_objects, write_index, write_object
 from .objects import FAMILIES
 from .paths import atomic_path
@@ -113,8 +114,10 @@ def make_dataset(
 
     views: per object, 16 of them on the ring.  ring: range of the ring's elevation, degrees.
     retry: try also what an earlier run noted in `skipped.jsonl`.  blender: a Python with bpy, see `blender.py`.
-    Raises ValueError where that has none, and where `out` holds objects with another number of views or pixels.
+    Raises ValueError where that has none, for views and rings that `dataset_angles` refuses, and where `out` holds objects
+    with another number of views or pixels.
     """
+    dataset_angles(0, views, ring)  # what fits no object is said before the first, not noted for each
     if blender:
         check_python(blender)
     out = Path(out)
@@ -218,7 +221,7 @@ def _sorted(rows: dict[str, dict]) -> list[dict]:
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.make_dataset", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--procedural", type=int, metavar="COUNT", help="make this many procedural objects")
+    source.add_argument("--procedural", type=positive, metavar="COUNT", help="make this many procedural objects")
     source.add_argument("--meshes", metavar="FOLDER", help="render every mesh file below a folder")
     source.add_argument("--scans", metavar="FOLDER", help="render Google Scanned Objects, NAME/meshes/model.obj")
     source.add_argument("--objaverse", metavar="JSON", help="render the downloaded objects of a catalogue")
@@ -228,18 +231,19 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--ids", metavar="FILE", help="of --scans and --objaverse: only these, one id a line")
     parser.add_argument("--licences", nargs="+", metavar="NAME", help="of --objaverse: only these, for example cc0 by")
     parser.add_argument("--up", choices=["y", "z"], help="up axis in the mesh files (default: y for glTF, else z)")
-    parser.add_argument("--size", type=int, default=128, help="pixels per side (default 128)")
+    parser.add_argument("--size", type=positive, default=128, help="pixels per side (default 128)")
     parser.add_argument("--views", type=int, default=RING + RANDOM_VIEWS, help="per object, 16 of them on the ring")
     ring = dict(nargs=2, type=float, default=LEVEL, metavar=("LOW", "HIGH"))
     parser.add_argument("--ring", **ring, help="range of the ring's elevation in degrees (default 15 15; paper: -5 30)")
-    parser.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default 2)")
+    parser.add_argument("--supersample", type=positive, default=2, help="rays per pixel and axis (default 2)")
     parser.add_argument("--blender", metavar="PYTHON", help="render with Cycles, by this Python that has bpy")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--workers", type=positive, default=1, help="processes (default 1)")
     parser.add_argument("--retry", action="store_true", help="try again what an earlier run left out")
     options = parser.parse_args(arguments)
     names = ("size", "supersample", "workers", "views", "retry", "blender")
     settings = {name: getattr(options, name) for name in names} | {"ring": tuple(options.ring)}
     try:
+        check_writable(Path(options.out) / "index.json")
         rows = make_dataset(jobs_of(options), options.out, **settings)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
@@ -250,6 +254,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """The jobs that a command line names."""
+    if (options.ids and not (options.scans or options.objaverse)) or (options.licences and not options.objaverse):
+        raise ValueError("--ids chooses among --scans or --objaverse, and --licences among --objaverse, only.")
     ids = read_ids(options.ids) if options.ids else None
     if options.scans:
         return scan_jobs(options.scans, ids)

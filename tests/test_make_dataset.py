@@ -143,6 +143,9 @@ def test_ids_stay_apart(tmp_path):
     mesh.export(tmp_path / "thing.obj")
     mesh.export(tmp_path / "thing.ply")
     assert [job.id for job in md.mesh_jobs(tmp_path)] == ["thing", "thing_ply"]
+    for name in ("a b", "a.b", "a_b"):
+        mesh.export(tmp_path / f"{name}.ply")
+    assert len(md.mesh_jobs(tmp_path)) == 5
 
 
 def test_an_empty_or_missing_folder_is_refused(tmp_path, capsys):
@@ -151,6 +154,29 @@ def test_an_empty_or_missing_folder_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         md.main(["--meshes", str(tmp_path / "none"), "--out", str(tmp_path / "set")])
     assert "There is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--ring", "30", "-5"], "LOW to HIGH"),
+        (["--views", "8"], "at least the 16 views"),
+        (["--supersample", "0"], "must be 1 or more"),
+        (["--size", "0"], "must be 1 or more"),
+        (["--ids", "list.txt"], "--ids chooses among"),
+        (["--licences", "cc0"], "--licences among"),
+    ],
+)
+def test_what_fits_no_mesh_is_said_once_and_noted_for_none(meshes, tmp_path, capsys, more, sentence):
+    with pytest.raises(SystemExit):
+        md.main(["--meshes", str(meshes), "--out", str(tmp_path / "set"), *more])
+    assert sentence in capsys.readouterr().err and not (tmp_path / "set").exists()
+
+
+def test_an_out_that_is_a_file_is_one_sentence(meshes, capsys):
+    with pytest.raises(SystemExit):
+        md.main(["--meshes", str(meshes), "--out", str(meshes / "a box.ply")])
+    assert "a box.ply is no folder that you may write to" in capsys.readouterr().err
 
 
 def test_the_ring_stands_at_an_elevation_of_the_objects_own():
