@@ -57,9 +57,14 @@ def list_objects(folder: str | Path) -> list[dict]:
             f"`python -m gsv3d_lib.make_dataset --procedural 200 --out {folder}`."
         )
     try:
-        return sorted(json.loads(index.read_text()), key=lambda row: row["id"])
+        rows = json.loads(index.read_text())
+        if "shards" not in rows:
+            return sorted(rows, key=lambda row: row["id"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} cannot be read ({error}); delete it and make the dataset again.") from error
+    raise ValueError(
+        f"{folder} holds shards, which `train --shards` reads; give the dataset folder they were made from."
+    )
 
 
 def read_object(folder: str | Path, id: str) -> ObjectViews:

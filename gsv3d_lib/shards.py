@@ -41,6 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cameras import orbit_cameras
+from .command import check_writable, positive
 from .dataset import RING, UNREADABLE, Scene, ViewTensors, list_objects, read_object, resize_views
 from .encoders import dino_features
 from .orbits import Orbits, ShuffledOrder, Variant, digest, encode_rings, make_variants, vae_fingerprint
@@ -166,11 +167,20 @@ def open_shards(folder: str | Path, size: int | None = None) -> ShardViews:
 
 
 def is_shards(folder: str | Path) -> bool:
-    """Whether a folder holds finished shards; the index of a dataset folder is a list."""
+    """Whether a folder holds finished shards."""
+    return "shards" in (_any_index(folder) or ())
+
+
+def is_dataset(folder: str | Path) -> bool:
+    """Whether a folder is one of `dataset.py`, whose index is a list."""
+    return isinstance(_any_index(folder), list)
+
+
+def _any_index(folder: str | Path) -> dict | list | None:
     try:
-        return "shards" in json.loads((Path(folder) / "index.json").read_text())
+        return json.loads((Path(folder) / "index.json").read_text())
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def read_index(folder: str | Path) -> dict:
@@ -178,6 +188,10 @@ def read_index(folder: str | Path) -> dict:
     path = Path(folder) / "index.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no finished shards: index.json is missing; {AGAIN}.")
+    if is_dataset(folder):
+        raise ValueError(
+            f"{folder} is a dataset folder, which `train --data` reads; make shards of it with `python -m gsv3d_lib.shards`."
+        )
     try:
         index = json.loads(path.read_text())
         expected = {path.with_name(shard["file"]): shard["bytes"] for shard in index["shards"]}
@@ -270,10 +284,12 @@ def write_shards(
     size: pixels.  copies, seed: as for `load_orbits`.  dino: store its features too.  share (k, n): write only every n-th
     file from the k-th on, so that n processes or machines write one folder together.
     Returns the index, or None where other processes have files left to write. Raises ValueError for a share that is none,
-    for an object that cannot be read, and for objects with different numbers of views.
+    for an `out` that is a dataset folder, for an object that cannot be read, and for objects with different numbers of views.
     """
     if not 0 <= share[0] < share[1]:
         raise ValueError(f"A share is K/N with 0 <= K < N; got {share[0]}/{share[1]}.")
+    if is_dataset(out):
+        raise ValueError(f"{out} is a dataset folder, whose index would be lost: shards need a folder of their own.")
     out, rows = Path(out), [(Path(folder), row["id"]) for folder in folders for row in list_objects(folder)]
     if not rows:
         raise ValueError(f"The dataset folders {[str(f) for f in folders]} hold no objects.")
@@ -368,7 +384,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", metavar="FOLDER", help="a checkpoint folder with vae (and dino, for --features)")
     parser.add_argument("--data", nargs="+", metavar="FOLDER", help="dataset folders")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder of shards")
-    parser.add_argument("--copies", type=int, help="variants of each object (default: as configured in the weights)")
+    parser.add_argument(
+        "--copies", type=positive, help="variants of each object (default: as configured in the weights)"
+    )
     parser.add_argument("--features", action="store_true", help="store DINO's features of every ring view too")
     parser.add_argument("--share", default="0/1", metavar="K/N", help="write every N-th file from the K-th on")
     parser.add_argument("--check", action="store_true", help="only read every byte of --out and name damaged files")
@@ -398,6 +416,7 @@ def write_from_checkpoint(options: argparse.Namespace) -> dict | None:
     share = tuple(int(number) for number in options.share.split("/") if number.isdigit())
     if len(share) != 2:
         raise ValueError(f"--share takes K/N, for example 0/4; got {options.share!r}.")
+    check_writable(Path(options.out) / "index.json")
     config, device = load_config(options.weights), "cuda" if torch.cuda.is_available() else "cpu"
     dino = load_dino(config, Path(options.weights)) if options.features else None
     if options.features and dino is None:

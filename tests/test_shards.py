@@ -11,7 +11,7 @@ from tiny_world import object_views, tiny_config
 from gsv3d_lib import launch, shards
 from gsv3d_lib import train as recipes
 from gsv3d_lib.config import Schedule
-from gsv3d_lib.dataset import load_views, write_index, write_object
+from gsv3d_lib.dataset import list_objects, load_views, write_index, write_object
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.distillation import DistillationStage
 from gsv3d_lib.encoders import build_clip, build_dino, image_features
@@ -360,10 +360,16 @@ def test_the_command_writes_checks_and_explains(data, tmp_path, capsys):
         (["--share", "2/2"], "0 <= K < N"),
         (["--data", str(tmp_path / "none")], "No dataset at"),
         (["--weights", str(tmp_path / "none")], "is no GSV3D checkpoint"),
+        (["--copies", "-1"], "must be 1 or more"),
+        (["--out", str(weights / "gsv3d.json")], "gsv3d.json is no folder"),
+        (["--out", str(data.folder)], "shards need a folder of their own"),
+        (["--data", out], "holds shards, which `train --shards` reads"),
+        (["--out", str(data.folder), "--check"], "is a dataset folder, which `train --data` reads"),
     ):
         with pytest.raises(SystemExit):
             shards.main(["--weights", str(weights), "--data", str(data.folder), "--out", out, *wrong])
         assert sentence in capsys.readouterr().err
+    assert len(list_objects(data.folder)) == 5
 
 
 def test_train_reads_shards(data, folder, tmp_path, monkeypatch):
