@@ -29,12 +29,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .cameras import DISTANCE, intrinsics, look_at, opengl_to_opencv, orbit_cameras
-from .command import exit_code
+from .command import check_writable, exit_code
 from .dataset import RING, ObjectViews, write_index, write_object
-from .images import cut_out, load_image
+from .images import MAX_SIDE, cut_out, load_image
 from .make_dataset import RANDOM_VIEWS, check_alike, existing_rows
+from .sources import plain_id
 
 MAX_GAP = 45.0  # degrees between a ring azimuth and its photograph: beyond, an orbit's views are no longer in order
+FRONT_VIEW = 12  # of a ring, azimuth 270 degrees
 EXTENT, GRID = 1.3, 64  # the visual hull's cube: half its side, in first guesses of the radius, and cells a side
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 PINHOLE = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE")
@@ -114,7 +116,7 @@ def _with_suffix(path: Path) -> Path:
 
 def _masked(image: Image.Image, folder: Path, frame: dict, background: str) -> Image.Image:
     """The picture with the object in its alpha channel."""
-    if "mask_path" in frame:
+    if frame.get("mask_path"):
         mask = load_image(folder / frame["mask_path"]).convert("L").resize(image.size, Image.Resampling.BILINEAR)
         image.putalpha(mask)
         return image
@@ -134,6 +136,10 @@ def frame_intrinsics(frame: dict, width: int, height: int) -> Tensor:
     if distorted or model not in PINHOLE:
         what = f"{distorted[0]} = {frame[distorted[0]]}" if distorted else f"camera_model {model}"
         raise ValueError(f"{name} has a lens with distortion ({what}): undistort the photographs first.")
+    if "fl_x" in frame and "w" not in frame and max(width, height) == MAX_SIDE:  # `load_image` may have shrunk it
+        raise ValueError(
+            f"{name} is a large picture: transforms.json says with w and h for which size its fl_x is meant."
+        )
     try:
         w, h = float(frame.get("w", width)), float(frame.get("h", height))
         fx = float(frame["fl_x"]) if "fl_x" in frame else w / 2 / np.tan(float(frame["camera_angle_x"]) / 2)
@@ -157,7 +163,7 @@ def _pose(frame: dict) -> Tensor:
         error = (rotation @ rotation.T - torch.eye(3)).abs().max() + (torch.linalg.det(rotation) - 1).abs()
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as reason:
         raise ValueError(f"{frame['file_path']} has no transform_matrix of 4 x 4 numbers.") from reason
-    if not error < 1e-2:
+    if not (error < 1e-2 and matrix.isfinite().all()):
         raise ValueError(
             f"The transform_matrix of {frame['file_path']} is no camera pose: it does not only turn and move."
         )
@@ -299,17 +305,21 @@ def displacement(distance: float) -> float:
 # ---------------------------------------------------------------- the object
 
 
-def ring_and_free(azimuths: np.ndarray, elevations: np.ndarray, views: int) -> np.ndarray:
+def ring_and_free(azimuths: np.ndarray, elevations: np.ndarray, views: int, front: int | None = None) -> np.ndarray:
     """Which photographs [P] become the views of the object, [views]: 16 for the ring, then the free ones.
 
-    Ring view k gets the photograph that is nearest to azimuth 22.5 k and to the median elevation, all 16 chosen together.
+    Ring view k gets the photograph that is nearest to azimuth 22.5 k and to the median elevation, all 16 chosen together;
+    view 12 gets photograph `front`, if given, at any elevation.
     Of the other photographs those that fit are taken evenly; where there are too few, they and then the ring are repeated.
     Raises ValueError where there are fewer than 16, or where they do not go around the object.
     """
     if len(azimuths) < RING:
         raise ValueError(f"A ring takes {RING} photographs; {len(azimuths)} can be used.")
     gaps = np.abs((azimuths[None] - np.arange(RING)[:, None] * 360 / RING + 180) % 360 - 180)  # [16, P]
-    ring = linear_sum_assignment(gaps**2 + (elevations - np.median(elevations))[None] ** 2)[1]
+    costs = gaps**2 + (elevations - np.median(elevations))[None] ** 2
+    if front is not None:
+        costs[FRONT_VIEW, front] = -1e9
+    ring = linear_sum_assignment(costs)[1]
     worst = int(gaps[np.arange(RING), ring].argmax())
     if gaps[worst, ring[worst]] > MAX_GAP:
         raise ValueError(
@@ -342,8 +352,9 @@ def object_from(
         raise ValueError(f"The camera of {photos[int(distances.argmin())].name} stands inside the object's unit ball.")
     azimuths = torch.rad2deg(torch.atan2(positions[:, 1], positions[:, 0])).numpy()
     elevations = torch.rad2deg(torch.asin(positions[:, 2] / distances)).numpy()
-    azimuths = (azimuths + 270 - azimuths[_index_of(front, photos)] if front else azimuths) % 360
-    chosen = ring_and_free(azimuths, elevations, views)
+    first = _index_of(front, photos) if front else None
+    azimuths = (azimuths if first is None else azimuths + 270 - azimuths[first]) % 360
+    chosen = ring_and_free(azimuths, elevations, views, first)
     rotations = look_at(positions[chosen])[:, :3, :3] @ world.turn
     lenses = [standard_intrinsics(float(distances[k]), size) for k in chosen]
     rgba = np.stack([warp(photos[k], R, K, size) for k, R, K in zip(chosen, rotations, lenses, strict=True)])
@@ -402,6 +413,9 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     if (args.center is None) != (args.radius is None) or args.views < RING or args.size < 8:
         raise ValueError(f"Give --center and --radius together, {RING} views or more and 8 pixels or more.")
+    if args.radius is not None and not args.radius > 0:
+        raise ValueError(f"--radius is the object's, above 0; got {args.radius:g}.")
+    check_writable(args.out / "index.json")
     photos, left_out = read_photos(args.folder, 4 * args.size, args.background)
     for reason in left_out:
         print(f"left out {reason}")
@@ -409,7 +423,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"A ring takes {RING} photographs; {len(photos)} of {args.folder} can be used.")
     turn = upright(photos) if args.up == "auto" else torch.eye(3, dtype=torch.float64)
     given = args.center and World(torch.tensor(args.center, dtype=torch.float64), args.radius, turn)
-    id = args.id or (args.folder if args.folder.is_dir() else args.folder.parent).resolve().name
+    id = plain_id(args.id or (args.folder if args.folder.is_dir() else args.folder.parent).resolve().name)
     pictures, row = object_from(photos, id, args.size, args.views, given or find_world(photos, turn), args.front)
     add_object(args.out, pictures, row)
     print(summary(pictures, row))

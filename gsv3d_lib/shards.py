@@ -284,7 +284,7 @@ def write_shards(
     size: pixels.  copies, seed: as for `load_orbits`.  dino: store its features too.  share (k, n): write only every n-th
     file from the k-th on, so that n processes or machines write one folder together.
     Returns the index, or None where other processes have files left to write. Raises ValueError for a share that is none,
-    for an `out` that is a dataset folder, for an object that cannot be read, and for objects with different numbers of views.
+    an `out` that is a dataset folder, an object that cannot be read, and objects with different numbers of views.
     """
     if not 0 <= share[0] < share[1]:
         raise ValueError(f"A share is K/N with 0 <= K < N; got {share[0]}/{share[1]}.")

@@ -113,6 +113,23 @@ def test_a_mask_beside_the_photograph_is_used(folder, tmp_path, read):
     assert np.array_equal(photo.rgba, read[3].rgba)
 
 
+def test_a_mask_path_of_null_is_none(folder, read):
+    scene = json.loads((folder / "transforms.json").read_text())
+    scene["frames"] = [scene["frames"][3] | {"mask_path": None}]
+    (folder / "changed.json").write_text(json.dumps(scene))
+    (photo,), _ = photos.read_photos(folder / "changed.json")
+    assert np.array_equal(photo.rgba, read[3].rgba)
+
+
+def test_a_focal_length_in_pixels_of_a_picture_that_was_shrunk_needs_their_number():
+    with pytest.raises(ValueError, match="with w and h for which size") as error:
+        photos.frame_intrinsics({"file_path": "a.png", "fl_x": 3000.0}, 2048, 1536)
+    one_sentence(error)
+    K = photos.frame_intrinsics({"file_path": "a.png", "fl_x": 3000.0, "w": 4096, "h": 3072}, 2048, 1536)
+    assert K[0, 0] == 1500
+    assert photos.frame_intrinsics({"file_path": "a.png", "camera_angle_x": 1.0}, 2048, 1536)[0, 2] == 1024
+
+
 def test_photographs_that_cut_the_object_or_show_none_are_left_out(folder, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -196,6 +213,7 @@ def test_the_ring_takes_what_lies_nearest_and_the_rest_is_free():
     few = photos.ring_and_free(azimuths[:18], elevations[:18], 24)
     assert len(set(few[:16])) == 16 and set(few) == set(range(18))  # all are used before any is repeated
     assert np.bincount(few).max() == 2
+    assert photos.ring_and_free(azimuths, elevations, 24, front=38)[12] == 38  # though it was taken from high above
 
 
 # ---------------------------------------------------------------- an object of a dataset
@@ -230,10 +248,10 @@ def test_a_mirrored_irregular_ring_is_the_mirrored_object(read):
 
 
 def test_objects_share_a_dataset_and_the_front_can_be_named(folder, tmp_path):
-    for id in ("one", "two"):
+    for id in ("one", "a two"):
         assert photos.main([str(folder), "--out", str(tmp_path), "--id", id, "--size", "32", "--front", "007.png"]) == 0
     views = load_views([tmp_path], SIZE, progress=False)
-    assert views.ids == ["one", "two"] and views.azimuths[0, 12] == 270
+    assert views.ids == ["a_two", "one"] and views.azimuths[0, 12] == 270
     assert photos.main([str(folder), "--out", str(tmp_path), "--id", "three", "--size", "64"]) == 2
 
 
@@ -271,6 +289,10 @@ def test_training_on_photographs(folder, tmp_path):
         ({"frames": [{"file_path": "./000"}]}, "no transform_matrix"),
         ({"frames": [{"file_path": "./000", "transform_matrix": (2 * np.eye(4)).tolist()}]}, "no camera pose"),
         ({"frames": [{"file_path": "./gone", "transform_matrix": np.eye(4).tolist()}]}, "no image file"),
+        (
+            {"frames": [{"file_path": "./000", "transform_matrix": [[*row[:3], math.nan] for row in np.eye(4)]}]},
+            "no camera pose",
+        ),
         ({"frames": [{}]}, "file_path"),
     ],
 )
@@ -297,6 +319,10 @@ def test_too_few_photographs_or_only_one_side(folder, read, tmp_path, capsys):
     one_sentence(error)
     assert photos.main([str(folder), "--out", str(tmp_path), "--radius", "1"]) == 2
     assert "together" in capsys.readouterr().err
+    assert photos.main([str(folder), "--out", str(tmp_path), "--center", "0", "0", "0", "--radius", "-1"]) == 2
+    assert "above 0; got -1" in capsys.readouterr().err
+    assert photos.main([str(folder), "--out", str(folder / "000.png")]) == 2
+    assert "000.png is no folder that you may write to" in capsys.readouterr().err
 
 
 def test_repeated_views_are_counted(read):
