@@ -1,9 +1,12 @@
 """The checkers' tools: one sentence for whatever a learner may hand in."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from gsv3d_lib.exercises import Wrong, ask, checker, expect_close, expect_shape
+from gsv3d_lib.exercises.full_scale import check_accumulate
 
 
 @checker
@@ -37,9 +40,27 @@ def test_a_stub_is_not_wrong(capsys):
         (lambda x: [1.0, 2.0], r"should be a tensor of shape \(2,\); got \[1.0, 2.0\]"),
         (lambda x: x / 0 - x / 0, "inf or nan"),
         (lambda x: x.no_such_method(), r"\(tensor \[2\]\) stops with AttributeError"),
+        (partial(lambda x: x.no_such_method()), r"your function\(tensor \[2\]\) stops with AttributeError"),
     ],
 )
 def test_a_wrong_answer_is_one_sentence(halve, message):
     with pytest.raises(Wrong, match=message) as caught:
         check_halve(halve)
     assert caught.value._render_traceback_() == [f"✗ {caught.value}"]
+
+
+@checker
+def check_double(double):
+    expect_close(ask(double, 2.0), 4.0, "Multiply by two.")
+
+
+@pytest.mark.parametrize("answer", ["four", {}, [torch.zeros(2), 4], ...])
+def test_an_answer_of_another_kind_is_one_sentence(answer):
+    with pytest.raises(Wrong, match="returned what cannot be compared"):
+        check_double(lambda x: answer)
+
+
+@pytest.mark.parametrize("answer", [1.5, torch.tensor(1.5)])
+def test_a_loss_is_no_gradient(answer):
+    with pytest.raises(Wrong, match="Return weight.grad when it is filled"):
+        check_accumulate(lambda loss_of, weight, batch, size: answer)

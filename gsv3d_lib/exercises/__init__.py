@@ -51,12 +51,16 @@ def checker(check: Callable) -> Callable:
 
     @wraps(check)
     def run(solution: Callable, **options) -> Verdict:
-        name = getattr(solution, "__name__", "your function")
+        name = _name(solution)
         try:
             check(solution, **options)
         except _NotWritten:
             print(f"○ {name}: not written yet. Replace the `...` and run the cell again.")
             return Verdict(False)
+        except Wrong:
+            raise
+        except Exception as error:  # of another kind than what was asked for, so that comparing it fails
+            raise Wrong(f"{name} returned what cannot be compared ({type(error).__name__}: {error}).") from error
         print(f"✓ {name}: right.")
         return Verdict(True)
 
@@ -69,7 +73,7 @@ def ask(solution: Callable, *arguments, **options):
         answer = solution(*arguments, **options)
     except Exception as error:
         given = ", ".join(_described(a) for a in (*arguments, *options.values()))
-        raise Wrong(f"{solution.__name__}({given}) stops with {type(error).__name__}: {error}") from error
+        raise Wrong(f"{_name(solution)}({given}) stops with {type(error).__name__}: {error}") from error
     if answer is None:
         raise _NotWritten
     return answer
@@ -106,6 +110,10 @@ def expect_not(answer: Tensor, mistakes: dict[str, Tensor], **tolerances: float)
     """The answer is none of the typical wrong ones; the hint of the one that it is says what happened."""
     for hint, wrong in mistakes.items():
         expect(not same(answer, wrong, **tolerances), hint)
+
+
+def _name(solution) -> str:
+    return getattr(solution, "__name__", "your function")
 
 
 def _described(value) -> str:
