@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ from .paths import atomic_path, reason
 COLUMNS = 6
 RING = 16  # the first views of an object form a ring of constant elevation
 RING_ELEVATION = 15.0  # degrees
-# what PIL and numpy raise for files that are missing, cut off, or not what their names say
-UNREADABLE = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+# what PIL and numpy raise for files that are missing, damaged, or not what their names say, and torch for other shapes
+UNREADABLE = (OSError, LookupError, ValueError, TypeError, RuntimeError, EOFError, TokenError, BadZipFile, zlib.error)
 
 
 @dataclass
@@ -75,14 +76,14 @@ def read_object(folder: str | Path, id: str) -> ObjectViews:
             arrays = dict(arrays)
             depth = decode_depth(arrays["depth"], float(arrays["depth_min"]), float(arrays["depth_range"]))
             rgba = split_sheet(np.asarray(sheet.convert("RGBA")), *depth.shape)
+        views, height, width = depth.shape
         c2w, K = (torch.from_numpy(arrays[name]).float() for name in ("c2w", "K"))
-        azimuths, elevations = arrays["az"].astype("f4"), arrays["el"].astype("f4")
+        cameras = from_c2w(c2w, K.expand(views, 3, 3), width, height)
+        azimuths, elevations = (arrays[name].astype("f4").reshape(views) for name in ("az", "el"))
     except UNREADABLE as error:
         raise ValueError(
             f"Object {id!r} in {folder} cannot be read ({reason(error)}); delete its files and render it again."
         ) from error
-    views, height, width = depth.shape
-    cameras = from_c2w(c2w, K.expand(views, 3, 3), width, height)
     return ObjectViews(id, rgba, depth, cameras, azimuths, elevations)
 
 

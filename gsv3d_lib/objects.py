@@ -483,7 +483,7 @@ def composed(rng: np.random.Generator) -> list[trimesh.Trimesh]:
 
 
 def touching_point(rng: np.random.Generator, parts: list[trimesh.Trimesh]) -> np.ndarray:
-    """A vertex [3] of one of the parts, the origin where there is none yet: nothing floats, nothing drifts away."""
+    """Just below a vertex [3] of one of the parts, the origin where there is none yet: none drifts away, few float."""
     if not parts:
         return np.zeros(3)
     vertices = parts[rng.integers(len(parts))].vertices
@@ -491,7 +491,7 @@ def touching_point(rng: np.random.Generator, parts: list[trimesh.Trimesh]) -> np
 
 
 def random_primitive(rng: np.random.Generator) -> trimesh.Trimesh:
-    """Some closed shape, 0.2 to 1.4 units large."""
+    """Some closed shape, 0.3 to 1.8 units large."""
     a, b, c = rng.uniform(0.12, 0.65, 3)
     choices: list[Callable[[], trimesh.Trimesh]] = [
         lambda: box((2 * a, 2 * b, 2 * c)),

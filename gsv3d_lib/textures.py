@@ -191,7 +191,7 @@ def _value_noise(points: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def random_paint(rng: np.random.Generator, depth: int = 1) -> Paint:
-    """A plain colour (one time in five) or a random pattern; its colours may be patterns themselves (`depth` levels)."""
+    """A plain colour (one time in six) or a random pattern; its colours may be patterns themselves (`depth` levels)."""
     a, b, c, d = (_random_ingredient(rng, depth) for _ in range(4))
     direction, seed = rng.normal(size=3), int(rng.integers(1 << 30))
     cell = 0.08 * 6 ** rng.random()  # 0.08 to 0.48, small cells as often as large ones

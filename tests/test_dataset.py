@@ -1,6 +1,7 @@
 """Objects on disk and in memory: what is written is read, what is broken is named, mirrors stay consistent."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,27 @@ def test_arrays_without_cameras_are_one_sentence(broken):
         kept = {name: arrays[name] for name in arrays if name != "c2w"}
     np.savez_compressed(broken / "first.npz", **kept)
     with pytest.raises(ValueError, match="c2w") as error:
+        read_object(broken, "first")
+    one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("K", (2, 2)), ("c2w", (3, 4)), ("c2w", (5, 4, 4)), ("az", (5,)), ("depth", (SIZE, SIZE))]
+)
+def test_arrays_of_other_shapes_are_one_sentence(broken, name, shape):
+    with np.load(broken / "first.npz") as arrays:
+        changed = dict(arrays) | {name: np.ones(shape, np.float32)}
+    np.savez_compressed(broken / "first.npz", **changed)
+    with pytest.raises(ValueError, match="'first'.*render it again") as error:
+        read_object(broken, "first")
+    one_sentence(error)
+
+
+def test_a_damaged_header_is_one_sentence(broken):
+    header = b"{'descr': ('<f4'\n"
+    with zipfile.ZipFile(broken / "first.npz", "w") as file:
+        file.writestr("depth.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ValueError, match="'first'.*render it again") as error:
         read_object(broken, "first")
     one_sentence(error)
 
