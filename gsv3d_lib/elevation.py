@@ -141,9 +141,9 @@ def fit_ridge(features: Tensor, elevations: Tensor, penalty: float) -> Elevation
     return Elevation((weights.float() / deviation).contiguous(), mean, bias)
 
 
-def view_features(views: ViewTensors) -> list[tuple[Tensor, Tensor]]:
-    """Per object: features [V', 2, 576] and elevations [V'] of its free views and a few of its ring that show something."""
-    chosen = [*RING_VIEWS, *range(RING, views.rgb.shape[1])]
+def view_features(views: ViewTensors, ring: tuple[int, ...] = RING_VIEWS) -> list[tuple[Tensor, Tensor]]:
+    """Per object: features [V', 2, 576] and elevations [V'] of its free views and some of its ring that show something."""
+    chosen = [*ring, *range(RING, views.rgb.shape[1])]
     objects = []
     for rgb, alpha, elevations in zip(views.rgb, views.alpha, views.elevations, strict=True):
         there = [k for k in chosen if (alpha[k] > 127).float().mean() > 0.005]
@@ -189,14 +189,19 @@ def run(args: argparse.Namespace) -> None:
     weights = resolve(args.weights)
     if not (weights / "gsv3d.json").is_file():
         raise FileNotFoundError(f"{weights} is no GSV3D checkpoint: gsv3d.json is missing.")
+    tests = {folder: view_features(load_views([folder], SIZE), ring=()) for folder in args.test}
+    for folder, objects in tests.items():
+        if not objects:
+            raise ValueError(
+                f"{folder} cannot be measured on: its objects have no views beside the {RING} of the ring."
+            )
     estimator, scores = fit(load_views(args.data, SIZE))
     print(
         "held-out objects: {error:.2f} degrees off; the mean elevation {constant:.2f}; penalty {penalty:g}".format(
             **scores
         )
     )
-    for folder in args.test:
-        objects = [(f[len(RING_VIEWS) :], e[len(RING_VIEWS) :]) for f, e in view_features(load_views([folder], SIZE))]
+    for folder, objects in tests.items():
         constant = float((torch.cat([e for _, e in objects]) - estimator.bias).abs().mean())
         print(
             f"{folder}, free views: {mean_error(estimator, objects):.2f} degrees off; the mean elevation {constant:.2f}"

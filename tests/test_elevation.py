@@ -10,7 +10,7 @@ from tiny_world import SIZE, ball_pictures, randn
 from gsv3d_lib import elevation as el
 from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.command import degrees
-from gsv3d_lib.dataset import ViewTensors
+from gsv3d_lib.dataset import COLUMN_NAMES, ViewTensors
 from gsv3d_lib.make_dataset import RANDOM_ELEVATIONS
 from gsv3d_lib.pipeline import GSV3DPipeline
 
@@ -97,6 +97,18 @@ def test_what_can_be_learned_is_learned_and_kept(tmp_path):
     with pytest.raises(ValueError, match="cannot be read") as error:
         el.load_elevation(tmp_path)
     one_sentence(error)
+
+
+def test_only_free_views_are_measured_on(monkeypatch, tmp_path, capsys):
+    views = poles(2)
+    views.alpha[0, el.RING_VIEWS[0]] = 0  # a ring view that shows nothing takes no free view with it
+    assert [len(e) for _, e in el.view_features(views)] == [10, 11]
+    assert [len(e) for _, e in el.view_features(views, ring=())] == [8, 8]
+    (tmp_path / "gsv3d.json").write_text("{}")
+    ring = ViewTensors(views.ids, *(getattr(views, name)[:, :16] for name in COLUMN_NAMES))
+    monkeypatch.setattr(el, "load_views", lambda *_: ring)
+    assert el.main(["--weights", str(tmp_path), "--data", "a", "--test", "rings"]) == 2
+    assert "rings cannot be measured on" in capsys.readouterr().err
 
 
 def test_the_pipeline_estimates_when_asked(monkeypatch):
