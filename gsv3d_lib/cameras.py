@@ -51,7 +51,7 @@ class Cameras:
 
     def __getitem__(self, index) -> Cameras:
         """A subset of the cameras; `index` is an int, slice, list or tensor. Always returns a batch."""
-        index = [index] if isinstance(index, int) else index
+        index = torch.as_tensor(index).reshape(-1) if isinstance(index, int | Tensor) else index
         return Cameras(self.viewmats[index], self.Ks[index], self.width, self.height)
 
     def to(self, *args, **kwargs) -> Cameras:
@@ -116,9 +116,14 @@ def look_at(positions: Tensor) -> Tensor:
 def orbit_cameras(
     azimuths_deg, elevations_deg, size: int, distance: float = DISTANCE, fov_deg: float = FOV_DEG
 ) -> Cameras:
-    """Cameras on a sphere. `azimuths_deg` [V] and `elevations_deg` [V] or a number; square images of `size` pixels."""
+    """Cameras on a sphere. `azimuths_deg` [V] and `elevations_deg` [V] or a number; square images of `size` pixels.
+
+    Raises ValueError for elevations that are not between -90 and 90 degrees.
+    """
     azimuth = torch.deg2rad(AZIMUTH_SIGN * torch.as_tensor(azimuths_deg, dtype=torch.float64).reshape(-1))
     elevation = torch.deg2rad(torch.as_tensor(elevations_deg, dtype=torch.float64)).expand_as(azimuth)
+    if not (elevation.abs() < math.pi / 2).all():
+        raise ValueError(f"Elevations lie between -90 and 90 degrees, both excluded; got {elevations_deg}.")
     directions = torch.stack(
         [elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], dim=-1
     )

@@ -108,8 +108,9 @@ class Config:
     def __post_init__(self):
         if self.image_size < 8 or self.image_size % 8:
             raise ValueError(f"image_size is a multiple of 8, the side of a latent's block; got {self.image_size}.")
-        if self.vae_clip < 1 or self.copies < 1:
-            raise ValueError(f"vae_clip and copies are 1 or more; got {self.vae_clip}, {self.copies}.")
+        for name in ("num_frames", "vae_clip", "copies", "sampling_steps", "target_views", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is 1 or more; got {getattr(self, name)}.")
         if self.dino not in ("dinov2", "none"):
             raise ValueError(f'dino is "dinov2" or "none"; got {self.dino!r}.')
 

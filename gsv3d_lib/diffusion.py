@@ -152,10 +152,13 @@ def sample(
     """Latents [B, N, 4, h, w] of orbits around the object in the condition image, by Euler's method from pure noise.
 
     guidance: peak of the triangular guidance; 1 switches it off and halves the cost.
-    callback(i, z, z_hat), if given, sees every step.
+    callback(i, z, z_hat), if given, sees every step.  Raises ValueError for less than one step.
     """
     scheduler = scheduler or build_scheduler(config)
-    steps, peak = steps or config.sampling_steps, config.guidance if guidance is None else guidance
+    steps = config.sampling_steps if steps is None else steps
+    peak = config.guidance if guidance is None else guidance
+    if steps < 1:
+        raise ValueError(f"The sampler takes 1 step or more; got {steps}.")
     scheduler.set_timesteps(steps, device=condition.token.device)
     scheduler.is_scale_input_called = True  # `predict_v` multiplies by c_in itself
     (batch, frames), (channels, height, width) = condition.polar.shape, condition.latent.shape[1:]

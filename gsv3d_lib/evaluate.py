@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -215,7 +216,7 @@ def evaluate_baselines(
     card = flat_card(scene.rgb[FRONT], scene.alpha[FRONT], relative_cameras(scene, FRONT, torch.tensor([FRONT])))
     results = {"card": image_scores(card, scene, FRONT, others, lpips)}
     if truth is not None:  # a card has no volume, so it has no IoU
-        points = card.means.numpy()[:: max(1, len(card) // NUM_POINTS)] @ _turn(azimuth).T
+        points = card.means.numpy()[:: math.ceil(len(card) / NUM_POINTS) or 1] @ _turn(azimuth).T
         results["card"] |= shape_scores(points, None, truth)
     if average is not None:
         pictures = average.nearest_views(scene.azimuths[others])

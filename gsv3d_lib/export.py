@@ -74,6 +74,12 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
+        try:
+            written, _ = imageio_ffmpeg.count_frames_and_secs(temporary)
+        except RuntimeError:  # what ffmpeg cannot read it has not written
+            written = 0
+        if written != len(frames):
+            raise OSError(f"ffmpeg wrote {written} of the {len(frames)} frames of {path}: is the disk full?")
 
 
 def _write_gif(frames: np.ndarray, path: Path, fps: int) -> None:
@@ -138,7 +144,7 @@ def load_splat(path: str | Path) -> Gaussians:
     """Read a .splat file (y down, as `save_splat` and web tools write it) into our z-up world, float32 on the CPU.
 
     Colours and opacities come back to 1 / 510, unit quaternions to 1 / 128 per component, the rest exactly. Raises
-    FileNotFoundError, or ValueError where the file is cut off or holds no numbers.
+    FileNotFoundError, or ValueError where the file is cut off or holds numbers that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -149,8 +155,6 @@ def load_splat(path: str | Path) -> Gaussians:
     records = np.frombuffer(data, np.uint8).reshape(-1, SPLAT_BYTES)
     floats = torch.from_numpy(records[:, :24].copy().view("<f4").astype(np.float32))
     rgba, quats = torch.from_numpy(records[:, 24:28] / np.float32(255)), torch.from_numpy(records[:, 28:] / 128.0 - 1)
-    if not floats.isfinite().all():
-        raise ValueError(f"{path} holds numbers that are not finite: it is damaged, or no .splat file.")
     x, y, z = floats[:, :3].unbind(-1)
     w, i, j, k = quats.float().unbind(-1)
     return Gaussians(
@@ -159,7 +163,7 @@ def load_splat(path: str | Path) -> Gaussians:
         floats[:, 3:],
         rgba[:, 3],
         rgba[:, :3],
-    )
+    ).check_finite(str(path))
 
 
 def pruning_cost(
@@ -180,9 +184,8 @@ def pack_splats(gaussians: Gaussians) -> bytes:
     A byte holds a colour or opacity c as 255 c, and a component q of the unit quaternion (w, x, y, z) as
     128 q + 128. Raises ValueError for numbers that are not finite.
     """
-    means, quats, scales, opacities, colors = (t.detach().cpu().float().numpy() for t in gaussians.tensors())
-    if not all(np.isfinite(array).all() for array in (means, quats, scales, opacities, colors)):
-        raise ValueError("The Gaussians hold NaN or infinite numbers: nothing was written; check the model's output.")
+    tensors = gaussians.check_finite("the Gaussians to save").tensors()
+    means, quats, scales, opacities, colors = (t.detach().cpu().float().numpy() for t in tensors)
     unit = quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12)
     rgba = np.round(255 * np.column_stack([colors, opacities]).clip(0, 1)).astype(np.uint8)
     rotation = np.round(128 * unit + 128).clip(0, 255).astype(np.uint8)

@@ -111,6 +111,13 @@ class Gaussians:
         """Without the Gaussians fainter than `min_opacity`; by default those too faint to be drawn at all."""
         return self.select(self.opacities >= min_opacity)
 
+    def check_finite(self, origin: str) -> Gaussians:
+        """These Gaussians. Raises ValueError, which names their `origin`, for numbers that are NaN or infinite."""
+        for field, tensor in zip(fields(self), self.tensors()):
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"The {field.name} of {origin} hold NaN or infinite numbers: look for what made them.")
+        return self
+
     @staticmethod
     def concatenate(scenes: list[Gaussians]) -> Gaussians:
         """One scene with the Gaussians of all of them; at least one."""
@@ -133,9 +140,9 @@ class Gaussians:
         have the logits -110 and 110, which decode to exactly 0 and 1.
 
         axes: "z-up" (ours), "y-up", or "y-down", which SuperSplat and most web viewers expect. The header states it,
-        so `load_ply` brings the scene back to z up.
+        so `load_ply` brings the scene back to z up. Raises ValueError, and writes nothing, for numbers that are not finite.
         """
-        table = _encode(_rotate(self, axes, to_file=True))
+        table = _encode(_rotate(self.check_finite("the Gaussians to save"), axes, to_file=True))
         header = ["ply", "format binary_little_endian 1.0", f"comment axes {axes}", f"element vertex {len(table)}"]
         header += [f"property float {name}" for name in PLY_COLUMNS] + ["end_header", ""]
         with atomic_path(path) as temporary:
@@ -155,7 +162,7 @@ class Gaussians:
         for name in PLY_COLUMNS:
             if name not in table.dtype.names and name not in ("nx", "ny", "nz"):
                 raise ValueError(f"{path} is a PLY, but not one of Gaussian splats: it has no property {name}.")
-        return _rotate(_decode(table), axes or stated_axes, to_file=False)
+        return _rotate(_decode(table).check_finite(str(path)), axes or stated_axes, to_file=False)
 
 
 def read_ply_table(path: Path) -> tuple[np.ndarray, str]:

@@ -111,13 +111,16 @@ class GSV3DPipeline:
     ) -> Generation:
         """Run the chain and keep its intermediates.
 
+        image: a path, PIL image or array; or the condition image itself, see `condition_image`.
         elevation: degrees, of the camera that took the input; None estimates it, where the checkpoint has an estimator.
         num_frames: N, views of the orbit.
         steps, guidance: of the sampler; defaults from the configuration.  lora_scale: 0 = without the distillation.
         callback(i, z, z_hat): sees every step of the sampler, batches of one orbit [1, N, 4, h, w].
         """
-        rgb = image if isinstance(image, Tensor) else prepare_condition(image, self.config.image_size)[0]
-        frames = num_frames or self.config.num_frames
+        rgb = self.condition_image(image)
+        frames = self.config.num_frames if num_frames is None else num_frames
+        if frames < 1:
+            raise ValueError(f"An orbit has 1 view or more; got num_frames = {frames}.")
         elevation = self.elevation_of(rgb) if elevation is None else float(elevation)
         if lora_scale is not None:
             set_lora_scale(self.unet, lora_scale)
@@ -139,6 +142,18 @@ class GSV3DPipeline:
             if lora_scale is not None:
                 set_lora_scale(self.unet, 1.0)  # the next call is the distilled model again
         return Generation(rgb, elevation, latents, cameras, self.gaussians_from(latents, cameras, rgb))
+
+    def condition_image(self, image) -> Tensor:
+        """R [S, S, 3] in [0, 1] on white: a picture through `prepare_condition`; a tensor is taken for R itself."""
+        size = self.config.image_size
+        if not isinstance(image, Tensor):
+            return prepare_condition(image, size)[0]
+        if image.shape != (size, size, 3) or not image.is_floating_point() or not ((image >= 0) & (image <= 1)).all():
+            raise ValueError(
+                f"A tensor is taken for the condition image, float [{size}, {size}, 3] in [0, 1] on white; got "
+                f"{image.dtype} {list(image.shape)}. Give other pictures as a path, a PIL image or an array."
+            )
+        return image
 
     def elevation_of(self, rgb: Tensor) -> float:
         """Estimated elevation in degrees of the camera that took the condition image [S, S, 3], see `elevation.py`."""

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .cameras import Cameras
+from .command import positive
 from .config import Config, preset, schedule_field
 
 GB = 1e9
@@ -476,10 +477,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--scale", default="paper", help="tiny, small or paper")
     parser.add_argument("--stage", default="stage2", choices=[*STAGES, "inference"])
-    parser.add_argument("--gpus", type=int, default=4)
-    parser.add_argument("--frames", type=int, help="N, views per orbit")
-    parser.add_argument("--rank", type=int, help="of the LoRA")
-    parser.add_argument("--micro-batch", type=int, help="orbits on a GPU at once (default: the preset's)")
+    parser.add_argument("--gpus", type=positive, default=4)
+    parser.add_argument("--frames", type=positive, help="N, views per orbit")
+    parser.add_argument("--rank", type=positive, help="of the LoRA")
+    parser.add_argument("--micro-batch", type=positive, help="orbits on a GPU at once (default: the preset's)")
     parser.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks (default: the preset's)"
     )
@@ -489,8 +490,8 @@ def main(arguments: list[str] | None = None) -> None:
     changes = {"num_frames": args.frames, "lora_rank": args.rank, "checkpointing": args.checkpointing}
     try:
         config = preset(args.scale, **{name: value for name, value in changes.items() if value is not None})
-        if args.gpus < 1:
-            raise ValueError(f"--gpus is at least 1; got {args.gpus}.")
+        if not args.tflops > 0:
+            raise ValueError(f"--tflops is more than 0; got {args.tflops}.")
     except ValueError as error:
         parser.error(str(error))
     if args.stage == "inference":

@@ -17,10 +17,8 @@ compilation short and, unlike numba's own thread pool, survives `fork` and being
 """
 
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -28,11 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if not numba.config.CACHE_DIR and not os.access(Path(__file__).parent, os.W_OK):
-    # Compiled kernels are kept beside the source; a read-only installation keeps them with the temporary files.
-    numba.config.CACHE_DIR = str(Path(tempfile.gettempdir()) / "gsv3d_numba_cache")
-
-from . import rasterizer_kernels as kernels  # noqa: E402 (reads the cache folder when it is imported)
+from . import rasterizer_kernels as kernels
 
 NAMES = ("means", "quats", "scales", "opacities", "colors", "viewmats", "Ks")
 

@@ -114,9 +114,12 @@ def rotation_columns(w, x, y, z):
 
 @njit(**SAFE)
 def half_axes(quats, scales, g):
-    """Half axes of ellipsoid g in the world (columns of R S), columns of R, unit quaternion, 1 / |quaternion|."""
+    """Half axes of ellipsoid g in the world (columns of R S), columns of R, unit quaternion, 1 / |quaternion|.
+
+    Lengths below 1e-12 count as 1e-12, as in `torch.nn.functional.normalize`.
+    """
     w, x, y, z = quats[g, 0], quats[g, 1], quats[g, 2], quats[g, 3]
-    inverse_norm = 1 / math.sqrt(w * w + x * x + y * y + z * z)
+    inverse_norm = 1 / max(math.sqrt(w * w + x * x + y * y + z * z), 1e-12)
     w, x, y, z = w * inverse_norm, x * inverse_norm, y * inverse_norm, z * inverse_norm
     a, b, c = rotation_columns(w, x, y, z)
     axes = scaled(a, scales[g, 0]), scaled(b, scales[g, 1]), scaled(c, scales[g, 2])

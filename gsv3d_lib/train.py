@@ -119,14 +119,21 @@ def initial(name: str, build: Callable[[Config], torch.nn.Module], config: Confi
 
         model = doubled(model)
     with torch.device("meta"):
-        wanted = {key: value.shape for key, value in build(config).state_dict().items()}
-    for key, value in model.state_dict().items():
-        if wanted.get(key) != value.shape:
+        wanted = traits(build(config))
+    for key, value in traits(model).items():
+        if wanted.get(key) != value:
             raise ValueError(
-                f"The {name} in {init} is not of this configuration's size ({key} is {tuple(value.shape)}, not "
-                f"{tuple(wanted.get(key, ()))}); train without --init, or without the settings that changed it."
+                f"The {name} in {init} is not of this configuration ({key} is {value}, not {wanted.get(key)}); train "
+                "without --init, or without the settings that changed it."
             )
     return model
+
+
+def traits(model) -> dict[str, list]:
+    """What two models must share so that one's weights mean the same in the other: shapes, and what no shape shows."""
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    hidden = {key: getattr(model.config, key, None) for key in ("heads", "num_attention_heads", "scale_range")}
+    return shapes | {key: list(value) if isinstance(value, tuple) else value for key, value in hidden.items()}
 
 
 def take_over(init: Path, run: Path, stages: list[str]) -> None:

@@ -86,8 +86,9 @@ def test_the_unit_ball_just_fits():
 
 
 def test_a_camera_straight_above_is_refused():
-    with pytest.raises(ValueError, match="elevation"):
-        orbit_cameras([0], 90.0, SIZE)
+    for elevation in (90.0, -90.0, 100.0, torch.tensor([95.0])):
+        with pytest.raises(ValueError, match="Elevations lie between -90 and 90 degrees"):
+            orbit_cameras([0], elevation, SIZE)
 
 
 def test_intrinsics_are_the_field_of_view():
@@ -173,6 +174,7 @@ def test_indexing_always_gives_a_batch(cameras):
         (slice(1, 3), [1, 2]),
         ([3, 0], [3, 0]),
         (torch.tensor([1]), [1]),
+        (torch.tensor(1), [1]),
     ):
         part = cameras[index]
         assert len(part) == len(rows) and torch.equal(part.viewmats, cameras.viewmats[rows])

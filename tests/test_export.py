@@ -73,6 +73,31 @@ def test_turntable_files_hold_the_frames(tmp_path):
     assert sorted(p.name for p in mp4.parent.iterdir()) == ["turn.gif", "turn.mp4"]
 
 
+def test_a_video_that_ffmpeg_did_not_finish_replaces_nothing(tmp_path, monkeypatch):
+    """ffmpeg may be killed, or the disk full, without an error that reaches Python."""
+    import imageio_ffmpeg
+
+    path = tmp_path / "turn.mp4"
+    save_turntable(scene(), path, size=64, num_frames=6)
+    good, write_frames = path.read_bytes(), imageio_ffmpeg.write_frames
+
+    def cut_off(target, *args, **options):
+        writer = write_frames(target, *args, **options)
+        writer.send(None)
+        try:
+            while True:
+                writer.send((yield))
+        finally:
+            writer.close()
+            with open(target, "r+b") as file:
+                file.truncate(200)
+
+    monkeypatch.setattr(imageio_ffmpeg, "write_frames", cut_off)
+    with pytest.raises(OSError, match="ffmpeg wrote 0 of the 6 frames of .*turn.mp4"):
+        save_turntable(scene(), path, size=64, num_frames=6)
+    assert path.read_bytes() == good and [p.name for p in tmp_path.iterdir()] == ["turn.mp4"]
+
+
 def test_turntable_arguments(tmp_path):
     with pytest.raises(ValueError, match="give mp4_path, gif_path, or both"):
         save_turntable(scene())
@@ -141,7 +166,7 @@ def test_splat_files_that_are_none_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="91 bytes are no multiple of 32"):
         load_splat(tmp_path / "cut.splat")
     (tmp_path / "other.splat").write_bytes(b"\xff" * 64)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         load_splat(tmp_path / "other.splat")
     (tmp_path / "empty.splat").write_bytes(b"")
     assert len(load_splat(tmp_path / "empty.splat")) == 0
@@ -176,8 +201,8 @@ def test_pruning_states_what_it_costs():
 def test_broken_gaussians_are_not_written(tmp_path):
     gaussians = scene(10)
     gaussians.scales[3, 1] = torch.nan
-    for save in (save_splat, save_viewer_page):
-        with pytest.raises(ValueError, match="NaN or infinite"):
+    for save in (save_splat, save_viewer_page, Gaussians.save_ply):
+        with pytest.raises(ValueError, match="scales of the Gaussians to save hold NaN or infinite"):
             save(gaussians, tmp_path / "file")
     assert not list(tmp_path.iterdir())
 

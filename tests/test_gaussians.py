@@ -200,6 +200,23 @@ def test_an_empty_scene_can_be_stored(tmp_path):
     assert len(Gaussians.load_ply(tmp_path / "a.ply")) == 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_that_are_not_finite_are_neither_written_nor_read(tmp_path, name):
+    path, scene = tmp_path / "a.ply", random_scene(5)
+    scene.save_ply(path)
+    good = path.read_bytes()
+    getattr(scene, name)[2] = float("nan")
+    with pytest.raises(ValueError, match=f"The {name} of the Gaussians to save hold NaN or infinite"):
+        scene.save_ply(path)
+    assert path.read_bytes() == good
+    column = {"means": 0, "colors": 6, "opacities": 9, "scales": 10, "quats": 13}[name]
+    table = np.frombuffer(good[-5 * 68 :], "<f4").reshape(5, 17).copy()
+    table[3, column] = np.nan
+    path.write_bytes(good[: -5 * 68] + table.tobytes())
+    with pytest.raises(ValueError, match=f"The {name} of .*a.ply hold NaN or infinite"):
+        Gaussians.load_ply(path)
+
+
 def test_broken_files_say_what_is_wrong(tmp_path):
     path = tmp_path / "a.ply"
     with pytest.raises(FileNotFoundError, match="no PLY file at"):

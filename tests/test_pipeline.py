@@ -26,6 +26,7 @@ from gsv3d_lib.lpips import LPIPS
 from gsv3d_lib.metrics import psnr
 from gsv3d_lib.pipeline import GSV3DPipeline, load_config
 from gsv3d_lib.rendering import render
+from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import encode, encode_scaled
 
 CONFIG = tiny_config(
@@ -105,9 +106,14 @@ def test_init_names_damaged_weights_before_it_copies_them(weights, tmp_path):
 
 
 def test_init_of_another_size_is_one_sentence(weights):
-    with pytest.raises(ValueError, match="is not of this configuration's size") as error:
-        recipes.initial("decoder", build_decoder, CONFIG.replace(decoder_width=2 * CONFIG.decoder_width), weights)
-    one_sentence(error)
+    for name, build, changes in (
+        ("decoder", build_decoder, {"decoder_width": 2 * CONFIG.decoder_width}),
+        ("decoder", build_decoder, {"scale_range": (1e-3, 1e-1)}),  # the same shapes, another meaning
+        ("unet", build_unet, {"unet_heads": tuple(2 * heads for heads in CONFIG.unet_heads)}),
+    ):
+        with pytest.raises(ValueError, match=f"The {name} in .* is not of this configuration") as error:
+            recipes.initial(name, build, CONFIG.replace(**changes), weights)
+        one_sentence(error)
 
 
 def test_init_needs_a_checkpoint(tmp_path):
@@ -266,8 +272,6 @@ def test_the_lora_can_be_left_out_or_scaled(weights, picture):
 
 
 def test_a_checkpoint_without_dino_needs_none(weights, picture, tmp_path):
-    from gsv3d_lib.decoder import build_decoder
-
     shutil.copytree(weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights/dino")
     config = CONFIG.replace(dino="none")
@@ -327,8 +331,17 @@ def test_missing_and_truncated_weights_are_one_sentence(weights, tmp_path, name)
 
 
 def test_a_picture_tensor_must_be_an_image(pipe, picture):
-    with pytest.raises(ValueError, match=r"\[\.\.\., H, W, 3\]"):
-        pipe(picture.movedim(-1, 0), **QUICK)
+    for wrong in (picture.movedim(-1, 0), picture[:, :-1], (255 * picture).to(torch.uint8), picture * 255):
+        with pytest.raises(ValueError, match="A tensor is taken for the condition image") as error:
+            pipe(wrong, **QUICK)
+        one_sentence(error)
+
+
+@pytest.mark.parametrize("options", [{"num_frames": 0}, {"steps": 0}, {"elevation": 95.0}])
+def test_options_out_of_range_are_one_sentence(pipe, picture, options):
+    with pytest.raises(ValueError, match="1 view or more|1 step or more|between -90 and 90") as error:
+        pipe(picture, **QUICK | options)
+    one_sentence(error)
 
 
 # ---------------------------------------------------------------- baselines

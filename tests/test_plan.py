@@ -140,7 +140,9 @@ def test_the_command_prints_what_fits(capsys):
         assert words in report
     for wrong, sentence in (
         ("--scale huge", "There is no preset 'huge'"),
-        ("--gpus 0", "--gpus is at least 1; got 0"),
+        ("--gpus 0", "--gpus: must be 1 or more, got 0"),
+        ("--frames 0", "--frames: must be 1 or more, got 0"),
+        ("--tflops 0", "--tflops is more than 0; got 0"),
     ):
         with pytest.raises(SystemExit):
             main(wrong.split())

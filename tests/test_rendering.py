@@ -257,6 +257,16 @@ def test_any_image_size(width, height):
         assert (a - b).norm() <= 1e-3 * b.norm(), name
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-15])
+def test_quaternions_of_no_length_are_drawn_alike(length):
+    """`normalize` divides by 1e-12 at least, so a zero quaternion is no rotation; .splat files may hold one."""
+    scene, cameras = random_scene(20), views(24, 24)
+    scene.quats[::2] *= length
+    ours, reference = (render(scene, cameras, backend=backend) for backend in CPU_BACKENDS)
+    assert all((a - b).abs().max() < 1e-4 for a, b in zip(ours, reference))
+    assert all(g.isfinite().all() for g in gradients(scene, cameras, "numba"))
+
+
 def test_huge_and_tiny_gaussians_beside_the_camera():
     """The linearised projection is far from valid here; it must still be finite and the same on both backends."""
     scene = random_scene(30, dtype=torch.float64)
