@@ -406,7 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--radius", type=float, help="of the object, with --center (default for both: the silhouettes')"
     )
-    parser.add_argument("--background", default="auto", help="auto, rembg or plain; see images.cut_out")
+    parser.add_argument("--background", choices=["auto", "rembg", "plain"], default="auto", help="see images.cut_out")
     return exit_code(run, parser.parse_args(arguments))
 
 

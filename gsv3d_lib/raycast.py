@@ -124,7 +124,8 @@ def render_mesh(
 
     Returns rgba float32 [V, H, W, 4] in 0..1, straight alpha, averaged over supersample^2 rays per pixel, and
     depth float32 [V, H, W]: the z-depth of the first hit of the ray through the pixel centre (never averaged across
-    an edge), 0 where that ray hits nothing. Texture transparency is ignored; surfaces are seen from both sides.
+    an edge), 0 where that ray hits nothing. Surfaces are seen from both sides; transparency and transforms of textures
+    (glTF's KHR_texture_transform) are ignored.
     """
     if supersample < 1:
         raise ValueError(f"supersample must be at least 1, but is {supersample}.")
