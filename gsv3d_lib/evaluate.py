@@ -333,8 +333,8 @@ def table(means: dict[str, dict[str, float]]) -> str:
 
 REPORTED = {"psnr": "20.390", "ssim": "0.884", "chamfer": "0.100", "iou": "0.721"}  # by the authors, table 1
 METHODS = {
-    "generated": "GSV3D",
-    "generated_without_lora": "the same without LoRA",
+    "generated": "ours",
+    "generated_without_lora": "ours without LoRA",
     "card": "the input as a flat card",
     "average": "the average training object",
     "decoder": "*the decoder alone, on 16 true views; 8 unseen ones*",
@@ -352,7 +352,7 @@ def comparison(*records: Path) -> str:
             if scores := record["mean"].get(method):
                 cells = [f"{scores[k]:.3f}" if scores.get(k) is not None else "-" for k in names]
                 lines.append(f"| {label}, {record['pixels']} px | {' | '.join(cells)} |")
-    lines.append(f"| reported by the authors, 576 px | {' | '.join(REPORTED.get(k, '-') for k in names)} |")
+    lines.append(f"| reported by the authors | {' | '.join(REPORTED.get(k, '-') for k in names)} |")
     return "\n".join(lines)
 
 

@@ -399,27 +399,33 @@ def table(results: dict, reference: str, metrics: list[str]) -> str:
     return "\n".join(lines)
 
 
-CLAIMS = (  # what the paper says, the experiment, the arm that is compared with its reference, and the number
-    ("distillation lowers the Chamfer distance", "distillation", "lambda_1", "chamfer"),
-    ("its price is texture (detail, 1 = the truth's)", "distillation", "lambda_1", "detail"),
-    ("it makes the views agree (reprojection error)", "distillation", "lambda_1", "reprojection"),
-    ("few views ghost (share of pixels)", "frames", "n_4", "ghosting"),
-    ("N = 16 is best (PSNR)", "frames", "n_8", "psnr"),
-    ("DINO helps (PSNR, true views)", "dino", "no_dino", "true_psnr"),
-    ("DINO helps (depth L1, true views)", "dino", "no_dino", "true_depth_l1"),
+CLAIMS = (  # what is expected, the experiment, the arm that is compared with its reference, the number, and its sign then
+    ("distillation lowers the Chamfer distance", "distillation", "rgbd", "chamfer", -1),
+    ("its price is texture (detail, 1 = the truth's)", "distillation", "rgbd", "detail", -1),
+    ("it makes the views agree (reprojection error)", "distillation", "rgbd", "reprojection", -1),
+    ("few views ghost (share of pixels)", "frames", "n_4", "ghosting", 1),
+    ("N = 16 is best (PSNR)", "frames", "n_8", "psnr", -1),
+    ("DINO helps (PSNR, true views)", "dino", "no_dino", "true_psnr", -1),
+    ("DINO helps (depth L1, true views)", "dino", "no_dino", "true_depth_l1", 1),
 )
 
 
 def claims(folder: str | Path) -> str:
-    """Markdown: the paper's claims beside the differences in the results files of `folder`."""
-    lines = ["| the paper says | compared | difference | 95 % interval | seeds |", "|---" * 5 + "|"]
-    for claim, name, arm, metric in CLAIMS:
+    """Markdown: what is expected of the method beside the differences in the results files of `folder`."""
+    lines = ["| expected | compared | difference | 95 % interval | seeds | holds here |", "|---" * 6 + "|"]
+    for claim, name, arm, metric, sign in CLAIMS:
         results = json.loads((Path(folder) / f"{name}.json").read_text())
         labels = [results["arms"][k]["label"] for k in (arm, results["reference"])]
         d = results["differences"][arm][metric]
-        interval = f"[{d['low']:+.4f}, {d['high']:+.4f}]"
-        lines.append(f"| {claim} | {' minus '.join(labels)} | {d['mean']:+.4f} | {interval} | {len(d['seeds'])} |")
+        cells = [claim, " minus ".join(labels), f"{d['mean']:+.4f}", f"[{d['low']:+.4f}, {d['high']:+.4f}]"]
+        lines.append("| " + " | ".join([*cells, str(len(d["seeds"])), holds(d, sign)]) + " |")
     return "\n".join(lines)
+
+
+def holds(difference: dict, sign: int) -> str:
+    """Whether a difference has the expected sign: "yes" or "no" if its interval and every seed say so, else "not shown"."""
+    numbers = [sign * number for number in (difference["low"], difference["high"], *difference["seeds"])]
+    return "yes" if min(numbers) > 0 else "no" if max(numbers) < 0 else "not shown"
 
 
 def write_results(experiment: Experiment, results: dict, out: Path, settings: dict) -> dict:

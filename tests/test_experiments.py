@@ -207,3 +207,19 @@ def test_a_world_scores_only_the_objects_that_were_named(place):
     views = ball_views(3)
     chosen = views.subset([2, 0])
     assert chosen.ids == ["balls_2", "balls_0"] and torch.equal(chosen.rgb[0], views.rgb[2])
+
+
+@pytest.mark.parametrize(
+    ("interval", "seeds", "word"),
+    [
+        ((0.1, 0.3), (0.1, 0.2, 0.3), "yes"),
+        ((-0.3, -0.1), (-0.1, -0.2, -0.3), "no"),
+        ((-0.1, 0.3), (0.1, 0.2, 0.3), "not shown"),  # the objects are too few
+        ((0.1, 0.3), (-0.1, 0.3, 0.4), "not shown"),  # the seeds disagree
+        ((-0.1, 0.1), (-0.1, -0.2, -0.1), "not shown"),
+    ],
+)
+def test_a_claim_holds_where_the_interval_and_every_seed_say_so(interval, seeds, word):
+    difference = {"low": interval[0], "high": interval[1], "seeds": seeds}
+    opposite = {"low": -interval[1], "high": -interval[0], "seeds": [-s for s in seeds]}
+    assert ex.holds(difference, 1) == ex.holds(opposite, -1) == word
