@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import numpy as np
+from PIL import Image
 
 from .cameras import Y_UP_TO_Z_UP, Cameras, ray_grid
 
@@ -57,8 +58,8 @@ def load_mesh(path: str | Path, up: str | None = None) -> trimesh.Scene:
 def read_scene(path: Path, *places: Path) -> trimesh.Scene:
     """A mesh file as trimesh reads it, with the pictures and materials that it names.
 
-    Those lie where it says, else beside it or in `places`. Raises ValueError where one of them is nowhere (mesh readers
-    would go on in grey) or the mesh cannot be read.
+    Those lie where it says, else beside it or in `places`. Raises ValueError where one of them is nowhere or no picture
+    (mesh readers would go on in grey), and where the mesh cannot be read.
     """
     import trimesh
     from trimesh.resolvers import FilePathResolver
@@ -70,7 +71,7 @@ def read_scene(path: Path, *places: Path) -> trimesh.Scene:
             plain = unquote(name.strip().replace("\\", "/"))  # Windows' paths; glTF's, which are addresses
             stated = [path.parent / name.strip(), path.parent / plain]
             for candidate in stated + [place / Path(plain).name for place in (path.parent, *places)]:
-                if candidate.is_file():
+                if candidate.is_file() and _readable(candidate):
                     return candidate.read_bytes()
             missing.append(name)
             raise FileNotFoundError(name)
@@ -80,9 +81,22 @@ def read_scene(path: Path, *places: Path) -> trimesh.Scene:
     except Exception as error:  # each reader raises its own kinds
         raise ValueError(f"Cannot read {path.name} as a mesh ({type(error).__name__}: {error}).") from error
     if missing:
-        raise ValueError(f"{path.name} names {missing[0]}, which is not there; without it the mesh would be grey.")
+        raise ValueError(
+            f"{path.name} names {missing[0]}, which is not there or cannot be read; without it, all would be grey."
+        )
     _keep_vertex_colors(scene)
     return scene
+
+
+def _readable(path: Path) -> bool:
+    """Whether PIL knows the picture; materials and buffers of meshes are left to trimesh."""
+    if path.suffix.lower() in (".mtl", ".bin"):
+        return True
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, Image.DecompressionBombError):
+        return False
 
 
 def _keep_vertex_colors(scene: trimesh.Scene) -> None:

@@ -234,6 +234,13 @@ def test_a_mesh_without_its_picture_or_material_is_refused_not_grey(tmp_path, go
         load_mesh(path)
 
 
+def test_a_mesh_with_a_picture_of_an_unknown_kind_is_refused_not_grey(tmp_path):
+    path = textured_obj(tmp_path / "square", "red.exr")
+    (path.parent / "red.exr").write_bytes(b"v/1\x01 what PIL does not read")
+    with pytest.raises(ValueError, match="square.obj names red.exr, which is not there or cannot be read"):
+        load_mesh(path)
+
+
 def test_errors_say_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no mesh file"):
         load_mesh(tmp_path / "none.obj")
