@@ -164,6 +164,8 @@ def cut_out(image: Image.Image, method: str = "auto") -> Image.Image:
         raise ValueError(f"Background removal is 'auto', 'rembg' or 'plain', got {method!r}.")
     if method == "auto" and np.asarray(image.getchannel("A")).min() < 250:
         return image
+    if method == "rembg" and not _has_rembg():
+        raise ValueError("rembg is not installed: pip install 'rembg[cpu]', or let the background be 'plain'.")
     if method == "rembg" or (method == "auto" and _has_rembg()):
         import rembg  # an optional extra; it downloads its network's weights when first used
 

@@ -246,6 +246,12 @@ def test_nothing_to_find():
         cut_out(disc(), "magic")
 
 
+@pytest.mark.skipif(images._has_rembg(), reason="rembg is installed")
+def test_rembg_that_is_not_there_is_one_sentence():
+    with pytest.raises(ValueError, match="rembg is not installed: pip install 'rembg"):
+        cut_out(Image.new("RGBA", (8, 8)), "rembg")
+
+
 # ---------------------------------------------------------------- framing
 
 
