@@ -367,6 +367,15 @@ def test_a_flat_card_is_the_picture_from_the_front(scene):
     assert render(card, side).alpha.mean() < 0.25 * alpha.mean()  # a card from the side is a line
 
 
+def test_a_flat_card_is_measured_by_as_many_points_as_the_protocol_allows(monkeypatch):
+    large = ball_views(1, size=128).scene(0)
+    half = (torch.arange(128)[:, None, None] < 50).expand_as(large.alpha)  # a card of 6,400 Gaussians
+    large = dataclasses.replace(large, alpha=half.float())
+    monkeypatch.setattr(ev, "shape_scores", lambda points, *_: {"points": len(points)})
+    truth = ev.Truth(np.zeros((ev.NUM_POINTS, 3), "f4"), None)
+    assert ev.NUM_POINTS / 2 < ev.evaluate_baselines(large, truth, None)["card"]["points"] <= ev.NUM_POINTS
+
+
 def test_the_average_object_is_the_mean_of_each_ring_view():
     views = ball_views(2)
     average = AverageObject.of(views)
