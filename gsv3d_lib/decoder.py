@@ -3,8 +3,8 @@
     latents + Plücker rays -> tokens -> L x (self-attention over all views, cross-attention to DINO, MLP)
                            -> linear + pixel shuffle -> heads -> one Gaussian per output pixel
 
-Views are told apart by their cameras alone, so N may change at run time. With `planes` > 0 the tokens also carry a plane sweep
-(see `plane_sweep`), which is not in the paper: a prior that makes short trainings work.
+Views are told apart by their cameras alone, so N may change at run time. With `planes` > 0 the tokens also carry a plane
+sweep (see `plane_sweep`), which is not in the paper: a prior that makes short trainings work.
 """
 
 from __future__ import annotations
