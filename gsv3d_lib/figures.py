@@ -6,8 +6,10 @@ readers (Okabe and Ito); depth is viridis, near is bright, and what is not there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -306,21 +308,6 @@ def plot_rays(depths: Tensor, alphas: Tensor, colors: Tensor, titles: Sequence[s
         return _finished(figure)
 
 
-def plot_panels(
-    x: Sequence[float], panels: dict[str, dict[str, Sequence[float]]], xlabel: str, dashed: str = "\0"
-) -> Figure:
-    """Lines over one x, a panel per quantity: panels = {title: {line's name: values}}. Names that hold `dashed` are so."""
-    with _style() as plt:
-        figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.6), layout="constrained", squeeze=False)
-        for axis, (title, lines) in zip(axes[0], panels.items()):
-            for name, values in lines.items():
-                marker, line = ("s", "--") if dashed in name else ("o", "-")
-                axis.plot(x, values, line, marker=marker, markersize=4, label=name)
-            axis.set(title=title, xlabel=xlabel, xticks=list(x), ylim=(0, None))
-            axis.legend(fontsize=8)
-        return _finished(figure)
-
-
 def plot_stack(parts: dict[str, float], marks: dict[str, float], xlabel: str, limit: float) -> Figure:
     """One bar made of parts, beside marked values: {"activations": 41.9, ...} against {"80 GB": 80, ...}."""
     with _style() as plt:
@@ -342,9 +329,7 @@ def plot_stack(parts: dict[str, float], marks: dict[str, float], xlabel: str, li
 # ---------------------------------------------------------------- 3D
 
 
-def plotly_gaussians(
-    gaussians: Gaussians, cameras: Cameras | None = None, max_points: int = 3000, height: int = 480, seed: int = 0
-) -> go.Figure:
+def plotly_gaussians(gaussians: Gaussians, cameras: Cameras | None = None, max_points: int = 3000) -> go.Figure:
     """Interactive 3D view: every Gaussian a dot of its colour and size; cameras as pyramids at their true place.
 
     At most `max_points` are drawn, at random, opaque and large ones more often, and enlarged to cover for the missing:
@@ -353,7 +338,7 @@ def plotly_gaussians(
     """
     import plotly.graph_objects as go
 
-    shown = _thinned(gaussians, max_points, seed)
+    shown = _thinned(gaussians, max_points)
     traces = [_dots(shown, len(gaussians))]
     if cameras is not None:
         traces.append(_frusta(cameras))
@@ -365,15 +350,15 @@ def plotly_gaussians(
     scene["aspectmode"] = "data" if cameras is not None else "cube"
     margin = {"l": 0, "r": 0, "t": 0, "b": 0}
     figure = go.Figure(traces)
-    return figure.update_layout(template="none", scene=scene, height=height, margin=margin, showlegend=False)
+    return figure.update_layout(template="none", scene=scene, height=480, margin=margin, showlegend=False)
 
 
-def _thinned(gaussians: Gaussians, max_points: int, seed: int) -> Gaussians:
+def _thinned(gaussians: Gaussians, max_points: int) -> Gaussians:
     gaussians = gaussians.detach().to("cpu", torch.float32)
     weight = gaussians.opacities * gaussians.scales.amax(-1)
     visible = torch.nonzero(weight > 0)[:, 0]
     if len(visible) > max_points:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         # Gumbel's trick: the largest log weights plus noise are a draw without replacement, of any number of items.
         noise = -torch.log(-torch.log(torch.rand(len(visible), generator=generator).clamp(1e-12, 1 - 1e-7)))
         visible = visible[(weight[visible].log() + noise).topk(max_points).indices]
@@ -430,18 +415,13 @@ def panels(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float 
 # ---------------------------------------------------------------- shared
 
 
-def _style():
-    """Context: matplotlib.pyplot in this module's style."""
-    import contextlib
-
+@contextmanager
+def _style() -> Iterator[ModuleType]:
+    """Within the block matplotlib.pyplot, which it yields, draws in this module's style."""
     import matplotlib.pyplot as plt
 
-    @contextlib.contextmanager
-    def styled():
-        with plt.rc_context(_STYLE):
-            yield plt
-
-    return styled()
+    with plt.rc_context(_STYLE):
+        yield plt
 
 
 def _finished(figure: Figure) -> Figure:

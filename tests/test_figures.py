@@ -168,13 +168,7 @@ def test_plotly_without_gaussians():
     assert len(figures.plotly_gaussians(scene(0)).data[0].x) == 0
 
 
-def test_panels_and_stacks_show_what_they_were_given():
-    figure = figures.plot_panels(
-        [1, 2], {"a": {"x": [1, 2], "x, light": [0, 1]}, "b": {"y": [3, 4]}}, "n", dashed="light"
-    )
-    first, second = figure.axes
-    assert [line.get_linestyle() for line in first.get_lines()] == ["-", "--"]
-    assert list(second.get_lines()[0].get_ydata()) == [3, 4] and second.get_xlabel() == "n"
+def test_a_stack_shows_what_it_was_given():
     (axis,) = figures.plot_stack({"a": 1.0, "b": 2.5}, {"card": 3.0}, "{total:.1f} GB", limit=2).axes
     assert axis.get_xlabel() == "3.5 GB" and axis.get_xlim()[1] > 3.5
     assert [patch.get_x() for patch in axis.patches] == [0.0, 1.0]
