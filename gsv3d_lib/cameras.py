@@ -71,14 +71,6 @@ class Cameras:
         return Cameras(self.viewmats, self.Ks * scale[:, None], width, height)
 
 
-def concatenate(cameras: list[Cameras]) -> Cameras:
-    """One batch from several; all must share the image size."""
-    sizes = {(c.width, c.height) for c in cameras}
-    if len(sizes) != 1:
-        raise ValueError(f"Cameras of one batch share an image size; got {sorted(sizes)}. Use `resized` first.")
-    return Cameras(torch.cat([c.viewmats for c in cameras]), torch.cat([c.Ks for c in cameras]), *sizes.pop())
-
-
 def invert_rigid(matrix: Tensor) -> Tensor:
     """Inverse of rigid transforms [..., 4, 4]: (R, t) -> (R^T, -R^T t). Exact where a general inverse is not."""
     inverse = torch.zeros_like(matrix)

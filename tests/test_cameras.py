@@ -10,7 +10,6 @@ from gsv3d_lib.cameras import (
     DISTANCE,
     FOV_DEG,
     Cameras,
-    concatenate,
     from_blender,
     from_c2w,
     from_opengl_view,
@@ -178,8 +177,6 @@ def test_indexing_always_gives_a_batch(cameras):
     ):
         part = cameras[index]
         assert len(part) == len(rows) and torch.equal(part.viewmats, cameras.viewmats[rows])
-    both = concatenate([cameras[:1], cameras[2:]])
-    assert torch.equal(both.viewmats, cameras.viewmats[[0, 2, 3]])
 
 
 def test_wrong_shapes_are_refused_with_the_shape(cameras):
@@ -187,8 +184,6 @@ def test_wrong_shapes_are_refused_with_the_shape(cameras):
         Cameras(cameras.viewmats[:, :3], cameras.Ks, SIZE, SIZE)
     with pytest.raises(ValueError, match=r"\(3, 3\)"):
         Cameras(cameras.viewmats, cameras.Ks[0], SIZE, SIZE)
-    with pytest.raises(ValueError, match="share an image size"):
-        concatenate([cameras, cameras.resized(32, 32)])
 
 
 # ---------------------------------------------------------------- converters
