@@ -143,7 +143,6 @@ def sample(
     config: Config,
     *,
     generator: torch.Generator | None = None,
-    scheduler=None,
     steps: int | None = None,
     guidance: float | None = None,
     progress: bool = True,
@@ -154,7 +153,7 @@ def sample(
     guidance: peak of the triangular guidance; 1 switches it off and halves the cost.
     callback(i, z, z_hat), if given, sees every step.  Raises ValueError for less than one step.
     """
-    scheduler = scheduler or build_scheduler(config)
+    scheduler = build_scheduler(config)
     steps = config.sampling_steps if steps is None else steps
     peak = config.guidance if guidance is None else guidance
     if steps < 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .cameras import Cameras, orbit_cameras, sv3d_azimuths
 from .config import Config, preset
-from .diffusion import Condition, build_scheduler, sample
+from .diffusion import Condition, sample
 from .elevation import Elevation, load_elevation
 from .encoders import condition_from, image_features
 from .gaussians import Gaussians
@@ -132,7 +132,6 @@ class GSV3DPipeline:
                     self.condition(rgb, elevation, frames),
                     self.config,
                     generator=torch.Generator().manual_seed(seed),
-                    scheduler=build_scheduler(self.config),
                     steps=steps,
                     guidance=guidance,
                     progress=progress,

@@ -20,7 +20,7 @@ from gsv3d_lib.cameras import orbit_cameras, sv3d_azimuths
 from gsv3d_lib.config import Schedule, preset
 from gsv3d_lib.dataset import write_index, write_object
 from gsv3d_lib.decoder import build_decoder
-from gsv3d_lib.diffusion import build_scheduler, sample
+from gsv3d_lib.diffusion import sample
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.lpips import LPIPS
 from gsv3d_lib.metrics import psnr
@@ -236,7 +236,6 @@ def test_the_chain_is_its_parts(pipe, picture):
         condition,
         CONFIG,
         generator=torch.Generator().manual_seed(5),
-        scheduler=build_scheduler(CONFIG),
         steps=2,
         guidance=1.7,
         progress=False,
