@@ -75,14 +75,8 @@ def image_features(dino, images: Tensor) -> Tensor | None:
     return None if dino is None else dino_features(dino, images)
 
 
-def condition_from(
-    images: Tensor, polar: Tensor, azimuth: Tensor, vae, clip, config: Config, noise: Tensor | None = None
-) -> Condition:
-    """SV3D's `Condition` of condition images [B, H, W, 3]; polar and azimuth [B, N] in radians.
-
-    noise [B, H, W, 3]: standard normal; cond_aug = 1e-5 times it is added to the image in [-1, 1], as in training SV3D.
-    """
-    noisy = images if noise is None else images + config.cond_aug / 2 * noise  # these images span [0, 1]
+def condition_from(images: Tensor, polar: Tensor, azimuth: Tensor, vae, clip, config: Config) -> Condition:
+    """SV3D's `Condition` of condition images [B, H, W, 3]; polar and azimuth [B, N] in radians."""
     with torch.no_grad():
-        latent = encode(vae, noisy)
+        latent = encode(vae, images)
     return Condition(clip_token(clip, images), latent, polar, azimuth, config.cond_aug)

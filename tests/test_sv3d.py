@@ -7,6 +7,7 @@ nothing in this file asks the converter what the original looks like.
 
 import json
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -569,8 +570,9 @@ def test_sampling_equals_diffusers_stable_video_diffusion(models, monkeypatch):
     ids = torch.tensor([[float(fps - 1), float(bucket), noise]])
     config = CONFIG.replace(cond_aug=noise)
     angles = torch.zeros(1, frames), sv3d_azimuths(frames)[None].deg2rad()
-    noise = drawn.permute(0, 2, 3, 1)
-    condition = condition_from(image, *angles, models["vae"], models["clip"], config, noise=noise)
+    condition = condition_from(image, *angles, models["vae"], models["clip"], config)
+    noisy = image + noise / 2 * drawn.permute(0, 2, 3, 1)  # SVD's images span [-1, 1], these [0, 1]
+    condition = replace(condition, latent=encode(models["vae"], noisy))
     monkeypatch.setattr(diffusion, "triangular_guidance", lambda n, peak: torch.linspace(1, peak, n))  # SVD's shape
     sample(
         TimeIds(unet, ids),
