@@ -191,14 +191,24 @@ class ViewTensors:
         """Object `index`, optionally mirrored (y -> -y, another object with the same statistics) and with its colour
         channels permuted. Cameras are rebuilt from the angles, so that they fit the mirrored world too."""
         rgb, alpha, depth = (t[index] for t in (self.rgb, self.alpha, self.depth))
-        azimuths, elevations = self.azimuths[index], self.elevations[index]
+        order, azimuths, elevations = self.places(index, mirror)
         if mirror:
-            order = torch.cat([-torch.arange(RING) % RING, torch.arange(RING, len(azimuths))])
             rgb, alpha, depth = (t[order].flip(-2) for t in (rgb, alpha, depth))
-            azimuths, elevations = -azimuths[order] % 360, elevations[order]
         cameras = orbit_cameras(azimuths, elevations, rgb.shape[-2])
         rgb, alpha = rgb[..., list(palette)].float() / 255, alpha.float() / 255
         return Scene(rgb, alpha, depth, cameras, azimuths, elevations)
+
+    def places(self, index: int, mirror: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Which stored view makes view k of a scene, and the scene's azimuths and elevations, all [V].
+
+        Mirrored, ring view k is made of view -k, so that the ring keeps its order.
+        """
+        azimuths, elevations = self.azimuths[index], self.elevations[index]
+        order = torch.arange(len(azimuths))
+        if mirror:
+            order[:RING] = -order[:RING] % RING
+            azimuths, elevations = -azimuths[order] % 360, elevations[order]
+        return order, azimuths, elevations
 
 
 def load_views(

@@ -87,11 +87,7 @@ class ShardViews(ViewTensors):
     files: ShardFiles
 
     def scene(self, index: int, mirror: bool = False, palette: tuple[int, int, int] = (0, 1, 2)) -> Scene:
-        azimuths, elevations = self.azimuths[index], self.elevations[index]
-        order = torch.arange(len(azimuths))
-        if mirror:  # as in `ViewTensors.scene`
-            order[:RING] = -order[:RING] % RING
-            azimuths, elevations = -azimuths[order] % 360, elevations[order]
+        order, azimuths, elevations = self.places(index, mirror)
 
         def lazy(column: Lazy, change: Callable[[Tensor], Tensor]) -> Lazy:
             def view(k: int) -> Tensor:
