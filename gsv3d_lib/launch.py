@@ -19,12 +19,12 @@ import torch
 from .config import Config, preset, schedule_field
 from .paths import ROOT, resolve
 from .plan import GB, plan
+from .plan import STAGES as PLANNED
 from .shards import is_shards
 from .train import PRODUCTS, STAGES
 from .training import read_metrics
 
 NEEDS = dict(vae=(), dino=(), diffusion=("vae",), stage1=("vae", "dino"), stage2=("vae", "dino", "diffusion", "stage1"))
-PLANNED = ("diffusion", "stage1", "stage2")  # the stages that `plan.plan` counts
 BAR_SECONDS = 60.0  # a progress bar that is redrawn all the time becomes a line a minute
 
 
