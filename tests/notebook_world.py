@@ -19,10 +19,6 @@ def read_notebook(number: str) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def code_cells(number: str) -> list[str]:
-    return [cell.source for cell in read_notebook(number).cells if cell.cell_type == "code"]
-
-
 def definitions(number: str) -> dict:
     """Every function and class that the notebook's cells define, with its imports and parameters; nothing else is run."""
     kept = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, object_views, turned
+from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, object_views, one_sentence, turned
 
 from gsv3d_lib import dataset
 from gsv3d_lib.dataset import (
@@ -43,12 +43,6 @@ def broken(folder, tmp_path) -> Path:
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
-
-
-def one_sentence(error) -> str:
-    text = str(error.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 400
-    return text
 
 
 # ---------------------------------------------------------------- files

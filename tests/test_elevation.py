@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_world import SIZE, ball_pictures, randn
+from tiny_world import SIZE, ball_pictures, one_sentence, randn
 
 from gsv3d_lib import elevation as el
 from gsv3d_lib.cameras import orbit_cameras
@@ -38,12 +38,6 @@ def poles(objects: int) -> ViewTensors:
     ids = [str(k) for k in range(objects)]
     depth = torch.zeros(*alpha.shape)
     return ViewTensors(ids, (rgb * 255).byte(), (alpha * 255).byte(), depth, azimuths, elevations)
-
-
-def one_sentence(error) -> str:
-    text = str(error.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 400
-    return text
 
 
 def test_the_direction_of_edges_is_what_is_measured():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_world import one_sentence
 
 from gsv3d_lib import images
 from gsv3d_lib.images import cut_out, load_image, prepare_condition
@@ -29,11 +30,6 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def one_sentence(error) -> bool:
-    text = str(error.value)
-    return "\n" not in text and text.endswith(".") and len(text) < 300
 
 
 # ---------------------------------------------------------------- decoding
@@ -123,7 +119,7 @@ def test_missing_file_and_folder(tmp_path):
     for path in (tmp_path / "nothing.png", tmp_path):
         with pytest.raises(FileNotFoundError, match="check the path") as error:
             load_image(path)
-        assert one_sentence(error)
+        one_sentence(error)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
@@ -135,7 +131,7 @@ def test_cut_off_files(kind, tmp_path):
         path.write_bytes(data[:length])
         with pytest.raises(ValueError, match="empty file|not an image|broken or cut off") as error:
             load_image(path)
-        assert one_sentence(error) and "cut.img" in str(error.value)
+        assert "cut.img" in one_sentence(error)
 
 
 def test_flipped_bytes_never_escape_as_something_else():
@@ -157,7 +153,7 @@ def test_flipped_bytes_never_escape_as_something_else():
 def test_not_an_image():
     with pytest.raises(ValueError, match="not an image.*PNG, JPEG, WebP or BMP") as error:
         load_image(b"GIF89 is what I claim, but I am a letter")
-    assert one_sentence(error)
+    one_sentence(error)
 
 
 def test_decompression_bombs_are_refused_before_decoding():
@@ -168,7 +164,7 @@ def test_decompression_bombs_are_refused_before_decoding():
         header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
         with pytest.raises(ValueError, match="too large.*100 million pixels") as error:
             load_image(bytes(header))
-        assert one_sentence(error)
+        one_sentence(error)
 
 
 def test_the_limit_holds_for_pil_images_too(monkeypatch):
@@ -191,7 +187,7 @@ def test_the_limit_holds_for_pil_images_too(monkeypatch):
 def test_wrong_arrays(array, message):
     with pytest.raises(ValueError, match=message) as error:
         load_image(array)
-    assert one_sentence(error)
+    one_sentence(error)
 
 
 def test_zero_sized_image():
@@ -241,7 +237,7 @@ def test_nothing_to_find():
     for source, message in cases:
         with pytest.raises(ValueError, match=message) as error:
             prepare_condition(source, 32, background="auto" if source.shape[-1] == 4 else "plain")
-        assert one_sentence(error)
+        one_sentence(error)
     with pytest.raises(ValueError, match="'auto', 'rembg' or 'plain', got 'magic'"):
         cut_out(disc(), "magic")
 

@@ -11,19 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_world import ball_views
+from tiny_world import ball_views, one_sentence
 
 from gsv3d_lib import evaluate, lpips
 from gsv3d_lib.lpips import LPIPS, SMALLEST, convert, load_lpips, read_arrays
 
 ROOT = Path(__file__).parents[1]
 CARD = json.loads((ROOT / "data" / "results" / "protocol.json").read_text())
-
-
-def one_sentence(error) -> str:
-    text = str(error.value)
-    assert "\n" not in text and text.endswith((".", ")"))
-    return text
 
 
 def pictures(count: int = 2, size: int = 40, seed: int = 0) -> torch.Tensor:

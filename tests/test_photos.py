@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, tiny_config
+from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, one_sentence, tiny_config
 
 from gsv3d_lib import photos
 from gsv3d_lib import train as recipes
@@ -68,12 +68,6 @@ def read(folder) -> list[photos.Photo]:
     pictures, left_out = photos.read_photos(folder)
     assert len(pictures) == 20 and left_out == []
     return pictures
-
-
-def one_sentence(error) -> str:
-    text = str(error.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 400
-    return text
 
 
 # ---------------------------------------------------------------- reading

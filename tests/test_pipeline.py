@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_world import BALLS, SIZE, ball_pictures, ball_views, object_views, tiny_config, turned
+from tiny_world import BALLS, SIZE, ball_pictures, ball_views, object_views, one_sentence, tiny_config, turned
 
 from gsv3d_lib import evaluate as ev
 from gsv3d_lib import train as recipes
@@ -65,12 +65,6 @@ def pipe(weights) -> GSV3DPipeline:
 def picture() -> torch.Tensor:
     """The balls from the front [S, S, 3]."""
     return ball_views(1).scene(0).rgb[ev.FRONT]
-
-
-def one_sentence(error) -> str:
-    text = str(error.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 500
-    return text
 
 
 # ---------------------------------------------------------------- starting from a checkpoint

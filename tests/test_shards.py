@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_world import object_views, tiny_config
+from tiny_world import object_views, one_sentence, tiny_config
 
 from gsv3d_lib import launch, shards
 from gsv3d_lib import train as recipes
@@ -240,12 +240,6 @@ def test_objects_with_other_numbers_of_views_are_refused(data, tmp_path):
 
 
 # ---------------------------------------------------------------- damage
-
-
-def one_sentence(error) -> str:
-    text = str(error.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 400
-    return text
 
 
 @pytest.mark.parametrize("keep", [None, 0, 100, 0.6], ids=["missing", "empty", "header", "truncated"])

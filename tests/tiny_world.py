@@ -161,3 +161,10 @@ def descend(stage, batch: dict[str, Tensor], optimizer, steps: int = 6) -> list[
         loss.backward()
         optimizer.step()
     return losses
+
+
+def one_sentence(error) -> str:
+    """What a caught error says, which is short and on one line."""
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 500
+    return text
