@@ -54,10 +54,9 @@ def shade(color: Color, factor: float) -> Color:
 # ---------------------------------------------------------------- patterns
 
 
-def checkers(a: Paint, b: Paint, cell: float, axes: str = "xyz") -> Texture:
-    """Cubes of side `cell`, alternating; `axes` names the directions that count."""
-    columns = ["xyz".index(axis) for axis in axes]
-    return where(lambda p: np.floor(p[:, columns] / cell + 1e-4).sum(1) % 2 == 0, a, b)
+def checkers(a: Paint, b: Paint, cell: float) -> Texture:
+    """Cubes of side `cell`, alternating."""
+    return where(lambda p: np.floor(p / cell + 1e-4).sum(1) % 2 == 0, a, b)
 
 
 def stripes(a: Paint, b: Paint, period: float, direction=(0, 0, 1), share: float = 0.5) -> Texture:
@@ -77,29 +76,24 @@ def gradient(a: Paint, b: Paint, direction=(0, 0, 1), start: float = -1, end: fl
     return texture
 
 
-def dots(a: Paint, b: Paint, cell: float, radius: float = 0.35) -> Texture:
-    """Balls of `a`, one per cube of side `cell`; `radius` in cells."""
-
-    def inside(points):
-        local = points / cell % 1 - 0.5
-        return np.linalg.norm(local, axis=1) < radius
-
-    return where(inside, a, b)
+def dots(a: Paint, b: Paint, cell: float) -> Texture:
+    """Balls of `a`, one per cube of side `cell`."""
+    return where(lambda p: np.linalg.norm(p / cell % 1 - 0.5, axis=1) < 0.35, a, b)
 
 
-def noise(a: Paint, b: Paint, scale: float, seed: int = 0, octaves: int = 3) -> Texture:
+def noise(a: Paint, b: Paint, scale: float, seed: int = 0) -> Texture:
     """A cloudy mix of two paints; `scale` is the size of the largest blobs."""
 
     def texture(points):
-        t = np.clip(0.5 + 0.9 * fractal_noise(points / scale, seed, octaves), 0, 1)[:, None]
+        t = np.clip(0.5 + 0.9 * fractal_noise(points / scale, seed), 0, 1)[:, None]
         return (1 - t) * apply(a, points) + t * apply(b, points)
 
     return texture
 
 
-def spots(a: Paint, b: Paint, scale: float, seed: int = 0, level: float = 0.12) -> Texture:
-    """Irregular spots of `a` with sharp edges, like a cow's; a lower `level` gives more of `a`."""
-    return where(lambda p: fractal_noise(p / scale, seed, 2) > level, a, b)
+def spots(a: Paint, b: Paint, scale: float, seed: int) -> Texture:
+    """Irregular spots of `a` with sharp edges, like a cow's."""
+    return where(lambda p: fractal_noise(p / scale, seed, 2) > 0.12, a, b)
 
 
 def patches(paints: list[Paint], cell: float, seed: int = 0) -> Texture:
@@ -117,8 +111,9 @@ def patches(paints: list[Paint], cell: float, seed: int = 0) -> Texture:
     return texture
 
 
-def bricks(brick: Paint, mortar: Paint, length: float = 0.22, height: float = 0.1, gap: float = 0.015) -> Texture:
+def bricks(brick: Paint, mortar: Paint, length: float = 0.22, height: float = 0.1) -> Texture:
     """Courses of bricks, each shifted by half a brick, on walls that face x or y."""
+    gap = 0.015
 
     def is_mortar(points):
         row = np.floor(points[:, 2] / height)
@@ -128,15 +123,13 @@ def bricks(brick: Paint, mortar: Paint, length: float = 0.22, height: float = 0.
     return where(is_mortar, mortar, brick)
 
 
-def planks(color: Color, width: float, direction=(1, 0, 0), seed: int = 0) -> Texture:
-    """Wooden boards: noise drawn out along the grain, one shade per board."""
-    direction = np.asarray(direction, float)
-    side = np.array([direction[1], direction[2], direction[0]])
+def planks(color: Color, width: float) -> Texture:
+    """Wooden boards along x: noise drawn out along the grain, one shade per board."""
 
     def texture(points):
-        board = np.floor(points @ side / width)
-        drawn_out = points - 0.85 * np.outer(points @ direction, direction)
-        grain = fractal_noise(drawn_out * 12 + board[:, None] * 7.3, seed, 2)
+        board = np.floor(points[:, 2] / width)
+        drawn_out = points - 0.85 * points * (1, 0, 0)
+        grain = fractal_noise(drawn_out * 12 + board[:, None] * 7.3, 0, 2)
         tone = 1 + 0.25 * grain + 0.12 * np.sin(board * 12.9)
         return np.clip(np.outer(tone, color), 0, 1)
 
