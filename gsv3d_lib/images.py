@@ -30,17 +30,7 @@ _NOT_PLAIN = (
     "give a PNG with a transparent background, or pip install 'rembg[cpu]'."
 )
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    struct.error,
-    zlib.error,
-)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 

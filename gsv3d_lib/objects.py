@@ -122,11 +122,7 @@ def chair(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     parts = [paint(place(seat, (0, 0, height)), cover)]
     parts += chair_base(rng, frame, half, height) + chair_back(rng, frame, cover, half, height, rise)
     if rng.random() < 0.4:
-        arm = [
-            (half, half - 0.05, height + 0.3),
-            (half, -0.6 * half, height + 0.3),
-            (half, -0.7 * half, height),
-        ]
+        arm = [(half, half - 0.05, height + 0.3), (half, -0.6 * half, height + 0.3), (half, -0.7 * half, height)]
         parts += mirrored(paint(tube(arm, 0.04), frame))
     return parts
 
@@ -268,12 +264,8 @@ def hat(rng: np.random.Generator, wide: float, tall: float) -> list[trimesh.Trim
 
 def house(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     """Walls, a gable roof, a door and windows in front, windows on the sides, perhaps a chimney and a porch."""
-    x, y, z, roof = (
-        rng.uniform(0.55, 0.85),
-        rng.uniform(0.5, 0.8),
-        rng.uniform(0.6, 1.1),
-        rng.uniform(0.35, 0.75),
-    )
+    x, y, z = rng.uniform(0.55, 0.85), rng.uniform(0.5, 0.8), rng.uniform(0.6, 1.1)
+    roof = rng.uniform(0.35, 0.75)
     color, accent = tx.random_color(rng), tx.random_color(rng)
     wall = [color, tx.bricks(color, tx.shade(color, 1.5)), tx.planks(color, 0.12)][rng.integers(3)]
     parts = [paint(place(box((2 * x, 2 * y, z)), (0, 0, z / 2)), wall)]
@@ -371,11 +363,7 @@ def animal(rng: np.random.Generator) -> list[trimesh.Trimesh]:
     parts.append(paint(tube([shoulder, head], [0.8 * girth, 0.17]), coat))
     parts += animal_head(rng, fur, head)
     tail = np.array(
-        [
-            (0, 0.7, legs + girth),
-            (0, 0.92, legs + 0.9 * girth),
-            (0, 1.02, legs + rng.uniform(-0.2, 1.6) * girth),
-        ]
+        [(0, 0.7, legs + girth), (0, 0.92, legs + 0.9 * girth), (0, 1.02, legs + rng.uniform(-0.2, 1.6) * girth)]
     )
     return parts + [paint(tube(tail, [0.07, 0.06, 0.04]), tx.shade(fur, 0.8))]
 
@@ -442,20 +430,11 @@ def shoe(rng: np.random.Generator) -> list[trimesh.Trimesh]:
         sole = tx.WHITE
     ankle, toe, heel = rng.uniform(0.55, 1.0), rng.uniform(0.22, 0.32), rng.uniform(0.0, 0.12)
     upper = [(-0.98, 0, 0.12, 0.1, 0.16), (-0.92, 0, 0.24, 0.1, toe), (-0.6, 0, 0.33, 0.1, toe + 0.06)]
-    upper += [
-        (-0.2, 0, 0.3, 0.1, 0.5),
-        (0.15, 0, 0.25, 0.1, ankle),
-        (0.75, 0, 0.27, 0.1, ankle),
-        (0.92, 0, 0.2, 0.1, 0.8 * ankle),
-    ]
+    upper += [(-0.2, 0, 0.3, 0.1, 0.5), (0.15, 0, 0.25, 0.1, ankle), (0.75, 0, 0.27, 0.1, ankle)]
+    upper += [(0.92, 0, 0.2, 0.1, 0.8 * ankle)]
     side = tx.within(y=(0.05, 0.35), z=(0.2, 0.5))
     parts = [paint(loft(upper, 0.75), tx.where(side, accent, color))]
-    flat = [
-        (-1, 0, 0.15, 0.02, 0.13),
-        (-0.9, 0, 0.28, 0, 0.14),
-        (-0.55, 0, 0.36, 0, 0.14),
-        (0.1, 0, 0.27, 0, 0.15),
-    ]
+    flat = [(-1, 0, 0.15, 0.02, 0.13), (-0.9, 0, 0.28, 0, 0.14), (-0.55, 0, 0.36, 0, 0.14), (0.1, 0, 0.27, 0, 0.15)]
     flat += [(0.8, 0, 0.3, -heel, 0.15), (0.96, 0, 0.2, -heel, 0.15)]
     parts.append(paint(loft(flat, 0.4), sole))
     parts.append(paint(place(cylinder(0.17, 0.04), (0, 0.45, ankle - 0.01)), tx.shade(tx.GREY, 0.4)))

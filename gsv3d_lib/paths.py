@@ -7,9 +7,7 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BEST = (
-    "data/checkpoints/small"  # what turns a user's picture into 3D; notebooks and experiments take the quicker `tiny`
-)
+BEST = "data/checkpoints/small"  # turns a user's picture into 3D; notebooks and experiments take the quicker `tiny`
 
 
 def resolve(path: str | Path) -> Path:

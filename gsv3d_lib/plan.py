@@ -69,9 +69,7 @@ class Plan:
     average: int  # of the weights, where the schedule asks for one
     activations: int
     micro_batch: int
-    together: (
-        bool  # gradients are there when activations peak: they stay between micro-batches, or blocks are recomputed
-    )
+    together: bool  # gradients are there when activations peak: kept between micro-batches, or blocks recomputed
     flops: int  # per optimiser step, all GPUs together
     seconds: float  # per optimiser step
     hours: float  # of the stage
@@ -325,10 +323,8 @@ def rehearse_inference(config: Config) -> Rehearsal:
     with imagined(), torch.no_grad():
         for model in models.values():
             model is None or without_data(model)
-        rgb, cameras = (
-            torch.zeros(size, size, 3),
-            Cameras(torch.zeros(frames, 4, 4), torch.zeros(frames, 3, 3), size, size),
-        )
+        rgb = torch.zeros(size, size, 3)
+        cameras = Cameras(torch.zeros(frames, 4, 4), torch.zeros(frames, 3, 3), size, size)
         z = torch.zeros(1, frames, 4, config.latent_size, config.latent_size)
         pipe = GSV3DPipeline(config, **models)
         present = {name: model for name, model in models.items() if model is not None}

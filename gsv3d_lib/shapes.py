@@ -16,11 +16,7 @@ if TYPE_CHECKING:
     import trimesh
 
 TEXTURE_EDGE = 0.03  # longest edge under a texture: about two pixels of a 128 px view
-AXES = {
-    "x": (0, 90, 0),
-    "y": (90, 0, 0),
-    "z": (0, 0, 0),
-}  # turns (degrees about x, y, z) that lay z along an axis
+AXES = {"x": (0, 90, 0), "y": (90, 0, 0), "z": (0, 0, 0)}  # turns (degrees about x, y, z) that lay z along an axis
 
 
 # ---------------------------------------------------------------- primitives, centred at the origin
