@@ -12,15 +12,11 @@ from ..config import Config, preset
 from ..decoder import GaussianDecoder, build_decoder
 from ..distillation import sigma_weight
 from ..losses import rendering_loss
-from . import Wrong, ask, checker, expect, expect_close, expect_shape
+from . import Wrong, ask, checker, expect, expect_close, expect_not, expect_shape
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _near(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
-    return a.shape == b.shape and (a - b).abs().max() <= tolerance * (1 + b.abs().max())
 
 
 # ---------------------------------------------------------------- exercise 1
@@ -35,11 +31,14 @@ def check_merge_lora(solution) -> None:
     expect(torch.equal(weight, given), "Your function changed the frozen weight in place: return a new tensor.")
     expect_shape(answer, (6, 4))
     update = B @ A
-    expect(not _near(answer, alpha / 2 * update), "That is the update alone: the frozen weight has to be added.")
-    expect(not _near(answer, weight + update), "The scale alpha / r is missing: r is the number of rows of A.")
-    expect(not _near(answer, weight + alpha * update), "You scaled by alpha; LoRA scales by alpha / r.")
-    expect(not _near(answer, weight + 2 / alpha * update), "The scale is upside down: it is alpha / r, not r / alpha.")
-    expect(not _near(answer, weight + alpha / 4 * update), "You divided by the inputs: r is the number of rows of A.")
+    mistakes = {
+        "That is the update alone: the frozen weight has to be added.": alpha / 2 * update,
+        "The scale alpha / r is missing: r is the number of rows of A.": weight + update,
+        "You scaled by alpha; LoRA scales by alpha / r.": weight + alpha * update,
+        "The scale is upside down: it is alpha / r, not r / alpha.": weight + 2 / alpha * update,
+        "You divided by the inputs: r is the number of rows of A.": weight + alpha / 4 * update,
+    }
+    expect_not(answer, mistakes)
     expect_close(answer, weight + alpha / 2 * update, "The merged weight is W + (alpha / r) B A.")
     untouched = ask(solution, weight, A, torch.zeros(6, 2), alpha)
     expect_close(untouched, weight, "With B = 0 the merged weight is W itself.")
@@ -54,30 +53,31 @@ def check_stage2_loss(solution) -> None:
     loss_2d, losses, sigma = torch.tensor(0.3), torch.tensor([0.1, 0.5, 0.2]), torch.tensor([0.0, 1.0, 3.0])
     plain = ask(solution, loss_2d, losses, sigma, 2.0, "none")
     expect_shape(plain, (), "the loss")
-    truth = loss_2d + 2 * losses.mean()
-    expect(not _near(plain, loss_2d + 2 * losses.sum()), "You summed over the objects: L_3D is their mean.")
-    expect(not _near(plain, loss_2d + losses.mean()), "lambda_3D is missing: it multiplies the 3D term.")
-    weight = sigma_weight(sigma, "snr")
+    truth, weight = loss_2d + 2 * losses.mean(), sigma_weight(sigma, "snr")
     weighted = loss_2d + 2 * (weight * losses).mean()
-    expect(not _near(plain, weighted), 'With weighting "none" every object counts alike: w = 1.')
+    mistakes = {
+        "You summed over the objects: L_3D is their mean.": loss_2d + 2 * losses.sum(),
+        "lambda_3D is missing: it multiplies the 3D term.": loss_2d + losses.mean(),
+        'With weighting "none" every object counts alike: w = 1.': weighted,
+    }
+    expect_not(plain, mistakes)
     expect_close(plain, truth, "Without a weighting the loss is L_2D + lambda_3D mean(L_3D).")
 
     answer = ask(solution, loss_2d, losses, sigma, 2.0, "snr")
     expect_shape(answer, (), "the loss")
-    wrong = {
-        truth: 'With weighting "snr" each object is weighted by its own noise level: w = 1 / (1 + sigma^2).',
-        loss_2d + 2 * weight.mean() * losses.mean(): (
-            "You averaged the weights before multiplying: each object's loss gets the weight of its own sigma."
+    mistakes = {
+        'With weighting "snr" each object is weighted by its own noise level: w = 1 / (1 + sigma^2).': truth,
+        "You averaged the weights before multiplying: each object's loss gets the weight of its own sigma.": (
+            loss_2d + 2 * weight.mean() * losses.mean()
         ),
-        loss_2d + 2 * (weight * losses).sum() / weight.sum(): (
-            "You divided by the sum of the weights; then a noisy batch would count as much as a clean one. Take the mean."
+        "You divided by the sum of the weights; then a noisy batch would count as much as a clean one. Take the mean.": (
+            loss_2d + 2 * (weight * losses).sum() / weight.sum()
         ),
-        (weight * (loss_2d + 2 * losses)).mean(): "You weighted L_2D too: w belongs to the 3D term alone.",
-        loss_2d + 2 * (losses / (1 + sigma)).mean(): "You used 1 / (1 + sigma): the weight has sigma squared.",
-        loss_2d + 2 * (weight * losses).sum(): "You summed over the objects: L_3D is their mean.",
+        "You weighted L_2D too: w belongs to the 3D term alone.": (weight * (loss_2d + 2 * losses)).mean(),
+        "You used 1 / (1 + sigma): the weight has sigma squared.": loss_2d + 2 * (losses / (1 + sigma)).mean(),
+        "You summed over the objects: L_3D is their mean.": loss_2d + 2 * (weight * losses).sum(),
     }
-    for value, hint in wrong.items():
-        expect(not _near(answer, value), hint)
+    expect_not(answer, mistakes)
     expect_close(answer, weighted, "L = L_2D + lambda_3D mean(w(sigma) L_3D), with w = 1 / (1 + sigma^2).")
     leaf = losses.clone().requires_grad_()
     carried = ask(solution, loss_2d, leaf, sigma, 2.0, "snr")
@@ -155,14 +155,16 @@ def check_latent_gradient(solution) -> None:
         reference, z_hat, cameras, None, targets, config.replace(lambda_depth=0.0, lambda_alpha=0.0)
     )
     expect(answer.abs().max() > 0, "The gradient is zero everywhere: was z_hat detached on the way to the loss?")
-    expect(not _near(answer / truth.abs().max(), summed / truth.abs().max()), "You summed over the B objects: average.")
-    expect(
-        not _near(answer / truth.abs().max(), color_only / truth.abs().max()),
-        "That is the gradient of the colour term alone: L_3D has a depth term and, in this configuration, an alpha term.",
-    )
+    scale = truth.abs().max()
+    mistakes = {
+        "You summed over the B objects: average.": summed / scale,
+        "That is the gradient of the colour term alone: L_3D has a depth term and, in this configuration, an alpha term.": (
+            color_only / scale
+        ),
+    }
+    expect_not(answer / scale, mistakes)
     expect(
         not (answer[0].abs().max() > 0 and answer[1].abs().max() == 0),
         "Only the first object has a gradient: the decoder returns a list of B scenes, and each has its own targets.",
     )
-    scale = truth.abs().max()
     expect_close(answer / scale, truth / scale, "This is not dL_3D / dz_hat averaged over the objects.", 1e-3)

@@ -18,7 +18,7 @@ from ..cameras import (
     ray_grid,
     sv3d_azimuths,
 )
-from . import ask, checker, expect, expect_close, expect_not, expect_shape
+from . import ask, checker, expect_close, expect_not, expect_shape
 
 _expect_not = partial(expect_not, rtol=1e-5, atol=1e-3)
 
@@ -40,10 +40,11 @@ def check_orbit(solution) -> None:
         answer = ask(solution, frames, elevation)
         expect_shape(answer, (frames, 2), "polar and azimuth")
         answer = answer.detach().to(truth)
-        if torch.allclose(answer, truth.flip(-1), atol=1e-3):
-            expect(False, "The columns are exchanged: polar comes first, azimuth second.")
-        if torch.allclose(answer.double(), truth.double().deg2rad(), atol=1e-3):
-            expect(False, "Those are radians; this project passes degrees at every function's door.")
+        mistakes = {
+            "The columns are exchanged: polar comes first, azimuth second.": truth.flip(-1),
+            "Those are radians; this project passes degrees at every function's door.": truth.deg2rad(),
+        }
+        _expect_not(answer, mistakes)
         _expect_polar(answer[:, 0], elevation)
         _expect_azimuths(answer[:, 1], truth[:, 1])
 
