@@ -87,7 +87,7 @@ def read_object(folder: str | Path, id: str) -> ObjectViews:
     return ObjectViews(id, rgba, depth, cameras, azimuths, elevations)
 
 
-def write_object(folder: str | Path, views: ObjectViews, quality: int = 85) -> None:
+def write_object(folder: str | Path, views: ObjectViews) -> None:
     """Write `<id>.webp` and `<id>.npz` atomically, in the layout described above."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def write_object(folder: str | Path, views: ObjectViews, quality: int = 85) -> N
     )
     sheet = Image.fromarray(join_sheet(views.rgba), "RGBA")
     with atomic_path(folder / f"{views.id}.webp") as path:
-        sheet.save(path, format="WEBP", quality=quality, method=4, exact=False)
+        sheet.save(path, format="WEBP", quality=85, method=4, exact=False)
     with atomic_path(folder / f"{views.id}.npz") as path, open(path, "wb") as file:
         np.savez_compressed(file, **arrays)
 

@@ -197,7 +197,7 @@ def pack_splats(gaussians: Gaussians) -> bytes:
 # ---------------------------------------------------------------- everything at once
 
 
-def save_object(gaussians: Gaussians, folder: str | Path, turntable_size: int = 256) -> dict[str, Path]:
+def save_object(gaussians: Gaussians, folder: str | Path) -> dict[str, Path]:
     """Write every file a person may want of a generated object; returns the paths by kind.
 
     object.ply has y down, as splat viewers expect. object.glb is turned such that the side the input saw, +x here, faces
@@ -210,7 +210,7 @@ def save_object(gaussians: Gaussians, folder: str | Path, turntable_size: int = 
     paths = {kind: folder / name for kind, name in names.items()} | {"page": folder / "viewer.html"}
     folder.mkdir(parents=True, exist_ok=True)
     gaussians.save_ply(paths["splats"], axes="y-down")
-    save_turntable(gaussians, paths["video"], paths["gif"], size=turntable_size)
+    save_turntable(gaussians, paths["video"], paths["gif"])
     save_viewer_page(gaussians, paths["page"])
     mesh = fuse_mesh(gaussians)
     x, y, z = mesh.vertices.T

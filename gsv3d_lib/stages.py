@@ -34,10 +34,11 @@ class VAEStage(Stage):
     makes latents that vary smoothly over an object, which the small U-Net and decoder learn faster.
     """
 
-    def __init__(self, vae, views: ViewTensors, config: Config, kl_weight: float = 1e-6):
+    KL_WEIGHT = 1e-6
+
+    def __init__(self, vae, views: ViewTensors, config: Config):
         super().__init__()
-        self.vae, self.views, self.clip, self.kl_weight = vae, views, config.vae_clip, kl_weight
-        self.anchor_weight = config.vae_anchor
+        self.vae, self.views, self.clip, self.anchor_weight = vae, views, config.vae_clip, config.vae_anchor
 
     def example(self, generator, shared, place):
         index = int(draw(generator, len(self.views)))
@@ -56,7 +57,7 @@ class VAEStage(Stage):
         thumbnail = F.avg_pool2d(1 - images, 8)
         anchor = F.mse_loss(posterior.mean[:, :3], thumbnail)
         mse = error.pow(2).mean()
-        loss = mse + error.abs().mean() + self.kl_weight * kl + self.anchor_weight * anchor
+        loss = mse + error.abs().mean() + self.KL_WEIGHT * kl + self.anchor_weight * anchor
         return loss, {"psnr": -10 * torch.log10(mse.detach() / 4), "kl": kl.detach(), "anchor": anchor.detach()}
 
 
