@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from .blender import check_python, render_cycles
 from .cameras import orbit_cameras
-from .command import check_writable, positive
+from .command import check_writable, exit_code, positive
 from .dataset import RING, RING_ELEVATION, ObjectViews, list_objects, write_index, write_object
 from .objects import FAMILIES
 from .paths import atomic_path
@@ -218,7 +219,7 @@ def _sorted(rows: dict[str, dict]) -> list[dict]:
     return [rows[id] for id in sorted(rows)]
 
 
-def main(arguments: Iterable[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.make_dataset", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--procedural", type=positive, metavar="COUNT", help="make this many procedural objects")
@@ -239,14 +240,14 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--blender", metavar="PYTHON", help="render with Cycles, by this Python that has bpy")
     parser.add_argument("--workers", type=positive, default=1, help="processes (default 1)")
     parser.add_argument("--retry", action="store_true", help="try again what an earlier run left out")
-    options = parser.parse_args(arguments)
+    return exit_code(run, parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
     names = ("size", "supersample", "workers", "views", "retry", "blender")
     settings = {name: getattr(options, name) for name in names} | {"ring": tuple(options.ring)}
-    try:
-        check_writable(Path(options.out) / "index.json")
-        rows = make_dataset(jobs_of(options), options.out, **settings)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+    check_writable(Path(options.out) / "index.json")
+    rows = make_dataset(jobs_of(options), options.out, **settings)
     left_out = len(skipped_rows(Path(options.out)))
     note = f" {left_out} were left out; {SKIPPED} says why." if left_out else ""
     print(f"{options.out} now holds {len(rows)} objects.{note}")
@@ -267,4 +268,4 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

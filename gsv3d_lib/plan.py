@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .cameras import Cameras
-from .command import positive
+from .command import exit_code, positive
 from .config import Config, preset, schedule_field
 
 GB = 1e9
@@ -469,7 +470,7 @@ def remarks(config: Config, stage: str, step: Plan) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--scale", default="paper", help="tiny, small or paper")
     parser.add_argument("--stage", default="stage2", choices=[*STAGES, "inference"])
@@ -482,14 +483,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--float32", action="store_true", help="no autocast to bfloat16")
     parser.add_argument("--tflops", type=float, default=100.0, help="sustained by one GPU (an assumption)")
-    args = parser.parse_args(arguments)
+    return exit_code(run, parser.parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.tflops > 0:
+        raise ValueError(f"--tflops is more than 0; got {args.tflops}.")
     changes = {"num_frames": args.frames, "lora_rank": args.rank, "checkpointing": args.checkpointing}
-    try:
-        config = preset(args.scale, **{name: value for name, value in changes.items() if value is not None})
-        if not args.tflops > 0:
-            raise ValueError(f"--tflops is more than 0; got {args.tflops}.")
-    except ValueError as error:
-        parser.error(str(error))
+    config = preset(args.scale, **{name: value for name, value in changes.items() if value is not None})
     if args.stage == "inference":
         return print(report(plan_inference(config, args.tflops)))
     schedule = getattr(config, schedule_field(args.stage))
@@ -500,4 +501,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,6 +25,7 @@ import hashlib
 import io
 import itertools
 import json
+import sys
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable
@@ -41,7 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cameras import orbit_cameras
-from .command import check_writable, positive
+from .command import check_writable, exit_code, positive
 from .dataset import RING, UNREADABLE, Scene, ViewTensors, list_objects, read_object, resize_views
 from .encoders import dino_features
 from .orbits import Orbits, ShuffledOrder, Variant, digest, encode_rings, make_variants, vae_fingerprint
@@ -375,7 +376,7 @@ def check_shards(folder: str | Path) -> list[str]:
 # ---------------------------------------------------------------- command line
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.shards", description=__doc__.split("\n")[0])
     parser.add_argument("--weights", metavar="FOLDER", help="a checkpoint folder with vae (and dino, for --features)")
     parser.add_argument("--data", nargs="+", metavar="FOLDER", help="dataset folders")
@@ -386,17 +387,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--features", action="store_true", help="store DINO's features of every ring view too")
     parser.add_argument("--share", default="0/1", metavar="K/N", help="write every N-th file from the K-th on")
     parser.add_argument("--check", action="store_true", help="only read every byte of --out and name damaged files")
-    options = parser.parse_args(arguments)
-    if not options.check and not (options.weights and options.data):
-        parser.error("--weights and --data are needed to write shards.")
-    try:
-        if options.check:
-            problems = check_shards(options.out)
-            print("\n".join(problems) or f"{options.out} is as it was written.")
-            raise SystemExit(1 if problems else 0)
-        index = write_from_checkpoint(options)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+    return exit_code(run, parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.check:
+        problems = check_shards(options.out)
+        print("\n".join(problems) or f"{options.out} is as it was written.")
+        raise SystemExit(1 if problems else 0)
+    index = write_from_checkpoint(options)
     if index is None:
         print(f"This share of {options.out} is written; the index follows with the last share.")
     else:
@@ -409,6 +408,8 @@ def write_from_checkpoint(options: argparse.Namespace) -> dict | None:
     from .pipeline import load_config
     from .train import load_dino, load_model
 
+    if not (options.weights and options.data):
+        raise ValueError("--weights and --data are needed to write shards.")
     share = tuple(int(number) for number in options.share.split("/") if number.isdigit())
     if len(share) != 2:
         raise ValueError(f"--share takes K/N, for example 0/4; got {options.share!r}.")
@@ -423,4 +424,4 @@ def write_from_checkpoint(options: argparse.Namespace) -> dict | None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

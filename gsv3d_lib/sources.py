@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import check_writable
+from .command import check_writable, exit_code
 from .objects import family_of, procedural_object
 from .paths import atomic_path
 from .raycast import MESH_SUFFIXES, load_mesh, normalized, read_scene
@@ -273,7 +274,7 @@ def _objaverse():
 # ---------------------------------------------------------------- command line
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gsv3d_lib.sources", description="Choose objects of Objaverse by licence, and fetch them."
     )
@@ -284,22 +285,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--annotations", action="store_true", help="fetch licences and sizes, make the catalogue")
     parser.add_argument("--download", action="store_true", help="fetch the chosen meshes")
     parser.add_argument("--processes", type=int, default=1, help="downloads at a time (default 1)")
-    options = parser.parse_args(arguments)
-    try:
-        if options.annotations or options.download:
-            check_writable(Path(options.catalogue))
-        uids = read_ids(options.uids) if options.uids else None
-        if options.annotations and not Path(options.catalogue).is_file():
-            write_catalogue(options.catalogue, fetch_annotations(uids))
-        catalogue = choose(read_catalogue(options.catalogue), options.licences, uids, options.limit)
-        print(describe(catalogue))
-        if options.download:
-            print(describe(download(options.catalogue, catalogue, options.processes)))
-        else:
-            print("Nothing was downloaded; --download fetches these meshes.")
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+    return exit_code(run, parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.annotations or options.download:
+        check_writable(Path(options.catalogue))
+    uids = read_ids(options.uids) if options.uids else None
+    if options.annotations and not Path(options.catalogue).is_file():
+        write_catalogue(options.catalogue, fetch_annotations(uids))
+    catalogue = choose(read_catalogue(options.catalogue), options.licences, uids, options.limit)
+    print(describe(catalogue))
+    if options.download:
+        print(describe(download(options.catalogue, catalogue, options.processes)))
+    else:
+        print("Nothing was downloaded; --download fetches these meshes.")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
