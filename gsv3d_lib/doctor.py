@@ -136,15 +136,19 @@ def has_compiled_kernels() -> bool:
     return any(Path(importlib.util.find_spec("gsplat").origin).parent.glob("csrc*.so"))
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def device_finding() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return Finding(
             "fallback",
-            f"torch {torch.__version__} sees no CUDA GPU, so everything runs on {cores} CPU core(s): enough for the "
-            "shipped weights and to train tiny; small takes hours, paper a cluster.",
+            f"torch {torch.__version__} sees no CUDA GPU, so everything runs on {usable_cores()} CPU core(s): enough for "
+            "the shipped weights and to train tiny; small takes hours, paper a cluster.",
         )
     device = torch.cuda.get_device_properties(0)
     memory = device.total_memory / 2**30

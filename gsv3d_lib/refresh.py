@@ -19,6 +19,7 @@ from pathlib import Path
 import nbformat
 from tqdm import tqdm
 
+from .doctor import usable_cores
 from .paths import BEST, ROOT, atomic_path
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -76,12 +77,8 @@ def write_measured(text: str, sentence: str) -> str:
 
 def refresh(path: Path, out: Path) -> str:
     """Run one notebook and write it to `out`; returns what was measured."""
-    import os
-
     notebook, seconds, peak = run_notebook(path)
-    sentence = stated(
-        seconds, peak, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )
+    sentence = stated(seconds, peak, usable_cores())
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = write_measured(cell.source, sentence)
