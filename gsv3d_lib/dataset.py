@@ -32,6 +32,7 @@ from .paths import atomic_path, reason
 COLUMNS = 6
 RING = 16  # the first views of an object form a ring of constant elevation
 RING_ELEVATION = 15.0  # degrees
+FRONT = 12  # of the ring, azimuth 270 degrees: the input of the evaluation
 # what PIL and numpy raise for files that are missing, damaged, or not what their names say, and torch for other shapes
 UNREADABLE = (OSError, LookupError, ValueError, TypeError, RuntimeError, EOFError, TokenError, BadZipFile, zlib.error)
 

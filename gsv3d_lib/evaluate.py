@@ -32,7 +32,7 @@ from .baselines import AverageObject, flat_card
 from .cameras import orbit_cameras
 from .command import check_writable, exit_code, positive
 from .consistency import detail, ghosting, reprojection_error, split_agreement, view_depths
-from .dataset import RING, UNREADABLE, Scene, ViewTensors, load_views
+from .dataset import FRONT, RING, UNREADABLE, Scene, ViewTensors, load_views
 from .gaussians import Gaussians
 from .lpips import LPIPS, load_lpips
 from .mesh import fuse_mesh
@@ -48,7 +48,7 @@ from .metrics import (
     surface_points,
     volume_iou,
 )
-from .orbits import ring_frames
+from .orbits import relative_azimuths, ring_frames
 from .paths import atomic_path, reason
 from .pipeline import Generation, GSV3DPipeline
 from .rendering import Rendering, render
@@ -57,13 +57,10 @@ from .vae import encode_scaled
 if TYPE_CHECKING:
     import trimesh
 
-FRONT = 12  # the input view
-
 
 def relative_cameras(scene: Scene, start: int, chosen: Tensor):
     """Cameras of views `chosen` in the world of the result, where view `start` stands at azimuth 0."""
-    azimuths = (scene.azimuths[chosen] - scene.azimuths[start]) % 360
-    return orbit_cameras(azimuths, scene.elevations[chosen], scene.rgb.shape[1])
+    return orbit_cameras(relative_azimuths(scene, start, chosen), scene.elevations[chosen], scene.rgb.shape[1])
 
 
 def other_views(scene: Scene) -> Tensor:
@@ -269,9 +266,9 @@ def strip(gaussians: Gaussians, scene: Scene) -> Tensor:
     return torch.cat([scene.rgb[FRONT], *truth, *result, *error], dim=1)
 
 
-def save_sheet(strips: list[Tensor], path: Path, rows: int = 14) -> None:
-    """The contact sheet as a PNG, objects spread evenly over the list if there are more than `rows`."""
-    chosen = np.unique(np.linspace(0, len(strips) - 1, rows).round().astype(int))
+def save_sheet(strips: list[Tensor], path: Path) -> None:
+    """The contact sheet as a PNG, at most 14 objects spread evenly over the list."""
+    chosen = np.unique(np.linspace(0, len(strips) - 1, 14).round().astype(int))
     pixels = (torch.cat([strips[k] for k in chosen]) * 255).round().to(torch.uint8).numpy()
     with atomic_path(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")

@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 from .command import check_writable, exit_code, positive
 from .config import Config
-from .dataset import RING, Scene, ViewTensors, load_views
+from .dataset import FRONT, Scene, ViewTensors, load_views
 from .evaluate import (
-    FRONT,
     Truth,
     commit,
     evaluate_decoder,
     evaluate_generation,
     finite_mean,
+    free_views,
     generate,
     hardware,
     image_scores,
@@ -159,7 +159,7 @@ def run_overfit(world: World, config: Config, arm: Arm, folder: Path) -> tuple[R
 @torch.no_grad()
 def score_inputs(pipe: GSV3DPipeline, scene: Scene, num_frames: int, truth: Truth | None) -> dict[str, float]:
     """A decoder on N true ring views, scored on those same views, on the free views, and by its mesh."""
-    frames, free = ring_frames(FRONT, num_frames), torch.arange(RING, len(scene.rgb))
+    frames, free = ring_frames(FRONT, num_frames), free_views(scene)
     cameras = relative_cameras(scene, FRONT, frames)
     gaussians = pipe.gaussians_from(encode_scaled(pipe.vae, scene.rgb[frames]), cameras, scene.rgb[FRONT])
     scores = image_scores(gaussians, scene, FRONT, frames) | mesh_scores(gaussians, truth, float(scene.azimuths[FRONT]))

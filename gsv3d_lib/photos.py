@@ -30,13 +30,12 @@ from torch import Tensor
 
 from .cameras import DISTANCE, intrinsics, look_at, opengl_to_opencv, orbit_cameras
 from .command import check_writable, exit_code
-from .dataset import RING, ObjectViews, write_index, write_object
+from .dataset import FRONT, RING, ObjectViews, write_index, write_object
 from .images import MAX_SIDE, cut_out, load_image
 from .make_dataset import RANDOM_VIEWS, check_alike, existing_rows
 from .sources import plain_id
 
 MAX_GAP = 45.0  # degrees between a ring azimuth and its photograph: beyond, an orbit's views are no longer in order
-FRONT_VIEW = 12  # of a ring, azimuth 270 degrees
 EXTENT, GRID = 1.3, 64  # the visual hull's cube: half its side, in first guesses of the radius, and cells a side
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 PINHOLE = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE")
@@ -318,7 +317,7 @@ def ring_and_free(azimuths: np.ndarray, elevations: np.ndarray, views: int, fron
     gaps = np.abs((azimuths[None] - np.arange(RING)[:, None] * 360 / RING + 180) % 360 - 180)  # [16, P]
     costs = gaps**2 + (elevations - np.median(elevations))[None] ** 2
     if front is not None:
-        costs[FRONT_VIEW, front] = -1e9
+        costs[FRONT, front] = -1e9
     ring = linear_sum_assignment(costs)[1]
     worst = int(gaps[np.arange(RING), ring].argmax())
     if gaps[worst, ring[worst]] > MAX_GAP:
