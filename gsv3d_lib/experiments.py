@@ -400,9 +400,9 @@ def table(results: dict, reference: str, metrics: list[str]) -> str:
 
 
 CLAIMS = (  # what is expected, the experiment, the arm that is compared with its reference, the number, and its sign then
-    ("distillation lowers the Chamfer distance", "distillation", "rgbd", "chamfer", -1),
-    ("its price is texture (detail, 1 = the truth's)", "distillation", "rgbd", "detail", -1),
-    ("it makes the views agree (reprojection error)", "distillation", "rgbd", "reprojection", -1),
+    ("distillation lowers the Chamfer distance", "distillation_long", "rgbd", "chamfer", -1),
+    ("its price is texture (detail, 1 = the truth's)", "distillation_long", "rgbd", "detail", -1),
+    ("it makes the views agree (reprojection error)", "distillation_long", "rgbd", "reprojection", -1),
     ("few views ghost (share of pixels)", "frames", "n_4", "ghosting", 1),
     ("N = 16 is best (PSNR)", "frames", "n_8", "psnr", -1),
     ("DINO helps (PSNR, true views)", "dino", "no_dino", "true_psnr", -1),
