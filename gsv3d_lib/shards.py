@@ -185,16 +185,17 @@ def read_index(folder: str | Path) -> dict:
     path = Path(folder) / "index.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no finished shards: index.json is missing; {AGAIN}.")
-    if is_dataset(folder):
-        raise ValueError(
-            f"{folder} is a dataset folder, which `train --data` reads; make shards of it with `python -m gsv3d_lib.shards`."
-        )
     try:
         index = json.loads(path.read_text())
         expected = {path.with_name(shard["file"]): shard["bytes"] for shard in index["shards"]}
         if index["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
     except (ValueError, KeyError, TypeError) as error:
+        if is_dataset(folder):
+            raise ValueError(
+                f"{folder} is a dataset folder, which `train --data` reads; make shards of it with "
+                "`python -m gsv3d_lib.shards`."
+            ) from error
         raise ValueError(f"{path} cannot be read as shards ({error}); delete it and {AGAIN}.") from error
     for file, size in expected.items():
         found = file.stat().st_size if file.is_file() else None
