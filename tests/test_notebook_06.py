@@ -144,6 +144,14 @@ def test_an_arm_is_judged_by_two_seeds_or_more_that_agree(notebook, seeds, low, 
         assert notebook["verdict"](results(sign), "x", "psnr", better).endswith(end)
 
 
+def test_the_readmes_claims_are_judged_as_the_notebook_does(notebook):
+    words = {"yes": ": better", "no": ": worse", "not shown": ": no difference shown"}
+    for _, name, arm, metric, sign in experiments.CLAIMS:
+        results = json.loads((ROOT / "data" / "results" / f"{name}.json").read_text())
+        word = words[experiments.holds(results["differences"][arm][metric], sign)]
+        assert notebook["verdict"](results, arm, metric, "higher" if sign > 0 else "lower").endswith(word)
+
+
 def test_ghosting_and_detail_equal_the_library(notebook):
     gaussians, views = random_gaussians(), orbit_cameras(torch.tensor([0.0, 70.0]), 15.0, 32)
     mask = torch.zeros(2, 32, 32, 1)
