@@ -329,7 +329,9 @@ def plot_stack(parts: dict[str, float], marks: dict[str, float], xlabel: str, li
 # ---------------------------------------------------------------- 3D
 
 
-def plotly_gaussians(gaussians: Gaussians, cameras: Cameras | None = None, max_points: int = 3000) -> go.Figure:
+def plotly_gaussians(
+    gaussians: Gaussians, cameras: Cameras | None = None, max_points: int = 3000, height: int = 480
+) -> go.Figure:
     """Interactive 3D view: every Gaussian a dot of its colour and size; cameras as pyramids at their true place.
 
     At most `max_points` are drawn, at random, opaque and large ones more often, and enlarged to cover for the missing:
@@ -350,7 +352,7 @@ def plotly_gaussians(gaussians: Gaussians, cameras: Cameras | None = None, max_p
     scene["aspectmode"] = "data" if cameras is not None else "cube"
     margin = {"l": 0, "r": 0, "t": 0, "b": 0}
     figure = go.Figure(traces)
-    return figure.update_layout(template="none", scene=scene, height=480, margin=margin, showlegend=False)
+    return figure.update_layout(template="none", scene=scene, height=height, margin=margin, showlegend=False)
 
 
 def _thinned(gaussians: Gaussians, max_points: int) -> Gaussians:
