@@ -109,7 +109,8 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, init: Path | Non
 def initial(name: str, build: Callable[[Config], torch.nn.Module], config: Config, init: Path | None):
     """What a stage starts from: a new model, or that of the checkpoint `init`.
 
-    A decoder may be of half the picture's side. Raises ValueError where the sizes are not those of `config`.
+    A decoder may be of half the picture's side, and a U-Net have a layer less. Raises ValueError where the sizes are not
+    those of `config` otherwise.
     """
     if init is None:
         return build(config)
@@ -118,6 +119,10 @@ def initial(name: str, build: Callable[[Config], torch.nn.Module], config: Confi
         from .decoder import doubled
 
         model = doubled(model)
+    if name == "unet" and config.unet_layers == model.config.layers_per_block + 1:
+        from .unet import deepened
+
+        model = deepened(model)
     with torch.device("meta"):
         wanted = traits(build(config))
     for key, value in traits(model).items():

@@ -8,6 +8,7 @@ results, `TokenAttention` and `FrameConv`, save time, and `TemporalBlock` saves 
 
 from __future__ import annotations
 
+import re
 from functools import wraps
 
 import torch
@@ -16,7 +17,7 @@ from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import TemporalBasicTransformerBlock
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.models.resnet import TemporalResnetBlock
+from diffusers.models.resnet import SpatioTemporalResBlock, TemporalResnetBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -149,6 +150,37 @@ def angle_features(polar: Tensor, azimuth: Tensor, cond_aug: float) -> Tensor:
 
     noise = torch.full_like(polar, cond_aug)
     return torch.cat([sinusoid(noise, 256), sinusoid(polar, 512), sinusoid(azimuth, 512)], dim=-1)
+
+
+@torch.no_grad()
+def deepened(unet: SV3DUNet) -> SV3DUNet:
+    """The U-Net with one more layer (residual block and attention) at every level, which begins as the old one.
+
+    A new layer adds zero at first. On the way up it stands second, where the skip connection of the layer before the new
+    one on the way down arrives, so that every old layer still reads what it has always read.
+    """
+    layers = unet.config.layers_per_block
+    new = SV3DUNet.from_config({**unet.config, "layers_per_block": layers + 1})
+
+    def moved(name: str) -> str:  # layers 1, 2, ... of the way up become 2, 3, ...
+        return re.sub(r"(up_blocks\.\d+\.(?:resnets|attentions)\.)([1-9])", lambda m: m[1] + str(int(m[2]) + 1), name)
+
+    new.load_state_dict({moved(name): value for name, value in unet.state_dict().items()}, strict=False)
+    for blocks, place in ((new.down_blocks, layers), (new.up_blocks, 1)):
+        for block in blocks:
+            _silence(block.resnets[place])
+            for attention in block.attentions[place : place + 1] if hasattr(block, "attentions") else ():
+                attention.proj_out.weight.zero_(), attention.proj_out.bias.zero_()
+    return new
+
+
+def _silence(resnet: SpatioTemporalResBlock) -> None:
+    """Let a residual block hand its input through, without the channels of a skip connection."""
+    for part in (resnet.spatial_res_block, resnet.temporal_res_block):
+        part.conv2.weight.zero_(), part.conv2.bias.zero_()
+    shortcut = resnet.spatial_res_block.conv_shortcut
+    if shortcut is not None:  # [out, hidden + skip, 1, 1], and the hidden channels are as many as out
+        nn.init.dirac_(shortcut.weight), shortcut.bias.zero_()
 
 
 def build_unet(config: Config) -> SV3DUNet:
