@@ -25,7 +25,7 @@ from gsv3d_lib.encoders import (
     normalised,
 )
 from gsv3d_lib.lora import add_lora, lora_parameters
-from gsv3d_lib.unet import SV3DUNet, angle_features, build_unet
+from gsv3d_lib.unet import SV3DUNet, angle_features, build_unet, deepened
 from gsv3d_lib.vae import (
     GroupedVAE,
     build_vae,
@@ -141,6 +141,19 @@ def test_angles_act_per_frame_and_orbits_do_not_mix(unet):
     assert change[1].max() < 1e-6
     inputs["polar"][1, 0] += 0.5
     assert (unet(**inputs) - before).abs()[1].max() > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers, attention", [(1, (True, True)), (2, (True, False))])
+def test_a_deepened_unet_begins_as_the_old_one_and_uses_its_new_layers(layers, attention):
+    old = shake(build_unet(tiny_config(unet_layers=layers, unet_attention=attention))).eval()
+    new = deepened(old).eval()
+    assert new.config.layers_per_block == layers + 1 and parameters(new) > 1.2 * parameters(old)
+    expected = old(**unet_inputs())
+    assert expected.std() > 0.05
+    assert torch.allclose(new(**unet_inputs()), expected, atol=1e-5)
+    new.up_blocks[1].resnets[1].spatial_res_block.conv2.weight.add_(0.1)  # of a new layer
+    assert (new(**unet_inputs()) - expected).abs().max() > 1e-3
 
 
 def test_wrong_unet_inputs_are_refused_with_the_shape(unet):

@@ -90,6 +90,17 @@ def test_init_from_half_the_side_doubles_the_decoder(weights, tmp_path):
     assert torch.equal(started["blocks.0.mlp.0.weight"], trained.blocks[0].mlp[0].weight)
 
 
+def test_init_with_one_layer_more_deepens_the_unet(weights):
+    config = CONFIG.replace(unet_layers=CONFIG.unet_layers + 1)
+    started = recipes.initial("unet", build_unet, config, weights)
+    trained = recipes.load_model(weights, "unet").state_dict()
+    assert started.config.layers_per_block == config.unet_layers
+    kept = "mid_block.resnets.0.spatial_res_block.conv1.weight"
+    assert torch.equal(started.state_dict()[kept], trained[kept])
+    with pytest.raises(ValueError, match="The unet in .* is not of this configuration"):
+        recipes.initial("unet", build_unet, CONFIG.replace(unet_layers=CONFIG.unet_layers + 2), weights)
+
+
 def test_init_names_damaged_weights_before_it_copies_them(weights, tmp_path):
     shutil.copytree(weights, tmp_path / "init")
     (tmp_path / "init/vae/diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
