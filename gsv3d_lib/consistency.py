@@ -51,7 +51,7 @@ def reprojection_error(depth: Tensor, alpha: Tensor, cameras: Cameras) -> float:
     for view in range(len(cameras)):
         other = (view + 1) % len(cameras)
         points = _surface_points(depth[view], alpha[view], cameras[view])
-        z, seen = _depth_behind(points, depth[other], alpha[other], cameras[other])
+        z, seen = depth_behind(points, depth[other], alpha[other], cameras[other])
         errors.append((z - seen)[(seen > 0) & (z < seen + OCCLUDED)].abs())
     return float(torch.cat(errors).mean())
 
@@ -65,7 +65,7 @@ def _surface_points(depth: Tensor, alpha: Tensor, camera: Cameras) -> Tensor:
     return (local - shift) @ rotation  # R^T (x - t)
 
 
-def _depth_behind(points: Tensor, depth: Tensor, alpha: Tensor, camera: Cameras) -> tuple[Tensor, Tensor]:
+def depth_behind(points: Tensor, depth: Tensor, alpha: Tensor, camera: Cameras) -> tuple[Tensor, Tensor]:
     """Depth [P] of world points in a camera, and the surface depth [P] in the pixel they fall in, 0 where there is none."""
     local = points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
     u, v = ((local @ camera.Ks[0].T) / local[:, 2:])[:, :2].unbind(-1)

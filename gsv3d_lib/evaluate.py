@@ -229,6 +229,13 @@ def _turn(degrees: float) -> np.ndarray:
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], "f4")
 
 
+# The rows that are measured beside the whole chain, and what `generate` is told for them.
+ABLATIONS = {
+    "generated_without_lora": {"lora_scale": 0.0},
+    "generated_without_projection": {"back_projection": False},
+}
+
+
 def evaluate(
     pipe: GSV3DPipeline,
     views: ViewTensors,
@@ -239,18 +246,20 @@ def evaluate(
     lpips: LPIPS | None = None,
     **options,
 ) -> tuple[list[dict], list[Tensor]]:
-    """All measurements, one row per object: {"id", "decoder", "generated", "generated_without_lora", "card", "average"};
-    and one strip of pictures per object (`strip`)."""
+    """All measurements, one row per object: {"id", "decoder", "card", "average"} and "generated", "generated_without_lora",
+    "generated_without_projection"; and one strip of pictures per object (`strip`)."""
     average = None if training_views is None else AverageObject.of(training_views)
     rows, strips = [], []
     for index, id in enumerate(tqdm(views.ids, desc="evaluating", mininterval=5)):
         scene, truth = views.scene(index), load_truth(folder, id)
         row = {"id": id, "decoder": evaluate_decoder(pipe, scene, lpips=lpips) | evaluate_vae(pipe, scene)}
-        for name, scale in (("generated", 1.0), ("generated_without_lora", 0.0))[: 2 if lora else 1]:
-            made = generate(pipe, scene, seed, lora_scale=scale, **options)
-            row[name] = evaluate_generation(pipe, scene, truth, made, lpips)
-            if name == "generated":
-                strips.append(strip(made.gaussians, scene))
+        made = generate(pipe, scene, seed, **options)
+        strips.append(strip(made.gaussians, scene))
+        row["generated"] = evaluate_generation(pipe, scene, truth, made, lpips)
+        for name, change in ABLATIONS.items():
+            if lora or name != "generated_without_lora":
+                made = generate(pipe, scene, seed, **options | change)
+                row[name] = evaluate_generation(pipe, scene, truth, made, lpips)
         rows.append(row | evaluate_baselines(scene, truth, average, lpips))
     return rows, strips
 
@@ -332,6 +341,7 @@ REPORTED = {"psnr": "20.390", "ssim": "0.884", "chamfer": "0.100", "iou": "0.721
 METHODS = {
     "generated": "ours",
     "generated_without_lora": "ours without LoRA",
+    "generated_without_projection": "ours without back-projection",
     "card": "the input as a flat card",
     "average": "the average training object",
     "decoder": "*the decoder alone, on 16 true views; 8 unseen ones*",

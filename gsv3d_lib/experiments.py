@@ -192,7 +192,7 @@ def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
     for index, id in enumerate(tqdm(world.views.ids, desc="scoring", mininterval=10)):
         scene, truth = world.views.scene(index), load_truth(world.objects, id)
         started = time.process_time()
-        made = generate(pipe, scene, seed, **world.sampler)
+        made = generate(pipe, scene, seed, back_projection=False, **world.sampler)  # the models themselves are compared
         seconds = time.process_time() - started
         rows.append({"cpu_seconds": seconds} | evaluate_generation(pipe, scene, truth, made))
     return rows

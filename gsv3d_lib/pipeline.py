@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .backprojection import back_project
 from .cameras import Cameras, orbit_cameras, sv3d_azimuths
 from .config import Config, preset
 from .diffusion import Condition, sample
@@ -105,6 +106,7 @@ class GSV3DPipeline:
         steps: int | None = None,
         guidance: float | None = None,
         lora_scale: float | None = None,
+        back_projection: bool = True,
         seed: int = 0,
         progress: bool = True,
         callback=None,
@@ -115,6 +117,7 @@ class GSV3DPipeline:
         elevation: degrees, of the camera that took the input; None estimates it, where the checkpoint has an estimator.
         num_frames: N, views of the orbit.
         steps, guidance: of the sampler; defaults from the configuration.  lora_scale: 0 = without the distillation.
+        back_projection: the input's own colours where its camera sees the object, see `backprojection.py`.
         callback(i, z, z_hat): sees every step of the sampler, batches of one orbit [1, N, 4, h, w].
         """
         rgb = self.condition_image(image)
@@ -140,7 +143,10 @@ class GSV3DPipeline:
         finally:
             if lora_scale is not None:
                 set_lora_scale(self.unet, 1.0)  # the next call is the distilled model again
-        return Generation(rgb, elevation, latents, cameras, self.gaussians_from(latents, cameras, rgb))
+        gaussians = self.gaussians_from(latents, cameras, rgb)
+        if back_projection:
+            gaussians = back_project(gaussians, cameras[-1], rgb)  # the last view of an orbit is the input's
+        return Generation(rgb, elevation, latents, cameras, gaussians)
 
     def condition_image(self, image) -> Tensor:
         """R [S, S, 3] in [0, 1] on white: a picture through `prepare_condition`; a tensor is taken for R itself."""

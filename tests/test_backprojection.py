@@ -1,0 +1,81 @@
+"""Back-projection against its definition, and what must keep its colour."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_world import one_sentence, randn
+
+from gsv3d_lib.backprojection import back_project
+from gsv3d_lib.cameras import orbit_cameras
+from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.rendering import render
+
+SIZE = 32
+CAMERA = orbit_cameras([0.0], 0.0, SIZE)  # on the +x side, so a larger x is nearer
+BLUE = torch.tensor([0.0, 0.0, 1.0])
+
+
+def balls(*places, size: float = 0.15, opacity: float = 0.98) -> Gaussians:
+    """Red balls at `places`."""
+    count = len(places)
+    return Gaussians(
+        torch.tensor(places),
+        torch.tensor([[1.0, 0, 0, 0]]).repeat(count, 1),
+        torch.full((count, 3), size),
+        torch.full((count,), opacity),
+        torch.tensor([[1.0, 0, 0]]).repeat(count, 1),
+    )
+
+
+def random_scene(count: int = 12) -> Gaussians:
+    scene = balls(*(0.4 * randn(count, 3)).tolist(), size=0.1, opacity=0.6)
+    return replace(scene, colors=randn(count, 3, seed=1).sigmoid())
+
+
+def test_colours_are_the_means_of_the_image_over_the_footprints():
+    """The weights by the book: one rendering per Gaussian, in which it alone is white."""
+    scene, image = random_scene(), randn(SIZE, SIZE, 3, seed=2).sigmoid()
+    painted = back_project(scene, CAMERA, image, behind=100.0)
+    for g in range(len(scene)):
+        alone = replace(scene, colors=torch.zeros(len(scene), 3))
+        alone.colors[g] = 1
+        weight = render(alone, CAMERA, background=(0, 0, 0), backend="torch").rgb[0]  # [H, W, 3], one in three channels
+        assert weight[..., 0].sum() > 0.01
+        mean = (weight * image).sum((0, 1)) / weight.sum((0, 1))
+        assert torch.allclose(painted.colors[g], mean, atol=1e-4)
+
+
+def test_only_the_visible_side_is_painted_and_nothing_else_changes():
+    scene = balls([0.5, 0.0, 0.0], [-0.5, 0.0, 0.0], [0.0, 0.0, 5.0])  # in front, hidden behind it, outside the picture
+    painted = back_project(scene, CAMERA, BLUE.expand(SIZE, SIZE, 3))
+    assert torch.allclose(painted.colors[0], BLUE, atol=1e-5)
+    assert torch.equal(painted.colors[1:], scene.colors[1:])
+    for name in ("means", "quats", "scales", "opacities"):
+        assert torch.equal(getattr(painted, name), getattr(scene, name))
+
+
+def test_what_shines_through_from_behind_keeps_its_colour():
+    scene = balls([0.5, 0.0, 0.0], [-0.5, 0.0, 0.0], opacity=0.8)
+    near, all_of_it = (back_project(scene, CAMERA, BLUE.expand(SIZE, SIZE, 3), behind=b) for b in (0.05, 2.0))
+    assert torch.equal(near.colors[1], scene.colors[1])
+    assert torch.allclose(all_of_it.colors[1], BLUE, atol=1e-5)
+
+
+def test_the_front_comes_nearer_to_the_image_also_without_gradients():
+    scene = balls(*(0.3 * randn(400, 3)).tolist(), size=0.05)
+    ramp = torch.linspace(0, 1, SIZE).expand(SIZE, SIZE)
+    image = render(scene, CAMERA).alpha[0] * (torch.stack([ramp, 1 - ramp, ramp.T], -1) - 1) + 1  # on white
+    with torch.no_grad():
+        painted = back_project(scene, CAMERA, image)
+    before, after = ((render(x, CAMERA).rgb[0] - image).pow(2).mean() for x in (scene, painted))
+    assert after < 0.5 * before and not painted.colors.requires_grad
+
+
+@pytest.mark.parametrize(
+    "cameras, shape", [(orbit_cameras([0.0, 90.0], 0.0, SIZE), (SIZE, SIZE, 3)), (CAMERA, (8, 8, 3))]
+)
+def test_other_shapes_are_refused(cameras, shape):
+    with pytest.raises(ValueError, match="takes one camera and its image") as error:
+        back_project(random_scene(), cameras, torch.zeros(shape))
+    one_sentence(error)
