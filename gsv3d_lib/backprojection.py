@@ -34,8 +34,8 @@ def back_project(gaussians: Gaussians, camera: Cameras, image: Tensor, behind: f
     """
     if len(camera) != 1 or image.shape != (camera.height, camera.width, 3):
         raise ValueError(
-            f"Back-projection takes one camera and its image [{camera.height}, {camera.width}, 3]; got {len(camera)} cameras "
-            f"and {list(image.shape)}."
+            f"Back-projection takes one camera and its image [{camera.height}, {camera.width}, 3]; got {len(camera)} "
+            f"cameras and {list(image.shape)}."
         )
     camera = camera.to(gaussians.means)
     with torch.enable_grad():
