@@ -38,10 +38,11 @@ def run(args: argparse.Namespace) -> None:
 
     check_writable(args.out / "object.ply")
     weights = resolve(args.weights)
-    rgb, _ = prepare_condition(args.image, load_config(weights).image_size)  # a bad image fails before models load
+    rgb, mask = prepare_condition(args.image, load_config(weights).image_size)  # a bad image fails before models load
     pipe = GSV3DPipeline.from_pretrained(weights, lora=not args.no_lora)
     started = time.perf_counter()
-    made = pipe.generate(rgb, elevation=args.elevation, steps=args.steps, guidance=args.guidance, seed=args.seed)
+    options = {"steps": args.steps, "guidance": args.guidance, "seed": args.seed}
+    made = pipe.generate(rgb, mask=mask, elevation=args.elevation, **options)
     seconds = time.perf_counter() - started
     print(f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s")
     for kind, path in save_object(made.gaussians, args.out).items():

@@ -1,12 +1,8 @@
-"""Back-projection: the Gaussians that the input shows take the input's own colours. Ours, not in the paper.
+"""Back-projection: what the input shows need not be invented. Ours, not in the paper.
 
 The U-Net hands the input's texture on to the other views as well as it can, and the decoder fuses views that do not quite
-agree, so even the front of the object is blurred. But the front is known. A rendered picture is linear in the colours,
-
-    C(p) = sum_g w_g(p) c_g + background,
-
-so one backward pass of sum_p C(p) X(p) to the colours gives, for every Gaussian at once, sum_p w_g(p) X(p): any picture X
-summed over its footprint, with occlusion. With X = input and X = 1 that is the mean of the input where the Gaussian shows.
+agree, so even the front of the object is blurred. But the front is known: no Gaussian stands where the input shows
+background (`carve`), and those that it shows take its colours (`paint`).
 """
 
 from __future__ import annotations
@@ -16,8 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .cameras import Cameras
-from .consistency import depth_behind
+from .cameras import Cameras, read_at
 from .gaussians import Gaussians
 from .rendering import render
 
@@ -25,19 +20,40 @@ SHOWS = 0.01  # a Gaussian is seen where its weights sum to this many pixels or 
 BEHIND = 0.05  # and it is no further than this behind the surface, in world units; chosen on unseen procedural objects
 
 
-def back_project(gaussians: Gaussians, camera: Cameras, image: Tensor, behind: float = BEHIND) -> Gaussians:
-    """The same Gaussians, with colours from `image` where `camera` sees them.
+def back_project(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor | None = None) -> Gaussians:
+    """The Gaussians after both steps. Without a mask nothing is carved, and white is taken for the object's colour.
 
-    camera: one, of the size of `image` [H, W, 3] in [0, 1] on white.
-    behind: what lies further behind the rendered depth shines through the surface by accident, and keeps its colour.
-    Raises ValueError for more cameras than one and for an image of another size.
+    camera: one, that took the input.  image: the input [H, W, 3] in [0, 1] on white.  mask: its alpha [H, W, 1] in [0, 1].
+    Raises ValueError for more cameras than one and for pictures of another size than the camera's.
     """
-    if len(camera) != 1 or image.shape != (camera.height, camera.width, 3):
+    shape = (camera.height, camera.width)
+    if len(camera) != 1 or image.shape != (*shape, 3) or (mask is not None and mask.shape != (*shape, 1)):
         raise ValueError(
-            f"Back-projection takes one camera and its image [{camera.height}, {camera.width}, 3]; got {len(camera)} "
-            f"cameras and {list(image.shape)}."
+            f"Back-projection takes one camera, its image {[*shape, 3]} and mask {[*shape, 1]}; got {len(camera)} cameras, "
+            f"{list(image.shape)} and {None if mask is None else list(mask.shape)}."
         )
-    camera = camera.to(gaussians.means)
+    camera, image = camera.to(gaussians.means), image.to(gaussians.means)
+    if mask is None:
+        return paint(gaussians, camera, image, torch.ones_like(image[..., :1]))
+    mask = mask.to(gaussians.means)
+    return paint(carve(gaussians, camera, mask), camera, image, mask)
+
+
+def carve(gaussians: Gaussians, camera: Cameras, mask: Tensor) -> Gaussians:
+    """Opacity 0 for the Gaussians whose centre falls on background, where the mask [H, W, 1] is below one half, or outside
+    of the picture, which shows all of the object. What is left is the visual hull of one silhouette."""
+    _, inside = read_at(gaussians.means, (mask >= 0.5).to(mask), camera)
+    return replace(gaussians, opacities=gaussians.opacities * inside)
+
+
+def paint(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor, behind: float = BEHIND) -> Gaussians:
+    """Colours from the image [H, W, 3] on white, of alpha mask [H, W, 1], for the Gaussians that the camera sees.
+
+    A rendered picture is linear in the colours, C(p) = sum_g w_g(p) c_g + background. So one backward pass of
+    sum_p C(p) X(p) to the colours gives, for every Gaussian at once, sum_p w_g(p) X(p): a picture X summed over its
+    footprint, with occlusion. The object's colour there is the sum of alpha times colour over the sum of alpha.
+    behind: what lies further behind the rendered depth shines through the surface by accident, and keeps its colour.
+    """
     with torch.enable_grad():
         colors = gaussians.colors.detach().requires_grad_()
         rgb, depth, alpha = render(replace(gaussians, colors=colors), camera)
@@ -45,8 +61,7 @@ def back_project(gaussians: Gaussians, camera: Cameras, image: Tensor, behind: f
     def footprint_sums(picture: Tensor) -> Tensor:  # [H, W, 3] -> [G, 3]
         return torch.autograd.grad(rgb, colors, picture[None], retain_graph=True)[0]
 
-    light, weight = footprint_sums(image.to(rgb)), footprint_sums(torch.ones_like(rgb[0]))
-    z, surface = depth_behind(gaussians.means, depth[0], alpha[0], camera)
+    light, weight = footprint_sums(image - (1 - mask)), footprint_sums(mask.expand_as(image).contiguous())
+    z, surface = read_at(gaussians.means, torch.where(alpha[0] >= 0.5, depth[0], 0), camera)
     seen = (z <= surface + behind)[:, None] & (weight >= SHOWS)
-    painted = (light / weight.clamp(min=SHOWS)).clamp(0, 1)
-    return replace(gaussians, colors=torch.where(seen, painted, gaussians.colors))
+    return replace(gaussians, colors=torch.where(seen, (light / weight.clamp(min=SHOWS)).clamp(0, 1), gaussians.colors))

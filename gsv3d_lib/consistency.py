@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cameras import Cameras
+from .cameras import Cameras, read_at
 from .gaussians import Gaussians
 from .mesh import MIXED_DEPTH, SURFACE_ALPHA, front_and_spread
 from .metrics import psnr
@@ -51,7 +51,7 @@ def reprojection_error(depth: Tensor, alpha: Tensor, cameras: Cameras) -> float:
     for view in range(len(cameras)):
         other = (view + 1) % len(cameras)
         points = _surface_points(depth[view], alpha[view], cameras[view])
-        z, seen = depth_behind(points, depth[other], alpha[other], cameras[other])
+        z, seen = read_at(points, torch.where(alpha[other] >= SURFACE_ALPHA, depth[other], 0), cameras[other])
         errors.append((z - seen)[(seen > 0) & (z < seen + OCCLUDED)].abs())
     return float(torch.cat(errors).mean())
 
@@ -63,16 +63,6 @@ def _surface_points(depth: Tensor, alpha: Tensor, camera: Cameras) -> Tensor:
     local = depth[rows, columns] * (pixels @ torch.linalg.inv(camera.Ks[0]).T)
     rotation, shift = camera.viewmats[0, :3, :3], camera.viewmats[0, :3, 3]
     return (local - shift) @ rotation  # R^T (x - t)
-
-
-def depth_behind(points: Tensor, depth: Tensor, alpha: Tensor, camera: Cameras) -> tuple[Tensor, Tensor]:
-    """Depth [P] of world points in a camera, and the surface depth [P] in the pixel they fall in, 0 where there is none."""
-    local = points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
-    u, v = ((local @ camera.Ks[0].T) / local[:, 2:])[:, :2].unbind(-1)
-    inside = (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
-    rows, columns = (x.clamp(0, size - 1).long() for x, size in ((v, camera.height), (u, camera.width)))
-    surface = torch.where(alpha >= SURFACE_ALPHA, depth, 0)[rows, columns, 0]
-    return local[:, 2], surface * inside
 
 
 @torch.no_grad()

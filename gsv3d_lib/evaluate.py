@@ -162,9 +162,9 @@ def evaluate_vae(pipe: GSV3DPipeline, scene: Scene) -> dict[str, float]:
 
 
 def generate(pipe: GSV3DPipeline, scene: Scene, seed: int, **options) -> Generation:
-    """One image -> 3D from the front view, its true elevation given; the Gaussians on the CPU, where all is measured."""
-    elevation = float(scene.elevations[FRONT])
-    made = pipe.generate(scene.rgb[FRONT], elevation=elevation, seed=seed, progress=False, **options)
+    """One image -> 3D from the front view, its elevation and mask given; the Gaussians on the CPU, where all is measured."""
+    given = {"elevation": float(scene.elevations[FRONT]), "mask": scene.alpha[FRONT]}
+    made = pipe.generate(scene.rgb[FRONT], seed=seed, progress=False, **given, **options)
     return replace(made, gaussians=made.gaussians.to("cpu"))
 
 

@@ -101,6 +101,7 @@ class GSV3DPipeline:
         self,
         image,
         *,
+        mask: Tensor | None = None,
         elevation: float | None = 15.0,
         num_frames: int | None = None,
         steps: int | None = None,
@@ -114,13 +115,14 @@ class GSV3DPipeline:
         """Run the chain and keep its intermediates.
 
         image: a path, PIL image or array; or the condition image itself, see `condition_image`.
+        mask: the alpha [S, S, 1] of a condition image; a picture brings its own.
         elevation: degrees, of the camera that took the input; None estimates it, where the checkpoint has an estimator.
         num_frames: N, views of the orbit.
         steps, guidance: of the sampler; defaults from the configuration.  lora_scale: 0 = without the distillation.
-        back_projection: the input's own colours where its camera sees the object, see `backprojection.py`.
+        back_projection: the input's own outline and colours where its camera sees the object, see `backprojection.py`.
         callback(i, z, z_hat): sees every step of the sampler, batches of one orbit [1, N, 4, h, w].
         """
-        rgb = self.condition_image(image)
+        rgb, own_mask = self.condition_image(image)
         frames = self.config.num_frames if num_frames is None else num_frames
         if frames < 1:
             raise ValueError(f"An orbit has 1 view or more; got num_frames = {frames}.")
@@ -145,20 +147,22 @@ class GSV3DPipeline:
                 set_lora_scale(self.unet, 1.0)  # the next call is the distilled model again
         gaussians = self.gaussians_from(latents, cameras, rgb)
         if back_projection:
-            gaussians = back_project(gaussians, cameras[-1], rgb)  # the last view of an orbit is the input's
+            mask = own_mask if mask is None else mask
+            gaussians = back_project(gaussians, cameras[-1], rgb, mask)  # the last view of an orbit is the input's
         return Generation(rgb, elevation, latents, cameras, gaussians)
 
-    def condition_image(self, image) -> Tensor:
-        """R [S, S, 3] in [0, 1] on white: a picture through `prepare_condition`; a tensor is taken for R itself."""
+    def condition_image(self, image) -> tuple[Tensor, Tensor | None]:
+        """R [S, S, 3] in [0, 1] on white and its alpha [S, S, 1]: a picture through `prepare_condition`; a tensor is taken
+        for R itself, of unknown alpha."""
         size = self.config.image_size
         if not isinstance(image, Tensor):
-            return prepare_condition(image, size)[0]
+            return prepare_condition(image, size)
         if image.shape != (size, size, 3) or not image.is_floating_point() or not ((image >= 0) & (image <= 1)).all():
             raise ValueError(
                 f"A tensor is taken for the condition image, float [{size}, {size}, 3] in [0, 1] on white; got "
                 f"{image.dtype} {list(image.shape)}. Give other pictures as a path, a PIL image or an array."
             )
-        return image
+        return image, None
 
     def elevation_of(self, rgb: Tensor) -> float:
         """Estimated elevation in degrees of the camera that took the condition image [S, S, 3], see `elevation.py`."""

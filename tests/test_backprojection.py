@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_world import one_sentence, randn
 
-from gsv3d_lib.backprojection import back_project
+from gsv3d_lib.backprojection import back_project, carve, paint
 from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.rendering import render
@@ -34,15 +34,15 @@ def random_scene(count: int = 12) -> Gaussians:
 
 
 def test_colours_are_the_means_of_the_image_over_the_footprints():
-    """The weights by the book: one rendering per Gaussian, in which it alone is white."""
-    scene, image = random_scene(), randn(SIZE, SIZE, 3, seed=2).sigmoid()
-    painted = back_project(scene, CAMERA, image, behind=100.0)
+    """The weights by the book: one rendering per Gaussian, in which it alone is white; alpha counts as less of a pixel."""
+    scene, color, mask = random_scene(), randn(SIZE, SIZE, 3, seed=2).sigmoid(), randn(SIZE, SIZE, 1, seed=3).sigmoid()
+    painted = paint(scene, CAMERA, mask * color + 1 - mask, mask, behind=100.0)
     for g in range(len(scene)):
         alone = replace(scene, colors=torch.zeros(len(scene), 3))
         alone.colors[g] = 1
         weight = render(alone, CAMERA, background=(0, 0, 0), backend="torch").rgb[0]  # [H, W, 3], one in three channels
         assert weight[..., 0].sum() > 0.01
-        mean = (weight * image).sum((0, 1)) / weight.sum((0, 1))
+        mean = (weight * mask * color).sum((0, 1)) / (weight * mask).sum((0, 1))
         assert torch.allclose(painted.colors[g], mean, atol=1e-4)
 
 
@@ -57,9 +57,23 @@ def test_only_the_visible_side_is_painted_and_nothing_else_changes():
 
 def test_what_shines_through_from_behind_keeps_its_colour():
     scene = balls([0.5, 0.0, 0.0], [-0.5, 0.0, 0.0], opacity=0.8)
-    near, all_of_it = (back_project(scene, CAMERA, BLUE.expand(SIZE, SIZE, 3), behind=b) for b in (0.05, 2.0))
+    blue, everywhere = BLUE.expand(SIZE, SIZE, 3), torch.ones(SIZE, SIZE, 1)
+    near, all_of_it = (paint(scene, CAMERA, blue, everywhere, behind=b) for b in (0.05, 2.0))
     assert torch.equal(near.colors[1], scene.colors[1])
     assert torch.allclose(all_of_it.colors[1], BLUE, atol=1e-5)
+
+
+def test_what_stands_on_the_background_is_carved_away():
+    scene = balls(
+        [0.0, -0.5, 0.0], [0.0, 0.5, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 5.0]
+    )  # left, right, behind it, outside
+    mask = torch.zeros(SIZE, SIZE, 1)
+    mask[:, SIZE // 2 :] = 1
+    assert torch.equal(carve(scene, CAMERA, mask).opacities, scene.opacities * torch.tensor([0.0, 1, 1, 0]))
+    image = 1 - mask * (1 - BLUE)  # a blue half
+    both = back_project(scene, CAMERA, image, mask)
+    assert torch.equal(both.opacities, carve(scene, CAMERA, mask).opacities)
+    assert torch.allclose(both.colors[1], BLUE, atol=1e-5)  # its rim on white took no white
 
 
 def test_the_front_comes_nearer_to_the_image_also_without_gradients():
@@ -72,10 +86,9 @@ def test_the_front_comes_nearer_to_the_image_also_without_gradients():
     assert after < 0.5 * before and not painted.colors.requires_grad
 
 
-@pytest.mark.parametrize(
-    "cameras, shape", [(orbit_cameras([0.0, 90.0], 0.0, SIZE), (SIZE, SIZE, 3)), (CAMERA, (8, 8, 3))]
-)
-def test_other_shapes_are_refused(cameras, shape):
-    with pytest.raises(ValueError, match="takes one camera and its image") as error:
-        back_project(random_scene(), cameras, torch.zeros(shape))
+@pytest.mark.parametrize("views, side, channels", [(2, SIZE, 1), (1, 8, 1), (1, SIZE, 3)])
+def test_other_shapes_are_refused(views, side, channels):
+    cameras = orbit_cameras([90.0 * k for k in range(views)], 0.0, SIZE)
+    with pytest.raises(ValueError, match="takes one camera, its image") as error:
+        back_project(random_scene(), cameras, torch.zeros(side, side, 3), torch.zeros(side, side, channels))
     one_sentence(error)

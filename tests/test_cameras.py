@@ -20,6 +20,7 @@ from gsv3d_lib.cameras import (
     orbit_cameras,
     pluecker_rays,
     ray_grid,
+    read_at,
     sv3d_azimuths,
     to_blender,
     to_opengl_view,
@@ -164,6 +165,18 @@ def test_resized_cameras_scale_the_projection(cameras):
     assert torch.equal(depth, same) and (small.width, small.height) == (16, 32)
     back = small.resized(SIZE, SIZE)
     assert torch.allclose(back.Ks, cameras.Ks)
+
+
+def test_points_on_the_ray_of_a_pixel_read_that_pixel(cameras):
+    camera, picture = cameras[1], torch.arange(24.0 * 32).reshape(24, 32, 1) + 1
+    camera = camera.resized(32, 24)
+    origins, directions = ray_grid(camera, 24, 32)
+    points = (origins + 3.0 * directions).reshape(-1, 3)
+    z, values = read_at(points, picture, camera)
+    assert torch.equal(values, picture.flatten())
+    expected = (points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3])[:, 2]
+    assert torch.allclose(z, expected)
+    assert read_at(torch.tensor([[0.0, 0.0, 50.0]]), picture, camera)[1] == 0  # outside of the picture
 
 
 def test_indexing_always_gives_a_batch(cameras):
