@@ -15,6 +15,7 @@ from tiny_world import BALLS, SIZE, ball_pictures, ball_views, object_views, one
 
 from gsv3d_lib import evaluate as ev
 from gsv3d_lib import train as recipes
+from gsv3d_lib.backprojection import back_project
 from gsv3d_lib.baselines import AverageObject, flat_card
 from gsv3d_lib.cameras import orbit_cameras, sv3d_azimuths
 from gsv3d_lib.config import Schedule, preset
@@ -22,6 +23,7 @@ from gsv3d_lib.dataset import write_index, write_object
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.diffusion import sample
 from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.images import prepare_condition
 from gsv3d_lib.lpips import LPIPS
 from gsv3d_lib.metrics import psnr
 from gsv3d_lib.pipeline import GSV3DPipeline, load_config
@@ -248,6 +250,18 @@ def test_the_chain_is_its_parts(pipe, picture):
     assert torch.allclose(latents[0], result.latents, atol=1e-5)
     scene = pipe.gaussians_from(result.latents, result.cameras, picture)
     assert torch.allclose(scene.means, result.gaussians.means, atol=1e-5)
+    painted = back_project(scene, result.cameras[-1], picture)
+    assert torch.allclose(painted.colors, result.gaussians.colors, atol=1e-4)
+
+
+def test_back_projection_uses_the_mask_of_the_picture(pipe, tmp_path):
+    Image.fromarray(object_views().rgba[ev.FRONT], "RGBA").save(tmp_path / "balls.png")
+    rgb, mask = prepare_condition(tmp_path / "balls.png", SIZE)
+    file, tensors = pipe(tmp_path / "balls.png", **QUICK), pipe(rgb, mask=mask, **QUICK)
+    without, plain = pipe(rgb, **QUICK), pipe(rgb, back_projection=False, **QUICK)
+    assert all(torch.equal(a, b) for a, b in zip(file.tensors(), tensors.tensors(), strict=True))
+    assert (file.opacities == 0).any() and not (without.opacities == 0).any()
+    assert torch.equal(without.means, plain.means) and not torch.equal(without.colors, plain.colors)
 
 
 def test_the_number_of_frames_is_free(pipe, picture):
