@@ -11,7 +11,18 @@ import torch
 import trimesh
 from notebook_world import accepts, definitions, rejects
 
-from gsv3d_lib import baselines, cameras, consistency, dataset, evaluate, experiments, make_dataset, mesh, metrics
+from gsv3d_lib import (
+    backprojection,
+    baselines,
+    cameras,
+    consistency,
+    dataset,
+    evaluate,
+    experiments,
+    make_dataset,
+    mesh,
+    metrics,
+)
 from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.config import preset
 from gsv3d_lib.exercises import evaluation as exercises
@@ -319,6 +330,8 @@ def test_card_formulas_are_the_metrics():
     assert not measured & {"fid", "kid", "clip_iqa"}
     weights = {key: CARD["lpips"][key] for key in ("net", "sha256")}
     assert TABLE.get("lpips") == (weights if "lpips" in measured else None)
+    stated = CARD["back_projection"]
+    assert (stated["behind"], stated["shows_px"]) == (backprojection.BEHIND, backprojection.SHOWS)
     assert CARD["reprojection"]["occluded"] == consistency.OCCLUDED
     assert CARD["reprojection"]["alpha_threshold"] == mesh.SURFACE_ALPHA
     assert (CARD["ghosting"]["depth_spread"], CARD["ghosting"]["opaque"]) == (mesh.MIXED_DEPTH, consistency.OPAQUE)
