@@ -32,11 +32,13 @@ def back_project(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Ten
             f"Back-projection takes one camera, its image {[*shape, 3]} and mask {[*shape, 1]}; got {len(camera)} cameras, "
             f"{list(image.shape)} and {None if mask is None else list(mask.shape)}."
         )
-    camera, image = camera.to(gaussians.means), image.to(gaussians.means)
-    if mask is None:
-        return paint(gaussians, camera, image, torch.ones_like(image[..., :1]))
-    mask = mask.to(gaussians.means)
-    return paint(carve(gaussians, camera, mask), camera, image, mask)
+    with torch.inference_mode(False):  # whose tensors autograd refuses, so all are copied
+        gaussians = Gaussians(*(part.detach().clone() for part in gaussians.tensors()))
+        camera, image = camera.to(gaussians.means, copy=True), image.to(gaussians.means, copy=True)
+        if mask is None:
+            return paint(gaussians, camera, image, torch.ones_like(image[..., :1]))
+        mask = mask.to(gaussians.means, copy=True)
+        return paint(carve(gaussians, camera, mask), camera, image, mask)
 
 
 def carve(gaussians: Gaussians, camera: Cameras, mask: Tensor) -> Gaussians:

@@ -122,7 +122,7 @@ class GSV3DPipeline:
         back_projection: the input's own outline and colours where its camera sees the object, see `backprojection.py`.
         callback(i, z, z_hat): sees every step of the sampler, batches of one orbit [1, N, 4, h, w].
         """
-        rgb, own_mask = self.condition_image(image)
+        rgb, mask = self.condition_image(image, mask)
         frames = self.config.num_frames if num_frames is None else num_frames
         if frames < 1:
             raise ValueError(f"An orbit has 1 view or more; got num_frames = {frames}.")
@@ -147,22 +147,26 @@ class GSV3DPipeline:
                 set_lora_scale(self.unet, 1.0)  # the next call is the distilled model again
         gaussians = self.gaussians_from(latents, cameras, rgb)
         if back_projection:
-            mask = own_mask if mask is None else mask
             gaussians = back_project(gaussians, cameras[-1], rgb, mask)  # the last view of an orbit is the input's
         return Generation(rgb, elevation, latents, cameras, gaussians)
 
-    def condition_image(self, image) -> tuple[Tensor, Tensor | None]:
+    def condition_image(self, image, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """R [S, S, 3] in [0, 1] on white and its alpha [S, S, 1]: a picture through `prepare_condition`; a tensor is taken
-        for R itself, of unknown alpha."""
+        for R itself, with `mask` for its alpha, where that is known."""
         size = self.config.image_size
-        if not isinstance(image, Tensor):
+        if not isinstance(image, Tensor) and mask is None:
             return prepare_condition(image, size)
+        if mask is not None and (not isinstance(image, Tensor) or mask.shape != (size, size, 1)):
+            raise ValueError(
+                f"A mask [{size}, {size}, 1] goes with a condition image, both from `prepare_condition`; got "
+                f"{list(mask.shape)} and {type(image).__name__}. A picture's alpha channel is its mask."
+            )
         if image.shape != (size, size, 3) or not image.is_floating_point() or not ((image >= 0) & (image <= 1)).all():
             raise ValueError(
                 f"A tensor is taken for the condition image, float [{size}, {size}, 3] in [0, 1] on white; got "
                 f"{image.dtype} {list(image.shape)}. Give other pictures as a path, a PIL image or an array."
             )
-        return image, None
+        return image, mask
 
     def elevation_of(self, rgb: Tensor) -> float:
         """Estimated elevation in degrees of the camera that took the condition image [S, S, 3], see `elevation.py`."""

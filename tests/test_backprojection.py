@@ -82,6 +82,10 @@ def test_the_front_comes_nearer_to_the_image_also_without_gradients():
     image = render(scene, CAMERA).alpha[0] * (torch.stack([ramp, 1 - ramp, ramp.T], -1) - 1) + 1  # on white
     with torch.no_grad():
         painted = back_project(scene, CAMERA, image)
+    with torch.inference_mode():
+        copies = Gaussians(*(part + 0 for part in scene.tensors()))
+        again = back_project(copies, orbit_cameras([0.0], 0.0, SIZE), image + 0)
+    assert torch.equal(again.colors, painted.colors)
     before, after = ((render(x, CAMERA).rgb[0] - image).pow(2).mean() for x in (scene, painted))
     assert after < 0.5 * before and not painted.colors.requires_grad
 

@@ -355,6 +355,13 @@ def test_a_picture_tensor_must_be_an_image(pipe, picture):
         one_sentence(error)
 
 
+def test_a_mask_goes_with_a_condition_image(pipe, picture):
+    for image, mask in ((picture, torch.ones(SIZE, SIZE)), (object_views().rgba[ev.FRONT], torch.ones(SIZE, SIZE, 1))):
+        with pytest.raises(ValueError, match="A mask .* goes with a condition image") as error:
+            pipe(image, mask=mask, **QUICK)
+        one_sentence(error)
+
+
 @pytest.mark.parametrize("options", [{"num_frames": 0}, {"steps": 0}, {"elevation": 95.0}])
 def test_options_out_of_range_are_one_sentence(pipe, picture, options):
     with pytest.raises(ValueError, match="1 view or more|1 step or more|between -90 and 90") as error:
