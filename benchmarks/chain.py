@@ -329,7 +329,7 @@ def plain_code() -> Iterator[None]:
 
 def measure_generation(orbits: Orbits, rounds: int, steps: int) -> dict:
     """The pieces of `pipe.generate`, the whole against its products, and the same without the shortcuts."""
-    image, options = orbits.scene(0).rgb[12], dict(steps=steps, progress=False)
+    image, options = orbits.scene(0).rgb[12], dict(steps=steps, progress=False, back_projection=False)
     pipe, plain = (GSV3DPipeline.from_pretrained(WEIGHTS, device="cpu") for _ in range(2))
     without_token_attention(without_frame_conv(plain.unet))
     models = dict(vae=pipe.vae.encoder, clip=pipe.clip, unet=pipe.unet, dino=pipe.dino, decoder=pipe.decoder)
