@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cameras import Cameras, read_at
 from .gaussians import Gaussians
+from .images import VISIBLE_ALPHA
 from .rendering import render
 
 SHOWS = 0.01  # a Gaussian is seen where its weights sum to this many pixels or more
@@ -33,7 +35,7 @@ def back_project(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Ten
             f"{list(image.shape)} and {None if mask is None else list(mask.shape)}."
         )
     with torch.inference_mode(False):  # whose tensors autograd refuses, so all are copied
-        gaussians = Gaussians(*(part.detach().clone() for part in gaussians.tensors()))
+        gaussians = Gaussians(*(part.detach().clone() for part in gaussians.tensors())).check_finite("the object")
         camera, image = camera.to(gaussians.means, copy=True), image.to(gaussians.means, copy=True)
         if mask is None:
             return paint(gaussians, camera, image, torch.ones_like(image[..., :1]))
@@ -42,9 +44,13 @@ def back_project(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Ten
 
 
 def carve(gaussians: Gaussians, camera: Cameras, mask: Tensor) -> Gaussians:
-    """Opacity 0 for the Gaussians whose centre falls on background, where the mask [H, W, 1] is below one half, or outside
-    of the picture, which shows all of the object. What is left is the visual hull of one silhouette."""
-    _, inside = read_at(gaussians.means, (mask >= 0.5).to(mask), camera)
+    """Opacity 0 for the Gaussians whose centre falls on background: a pixel that is not of the object, with neighbours that
+    are not, or outside of the picture, which shows all of it. What is left is the visual hull of one silhouette.
+
+    The pixel of margin and the low threshold (mask [H, W, 1] in [0, 1]) spare glass and parts as thin as a pixel.
+    """
+    near = F.max_pool2d(mask[None, ..., 0], 3, stride=1, padding=1)[0, ..., None]  # the largest alpha of 3 x 3 pixels
+    _, inside = read_at(gaussians.means, (near >= VISIBLE_ALPHA).to(mask), camera)
     return replace(gaussians, opacities=gaussians.opacities * inside)
 
 

@@ -23,7 +23,7 @@ from .diffusion import Condition, sample
 from .elevation import Elevation, load_elevation
 from .encoders import condition_from, image_features
 from .gaussians import Gaussians
-from .images import prepare_condition
+from .images import VISIBLE_ALPHA, prepare_condition
 from .lora import load_lora, merged_lora, set_lora_scale
 from .train import load_model
 from .vae import decode_scaled
@@ -156,17 +156,23 @@ class GSV3DPipeline:
         size = self.config.image_size
         if not isinstance(image, Tensor) and mask is None:
             return prepare_condition(image, size)
-        if mask is not None and (not isinstance(image, Tensor) or mask.shape != (size, size, 1)):
+        if mask is not None and not (
+            isinstance(image, Tensor)
+            and isinstance(mask, Tensor)
+            and mask.shape == (size, size, 1)
+            and ((mask >= 0) & (mask <= 1)).all()
+            and (mask >= VISIBLE_ALPHA).any()
+        ):
             raise ValueError(
-                f"A mask [{size}, {size}, 1] goes with a condition image, both from `prepare_condition`; got "
-                f"{list(mask.shape)} and {type(image).__name__}. A picture's alpha channel is its mask."
+                f"A mask, float [{size}, {size}, 1] in [0, 1] and not empty, goes with a condition image, both from "
+                "`prepare_condition`. A picture's own mask is its alpha channel."
             )
         if image.shape != (size, size, 3) or not image.is_floating_point() or not ((image >= 0) & (image <= 1)).all():
             raise ValueError(
                 f"A tensor is taken for the condition image, float [{size}, {size}, 3] in [0, 1] on white; got "
                 f"{image.dtype} {list(image.shape)}. Give other pictures as a path, a PIL image or an array."
             )
-        return image, mask
+        return image.float(), None if mask is None else mask.float()
 
     def elevation_of(self, rgb: Tensor) -> float:
         """Estimated elevation in degrees of the camera that took the condition image [S, S, 3], see `elevation.py`."""

@@ -69,6 +69,8 @@ def test_what_stands_on_the_background_is_carved_away():
     )  # left, right, behind it, outside
     mask = torch.zeros(SIZE, SIZE, 1)
     mask[:, SIZE // 2 :] = 1
+    faint = 0.15 * mask  # glass
+    assert torch.equal(carve(scene, CAMERA, faint).opacities, carve(scene, CAMERA, mask).opacities)
     assert torch.equal(carve(scene, CAMERA, mask).opacities, scene.opacities * torch.tensor([0.0, 1, 1, 0]))
     image = 1 - mask * (1 - BLUE)  # a blue half
     both = back_project(scene, CAMERA, image, mask)

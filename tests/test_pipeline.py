@@ -356,8 +356,10 @@ def test_a_picture_tensor_must_be_an_image(pipe, picture):
 
 
 def test_a_mask_goes_with_a_condition_image(pipe, picture):
-    for image, mask in ((picture, torch.ones(SIZE, SIZE)), (object_views().rgba[ev.FRONT], torch.ones(SIZE, SIZE, 1))):
-        with pytest.raises(ValueError, match="A mask .* goes with a condition image") as error:
+    whole, rgba = torch.ones(SIZE, SIZE, 1), object_views().rgba[ev.FRONT]
+    wrong = (whole[..., 0], whole.numpy(), 255 * whole, 0 * whole, whole * math.nan)
+    for image, mask in ((rgba, whole), *((picture, mask) for mask in wrong)):
+        with pytest.raises(ValueError, match="A mask, .* goes with a condition image") as error:
             pipe(image, mask=mask, **QUICK)
         one_sentence(error)
 
