@@ -78,6 +78,13 @@ def test_what_stands_on_the_background_is_carved_away():
     assert torch.allclose(both.colors[1], BLUE, atol=1e-5)  # its rim on white took no white
 
 
+def test_a_nan_is_named_before_anything_is_drawn():
+    scene = random_scene()
+    scene.means[3, 0] = torch.nan
+    with pytest.raises(ValueError, match="means of the object hold NaN"):
+        back_project(scene, CAMERA, torch.ones(SIZE, SIZE, 3), torch.ones(SIZE, SIZE, 1))
+
+
 def test_the_front_comes_nearer_to_the_image_also_without_gradients():
     scene = balls(*(0.3 * randn(400, 3)).tolist(), size=0.05)
     ramp = torch.linspace(0, 1, SIZE).expand(SIZE, SIZE)

@@ -332,6 +332,7 @@ def test_card_formulas_are_the_metrics():
     assert TABLE.get("lpips") == (weights if "lpips" in measured else None)
     stated = CARD["back_projection"]
     assert (stated["behind"], stated["shows_px"]) == (backprojection.BEHIND, backprojection.SHOWS)
+    assert (stated["background_alpha"], stated["margin_px"]) == (backprojection.VISIBLE_ALPHA, 1)
     assert CARD["reprojection"]["occluded"] == consistency.OCCLUDED
     assert CARD["reprojection"]["alpha_threshold"] == mesh.SURFACE_ALPHA
     assert (CARD["ghosting"]["depth_spread"], CARD["ghosting"]["opaque"]) == (mesh.MIXED_DEPTH, consistency.OPAQUE)
