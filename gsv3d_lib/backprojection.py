@@ -16,6 +16,7 @@ from torch import Tensor
 from .cameras import Cameras, read_at
 from .gaussians import Gaussians
 from .images import VISIBLE_ALPHA
+from .mesh import SURFACE_ALPHA
 from .rendering import render
 
 SHOWS = 0.01  # a Gaussian is seen where its weights sum to this many pixels or more
@@ -70,6 +71,6 @@ def paint(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor, be
         return torch.autograd.grad(rgb, colors, picture[None], retain_graph=True)[0]
 
     light, weight = footprint_sums(image - (1 - mask)), footprint_sums(mask.expand_as(image).contiguous())
-    z, surface = read_at(gaussians.means, torch.where(alpha[0] >= 0.5, depth[0], 0), camera)
+    z, surface = read_at(gaussians.means, torch.where(alpha[0] >= SURFACE_ALPHA, depth[0], 0), camera)
     seen = (z <= surface + behind)[:, None] & (weight >= SHOWS)
     return replace(gaussians, colors=torch.where(seen, (light / weight.clamp(min=SHOWS)).clamp(0, 1), gaussians.colors))

@@ -87,16 +87,6 @@ def intrinsics(size: int, fov_deg: float = FOV_DEG) -> Tensor:
     return torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], dtype=torch.float32)
 
 
-def read_at(points: Tensor, picture: Tensor, camera: Cameras) -> tuple[Tensor, Tensor]:
-    """World points [P, 3] -> their depth [P] in one camera, and the value [P] of the pixel of picture [H, W, 1] that they
-    fall in; 0 outside of the picture."""
-    local = points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
-    u, v = ((local @ camera.Ks[0].T) / local[:, 2:])[:, :2].unbind(-1)
-    inside = (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
-    rows, columns = (x.clamp(0, size - 1).long() for x, size in ((v, camera.height), (u, camera.width)))
-    return local[:, 2], picture[rows, columns, 0] * inside
-
-
 def look_at(positions: Tensor) -> Tensor:
     """World-to-camera matrices [V, 4, 4] of cameras at `positions` [V, 3] that look at the origin, +z up."""
     forward = -torch.nn.functional.normalize(positions, dim=-1)
@@ -157,6 +147,16 @@ def ray_grid(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]
     directions = torch.einsum("vij,vhwj->vhwi", c2w[:, :3, :3], local)
     directions = torch.nn.functional.normalize(directions, dim=-1)
     return c2w[:, None, None, :3, 3].expand_as(directions), directions
+
+
+def read_at(points: Tensor, picture: Tensor, camera: Cameras) -> tuple[Tensor, Tensor]:
+    """World points [P, 3] -> their depth [P] in one camera, and the value [P] of the pixel of picture [H, W, 1] that they
+    fall in; 0 outside of the picture."""
+    local = points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
+    u, v = ((local @ camera.Ks[0].T) / local[:, 2:])[:, :2].unbind(-1)
+    inside = (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
+    rows, columns = (x.clamp(0, size - 1).long() for x, size in ((v, camera.height), (u, camera.width)))
+    return local[:, 2], picture[rows, columns, 0] * inside
 
 
 def pluecker_rays(cameras: Cameras, height: int, width: int) -> Tensor:

@@ -229,13 +229,6 @@ def _turn(degrees: float) -> np.ndarray:
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], "f4")
 
 
-# The rows that are measured beside the whole chain, and what `generate` is told for them.
-ABLATIONS = {
-    "generated_without_lora": {"lora_scale": 0.0},
-    "generated_without_projection": {"back_projection": False},
-}
-
-
 def evaluate(
     pipe: GSV3DPipeline,
     views: ViewTensors,
@@ -255,11 +248,12 @@ def evaluate(
         row = {"id": id, "decoder": evaluate_decoder(pipe, scene, lpips=lpips) | evaluate_vae(pipe, scene)}
         made = generate(pipe, scene, seed, **options)
         strips.append(strip(made.gaussians, scene))
-        row["generated"] = evaluate_generation(pipe, scene, truth, made, lpips)
-        for name, change in ABLATIONS.items():
-            if lora or name != "generated_without_lora":
-                made = generate(pipe, scene, seed, **options | change)
-                row[name] = evaluate_generation(pipe, scene, truth, made, lpips)
+        versions = {"generated": made}
+        if lora:
+            versions["generated_without_lora"] = generate(pipe, scene, seed, lora_scale=0.0, **options)
+        decoded = pipe.gaussians_from(made.latents, made.cameras, made.image).to("cpu")
+        versions["generated_without_projection"] = replace(made, gaussians=decoded)
+        row |= {name: evaluate_generation(pipe, scene, truth, made, lpips) for name, made in versions.items()}
         rows.append(row | evaluate_baselines(scene, truth, average, lpips))
     return rows, strips
 

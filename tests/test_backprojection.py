@@ -64,9 +64,8 @@ def test_what_shines_through_from_behind_keeps_its_colour():
 
 
 def test_what_stands_on_the_background_is_carved_away():
-    scene = balls(
-        [0.0, -0.5, 0.0], [0.0, 0.5, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 5.0]
-    )  # left, right, behind it, outside
+    left, right, behind_it, outside = [0.0, -0.5, 0.0], [0.0, 0.5, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 5.0]
+    scene = balls(left, right, behind_it, outside)
     mask = torch.zeros(SIZE, SIZE, 1)
     mask[:, SIZE // 2 :] = 1
     faint = 0.15 * mask  # glass
