@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 FOV_DEG = 33.8
 DISTANCE = 3.509
 # SV3D leaves the direction of a growing azimuth undocumented; here the camera moves counter-clockwise seen from above.
@@ -93,9 +95,7 @@ def look_at(positions: Tensor) -> Tensor:
     up = positions.new_tensor([0.0, 0.0, 1.0]).expand_as(forward)
     right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=-1)
     if not torch.isfinite(right).all() or (right.norm(dim=-1) < 0.5).any():
-        raise ValueError(
-            "A camera straight above or below the object has no defined up; keep |elevation| < 90 degrees."
-        )
+        raise UserError("A camera straight above or below the object has no defined up; keep |elevation| < 90 degrees.")
     down = torch.linalg.cross(forward, right)
     rotation = torch.stack([right, down, forward], dim=-2)  # rows: camera axes in the world
     viewmats = torch.zeros(len(positions), 4, 4, dtype=positions.dtype)
@@ -115,7 +115,7 @@ def orbit_cameras(
     azimuth = torch.deg2rad(AZIMUTH_SIGN * torch.as_tensor(azimuths_deg, dtype=torch.float64).reshape(-1))
     elevation = torch.deg2rad(torch.as_tensor(elevations_deg, dtype=torch.float64)).expand_as(azimuth)
     if not (elevation.abs() < math.pi / 2).all():
-        raise ValueError(f"Elevations lie between -90 and 90 degrees, both excluded; got {elevations_deg}.")
+        raise UserError(f"Elevations lie between -90 and 90 degrees, both excluded; got {elevations_deg}.")
     directions = torch.stack(
         [elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], dim=-1
     )

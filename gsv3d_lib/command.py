@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .errors import UserError, machine_fault
+
 
 def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command: 0, or argparse's 2 with the sentence on stderr where it raises ValueError or FileNotFoundError."""
+    """Run a command and return its exit status.
+
+    0; argparse's 2 with one sentence on stderr for what the user can mend (`UserError`) and for what the machine did
+    (a full disk, no permission); 130 after Ctrl-C. Any other exception is a bug of ours and keeps its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 must not end a command at its first umlaut
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         print(f"gsv3d: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ngsv3d: stopped by you; what was finished is kept.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        sentence = machine_fault(error)
+        if sentence is None:
+            raise
+        print(f"gsv3d: {sentence}", file=sys.stderr)
         return 2
     return 0
 
@@ -25,9 +44,9 @@ def check_writable(path: Path) -> None:
     while not os.path.lexists(place):
         place = place.parent
     if path.is_dir():
-        raise ValueError(f"{path} cannot be written: it is a folder; name a file in it.")
+        raise UserError(f"{path} cannot be written: it is a folder; name a file in it.")
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise ValueError(f"{path} cannot be written: {place} is no folder that you may write to.")
+        raise UserError(f"{path} cannot be written: {place} is no folder that you may write to.")
 
 
 def positive(text: str) -> int:

@@ -10,6 +10,8 @@ import ast
 import dataclasses
 from dataclasses import dataclass
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -25,7 +27,7 @@ class Schedule:
 
     def __post_init__(self):
         if self.steps < 1 or self.batch < 1 or self.micro_batch < 0:
-            raise ValueError(
+            raise UserError(
                 f"A schedule has 1 step or more, a batch of 1 or more, and a micro_batch of 0 or more; got {self.steps}, "
                 f"{self.batch}, {self.micro_batch}."
             )
@@ -107,12 +109,12 @@ class Config:
 
     def __post_init__(self):
         if self.image_size < 8 or self.image_size % 8:
-            raise ValueError(f"image_size is a multiple of 8, the side of a latent's block; got {self.image_size}.")
+            raise UserError(f"image_size is a multiple of 8, the side of a latent's block; got {self.image_size}.")
         for name in ("num_frames", "vae_clip", "copies", "sampling_steps", "target_views", "lora_rank"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is 1 or more; got {getattr(self, name)}.")
+                raise UserError(f"{name} is 1 or more; got {getattr(self, name)}.")
         if self.dino not in ("dinov2", "none"):
-            raise ValueError(f'dino is "dinov2" or "none"; got {self.dino!r}.')
+            raise UserError(f'dino is "dinov2" or "none"; got {self.dino!r}.')
 
     @property
     def latent_size(self) -> int:
@@ -131,7 +133,7 @@ class Config:
         whole = {name: value for name, value in changes.items() if "." not in name}
         for field, numbers in parts.items():
             if not isinstance(getattr(self, field, None), Schedule):
-                raise ValueError(f"Config.{field} is no schedule, so there is no {field}.{next(iter(numbers))}.")
+                raise UserError(f"Config.{field} is no schedule, so there is no {field}.{next(iter(numbers))}.")
             whole[field] = checked_replace(whole.get(field, getattr(self, field)), numbers)
         return checked_replace(self, whole)
 
@@ -141,11 +143,11 @@ def checked_replace(record, changes: dict):
     kind, names = type(record).__name__, [f.name for f in dataclasses.fields(record)]
     for name, value in changes.items():
         if name not in names:
-            raise ValueError(f"{kind} has no field {name!r}; it has: {', '.join(names)}.")
+            raise UserError(f"{kind} has no field {name!r}; it has: {', '.join(names)}.")
         old = getattr(record, name)
         number = isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool)
         if type(value) is not type(old) and not number:
-            raise ValueError(f"{kind}.{name} is a {type(old).__name__}; got {value!r} ({type(value).__name__}).")
+            raise UserError(f"{kind}.{name} is a {type(old).__name__}; got {value!r} ({type(value).__name__}).")
     return dataclasses.replace(record, **changes)
 
 
@@ -265,7 +267,7 @@ PRESETS = {"tiny": TINY, "small": SMALL, "paper": PAPER}
 def preset(name: str = "tiny", **changes) -> Config:
     """The configuration called `name`, with some fields changed. Raises ValueError for a name that does not exist."""
     if name not in PRESETS:
-        raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+        raise UserError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name].replace(**changes)
 
 
@@ -278,7 +280,7 @@ def parse_setting(text: str) -> tuple[str, object]:
     """ "steps=200" -> ("steps", 200); what is no literal is text. Raises ValueError without "="."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--set takes NAME=VALUE; got {text!r}.")
+        raise UserError(f"--set takes NAME=VALUE; got {text!r}.")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

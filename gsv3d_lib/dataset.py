@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cameras import Cameras, from_c2w, orbit_cameras
+from .errors import MissingFile, UserError
 from .paths import atomic_path, reason
 
 COLUMNS = 6
@@ -54,7 +55,7 @@ def list_objects(folder: str | Path) -> list[dict]:
     """The rows of a dataset folder's index, sorted by id. Raises FileNotFoundError or ValueError with what to do."""
     index = Path(folder) / "index.json"
     if not index.is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"No dataset at {folder}: index.json is missing. Make one with "
             f"`python -m gsv3d_lib.make_dataset --procedural 200 --out {folder}`."
         )
@@ -63,8 +64,8 @@ def list_objects(folder: str | Path) -> list[dict]:
         if "shards" not in rows:
             return sorted(rows, key=lambda row: row["id"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} cannot be read ({error}); delete it and make the dataset again.") from error
-    raise ValueError(
+        raise UserError(f"{index} cannot be read ({error}); delete it and make the dataset again.") from error
+    raise UserError(
         f"{folder} holds shards, which `train --shards` reads; give the dataset folder they were made from."
     )
 
@@ -82,7 +83,7 @@ def read_object(folder: str | Path, id: str) -> ObjectViews:
         cameras = from_c2w(c2w, K.expand(views, 3, 3), width, height)
         azimuths, elevations = (arrays[name].astype("f4").reshape(views) for name in ("az", "el"))
     except UNREADABLE as error:
-        raise ValueError(
+        raise UserError(
             f"Object {id!r} in {folder} cannot be read ({reason(error)}); delete its files and render it again."
         ) from error
     return ObjectViews(id, rgba, depth, cameras, azimuths, elevations)
@@ -138,7 +139,7 @@ def split_sheet(sheet: np.ndarray, views: int, height: int, width: int) -> np.nd
     """[rows * H, COLUMNS * W, 4] -> [V, H, W, 4]"""
     rows = -(-views // COLUMNS)
     if sheet.shape[:2] != (rows * height, COLUMNS * width):
-        raise ValueError(f"the sheet is {sheet.shape[:2]}, not {(rows * height, COLUMNS * width)}")
+        raise UserError(f"the sheet is {sheet.shape[:2]}, not {(rows * height, COLUMNS * width)}")
     tiles = sheet.reshape(rows, height, COLUMNS, width, 4).swapaxes(1, 2)
     return np.ascontiguousarray(tiles.reshape(-1, height, width, 4)[:views])
 
@@ -227,7 +228,7 @@ def load_views(
     """
     rows = [(folder, row["id"]) for folder in folders for row in list_objects(folder)][:limit]
     if not rows:
-        raise ValueError(f"The dataset folders {[str(f) for f in folders]} hold no objects.")
+        raise UserError(f"The dataset folders {[str(f) for f in folders]} hold no objects.")
     ids = [id for _, id in rows]
     stored = None if cache is None else Path(cache) / f"views-{size}px-{files_digest(rows)}.safetensors"
     columns = {} if stored is None else read_cache(stored)
@@ -239,7 +240,7 @@ def load_views(
                 columns = {name: part.new_empty(len(rows), *part.shape) for name, part in parts.items()}
             views, expected = len(parts["rgb"]), columns["rgb"].shape[1]
             if views != expected:
-                raise ValueError(f"{id} in {folder} has {views} views, those before it {expected}; read them apart.")
+                raise UserError(f"{id} in {folder} has {views} views, those before it {expected}; read them apart.")
             for name, part in parts.items():
                 columns[name][index] = part
         if stored is not None:
@@ -273,7 +274,7 @@ def resize_views(views: ObjectViews, size: int) -> tuple[Tensor, ...]:
     """One object -> (rgb uint8 on white, alpha uint8, depth, azimuths, elevations), the columns of `ViewTensors`."""
     stored = views.rgba.shape[1]
     if stored % size:
-        raise ValueError(f"Views of {stored} px can be averaged to a divisor of {stored}, not to {size} px.")
+        raise UserError(f"Views of {stored} px can be averaged to a divisor of {stored}, not to {size} px.")
     block = stored // size
     rgba = torch.from_numpy(views.rgba).float() / 255
     alpha = rgba[..., 3:]

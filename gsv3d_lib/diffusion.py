@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Config
+from .errors import UserError
 
 
 @dataclass
@@ -157,7 +158,7 @@ def sample(
     steps = config.sampling_steps if steps is None else steps
     peak = config.guidance if guidance is None else guidance
     if steps < 1:
-        raise ValueError(f"The sampler takes 1 step or more; got {steps}.")
+        raise UserError(f"The sampler takes 1 step or more; got {steps}.")
     scheduler.set_timesteps(steps, device=condition.token.device)
     scheduler.is_scale_input_called = True  # `predict_v` multiplies by c_in itself
     (batch, frames), (channels, height, width) = condition.polar.shape, condition.latent.shape[1:]

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import Config
 from .dataset import RING
 from .diffusion import diffusion_loss
+from .errors import UserError
 from .orbits import Orbits, batch_cameras
 from .stages import condition_features, diffusion_draws, draw, orbit_condition, target_loss
 from .training import Stage
@@ -24,7 +25,7 @@ from .training import Stage
 def sigma_weight(sigma: Tensor, kind: str) -> Tensor:
     """w(sigma) [B]: 1 in the literal variant ("none"), 1 / (1 + sigma^2) for "snr", which trusts z_hat less in noise."""
     if kind not in ("none", "snr"):
-        raise ValueError(f'sigma_weighting is "none" or "snr"; got {kind!r}.')
+        raise UserError(f'sigma_weighting is "none" or "snr"; got {kind!r}.')
     return torch.ones_like(sigma) if kind == "none" else 1 / (1 + sigma**2)
 
 

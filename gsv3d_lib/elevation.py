@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .command import exit_code
 from .dataset import RING, ViewTensors, load_views
+from .errors import MissingFile, UserError
 from .images import DEFAULT_FILL, prepare_condition
 from .paths import atomic_path, resolve
 
@@ -115,7 +116,7 @@ def load_elevation(folder: str | Path) -> Elevation | None:
     try:
         return Elevation(**load_file(path))
     except (SafetensorError, TypeError) as error:
-        raise ValueError(f"The estimator {path} cannot be read ({error}); copy or fit it again.") from error
+        raise UserError(f"The estimator {path} cannot be read ({error}); copy or fit it again.") from error
 
 
 def estimate(image, folder: str | Path) -> float:
@@ -125,7 +126,7 @@ def estimate(image, folder: str | Path) -> float:
     """
     estimator = load_elevation(folder)
     if estimator is None:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no estimator of elevations: give one in degrees, or fit it with `python -m gsv3d_lib.elevation`."
         )
     rgb = image if isinstance(image, Tensor) else prepare_condition(image, SIZE)[0]
@@ -157,7 +158,7 @@ def fit(views: ViewTensors) -> tuple[Elevation, dict[str, float]]:
     objects = view_features(views)
     held, kept = objects[::6], [item for k, item in enumerate(objects) if k % 6]
     if not held or not kept:
-        raise ValueError(f"An estimator needs some objects to learn from and some to be tried on; got {len(objects)}.")
+        raise UserError(f"An estimator needs some objects to learn from and some to be tried on; got {len(objects)}.")
     errors = {penalty: mean_error(fit_ridge(*_stacked(kept), penalty), held) for penalty in PENALTIES}
     best = min(errors, key=errors.get)
     features, elevations = _stacked(held)
@@ -188,13 +189,11 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     weights = resolve(args.weights)
     if not (weights / "gsv3d.json").is_file():
-        raise FileNotFoundError(f"{weights} is no GSV3D checkpoint: gsv3d.json is missing.")
+        raise MissingFile(f"{weights} is no GSV3D checkpoint: gsv3d.json is missing.")
     tests = {folder: view_features(load_views([folder], SIZE), ring=()) for folder in args.test}
     for folder, objects in tests.items():
         if not objects:
-            raise ValueError(
-                f"{folder} cannot be measured on: its objects have no views beside the {RING} of the ring."
-            )
+            raise UserError(f"{folder} cannot be measured on: its objects have no views beside the {RING} of the ring.")
     estimator, scores = fit(load_views(args.data, SIZE))
     print(
         "held-out objects: {error:.2f} degrees off; the mean elevation {constant:.2f}; penalty {penalty:g}".format(

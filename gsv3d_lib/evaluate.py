@@ -33,6 +33,7 @@ from .cameras import orbit_cameras
 from .command import check_writable, exit_code, positive
 from .consistency import detail, ghosting, reprojection_error, split_agreement, view_depths
 from .dataset import FRONT, RING, UNREADABLE, Scene, ViewTensors, load_views
+from .errors import UserError
 from .gaussians import Gaussians
 from .lpips import LPIPS, load_lpips
 from .mesh import fuse_mesh
@@ -114,7 +115,7 @@ def load_truth(folder: Path, id: str) -> Truth | None:
         chosen = np.random.default_rng(0).choice(len(points), NUM_POINTS, replace=False)
         return Truth(points[chosen], None if bits is None else bits.reshape((GRID_RESOLUTION,) * 3).astype(bool))
     except UNREADABLE as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read ({reason(error)}); without the file its object gets no mesh scores."
         ) from error
 
@@ -376,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     beside = args.out.with_suffix(".md"), args.out.with_suffix(".png")
     if args.out in beside:
-        raise ValueError(f"--out names the JSON file; the table and the pictures go beside it, so {args.out} is taken.")
+        raise UserError(f"--out names the JSON file; the table and the pictures go beside it, so {args.out} is taken.")
     for path in (args.out, *beside):
         check_writable(path)
     lpips = None if args.lpips is None else load_lpips(args.lpips)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from .command import check_writable, exit_code, positive
 from .config import Config
 from .dataset import FRONT, Scene, ViewTensors, load_views
+from .errors import UserError
 from .evaluate import (
     Truth,
     commit,
@@ -79,7 +80,7 @@ class Experiment:
         for arm in self.arms:
             if arm.name == name:
                 return arm
-        raise ValueError(f"There is no arm {name!r}; choose from {', '.join(a.name for a in self.arms)}.")
+        raise UserError(f"There is no arm {name!r}; choose from {', '.join(a.name for a in self.arms)}.")
 
 
 Rows = list[dict[str, float]]  # one per object
@@ -326,7 +327,7 @@ def restore_runs(out: Path, world: World, experiment: Experiment, size: tuple[in
         stored = json.loads(out.read_text())
         runs = [(name, int(seed), entry) for name, entry in stored["arms"].items() for seed in entry["scores"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{out} is no results file of experiments; choose another --out.") from error
+        raise UserError(f"{out} is no results file of experiments; choose another --out.") from error
     arms, seeds = {arm.name: arm for arm in experiment.arms}, []
     for name, seed, entry in runs:
         run = entry.get("runs", {}).get(str(seed))
@@ -458,7 +459,7 @@ def open_world(args: argparse.Namespace) -> World:
     views = load_views([args.objects], config.image_size)
     unknown = set(args.ids or []) - set(views.ids)
     if unknown:
-        raise ValueError(f"{args.objects} has no object {', '.join(sorted(unknown))}.")
+        raise UserError(f"{args.objects} has no object {', '.join(sorted(unknown))}.")
     views = views.subset([views.ids.index(id) for id in args.ids or views.ids])
     sampler = {"steps": args.sampling_steps, "guidance": args.guidance}
     fingerprint = weights_fingerprint(args.weights)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from .cameras import DISTANCE, FOV_DEG, orbit_cameras
+from .errors import MissingFile, UserError
 from .gaussians import Gaussians
 from .paths import atomic_path
 from .rendering import render
@@ -36,9 +37,9 @@ def save_turntable(
     from azimuth 0, which is the condition view, and azimuth grows. Raises ValueError for an odd size or no path.
     """
     if mp4_path is None and gif_path is None:
-        raise ValueError("A turntable needs a path to write to: give mp4_path, gif_path, or both.")
+        raise UserError("A turntable needs a path to write to: give mp4_path, gif_path, or both.")
     if size < 2 or size % 2 or num_frames < 1:
-        raise ValueError(
+        raise UserError(
             f"A turntable needs an even size and at least one frame, got {size} pixels, {num_frames} frames."
         )
     frames = turntable_frames(gaussians, size, num_frames, elevation)
@@ -148,10 +149,10 @@ def load_splat(path: str | Path) -> Gaussians:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no .splat file at {path}: check the path.")
+        raise MissingFile(f"There is no .splat file at {path}: check the path.")
     data = path.read_bytes()
     if len(data) % SPLAT_BYTES:
-        raise ValueError(f"{path} is cut off, or no .splat file: {len(data)} bytes are no multiple of {SPLAT_BYTES}.")
+        raise UserError(f"{path} is cut off, or no .splat file: {len(data)} bytes are no multiple of {SPLAT_BYTES}.")
     records = np.frombuffer(data, np.uint8).reshape(-1, SPLAT_BYTES)
     floats = torch.from_numpy(records[:, :24].copy().view("<f4").astype(np.float32))
     rgba, quats = torch.from_numpy(records[:, 24:28] / np.float32(255)), torch.from_numpy(records[:, 28:] / 128.0 - 1)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import MissingFile, UserError
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     from matplotlib.figure import Figure
@@ -63,7 +65,7 @@ def image_grid(
     """
     panels = [_to_array(image) for image in images]
     if not panels:
-        raise ValueError("An image grid needs at least one image, got none.")
+        raise UserError("An image grid needs at least one image, got none.")
     columns = min(columns or 8, len(panels))
     rows = -(-len(panels) // columns)
     with _style() as plt:
@@ -110,7 +112,7 @@ def color_depth(depth: Tensor, near: float | None = None, far: float | None = No
     from matplotlib import colormaps
 
     if depth.shape[-1] != 1:
-        raise ValueError(f"Depth to colour must be [..., H, W, 1], got {tuple(depth.shape)}.")
+        raise UserError(f"Depth to colour must be [..., H, W, 1], got {tuple(depth.shape)}.")
     low, high = depth_range(depth)
     near, far = low if near is None else near, high if far is None else far
     depth = depth.detach().cpu()[..., 0]
@@ -139,7 +141,7 @@ def plot_metrics(
     tables = {name: _read_rows(rows) for name, rows in runs.items()}
     keys = list(keys or _numeric_keys(tables))
     if not keys:
-        raise ValueError("There are no curves to draw: the metrics hold no rows with numbers besides step and time.")
+        raise UserError("There are no curves to draw: the metrics hold no rows with numbers besides step and time.")
     columns = min(3, len(keys))
     rows = -(-len(keys) // columns)
     with _style() as plt:
@@ -159,7 +161,7 @@ def _read_rows(source: str | Path | list[dict]) -> list[dict]:
         return source
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no metrics file at '{path}': train first, or check the path.")
+        raise MissingFile(f"There is no metrics file at '{path}': train first, or check the path.")
     from .training import read_rows
 
     return read_rows(path)
@@ -445,5 +447,5 @@ def _to_array(image: Tensor) -> np.ndarray:
     """[H, W, 3 | 1] -> numpy in [0, 1]."""
     image = torch.as_tensor(image).detach().cpu().float()
     if image.dim() != 3 or image.shape[-1] not in (1, 3):
-        raise ValueError(f"An image to show must be [H, W, 3] or [H, W, 1], got {tuple(image.shape)}.")
+        raise UserError(f"An image to show must be [H, W, 3] or [H, W, 1], got {tuple(image.shape)}.")
     return image.clamp(0, 1).numpy()

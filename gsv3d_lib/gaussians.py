@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import MissingFile, UserError
 from .paths import atomic_path
 
 # Axes of a PLY file -> rotation from the world (z up) to the file, as matrix rows and as a quaternion of any length.
@@ -115,14 +116,14 @@ class Gaussians:
         """These Gaussians. Raises ValueError, which names their `origin`, for numbers that are NaN or infinite."""
         for field, tensor in zip(fields(self), self.tensors()):
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"The {field.name} of {origin} hold NaN or infinite numbers: look for what made them.")
+                raise UserError(f"The {field.name} of {origin} hold NaN or infinite numbers: look for what made them.")
         return self
 
     @staticmethod
     def concatenate(scenes: list[Gaussians]) -> Gaussians:
         """One scene with the Gaussians of all of them; at least one."""
         if not scenes:
-            raise ValueError("Gaussians.concatenate needs at least one scene; got an empty list.")
+            raise UserError("Gaussians.concatenate needs at least one scene; got an empty list.")
         columns = zip(*(scene.tensors() for scene in scenes), strict=True)
         return Gaussians(*(torch.cat(parts) for parts in columns))
 
@@ -157,11 +158,11 @@ class Gaussians:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"There is no PLY file at {path}: check the path.")
+            raise MissingFile(f"There is no PLY file at {path}: check the path.")
         table, stated_axes = read_ply_table(path)
         for name in PLY_COLUMNS:
             if name not in table.dtype.names and name not in ("nx", "ny", "nz"):
-                raise ValueError(f"{path} is a PLY, but not one of Gaussian splats: it has no property {name}.")
+                raise UserError(f"{path} is a PLY, but not one of Gaussian splats: it has no property {name}.")
         return _rotate(_decode(table).check_finite(str(path)), axes or stated_axes, to_file=False)
 
 
@@ -170,16 +171,16 @@ def read_ply_table(path: Path) -> tuple[np.ndarray, str]:
     data = path.read_bytes()
     head, end, body = data.partition(b"end_header\n")
     if not data.startswith(b"ply") or not end:
-        raise ValueError(f"{path} is not a PLY file, or it is cut off inside its header.")
+        raise UserError(f"{path} is not a PLY file, or it is cut off inside its header.")
     lines = [line.split() for line in head.decode("ascii", "replace").splitlines()[1:]]
     if ["format", "binary_little_endian", "1.0"] not in lines:
-        raise ValueError(f"{path} is not a binary little-endian PLY: export it again in that format.")
+        raise UserError(f"{path} is not a binary little-endian PLY: export it again in that format.")
     try:
         count, dtype, axes = _parse_header(lines)
     except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a header that is not that of a table of numbers ({error}).") from error
+        raise UserError(f"{path} has a header that is not that of a table of numbers ({error}).") from error
     if len(body) < count * dtype.itemsize:
-        raise ValueError(f"{path} is cut off: its {count} splats take {count * dtype.itemsize} bytes; got {len(body)}.")
+        raise UserError(f"{path} is cut off: its {count} splats take {count * dtype.itemsize} bytes; got {len(body)}.")
     return np.frombuffer(body, dtype, count), axes
 
 
@@ -189,7 +190,7 @@ def _parse_header(lines: list[list[str]]) -> tuple[int, np.dtype, str]:
     elements = [i for i, words in enumerate(lines) if words[:1] == ["element"]]
     first, after = elements[0], (elements + [len(lines)])[1]
     if lines[first][1] != "vertex":
-        raise ValueError("its first element is not vertex")
+        raise UserError("its first element is not vertex")
     properties = [words for words in lines[first:after] if words[:1] == ["property"]]
     return int(lines[first][2]), np.dtype([(words[2], PLY_TYPES[words[1]]) for words in properties]), axes
 
@@ -197,7 +198,7 @@ def _parse_header(lines: list[list[str]]) -> tuple[int, np.dtype, str]:
 def _rotate(gaussians: Gaussians, axes: str, to_file: bool) -> Gaussians:
     """From our axes to those of a file, or back."""
     if axes not in AXES:
-        raise ValueError(f"axes must be one of {', '.join(AXES)}; got {axes!r}.")
+        raise UserError(f"axes must be one of {', '.join(AXES)}; got {axes!r}.")
     if axes == "z-up":
         return gaussians  # leaves every bit as it is
     matrix, quat = (torch.tensor(values).to(gaussians.means) for values in AXES[axes])

@@ -17,6 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch import Tensor
 
+from .errors import MissingFile, UserError
+
 MAX_PIXELS = 100_000_000  # refused above: 400 MB once decoded, which is where a "decompression bomb" begins to hurt
 MAX_SIDE = 2048  # larger pictures are shrunk to this while loading; conditions are at most 576 px
 # Longer side of the object / side of the frame. Measured as max(bounding box width, height) / 128 of alpha > 127 in
@@ -51,38 +53,38 @@ def load_image(source: ImageSource) -> Image.Image:
         return _decode(source, "the given bytes")
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no image file at '{path}': check the path.")
+        raise MissingFile(f"There is no image file at '{path}': check the path.")
     return _decode(path.read_bytes(), f"'{path}'")
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
     if not data:
-        raise ValueError(f"The image {name} is an empty file: copy or download it again.")
+        raise UserError(f"The image {name} is an empty file: copy or download it again.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _to_rgba states our own limit
             image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
-        raise ValueError(_too_large(name, "far")) from None
+        raise UserError(_too_large(name, "far")) from None
     except UnidentifiedImageError:
         message = f"The file {name} is not an image this program can read: save it as PNG, JPEG, WebP or BMP."
-        raise ValueError(message) from None
+        raise UserError(message) from None
     except _BROKEN as error:
-        raise ValueError(_broken(name, error)) from None
+        raise UserError(_broken(name, error)) from None
     return _to_rgba(image, name)
 
 
 def _to_rgba(image: Image.Image, name: str) -> Image.Image:
     if min(image.size) == 0:
-        raise ValueError(f"The image {name} has size {image.width} x {image.height}: give one with pixels in it.")
+        raise UserError(f"The image {name} has size {image.width} x {image.height}: give one with pixels in it.")
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(_too_large(name, f"{image.width} x {image.height} ="))
+        raise UserError(_too_large(name, f"{image.width} x {image.height} ="))
     try:
         image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a JPEG then decodes at 1/2, 1/4 or 1/8 size; others ignore it
         image = ImageOps.exif_transpose(image)  # also reads all pixels, which is where a cut-off file shows
         image = _eight_bit(image)
     except _BROKEN as error:
-        raise ValueError(_broken(name, error)) from None
+        raise UserError(_broken(name, error)) from None
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)  # premultiplies by alpha itself
     return image
 
@@ -111,7 +113,7 @@ def _from_sixteen_bit(image: Image.Image) -> Image.Image:
     # PIL's own convert("L") clips at 255, so that a 16-bit picture comes out almost white.
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"integer pixels must lie in 0..65535, got {values.min()}..{values.max()}")
+        raise UserError(f"integer pixels must lie in 0..65535, got {values.min()}..{values.max()}")
     key = image.info.get("transparency")
     alpha = np.full(values.shape, 255) if key is None else np.where(values == key, 0, 255)
     grey = np.round(values / 257)
@@ -124,9 +126,9 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):
-        raise ValueError(f"An image array must be [H, W] or [H, W, 1, 3 or 4], got shape {tuple(shape)}.")
+        raise UserError(f"An image array must be [H, W] or [H, W, 1, 3 or 4], got shape {tuple(shape)}.")
     if 0 in shape:
-        raise ValueError(f"The image array has no pixels (shape {tuple(shape)}): give one with pixels in it.")
+        raise UserError(f"The image array has no pixels (shape {tuple(shape)}): give one with pixels in it.")
     return Image.fromarray(np.ascontiguousarray(_array_to_bytes(array)))
 
 
@@ -137,9 +139,9 @@ def _array_to_bytes(array: np.ndarray) -> np.ndarray:
         return np.round(array / 257).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise ValueError(f"A float image must be finite and in [0, 1], got {array.min()} to {array.max()}.")
+            raise UserError(f"A float image must be finite and in [0, 1], got {array.min()} to {array.max()}.")
         return np.round(array.astype(np.float64) * 255).astype(np.uint8)
-    raise ValueError(f"An image array must be uint8, uint16 or float in [0, 1], got {array.dtype}.")
+    raise UserError(f"An image array must be uint8, uint16 or float in [0, 1], got {array.dtype}.")
 
 
 def cut_out(image: Image.Image, method: str = "auto") -> Image.Image:
@@ -151,11 +153,11 @@ def cut_out(image: Image.Image, method: str = "auto") -> Image.Image:
     Raises ValueError when the picture holds no object that can be told from its background.
     """
     if method not in ("auto", "rembg", "plain"):
-        raise ValueError(f"Background removal is 'auto', 'rembg' or 'plain', got {method!r}.")
+        raise UserError(f"Background removal is 'auto', 'rembg' or 'plain', got {method!r}.")
     if method == "auto" and np.asarray(image.getchannel("A")).min() < 250:
         return image
     if method == "rembg" and not _has_rembg():
-        raise ValueError("rembg is not installed: pip install 'rembg[cpu]', or let the background be 'plain'.")
+        raise UserError("rembg is not installed: pip install 'rembg[cpu]', or let the background be 'plain'.")
     if method == "rembg" or (method == "auto" and _has_rembg()):
         import rembg  # an optional extra; it downloads its network's weights when first used
 
@@ -183,7 +185,7 @@ def _plain_cut_out(image: Image.Image) -> Image.Image:
     distance = np.linalg.norm(rgb - backdrop, axis=-1)
     background = _background_regions(distance / tolerance)
     if _border_values(background).mean() < 0.5:
-        raise ValueError(_NOT_PLAIN)
+        raise UserError(_NOT_PLAIN)
     alpha = _soften_edge(_largest_component(~background), distance)[..., None]
     rgb = (rgb - (1 - alpha) * backdrop) / np.maximum(alpha, 1e-3)  # takes the backdrop's tint out of the edge
     rgba = np.concatenate([rgb, alpha], axis=-1).clip(0, 1)
@@ -212,7 +214,7 @@ def _fit_backdrop(rgb: np.ndarray) -> tuple[np.ndarray, float]:
         residual = np.linalg.norm(colours - border @ fit, axis=-1)
     noise = float(np.median(residual))
     if noise > 0.06:
-        raise ValueError(_NOT_PLAIN)
+        raise UserError(_NOT_PLAIN)
     return basis @ fit, max(0.06, 4 * noise)  # of the RGB cube's side: 0.06 is above JPEG noise
 
 
@@ -232,7 +234,7 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     if sizes.max() < 1e-3 * mask.size:
-        raise ValueError("No object found: the picture is one plain colour; give a picture that shows the object.")
+        raise UserError("No object found: the picture is one plain colour; give a picture that shows the object.")
     return labels == sizes.argmax()
 
 
@@ -254,7 +256,7 @@ def prepare_condition(
     background: how the object is found, see `cut_out`. Raises ValueError when there is no object to show.
     """
     if size < 1 or (fill is not None and not 0.05 <= fill <= 1):
-        raise ValueError(f"The size must be >= 1 and fill in [0.05, 1] (or None), got size {size}, fill {fill}.")
+        raise UserError(f"The size must be >= 1 and fill in [0.05, 1] (or None), got size {size}, fill {fill}.")
     rgba = np.asarray(cut_out(load_image(source), background)).astype(np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]  # premultiplied: invisible colours must not bleed in when averaged
     box = _object_box(rgba[..., 3])
@@ -268,7 +270,7 @@ def prepare_condition(
 def _object_box(alpha: np.ndarray) -> tuple[slice, slice]:
     rows, columns = (np.flatnonzero((alpha > VISIBLE_ALPHA).any(axis=axis)) for axis in (1, 0))
     if len(rows) == 0:
-        raise ValueError("No object found: the picture is fully transparent; give one in which the object is visible.")
+        raise UserError("No object found: the picture is fully transparent; give one in which the object is visible.")
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .config import Config, preset, schedule_field
+from .errors import MissingFile, UserError
 from .paths import ROOT, resolve
 from .plan import GB, plan
 from .plan import STAGES as PLANNED
@@ -76,18 +77,18 @@ def check_request(scale: str, stages: list[str], data: list[str], processes: int
     """What is wrong in the request itself. Raises ValueError."""
     config = preset(scale)
     if not data:
-        raise ValueError("A training needs data: name dataset folders, or one folder of shards.")
+        raise UserError("A training needs data: name dataset folders, or one folder of shards.")
     if processes < 1:
-        raise ValueError(f"A training needs one process or more; got {processes}.")
+        raise UserError(f"A training needs one process or more; got {processes}.")
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
-        raise ValueError(f"The stages are {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}.")
+        raise UserError(f"The stages are {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}.")
     if stages != sorted(stages, key=STAGES.index):
-        raise ValueError(f"Stages build on each other, so give them in this order: {', '.join(STAGES)}.")
+        raise UserError(f"Stages build on each other, so give them in this order: {', '.join(STAGES)}.")
     for stage in stages:
         batch = getattr(config, schedule_field(stage)).batch
         if batch % processes:
-            raise ValueError(f"The batch of {stage}, {batch}, cannot be shared equally by {processes} processes.")
+            raise UserError(f"The batch of {stage}, {batch}, cannot be shared equally by {processes} processes.")
 
 
 def check(scale: str, stages: list[str], data: list[str], processes: int, out: Path) -> None:
@@ -101,17 +102,17 @@ def check(scale: str, stages: list[str], data: list[str], processes: int, out: P
             fetched = (
                 f" (`python -m gsv3d_lib.sv3d stabilityai/sv3d --download --out {out}`)" if scale == "paper" else ""
             )
-            raise ValueError(
+            raise UserError(
                 f"{stage} needs {', '.join(missing)}: add them to the stages, or put their weights into "
                 f"{out / 'weights'}{fetched}."
             )
     for folder in data:
         if not (resolve(folder) / "index.json").is_file():
-            raise FileNotFoundError(
+            raise MissingFile(
                 f"There is no dataset in {folder}; make it with `python -m gsv3d_lib.make_dataset --out {folder} ...`."
             )
         if len(data) > 1 and is_shards(resolve(folder)):
-            raise ValueError(f"{folder} holds shards, and a training reads one folder of those and nothing else.")
+            raise UserError(f"{folder} holds shards, and a training reads one folder of those and nothing else.")
 
 
 def report(config: Config, stages: list[str], processes: int = 1) -> str:

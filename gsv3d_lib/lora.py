@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from .errors import MissingFile, UserError
 from .paths import reason
 
 IDLE = (".attn2.to_q.", ".attn2.to_k.")  # in the names of layers that cannot change any result
@@ -49,15 +50,15 @@ def load_lora(unet, folder: str | Path):
     """
     path = Path(folder) / "pytorch_lora_weights.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"No LoRA at {path}; train one with `make train-tiny` or pass lora=False (--no-lora).")
+        raise MissingFile(f"No LoRA at {path}; train one with `make train-tiny` or pass lora=False (--no-lora).")
     try:
         with safe_open(path, "pt") as file:
             stored = len(file.keys())
         unet.load_lora_adapter(str(folder), prefix=None, weight_name=path.name, adapter_name="default")
         if stored != len(lora_parameters(unet)):
-            raise ValueError(f"it has {stored} tensors, this U-Net's LoRA {len(lora_parameters(unet))}")
+            raise UserError(f"it has {stored} tensors, this U-Net's LoRA {len(lora_parameters(unet))}")
     except Exception as error:  # safetensors, peft and torch each raise their own kinds, some of many lines
-        raise ValueError(
+        raise UserError(
             f"The LoRA at {path} cannot be read or does not fit ({reason(error)}); copy or train it again."
         ) from error
     return unet

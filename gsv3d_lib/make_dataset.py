@@ -31,6 +31,7 @@ from .blender import check_python, render_cycles
 from .cameras import orbit_cameras
 from .command import check_writable, exit_code, positive
 from .dataset import RING, RING_ELEVATION, ObjectViews, list_objects, write_index, write_object
+from .errors import UserError
 from .objects import FAMILIES
 from .paths import atomic_path
 from .raycast import render_mesh
@@ -51,9 +52,9 @@ def dataset_angles(
     ring: the range from which the ring's one elevation is drawn.
     """
     if views < RING:
-        raise ValueError(f"An object has at least the {RING} views of the ring; got {views}.")
+        raise UserError(f"An object has at least the {RING} views of the ring; got {views}.")
     if not -90 < ring[0] <= ring[1] < 90:
-        raise ValueError(f"The ring's elevation is drawn from LOW to HIGH degrees between -90 and 90; got {ring}.")
+        raise UserError(f"The ring's elevation is drawn from LOW to HIGH degrees between -90 and 90; got {ring}.")
     rng, free = np.random.default_rng(seed), views - RING
     azimuths = np.concatenate([np.arange(RING) * 360 / RING, rng.uniform(0, 360, free)])
     elevations = np.concatenate([np.full(RING, 0.0), rng.uniform(*RANDOM_ELEVATIONS, free)])
@@ -78,7 +79,7 @@ def render_object(
     cameras = orbit_cameras(azimuths, elevations, size)
     rgba, depth = render_cycles(mesh, cameras, blender) if blender else render_mesh(mesh, cameras, supersample)
     if not depth.any(axis=(1, 2)).all():
-        raise ValueError("it is invisible in some view.")
+        raise UserError("it is invisible in some view.")
     pictures = ObjectViews(job.id, np.round(rgba * 255).astype(np.uint8), depth, cameras, azimuths, elevations)
     if job.path:
         row = {"id": job.id, "source": "mesh", "file": job.path.name} | job.facts
@@ -153,7 +154,7 @@ def skipped_rows(folder: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it.") from error
+        raise UserError(f"{path} cannot be read ({error}); delete it.") from error
 
 
 def _write_lists(out: Path, rows: dict[str, dict], reasons: dict[str, str]) -> None:
@@ -171,7 +172,7 @@ def check_alike(out: Path, rows: Iterable[dict], views: int, size: int) -> None:
     for row in rows:
         have = row.get("views", views), row.get("size", size)
         if have != (views, size):
-            raise ValueError(
+            raise UserError(
                 f"{out} holds objects of {have[0]} views of {have[1]} px, not {views} of {size} px; give another --out."
             )
 
@@ -256,7 +257,7 @@ def run(options: argparse.Namespace) -> None:
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """The jobs that a command line names."""
     if (options.ids and not (options.scans or options.objaverse)) or (options.licences and not options.objaverse):
-        raise ValueError("--ids chooses among --scans or --objaverse, and --licences among --objaverse, only.")
+        raise UserError("--ids chooses among --scans or --objaverse, and --licences among --objaverse, only.")
     ids = read_ids(options.ids) if options.ids else None
     if options.scans:
         return scan_jobs(options.scans, ids)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .cameras import Cameras, orbit_cameras
+from .errors import UserError
 from .gaussians import Gaussians
 from .paths import atomic_path
 from .rendering import render
@@ -44,7 +45,7 @@ def fuse_mesh(
     Raises ValueError when the Gaussians show no surface from any side.
     """
     if len(gaussians) == 0:
-        raise ValueError("There are no Gaussians to make a mesh of: check the opacities, or prune less.")
+        raise UserError("There are no Gaussians to make a mesh of: check the opacities, or prune less.")
     cameras = sphere_cameras(num_views, size)
     with torch.no_grad():
         rgb, depth, alpha = render(gaussians, cameras)
@@ -113,11 +114,11 @@ def _check_views(rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras) ->
     frame = (len(cameras), cameras.height, cameras.width)
     shapes = [tuple(image.shape) for image in (rgb, depth, alpha)]
     if shapes != [(*frame, 3), (*frame, 1), (*frame, 1)]:
-        raise ValueError(f"{frame[0]} cameras of {frame[1:]} pixels need rgb, depth, alpha to match, got {shapes}.")
+        raise UserError(f"{frame[0]} cameras of {frame[1:]} pixels need rgb, depth, alpha to match, got {shapes}.")
     rgb, depth, alpha = (image.detach().cpu().float().numpy() for image in (rgb, depth, alpha))
     alpha = np.where((alpha >= SURFACE_ALPHA) & (depth > 0), alpha, 0)
     if not alpha.any():
-        raise ValueError("No view shows a surface to make a mesh of: the Gaussians are too faint or outside the frame.")
+        raise UserError("No view shows a surface to make a mesh of: the Gaussians are too faint or outside the frame.")
     return rgb, depth[..., 0], alpha[..., 0]
 
 
@@ -127,7 +128,7 @@ def _check_views(rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras) ->
 def _fuse(depth: np.ndarray, alpha: np.ndarray, cameras: Cameras, resolution: int) -> np.ndarray:
     """Depth and alpha [V, H, W] -> truncated signed distance [R, R, R] in units of the truncation, positive outside."""
     if resolution < 8:
-        raise ValueError(f"The grid needs a resolution of at least 8 points per axis, got {resolution}.")
+        raise UserError(f"The grid needs a resolution of at least 8 points per axis, got {resolution}.")
     axis = np.linspace(-EXTENT, EXTENT, resolution, dtype=np.float32)
     truncation = TRUNCATION * (axis[1] - axis[0])
     total, weights = np.zeros((2, resolution, resolution, resolution), dtype=np.float32)
@@ -174,9 +175,7 @@ def _keep_large_pieces(grid: np.ndarray) -> np.ndarray:
 
     labels, count = ndimage.label(grid < 0, structure=np.ones((3, 3, 3)))
     if count == 0:
-        raise ValueError(
-            "The views agree on no solid: the Gaussians may be too faint, or too thin for this resolution."
-        )
+        raise UserError("The views agree on no solid: the Gaussians may be too faint, or too thin for this resolution.")
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     kept = (sizes >= MIN_COMPONENT * sizes.sum())[labels]
@@ -234,7 +233,7 @@ def save_mesh(mesh: trimesh.Trimesh, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"Meshes are saved as {', '.join(FORMATS)}, got the file name '{path.name}'.")
+        raise UserError(f"Meshes are saved as {', '.join(FORMATS)}, got the file name '{path.name}'.")
     data = _glb_bytes(mesh) if path.suffix.lower() == ".glb" else mesh.export(file_type=path.suffix[1:].lower())
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)

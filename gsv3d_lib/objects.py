@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import textures as tx
+from .errors import UserError
 from .shapes import (
     ball,
     box,
@@ -46,7 +47,7 @@ def procedural_object(seed: int, family: str | None = None) -> trimesh.Trimesh:
     """
     family = family or family_of(seed)
     if family not in FAMILIES:
-        raise ValueError(f"Unknown family {family!r}; choose one of {', '.join(FAMILIES)}.")
+        raise UserError(f"Unknown family {family!r}; choose one of {', '.join(FAMILIES)}.")
     rng = np.random.default_rng([seed, zlib.crc32(family.encode())])
     mesh = join(FAMILIES[family](rng))
     mesh.metadata["family"] = family

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .cameras import Cameras, orbit_cameras
 from .dataset import RING, Scene, ViewTensors, read_cache
+from .errors import UserError
 from .paths import atomic_path
 from .vae import encode
 
@@ -143,7 +144,7 @@ def relative_azimuths(scene: Scene, start: int, chosen: Tensor) -> Tensor:
 def ring_frames(start: int, num_frames: int) -> Tensor:
     """Ring indices [N] of an orbit in SV3D's order: evenly spaced, `start` last. N must divide 16."""
     if RING % num_frames:
-        raise ValueError(f"An orbit on a ring of {RING} views has 1, 2, 4, 8 or 16 frames, not {num_frames}.")
+        raise UserError(f"An orbit on a ring of {RING} views has 1, 2, 4, 8 or 16 frames, not {num_frames}.")
     return (start + torch.arange(1, num_frames + 1) * (RING // num_frames)) % RING
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from .cameras import DISTANCE, intrinsics, look_at, opengl_to_opencv, orbit_cameras
 from .command import check_writable, exit_code
 from .dataset import FRONT, RING, ObjectViews, write_index, write_object
+from .errors import MissingFile, UserError
 from .images import MAX_SIDE, cut_out, load_image
 from .make_dataset import RANDOM_VIEWS, check_alike, existing_rows
 from .sources import plain_id
@@ -73,14 +74,12 @@ def read_photos(source: str | Path, max_side: int = 512, background: str = "auto
     """
     path = Path(source) / "transforms.json" if Path(source).is_dir() else Path(source)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no {path}: photographs need their cameras, in a transforms.json beside them."
-        )
+        raise MissingFile(f"There is no {path}: photographs need their cameras, in a transforms.json beside them.")
     try:
         scene = json.loads(path.read_text())
         frames = [{**scene, **frame} for frame in scene["frames"]]  # a frame's own lens wins over the common one
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no transforms.json with a list of frames ({error}).") from error
+        raise UserError(f"{path} is no transforms.json with a list of frames ({error}).") from error
     photos, left_out = [], []
     for frame in frames:
         try:
@@ -97,7 +96,7 @@ class LeftOut(ValueError):
 def _read_photo(folder: Path, frame: dict, max_side: int, background: str) -> Photo:
     name = frame.get("file_path")
     if not isinstance(name, str):
-        raise ValueError(f"Every frame of transforms.json names its photograph as file_path; one has {name!r}.")
+        raise UserError(f"Every frame of transforms.json names its photograph as file_path; one has {name!r}.")
     image = load_image(_with_suffix(folder / name))
     K, c2w = frame_intrinsics(frame, *image.size), _pose(frame)
     try:
@@ -134,9 +133,9 @@ def frame_intrinsics(frame: dict, width: int, height: int) -> Tensor:
     distorted = [key for key in DISTORTION if frame.get(key)]
     if distorted or model not in PINHOLE:
         what = f"{distorted[0]} = {frame[distorted[0]]}" if distorted else f"camera_model {model}"
-        raise ValueError(f"{name} has a lens with distortion ({what}): undistort the photographs first.")
+        raise UserError(f"{name} has a lens with distortion ({what}): undistort the photographs first.")
     if "fl_x" in frame and "w" not in frame and max(width, height) == MAX_SIDE:  # `load_image` may have shrunk it
-        raise ValueError(
+        raise UserError(
             f"{name} is a large picture: transforms.json says with w and h for which size its fl_x is meant."
         )
     try:
@@ -144,11 +143,11 @@ def frame_intrinsics(frame: dict, width: int, height: int) -> Tensor:
         fx = float(frame["fl_x"]) if "fl_x" in frame else w / 2 / np.tan(float(frame["camera_angle_x"]) / 2)
         fy, cx, cy = (float(frame.get(key, value)) for key, value in (("fl_y", fx), ("cx", w / 2), ("cy", h / 2)))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} has no lens: transforms.json gives camera_angle_x or fl_x, in numbers.") from error
+        raise UserError(f"{name} has no lens: transforms.json gives camera_angle_x or fl_x, in numbers.") from error
     if not (np.isfinite([fx, fy, cx, cy]).all() and min(fx, fy, w, h) > 0):
-        raise ValueError(f"{name} has an impossible lens: fl_x {fx:g}, fl_y {fy:g}, {w:g} x {h:g} pixels.")
+        raise UserError(f"{name} has an impossible lens: fl_x {fx:g}, fl_y {fy:g}, {w:g} x {h:g} pixels.")
     if abs(width / w * h / height - 1) > 0.02:
-        raise ValueError(f"{name} has {width} x {height} pixels, but its lens is given for {w:g} x {h:g}.")
+        raise UserError(f"{name} has {width} x {height} pixels, but its lens is given for {w:g} x {h:g}.")
     K = torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64)
     return K * torch.tensor([[width / w], [height / h], [1.0]], dtype=torch.float64)
 
@@ -161,9 +160,9 @@ def _pose(frame: dict) -> Tensor:
         rotation = matrix[:3, :3]
         error = (rotation @ rotation.T - torch.eye(3)).abs().max() + (torch.linalg.det(rotation) - 1).abs()
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as reason:
-        raise ValueError(f"{frame['file_path']} has no transform_matrix of 4 x 4 numbers.") from reason
+        raise UserError(f"{frame['file_path']} has no transform_matrix of 4 x 4 numbers.") from reason
     if not (error < 1e-2 and matrix.isfinite().all()):
-        raise ValueError(
+        raise UserError(
             f"The transform_matrix of {frame['file_path']} is no camera pose: it does not only turn and move."
         )
     return opengl_to_opencv(matrix)
@@ -233,7 +232,7 @@ def find_world(photos: list[Photo], turn: Tensor) -> World:
     points = torch.cartesian_prod(axis, axis, axis) @ turn + center  # the grid stands upright
     inside = sum(silhouette(p, points).int() for p in photos) >= 0.9 * len(photos)
     if not inside.any():
-        raise ValueError("The silhouettes of the photographs do not meet in one object: check cameras and cut-outs.")
+        raise UserError("The silhouettes of the photographs do not meet in one object: check cameras and cut-outs.")
     hull = points[inside] @ turn.T
     middle = (hull.amin(0) + hull.amax(0)) / 2
     return World(middle @ turn, float((hull - middle).norm(dim=-1).max()), turn)
@@ -313,7 +312,7 @@ def ring_and_free(azimuths: np.ndarray, elevations: np.ndarray, views: int, fron
     Raises ValueError where there are fewer than 16, or where they do not go around the object.
     """
     if len(azimuths) < RING:
-        raise ValueError(f"A ring takes {RING} photographs; {len(azimuths)} can be used.")
+        raise UserError(f"A ring takes {RING} photographs; {len(azimuths)} can be used.")
     gaps = np.abs((azimuths[None] - np.arange(RING)[:, None] * 360 / RING + 180) % 360 - 180)  # [16, P]
     costs = gaps**2 + (elevations - np.median(elevations))[None] ** 2
     if front is not None:
@@ -321,7 +320,7 @@ def ring_and_free(azimuths: np.ndarray, elevations: np.ndarray, views: int, fron
     ring = linear_sum_assignment(costs)[1]
     worst = int(gaps[np.arange(RING), ring].argmax())
     if gaps[worst, ring[worst]] > MAX_GAP:
-        raise ValueError(
+        raise UserError(
             f"The photographs do not go around the object: at azimuth {worst * 360 / RING:g} degrees the nearest is "
             f"{gaps[worst, ring[worst]]:.0f} degrees away, more than {MAX_GAP:g}."
         )
@@ -348,7 +347,7 @@ def object_from(
     positions = world.positions(photos)
     distances = positions.norm(dim=-1)
     if distances.min() <= 1.01:
-        raise ValueError(f"The camera of {photos[int(distances.argmin())].name} stands inside the object's unit ball.")
+        raise UserError(f"The camera of {photos[int(distances.argmin())].name} stands inside the object's unit ball.")
     azimuths = torch.rad2deg(torch.atan2(positions[:, 1], positions[:, 0])).numpy()
     elevations = torch.rad2deg(torch.asin(positions[:, 2] / distances)).numpy()
     first = _index_of(front, photos) if front else None
@@ -369,7 +368,7 @@ def object_from(
 def _index_of(name: str, photos: list[Photo]) -> int:
     names = [Path(p.name).stem for p in photos]
     if Path(name).stem not in names:
-        raise ValueError(f"There is no photograph {name}; there are {', '.join(names[:3])}, ...")
+        raise UserError(f"There is no photograph {name}; there are {', '.join(names[:3])}, ...")
     return names.index(Path(name).stem)
 
 
@@ -411,15 +410,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     if (args.center is None) != (args.radius is None) or args.views < RING or args.size < 8:
-        raise ValueError(f"Give --center and --radius together, {RING} views or more and 8 pixels or more.")
+        raise UserError(f"Give --center and --radius together, {RING} views or more and 8 pixels or more.")
     if args.radius is not None and not args.radius > 0:
-        raise ValueError(f"--radius is the object's, above 0; got {args.radius:g}.")
+        raise UserError(f"--radius is the object's, above 0; got {args.radius:g}.")
     check_writable(args.out / "index.json")
     photos, left_out = read_photos(args.folder, 4 * args.size, args.background)
     for reason in left_out:
         print(f"left out {reason}")
     if len(photos) < RING:
-        raise ValueError(f"A ring takes {RING} photographs; {len(photos)} of {args.folder} can be used.")
+        raise UserError(f"A ring takes {RING} photographs; {len(photos)} of {args.folder} can be used.")
     turn = upright(photos) if args.up == "auto" else torch.eye(3, dtype=torch.float64)
     given = args.center and World(torch.tensor(args.center, dtype=torch.float64), args.radius, turn)
     id = plain_id(args.id or (args.folder if args.folder.is_dir() else args.folder.parent).resolve().name)

@@ -22,6 +22,7 @@ from .config import Config, preset
 from .diffusion import Condition, sample
 from .elevation import Elevation, load_elevation
 from .encoders import condition_from, image_features
+from .errors import MissingFile, UserError
 from .gaussians import Gaussians
 from .images import VISIBLE_ALPHA, prepare_condition
 from .lora import load_lora, merged_lora, set_lora_scale
@@ -125,7 +126,7 @@ class GSV3DPipeline:
         rgb, mask = self.condition_image(image, mask)
         frames = self.config.num_frames if num_frames is None else num_frames
         if frames < 1:
-            raise ValueError(f"An orbit has 1 view or more; got num_frames = {frames}.")
+            raise UserError(f"An orbit has 1 view or more; got num_frames = {frames}.")
         elevation = self.elevation_of(rgb) if elevation is None else float(elevation)
         if lora_scale is not None:
             set_lora_scale(self.unet, lora_scale)
@@ -163,12 +164,12 @@ class GSV3DPipeline:
             and ((mask >= 0) & (mask <= 1)).all()
             and (mask >= VISIBLE_ALPHA).any()
         ):
-            raise ValueError(
+            raise UserError(
                 f"A mask, float [{size}, {size}, 1] in [0, 1] and not empty, goes with a condition image, both from "
                 "`prepare_condition`. A picture's own mask is its alpha channel."
             )
         if image.shape != (size, size, 3) or not image.is_floating_point() or not ((image >= 0) & (image <= 1)).all():
-            raise ValueError(
+            raise UserError(
                 f"A tensor is taken for the condition image, float [{size}, {size}, 3] in [0, 1] on white; got "
                 f"{image.dtype} {list(image.shape)}. Give other pictures as a path, a PIL image or an array."
             )
@@ -177,7 +178,7 @@ class GSV3DPipeline:
     def elevation_of(self, rgb: Tensor) -> float:
         """Estimated elevation in degrees of the camera that took the condition image [S, S, 3], see `elevation.py`."""
         if self.estimator is None:
-            raise ValueError(
+            raise UserError(
                 "This checkpoint cannot estimate elevations: give one in degrees, or fit an estimator with "
                 "`python -m gsv3d_lib.elevation`."
             )
@@ -210,7 +211,7 @@ def load_config(folder: str | Path) -> Config:
     """
     path = Path(folder) / "gsv3d.json"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{folder} is no GSV3D checkpoint: gsv3d.json is missing. The shipped one is data/checkpoints/tiny; "
             "`make train-tiny` makes your own."
         )
@@ -219,7 +220,7 @@ def load_config(folder: str | Path) -> Config:
         base, fields = preset(stored["name"]), {f.name: f for f in dataclasses.fields(Config)}
         values = {name: _typed(getattr(base, name), value) for name, value in stored.items() if name in fields}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy it again from a whole checkpoint.") from error
+        raise UserError(f"{path} cannot be read ({error}); copy it again from a whole checkpoint.") from error
     return dataclasses.replace(base, **values)
 
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from .cameras import Cameras
 from .command import exit_code, positive
 from .config import Config, preset, schedule_field
+from .errors import UserError
 
 GB = 1e9
 CARDS = (24, 48, 80)  # GB of common GPUs
@@ -226,7 +227,7 @@ def build_stage(config: Config, stage: str):
     from .train import recomputed
 
     if stage not in STAGES:
-        raise ValueError(f"plan knows the stages {', '.join(STAGES)}; got {stage!r}.")
+        raise UserError(f"plan knows the stages {', '.join(STAGES)}; got {stage!r}.")
     if stage == "diffusion":
         models = models_on_meta(config, "unet", "clip")
         recomputed(models["unet"], config)
@@ -488,7 +489,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     if not args.tflops > 0:
-        raise ValueError(f"--tflops is more than 0; got {args.tflops}.")
+        raise UserError(f"--tflops is more than 0; got {args.tflops}.")
     changes = {"num_frames": args.frames, "lora_rank": args.rank, "checkpointing": args.checkpointing}
     config = preset(args.scale, **{name: value for name, value in changes.items() if value is not None})
     if args.stage == "inference":

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .cameras import Y_UP_TO_Z_UP, Cameras, ray_grid
+from .errors import MissingFile, UserError
 
 if TYPE_CHECKING:
     import trimesh
@@ -48,10 +49,10 @@ def load_mesh(path: str | Path, up: str | None = None) -> trimesh.Scene:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no mesh file at {path}.")
+        raise MissingFile(f"There is no mesh file at {path}.")
     up = up or ("y" if path.suffix.lower() in Y_UP_SUFFIXES else "z")
     if up not in ("y", "z"):
-        raise ValueError(f"up must be 'y' or 'z', but is {up!r}.")
+        raise UserError(f"up must be 'y' or 'z', but is {up!r}.")
     return normalized(read_scene(path), Y_UP_TO_Z_UP.numpy() if up == "y" else np.eye(4))
 
 
@@ -74,14 +75,14 @@ def read_scene(path: Path, *places: Path) -> trimesh.Scene:
                 if candidate.is_file() and _readable(candidate):
                     return candidate.read_bytes()
             missing.append(name)
-            raise FileNotFoundError(name)
+            raise MissingFile(name)
 
     try:
         scene = trimesh.load_scene(path, resolver=Resolver(str(path)))
     except Exception as error:  # each reader raises its own kinds
-        raise ValueError(f"Cannot read {path.name} as a mesh ({type(error).__name__}: {error}).") from error
+        raise UserError(f"Cannot read {path.name} as a mesh ({type(error).__name__}: {error}).") from error
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{path.name} names {missing[0]}, which is not there or cannot be read; without it, all would be grey."
         )
     _keep_vertex_colors(scene)
@@ -124,7 +125,7 @@ def normalized(mesh: trimesh.Trimesh | trimesh.Scene, turn: np.ndarray | None = 
     center = (points.min(0) + points.max(0)) / 2
     radius = np.linalg.norm(points - center, axis=1).max()
     if not radius > 0 or not np.isfinite(radius):
-        raise ValueError(f"The mesh cannot be scaled into the unit ball: its radius is {radius}.")
+        raise UserError(f"The mesh cannot be scaled into the unit ball: its radius is {radius}.")
     for part in parts:
         part.apply_translation(-center)
         part.apply_scale(1 / radius)
@@ -142,7 +143,7 @@ def render_mesh(
     (glTF's KHR_texture_transform) are ignored.
     """
     if supersample < 1:
-        raise ValueError(f"supersample must be at least 1, but is {supersample}.")
+        raise UserError(f"supersample must be at least 1, but is {supersample}.")
     target, cameras = Target(mesh), cameras.to("cpu")
     views = [_render_view(target, cameras[v : v + 1], supersample) for v in range(len(cameras))]
     return np.stack([rgba for rgba, _ in views]), np.stack([depth for _, depth in views])
@@ -246,7 +247,7 @@ def _parts(mesh: trimesh.Trimesh | trimesh.Scene) -> list[trimesh.Trimesh]:
     parts = mesh.dump() if isinstance(mesh, trimesh.Scene) else [mesh]
     parts = [part for part in parts if isinstance(part, trimesh.Trimesh) and len(part.faces)]
     if not parts:
-        raise ValueError("The mesh has no triangles.")
+        raise UserError("The mesh has no triangles.")
     return parts
 
 

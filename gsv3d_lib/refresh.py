@@ -20,6 +20,7 @@ import nbformat
 from tqdm import tqdm
 
 from .doctor import usable_cores
+from .errors import MissingFile
 from .paths import BEST, ROOT, atomic_path
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -124,9 +125,7 @@ def find_notebooks(numbers: list[str]) -> list[Path]:
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     for number in numbers:
         if not any(path.name.startswith(number) for path in every):
-            raise FileNotFoundError(
-                f"No notebook begins with {number!r}; there are {', '.join(p.stem for p in every)}."
-            )
+            raise MissingFile(f"No notebook begins with {number!r}; there are {', '.join(p.stem for p in every)}.")
     return [path for path in every if not numbers or any(path.name.startswith(n) for n in numbers)]
 
 

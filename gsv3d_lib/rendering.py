@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cameras import Cameras
+from .errors import UserError
 from .gaussians import Gaussians
 
 BACKENDS = ("auto", "gsplat", "numba", "torch")
@@ -68,7 +69,7 @@ def _background(background, viewmats: Tensor) -> Tensor:
 def _rasterizer(backend: str, on_cuda: bool):
     """The function behind a backend's name. Imported late: numba takes a second to import, and gsplat wants CUDA."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
+        raise UserError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
     if backend == "auto":
         backend = "gsplat" if on_cuda else "numba"
     if backend == "gsplat":
@@ -76,7 +77,7 @@ def _rasterizer(backend: str, on_cuda: bool):
     if backend == "torch":
         from .reference import rasterize
     elif on_cuda:
-        raise ValueError("backend 'numba' renders CPU tensors: use 'gsplat', or gaussians.to('cpu').")
+        raise UserError("backend 'numba' renders CPU tensors: use 'gsplat', or gaussians.to('cpu').")
     else:
         from .rasterizer import rasterize
     return rasterize
@@ -91,12 +92,12 @@ def rasterize_gsplat(
     Raises ValueError when the tensors are not on a CUDA device or gsplat has no kernels.
     """
     if not means.is_cuda:
-        raise ValueError("backend 'gsplat' renders CUDA tensors: use 'numba', or gaussians.to('cuda').")
+        raise UserError("backend 'gsplat' renders CUDA tensors: use 'numba', or gaussians.to('cuda').")
     import gsplat
     from gsplat.cuda._backend import _C
 
     if _C is None:
-        raise ValueError("gsplat has no CUDA kernels here: install the CUDA toolkit (nvcc), or use backend 'torch'.")
+        raise UserError("gsplat has no CUDA kernels here: install the CUDA toolkit (nvcc), or use backend 'torch'.")
     inputs = (t.float() for t in (means, quats, scales, opacities, colors, viewmats, Ks))
     sums, alpha, _ = gsplat.rasterization(*inputs, width, height, packed=False, render_mode="RGB+D")
     return sums.to(means), alpha.to(means)

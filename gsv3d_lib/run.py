@@ -34,6 +34,7 @@ import nbformat
 import yaml
 
 from .config import parse_setting, preset
+from .errors import MissingFile, UserError
 from .paths import ROOT, atomic_path
 from .refresh import NOTEBOOKS, find_notebooks
 
@@ -53,7 +54,7 @@ def declared_parameters(notebook: Path) -> dict:
         if "parameters" in cell.metadata.get("tags", []):
             nodes = ast.parse(cell.source).body
             return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes if isinstance(node, ast.Assign)}
-    raise ValueError(f"{notebook.name} has no cell with the tag `parameters`.")
+    raise UserError(f"{notebook.name} has no cell with the tag `parameters`.")
 
 
 def check_parameters(given: dict, declared: dict) -> dict:
@@ -77,7 +78,7 @@ def check_parameters(given: dict, declared: dict) -> dict:
             if odd:
                 faults.append(f"{name} is a list of {' or '.join(k.__name__ for k in kinds)}; it holds {odd[0]!r}.")
     if faults:
-        raise ValueError(" ".join(faults))
+        raise UserError(" ".join(faults))
     return given
 
 
@@ -101,13 +102,13 @@ def read_parameters(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in PARAMS.glob("*.yaml")))
-        raise FileNotFoundError(f"There is no parameter file {path}; notebooks/params holds {there}.")
+        raise MissingFile(f"There is no parameter file {path}; notebooks/params holds {there}.")
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ValueError(f"{path.name} should hold lines such as `steps: 200`; it holds a {type(values).__name__}.")
+        raise UserError(f"{path.name} should hold lines such as `steps: 200`; it holds a {type(values).__name__}.")
     return values
 
 
@@ -261,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         (notebook, *others) = find_notebooks([args.number])
         if others:
-            raise ValueError(
+            raise UserError(
                 f"{args.number} begins the names of {1 + len(others)} notebooks; give both digits, such as 05."
             )
         named = PARAMS / f"{args.number}_{args.params}.yaml"

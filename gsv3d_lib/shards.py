@@ -45,6 +45,7 @@ from .cameras import orbit_cameras
 from .command import check_writable, exit_code, positive
 from .dataset import RING, UNREADABLE, Scene, ViewTensors, list_objects, read_object, resize_views
 from .encoders import dino_features
+from .errors import MissingFile, UserError
 from .orbits import Orbits, ShuffledOrder, Variant, digest, encode_rings, make_variants, vae_fingerprint
 from .paths import atomic_path
 
@@ -110,10 +111,10 @@ class ShardViews(ViewTensors):
         """
         index, files, objects = self.files.index, self.files, len(self)
         if vae is not None and vae_fingerprint(vae) != index["vae"]:
-            raise ValueError(f"The latents in {files.folder} were made by another VAE; make the shards with this one.")
+            raise UserError(f"The latents in {files.folder} were made by another VAE; make the shards with this one.")
         stored = dino is not None and index["dino"] is not None
         if stored and digest(dino.state_dict()) != index["dino"]:
-            raise ValueError(f"The features in {files.folder} are another DINO's; make the shards with this one.")
+            raise UserError(f"The features in {files.folder} are another DINO's; make the shards with this one.")
 
         def rings(name: str) -> Lazy:
             def view(item: int, k: int) -> Tensor:
@@ -145,7 +146,7 @@ def open_shards(folder: str | Path, size: int | None = None) -> ShardViews:
     files = ShardFiles(folder)
     index, ids = files.index, [id for shard in files.index["shards"] for id in shard["ids"]]
     if size not in (None, index["size"]):
-        raise ValueError(f"The shards in {folder} are of {index['size']} px, not of {size} px; make others.")
+        raise UserError(f"The shards in {folder} are of {index['size']} px, not of {size} px; make others.")
     shape = (len(ids), index["views"], index["size"], index["size"])
 
     @lru_cache(OPEN_PICTURES)
@@ -184,24 +185,24 @@ def read_index(folder: str | Path) -> dict:
     """The index of a folder of shards, after a look at the length of every file that it names."""
     path = Path(folder) / "index.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no finished shards: index.json is missing; {AGAIN}.")
+        raise MissingFile(f"{folder} holds no finished shards: index.json is missing; {AGAIN}.")
     try:
         index = json.loads(path.read_text())
         expected = {path.with_name(shard["file"]): shard["bytes"] for shard in index["shards"]}
         if index["format"] != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
+            raise UserError(f"its format is not {FORMAT}")
     except (ValueError, KeyError, TypeError) as error:
         if is_dataset(folder):
-            raise ValueError(
+            raise UserError(
                 f"{folder} is a dataset folder, which `train --data` reads; make shards of it with "
                 "`python -m gsv3d_lib.shards`."
             ) from error
-        raise ValueError(f"{path} cannot be read as shards ({error}); delete it and {AGAIN}.") from error
+        raise UserError(f"{path} cannot be read as shards ({error}); delete it and {AGAIN}.") from error
     for file, size in expected.items():
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             have = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise ValueError(f"Shard {file} {have}; delete it and {AGAIN}.")
+            raise UserError(f"Shard {file} {have}; delete it and {AGAIN}.")
     return index
 
 
@@ -220,7 +221,7 @@ class ShardFiles:
         try:
             return how(self._open(path), f"{item - self.firsts[shard]}.{name}")
         except (SafetensorError, IndexError, *UNREADABLE) as error:
-            raise ValueError(_damaged(path, error)) from error
+            raise UserError(_damaged(path, error)) from error
 
 
 def _damaged(path: Path, error: Exception | str) -> str:
@@ -285,12 +286,12 @@ def write_shards(
     an `out` that is a dataset folder, an object that cannot be read, and objects with different numbers of views.
     """
     if not 0 <= share[0] < share[1]:
-        raise ValueError(f"A share is K/N with 0 <= K < N; got {share[0]}/{share[1]}.")
+        raise UserError(f"A share is K/N with 0 <= K < N; got {share[0]}/{share[1]}.")
     if is_dataset(out):
-        raise ValueError(f"{out} is a dataset folder, whose index would be lost: shards need a folder of their own.")
+        raise UserError(f"{out} is a dataset folder, whose index would be lost: shards need a folder of their own.")
     out, rows = Path(out), [(Path(folder), row["id"]) for folder in folders for row in list_objects(folder)]
     if not rows:
-        raise ValueError(f"The dataset folders {[str(f) for f in folders]} hold no objects.")
+        raise UserError(f"The dataset folders {[str(f) for f in folders]} hold no objects.")
     variants, views = make_variants(len(rows), copies, seed), len(read_object(*rows[0]).azimuths)
     facts = {"format": FORMAT, "objects": len(rows), "views": views, "size": size, "copies": copies, "seed": seed}
     facts |= {"latents": [4, size // 8, size // 8], "latent_scale": vae.config.scaling_factor}
@@ -329,7 +330,7 @@ def encode_object(
     """What a shard holds of one object, by name. variants: of this object.  number: of views that it must have."""
     rgb, alpha, depth, azimuths, elevations = columns = resize_views(read_object(folder, id), size)
     if len(rgb) != number:
-        raise ValueError(f"Objects of one training have equally many views; {id} has {len(rgb)}, others {number}.")
+        raise UserError(f"Objects of one training have equally many views; {id} has {len(rgb)}, others {number}.")
     views = ViewTensors([id], *(column[None] for column in columns))
     alone = [replace(variant, index=0) for variant in variants]
     tensors = {"azimuths": azimuths, "elevations": elevations}
@@ -410,15 +411,15 @@ def write_from_checkpoint(options: argparse.Namespace) -> dict | None:
     from .train import load_dino, load_model
 
     if not (options.weights and options.data):
-        raise ValueError("--weights and --data are needed to write shards.")
+        raise UserError("--weights and --data are needed to write shards.")
     share = tuple(int(number) for number in options.share.split("/") if number.isdigit())
     if len(share) != 2:
-        raise ValueError(f"--share takes K/N, for example 0/4; got {options.share!r}.")
+        raise UserError(f"--share takes K/N, for example 0/4; got {options.share!r}.")
     check_writable(Path(options.out) / "index.json")
     config, device = load_config(options.weights), "cuda" if torch.cuda.is_available() else "cpu"
     dino = load_dino(config, Path(options.weights)) if options.features else None
     if options.features and dino is None:
-        raise ValueError(f"The configuration in {options.weights} has no DINO encoder; leave out --features.")
+        raise UserError(f"The configuration in {options.weights} has no DINO encoder; leave out --features.")
     vae, dino = load_model(options.weights, "vae").to(device), dino and dino.to(device)
     sizes = config.image_size, options.copies or config.copies, config.seed
     return write_shards(options.data, vae, options.out, *sizes, dino, share=share)

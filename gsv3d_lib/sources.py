@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .command import check_writable, exit_code
+from .errors import MissingFile, UserError
 from .objects import family_of, procedural_object
 from .paths import atomic_path
 from .raycast import MESH_SUFFIXES, load_mesh, normalized, read_scene
@@ -77,10 +78,10 @@ def mesh_jobs(folder: str | Path, up: str | None = None) -> list[Job]:
     """A job per mesh file below `folder`; the id is the path, without the meaningless last part of `x/model.obj`."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder} to read meshes from.")
+        raise MissingFile(f"There is no folder {folder} to read meshes from.")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in MESH_SUFFIXES)
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no mesh file ({', '.join(MESH_SUFFIXES)}).")
+        raise MissingFile(f"{folder} holds no mesh file ({', '.join(MESH_SUFFIXES)}).")
     jobs: dict[str, Job] = {}
     for path in paths:
         parts = path.relative_to(folder).with_suffix("").parts
@@ -100,11 +101,11 @@ def plain_id(name: str) -> str:
 def read_ids(path: str | Path) -> list[str]:
     """The ids of a text file, one a line; empty lines and what follows # do not count."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no list of ids at {path}; write one id a line into it.")
+        raise MissingFile(f"There is no list of ids at {path}; write one id a line into it.")
     lines = (line.split("#")[0].strip() for line in Path(path).read_text().splitlines())
     ids = list(dict.fromkeys(line for line in lines if line))
     if not ids:
-        raise ValueError(f"{path} holds no id; write one a line into it.")
+        raise UserError(f"{path} holds no id; write one a line into it.")
     return ids
 
 
@@ -119,12 +120,12 @@ def scan_jobs(folder: str | Path, ids: Iterable[str] | None = None) -> list[Job]
     folder = Path(folder)
     names = sorted(path.parent.parent.name for path in folder.glob(f"*/{SCAN_MESH}"))
     if not names:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{folder} holds no Google Scanned Object (NAME/{SCAN_MESH}); unpack each download into a folder of its own."
         )
     missing = sorted(set(ids or ()) - set(names))
     if missing:
-        raise FileNotFoundError(f"{folder} lacks {len(missing)} of the listed scans, for example {missing[0]}.")
+        raise MissingFile(f"{folder} lacks {len(missing)} of the listed scans, for example {missing[0]}.")
     facts = {"source": "Google Scanned Objects", "licence": "CC-BY-4.0"}
     chosen = names if ids is None else sorted(set(ids))
     return [ScanJob(plain_id(name), folder / name / SCAN_MESH, "z", facts=facts) for name in chosen]
@@ -153,12 +154,12 @@ def fetch_annotations(uids: list[str] | None) -> dict[str, dict]:
         known = set(objaverse.load_uids())
         unknown = [uid for uid in uids or () if uid not in known]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"Objaverse knows no object {unknown[0]} ({len(unknown)} unknown in all); correct the list."
             )
         annotations = objaverse.load_annotations(uids)
     except OSError as error:
-        raise ValueError(f"Objaverse's annotations cannot be fetched ({error}); run the command again.") from error
+        raise UserError(f"Objaverse's annotations cannot be fetched ({error}); run the command again.") from error
     return {uid: _catalogue_row(annotations[uid]) for uid in sorted(annotations)}
 
 
@@ -185,19 +186,17 @@ def choose(
     """
     lacking = [uid for uid in uids or () if uid not in catalogue]
     if lacking:
-        raise ValueError(
+        raise UserError(
             f"The catalogue lacks {len(lacking)} of the listed objects, such as {lacking[0]}; delete it and make it again."
         )
     wanted = {LICENCES.get(name.lower(), name) for name in licences or LICENCES}
     unknown = wanted - set(LICENCES.values())
     if unknown:
-        raise ValueError(f"{sorted(unknown)[0]!r} is no licence of Objaverse; they are {', '.join(LICENCES)}.")
+        raise UserError(f"{sorted(unknown)[0]!r} is no licence of Objaverse; they are {', '.join(LICENCES)}.")
     among = set(catalogue if uids is None else uids)
     found = [uid for uid in sorted(catalogue) if uid in among and (not licences or catalogue[uid]["licence"] in wanted)]
     if not found:
-        raise ValueError(
-            f"None of the {len(catalogue)} objects of the catalogue fits the licences and ids; allow more."
-        )
+        raise UserError(f"None of the {len(catalogue)} objects of the catalogue fits the licences and ids; allow more.")
     return {uid: catalogue[uid] for uid in found[:limit]}
 
 
@@ -226,7 +225,7 @@ def download(path: str | Path, uids: Iterable[str], processes: int = 1) -> dict[
             for uid, place in places.items():
                 catalogue[uid]["path"] = str(place)
     except OSError as error:
-        raise ValueError(f"The download stopped ({error}); give the command again to go on.") from error
+        raise UserError(f"The download stopped ({error}); give the command again to go on.") from error
     finally:
         write_catalogue(path, catalogue)
     return {uid: catalogue[uid] for uid in uids}
@@ -237,7 +236,7 @@ def objaverse_jobs(path: str | Path, licences: list[str] | None = None, uids: li
     chosen = choose(read_catalogue(path), licences, uids)
     here = {uid: row for uid, row in chosen.items() if Path(row.get("path", "")).is_file()}
     if not here:
-        raise ValueError(f"No object of {path} is on this machine; fetch them with `python -m gsv3d_lib.sources`.")
+        raise UserError(f"No object of {path} is on this machine; fetch them with `python -m gsv3d_lib.sources`.")
     names = ("licence", "author", "name", "address")
     facts = {uid: {"source": "Objaverse"} | {name: row[name] for name in names} for uid, row in here.items()}
     return [Job(uid, Path(row["path"]), "y", facts=facts[uid]) for uid, row in here.items()]
@@ -246,15 +245,15 @@ def objaverse_jobs(path: str | Path, licences: list[str] | None = None, uids: li
 def read_catalogue(path: str | Path) -> dict[str, dict]:
     """A catalogue file. Raises FileNotFoundError or ValueError with what to do."""
     if not Path(path).is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"There is no catalogue at {path}; make it with `python -m gsv3d_lib.sources --catalogue {path} --annotations`."
         )
     try:
         catalogue = json.loads(Path(path).read_text())
         if not all(isinstance(row["licence"], str) and row["bytes"] >= 0 for row in catalogue.values()):
-            raise ValueError("a row has no licence or no size")
+            raise UserError("a row has no licence or no size")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no catalogue ({error}); delete it and make it again.") from error
+        raise UserError(f"{path} is no catalogue ({error}); delete it and make it again.") from error
     return catalogue
 
 
@@ -267,7 +266,7 @@ def _objaverse():
     try:
         import objaverse
     except ImportError as error:
-        raise ValueError('Objaverse needs a package that is not installed: pip install -e ".[data]".') from error
+        raise UserError('Objaverse needs a package that is not installed: pip install -e ".[data]".') from error
     return objaverse
 
 

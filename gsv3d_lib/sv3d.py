@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .command import check_writable, exit_code
 from .config import Config, preset
+from .errors import MissingFile, UserError
 from .paths import reason
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
 
@@ -144,7 +145,7 @@ def fetch(repo: str, file: str, download: bool) -> Path:
         raise Absent(f"{repo} has no {file}; name a repository in diffusers' layout, or {SINGLE} as a file.") from None
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
         problem = f"{file} of {repo} could not be fetched ({reason(error)}); try again, or give the path of a copy."
-    raise FileNotFoundError(problem)
+    raise MissingFile(problem)
 
 
 # ---------------------------------------------------------------- files
@@ -166,7 +167,7 @@ class Weights:
                 try:
                     handle = opened.enter_context(safe_open(file, framework="pt"))
                 except (SafetensorError, OSError) as error:
-                    raise ValueError(
+                    raise UserError(
                         f"{file} is damaged or no safetensors file ({reason(error)}); fetch or copy it again."
                     ) from error
                 for key in handle.keys():  # noqa: SIM118, a handle is no dict
@@ -205,9 +206,7 @@ def single_file(source: str | Path, download: bool) -> Path | None:
         return fetch(str(source), SINGLE, download) if str(source) == "stabilityai/sv3d" else None
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(
-            f"There is no file or folder {source}; give one, or a Hub name such as stabilityai/sv3d."
-        )
+        raise MissingFile(f"There is no file or folder {source}; give one, or a Hub name such as stabilityai/sv3d.")
     if path.is_dir():
         return path / SINGLE if (path / SINGLE).is_file() else None
     return path
@@ -280,7 +279,7 @@ def compare(part: str, file: str, wanted: dict, found: dict, config: Config) -> 
         return
     kind = unet_kind(found) if part == "unet" else None
     reason = kind or problems[0] + (f" (and {len(problems) - 1} more differences)" if problems[1:] else "")
-    raise ValueError(
+    raise UserError(
         f"{file} does not hold the {part} of SV3D_p in the sizes of {config.name!r}: {reason}; "
         f"use {SINGLE} of stabilityai/sv3d or a folder like chenguolin/sv3d-diffusers."
     )
@@ -332,14 +331,14 @@ def load_part(part: str, source, single: Weights | None, config: Config, svd, do
             return fill(part, single, pieces, config)
     files = find(source, part, download) if single is None else []
     if not files and part == "unet":
-        raise FileNotFoundError(f"{source} has neither {FOLDERS[part]} nor {SINGLE}; name a whole copy of SV3D_p.")
+        raise MissingFile(f"{source} has neither {FOLDERS[part]} nor {SINGLE}; name a whole copy of SV3D_p.")
     if not files:
         try:
             files = find(svd, part, download)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{source} has no {FOLDERS[part]}, and {error} (svd=...)") from error
+            raise MissingFile(f"{source} has no {FOLDERS[part]}, and {error} (svd=...)") from error
     if not files:
-        raise FileNotFoundError(f"Neither {source} nor {svd} has {FOLDERS[part]}; give svd=... a folder that has it.")
+        raise MissingFile(f"Neither {source} nor {svd} has {FOLDERS[part]}; give svd=... a folder that has it.")
     weights = Weights(*files)
     return fill(part, weights, diffusers_pieces(part, list(weights.shapes)), config)
 
@@ -356,7 +355,7 @@ def with_settings(source, svd, config: Config, download: bool) -> Config:
     for settings, values in ((scheduler, expected), (pixels, {"image_mean": [*CLIP_MEAN], "image_std": [*CLIP_STD]})):
         for name, value in values.items():
             if settings.get(name, value) != value:
-                raise ValueError(f"{source} has {name} = {settings[name]}; SV3D has {value}, so this is another model.")
+                raise UserError(f"{source} has {name} = {settings[name]}; SV3D has {value}, so this is another model.")
     sigmas = {name: float(scheduler[name]) for name in ("sigma_min", "sigma_max") if scheduler.get(name)}
     return config.replace(**sigmas)
 
@@ -368,7 +367,7 @@ def read_settings(files: list[Path]) -> dict:
     try:
         return dict(json.loads(files[0].read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{files[0]} cannot be read ({reason(error)}); fetch or copy it again.") from error
+        raise UserError(f"{files[0]} cannot be read ({reason(error)}); fetch or copy it again.") from error
 
 
 def load_dino(dino: str | Path, config: Config, download: bool):
@@ -380,7 +379,7 @@ def load_dino(dino: str | Path, config: Config, download: bool):
     else:
         folder = Path(dino)
         if missing := [file for file in DINO_FILES if not (folder / file).is_file()]:
-            raise FileNotFoundError(f"{dino} has no {missing[0]}; give dino=... a copy of {DINO}, or that name itself.")
+            raise MissingFile(f"{dino} has no {missing[0]}; give dino=... a copy of {DINO}, or that name itself.")
     from transformers import Dinov2Model
 
     try:
@@ -388,9 +387,9 @@ def load_dino(dino: str | Path, config: Config, download: bool):
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # safetensors, transformers and json each raise their own kinds, some of many lines
-        raise ValueError(f"DINOv2 in {folder} cannot be read ({reason(error)}); fetch or copy it again.") from error
+        raise UserError(f"DINOv2 in {folder} cannot be read ({reason(error)}); fetch or copy it again.") from error
     if report["missing_keys"] or model.config.hidden_size != config.dino_width:
-        raise ValueError(f"{folder} is no DINOv2 of width {config.dino_width}; {config.name!r} is built for {DINO}.")
+        raise UserError(f"{folder} is no DINOv2 of width {config.dino_width}; {config.name!r} is built for {DINO}.")
     return model.float().eval()
 
 

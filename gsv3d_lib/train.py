@@ -28,6 +28,7 @@ import torch
 from .command import check_writable, exit_code, positive
 from .config import Config, parse_setting, preset, schedule_field
 from .dataset import ViewTensors, load_views
+from .errors import MissingFile, UserError
 from .paths import atomic_path, reason
 from .shards import ShardViews, open_shards
 from .training import PRECISIONS, read_metrics, train
@@ -127,7 +128,7 @@ def initial(name: str, build: Callable[[Config], torch.nn.Module], config: Confi
         wanted = traits(build(config))
     for key, value in traits(model).items():
         if wanted.get(key) != value:
-            raise ValueError(
+            raise UserError(
                 f"The {name} in {init} is not of this configuration ({key} is {value}, not {wanted.get(key)}); train "
                 "without --init, or without the settings that changed it."
             )
@@ -147,9 +148,7 @@ def take_over(init: Path, run: Path, stages: list[str]) -> None:
     Raises FileNotFoundError where `init` is no checkpoint, ValueError where its weights are damaged.
     """
     if not (init / "gsv3d.json").is_file():
-        raise FileNotFoundError(
-            f"--init {init} is no GSV3D checkpoint: gsv3d.json is missing. Try data/checkpoints/tiny."
-        )
+        raise MissingFile(f"--init {init} is no GSV3D checkpoint: gsv3d.json is missing. Try data/checkpoints/tiny.")
     trained = {PRODUCTS[stage] for stage in stages} | ({"unet"} if "diffusion" in stages else set()) | {"lora"}
     for source in sorted(path for path in init.iterdir() if path.is_dir() and path.name not in trained):
         if not (run / "weights" / source.name).exists():
@@ -251,7 +250,7 @@ def load_model(folder: str | Path, name: str):
     """
     path = Path(folder) / name
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"There are no {name} weights in {folder}; train them with `python -m gsv3d_lib.train --stages ...` "
             "or point to a folder that has them, such as data/checkpoints/tiny."
         )
@@ -259,9 +258,9 @@ def load_model(folder: str | Path, name: str):
         opened = model_classes()[name].from_pretrained(path, local_files_only=True, output_loading_info=True)
         model, differences = opened[0].float().eval(), opened[1]
         if absent := sorted(differences["missing_keys"]):
-            raise ValueError(f"{len(absent)} tensors such as {absent[0]} are missing")
+            raise UserError(f"{len(absent)} tensors such as {absent[0]} are missing")
     except Exception as error:  # safetensors, diffusers and transformers each raise their own kinds, some of many lines
-        raise ValueError(
+        raise UserError(
             f"The {name} weights in {folder} cannot be read ({reason(error)}); copy them again or train them anew."
         ) from error
     if hasattr(model, "register_to_config"):  # diffusers notes the path, which the next `save_pretrained` would pass on
@@ -275,9 +274,7 @@ def export_weights(run: Path, folder: Path) -> None:
 
     weights, folder = Path(run) / "weights", Path(folder)
     if not (weights / "gsv3d.json").is_file():
-        raise FileNotFoundError(
-            f"There are no finished weights in {weights}: --out names the run that --export copies."
-        )
+        raise MissingFile(f"There are no finished weights in {weights}: --out names the run that --export copies.")
     for name in sorted(path.name for path in weights.iterdir() if path.is_dir() and not path.name.startswith(".")):
         if name in model_classes():
             place_whole(
@@ -363,12 +360,12 @@ def views_for(args: argparse.Namespace, config: Config) -> ViewTensors:
     if args.shards is None:
         return load_views(args.data, config.image_size, limit=args.limit, cache=args.out)
     if args.limit is not None:
-        raise ValueError("--limit counts the objects of --data; shards are read whole.")
+        raise UserError("--limit counts the objects of --data; shards are read whole.")
     views = open_shards(args.shards, config.image_size)
     todo = [stage for stage in args.stages if not (args.out / "weights" / PRODUCTS[stage]).is_dir()]
     made = [name for name in ("vae", "dino") if name in todo and views.files.index[name]]
     if made and set(todo) - {"vae", "dino"}:
-        raise ValueError(
+        raise UserError(
             f"{args.shards} holds what an earlier {made[0]} made, which one trained here will not fit: train "
             f"{' and '.join(made)} first, make the shards with it, then train the other stages."
         )

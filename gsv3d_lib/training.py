@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import Schedule
+from .errors import UserError
 from .paths import atomic_path
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -108,16 +109,16 @@ def train(
     use_cuda = torch.cuda.is_available()
     idle = DistributedDataParallelKwargs(find_unused_parameters=True)  # DINO's mask token, the VAE's middle attention
     if precision not in PRECISIONS:
-        raise ValueError(f"The precision is one of {', '.join(PRECISIONS)}; got {precision!r}.")
+        raise UserError(f"The precision is one of {', '.join(PRECISIONS)}; got {precision!r}.")
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and use_cuda) else "no"
     accelerator = Accelerator(cpu=not use_cuda, mixed_precision=mixed, kwargs_handlers=[idle])
     if accelerator.num_processes != processes:
-        raise ValueError(
+        raise UserError(
             f"{processes} processes were asked for, but {accelerator.num_processes} are running; start them with "
             f"`torchrun --standalone --nproc_per_node {processes} -m gsv3d_lib.train --processes {processes} ...`."
         )
     if schedule.batch % processes:
-        raise ValueError(f"A batch of {schedule.batch} cannot be shared equally by {processes} processes.")
+        raise UserError(f"A batch of {schedule.batch} cannot be shared equally by {processes} processes.")
     run_dir = Path(run_dir)
     stage.to(accelerator.device)
     parameters = [p for p in stage.parameters() if p.requires_grad]
@@ -146,13 +147,13 @@ def train(
             with nullcontext() if number == len(parts) else accelerator.no_sync(wrapped):  # processes talk once a step
                 loss, metrics = wrapped(part)
                 if not torch.isfinite(loss):
-                    raise ValueError(f"The loss of step {step} is {loss.item()}; lower the learning rate and resume.")
+                    raise UserError(f"The loss of step {step} is {loss.item()}; lower the learning rate and resume.")
                 accelerator.backward(share * loss)
             for name, value in {"loss": loss, **metrics}.items():
                 values[name] = values.get(name, 0) + share * value.detach()
         norm = accelerator.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(norm):  # a step with it would ruin the weights, and the next checkpoint with them
-            raise ValueError(f"The gradient of step {step} is {float(norm)}; lower the learning rate and resume.")
+            raise UserError(f"The gradient of step {step} is {float(norm)}; lower the learning rate and resume.")
         optimizer.step()
         stage.after_step(step, schedule.steps)
         update_average(average, stage.training_state(), schedule.ema, step)
@@ -180,7 +181,7 @@ def train(
 def check_same_start(starts: list[int], run_dir: Path) -> None:
     """Raises ValueError where the processes resume from different steps, which a folder that is not shared leads to."""
     if len(set(starts)) > 1:
-        raise ValueError(
+        raise UserError(
             f"The processes found different checkpoints in {run_dir} (steps {', '.join(map(str, starts))}); the run folder "
             "must lie on a file system that all machines share."
         )
@@ -255,7 +256,7 @@ def restore(tensors: dict[str, Tensor], prefix: str, targets: dict[str, Tensor],
         value = tensors.get(prefix + name)
         if value is None or value.shape != target.shape:
             have = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
-            raise ValueError(
+            raise UserError(
                 f"{path} does not fit this model: {name} should be {tuple(target.shape)}, the file has {have}. "
                 "Use the configuration it was trained with, or another run folder."
             )
