@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .cameras import Cameras, orbit_cameras
+from .cameras import Cameras, sphere_cameras
 from .dataset import RING, Scene, ViewTensors, read_cache
 from .errors import UserError
 from .paths import atomic_path
@@ -150,7 +150,7 @@ def ring_frames(start: int, num_frames: int) -> Tensor:
 
 def batch_cameras(azimuth: Tensor, elevation: Tensor, size: int) -> list[Cameras]:
     """Angles [B, V] in degrees -> B batches of V cameras, on the angles' device."""
-    cameras = (orbit_cameras(a, e, size) for a, e in zip(azimuth.cpu(), elevation.cpu()))
+    cameras = (sphere_cameras(a, e, size) for a, e in zip(azimuth.cpu(), elevation.cpu()))
     return [c.to(azimuth.device) for c in cameras]
 
 

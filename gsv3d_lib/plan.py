@@ -16,9 +16,8 @@ import dataclasses
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +25,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .attention import attending_with
 from .cameras import Cameras
 from .command import exit_code, positive
 from .config import Config, preset, schedule_field
 from .errors import UserError
+from .rendering import rendering_with
 
 GB = 1e9
 CARDS = (24, 48, 80)  # GB of common GPUs
@@ -174,24 +175,22 @@ class _Splats(torch.autograd.Function):
 
 @contextmanager
 def imagined() -> Iterator[None]:
-    """Within the block tensors have no data. What cannot do without it, cameras and the rasteriser, has stand-ins."""
+    """Within the block tensors have no data.
+
+    The rasteriser cannot run without numbers and has a stand-in. Attention is torch's own,
+    because ours on a CPU is slower, larger and more exact than what a GPU does.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    def rasterizer(*_):
-        return lambda *given: _Splats.apply(len(given[5]), given[7], given[8], *given[:5])
+    def rasterize(*given):
+        return _Splats.apply(len(given[5]), given[7], given[8], *given[:5])
 
-    def batch_cameras(azimuth: Tensor, elevation: Tensor, size: int) -> list[Cameras]:
-        views = azimuth.shape[1]
-        return [Cameras(torch.zeros(views, 4, 4), torch.zeros(views, 3, 3), size, size) for _ in azimuth]
-
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(FakeTensorMode())
-        stack.enter_context(patch("gsv3d_lib.rendering._rasterizer", rasterizer))
-        for module in ("stages", "distillation"):
-            stack.enter_context(patch(f"gsv3d_lib.{module}.batch_cameras", batch_cameras))
-        for module in ("unet", "decoder"):  # `attend` is slower, larger and more exact on a CPU
-            stack.enter_context(patch(f"gsv3d_lib.{module}.attend", F.scaled_dot_product_attention))
+    with (
+        torch.enable_grad(),
+        FakeTensorMode(),
+        rendering_with(rasterize),
+        attending_with(F.scaled_dot_product_attention),
+    ):
         yield
 
 
