@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .cameras import Cameras, from_c2w, orbit_cameras
 from .errors import MissingFile, UserError
-from .paths import atomic_path, reason
+from .paths import atomic_path, check_readable, reason
 
 COLUMNS = 6
 RING = 16  # the first views of an object form a ring of constant elevation
@@ -73,6 +73,7 @@ def list_objects(folder: str | Path) -> list[dict]:
 def read_object(folder: str | Path, id: str) -> ObjectViews:
     """One object with all its views, exactly as stored."""
     sheet_path, arrays_path = Path(folder) / f"{id}.webp", Path(folder) / f"{id}.npz"
+    check_readable(sheet_path, arrays_path)
     try:
         with Image.open(sheet_path) as sheet, np.load(arrays_path, allow_pickle=False) as arrays:
             arrays = dict(arrays)
@@ -184,6 +185,15 @@ class ViewTensors:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def fingerprint(self) -> str:
+        """Twelve characters that change with the objects, by their names, angles and every 8th picture and pixel."""
+        total = hashlib.sha256(json.dumps([self.ids, list(self.rgb.shape)]).encode())
+        for name in COLUMN_NAMES:
+            column = getattr(self, name)
+            some = column[:, ::8, ::8, ::8] if column.ndim > 2 else column
+            total.update(some.contiguous().numpy().tobytes())
+        return total.hexdigest()[:12]
+
     def subset(self, indices: list[int]) -> ViewTensors:
         """Some of the objects, in this order."""
         columns = (getattr(self, name)[indices] for name in COLUMN_NAMES)
@@ -261,6 +271,7 @@ def files_digest(rows: list[tuple[str | Path, str]]) -> str:
 
 def read_cache(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; none where it is missing or damaged, so that the caller makes it again."""
+    check_readable(Path(path))
     try:
         return load_file(path)
     except (FileNotFoundError, SafetensorError):

@@ -32,9 +32,22 @@ def sigma_weight(sigma: Tensor, kind: str) -> Tensor:
 class DistillationStage(Stage):
     """Only the LoRA of `unet` (see `lora.add_lora`) is trained; CLIP, DINO and the decoder are frozen."""
 
+    FIELDS = (
+        "image_size",
+        "num_frames",
+        "lora_rank",
+        "cond_*",
+        "log_sigma_*",
+        "sigma_weighting",
+        "copies",
+        "target_views",
+    )
+    FIELDS += ("lambda_rgb", "lambda_depth", "lambda_alpha", "lambda_3d")
+
     def __init__(self, unet, clip, decoder, dino, orbits: Orbits, config: Config):
         super().__init__()
-        self.unet, self.orbits, self.config = unet, orbits, config
+        self.unet, self.orbits = unet, orbits
+        self.config = config.replace(lambda_alpha=config.lambda_alpha_stage2)  # `lambda_alpha` is stage 1's
         self.clip, self.decoder = clip.requires_grad_(False), decoder.requires_grad_(False)
         self.dino = dino.requires_grad_(False) if dino is not None else None
 

@@ -27,7 +27,7 @@ from .command import exit_code
 from .dataset import RING, ViewTensors, load_views
 from .errors import MissingFile, UserError
 from .images import DEFAULT_FILL, prepare_condition
-from .paths import atomic_path, resolve
+from .paths import atomic_path, check_readable, resolve
 
 SIZE, CELLS, BINS = 64, 8, 9  # pixels of the picture, histograms per side, directions of an edge
 RANGE = (-10.0, 40.0)  # degrees, of the free views of `make_dataset`: nothing else is ever answered
@@ -113,6 +113,7 @@ def load_elevation(folder: str | Path) -> Elevation | None:
     path = estimator_path(folder)
     if not path.is_file():
         return None
+    check_readable(path)
     try:
         return Elevation(**load_file(path))
     except (SafetensorError, TypeError) as error:

@@ -50,7 +50,7 @@ from .metrics import (
     volume_iou,
 )
 from .orbits import relative_azimuths, ring_frames
-from .paths import atomic_path, reason
+from .paths import atomic_path, check_readable, reason
 from .pipeline import Generation, GSV3DPipeline
 from .rendering import Rendering, render
 from .vae import encode_scaled
@@ -108,6 +108,7 @@ def load_truth(folder: Path, id: str) -> Truth | None:
     path = Path(folder) / f"{id}.geometry.npz"
     if not path.is_file():
         return None
+    check_readable(path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             points = arrays["points"].astype("f4")

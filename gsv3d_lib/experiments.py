@@ -201,7 +201,8 @@ def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
 
 # ---------------------------------------------------------------- the experiments
 
-BOTH = Arm("lambda_1", "λ = 1: RGB, depth and alpha")
+ALPHA = {"lambda_alpha_stage2": 0.5}  # ours; stage 2 goes without by default, because of what this experiment found
+BOTH = Arm("lambda_1", "λ = 1: RGB, depth and alpha", ALPHA)
 
 STAGE2 = {"stage": "stage2", "steps": 120, "batch": 2}  # the same for all, so that common arms are one run
 PICTURE = {"lambda_pixel": 0.0, "lambda_depth": 0.05, "lambda_alpha": 0.1, "view_counts": (8,), "target_views": 8}
@@ -220,14 +221,14 @@ EXPERIMENTS = {
         (
             Arm("none", "no LoRA", trained=False),
             Arm("lambda_0", "λ = 0, the LoRA on L_2D alone", {"lambda_3d": 0.0}),
-            Arm("lambda_0.1", "λ = 0.1", {"lambda_3d": 0.1}),
-            Arm("lambda_0.3", "λ = 0.3", {"lambda_3d": 0.3}),
+            Arm("lambda_0.1", "λ = 0.1", {"lambda_3d": 0.1} | ALPHA),
+            Arm("lambda_0.3", "λ = 0.3", {"lambda_3d": 0.3} | ALPHA),
             BOTH,
-            Arm("lambda_3", "λ = 3", {"lambda_3d": 3.0}),
-            Arm("rgbd", "λ = 1, RGB and depth", {"lambda_alpha": 0.0}),
-            Arm("rgb", "λ = 1, RGB only", {"lambda_depth": 0.0, "lambda_alpha": 0.0}),
-            Arm("depth", "λ = 1, depth only", {"lambda_rgb": 0.0, "lambda_alpha": 0.0}),
-            Arm("snr", "λ = 1, w = 1 / (1 + σ²)", {"sigma_weighting": "snr"}),
+            Arm("lambda_3", "λ = 3", {"lambda_3d": 3.0} | ALPHA),
+            Arm("rgbd", "λ = 1, RGB and depth"),
+            Arm("rgb", "λ = 1, RGB only", {"lambda_depth": 0.0}),
+            Arm("depth", "λ = 1, depth only", {"lambda_rgb": 0.0}),
+            Arm("snr", "λ = 1, w = 1 / (1 + σ²)", {"sigma_weighting": "snr"} | ALPHA),
         ),
         run_distillation,
         STAGE2,

@@ -157,7 +157,8 @@ def watch(command: list[str]) -> None:
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(timeout=60)
+                said, _ = process.communicate(timeout=60)
+                print(*thinned(line.rstrip() for line in said.splitlines()), sep="\n", flush=True)
             except subprocess.TimeoutExpired:
                 process.kill()
     if process.returncode:

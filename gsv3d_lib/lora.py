@@ -8,15 +8,18 @@ is rounding; they are there because the choice is "all attention layers", as too
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from .errors import MissingFile, UserError
-from .paths import reason
+from .paths import atomic_path, check_readable, reason
 
 IDLE = (".attn2.to_q.", ".attn2.to_k.")  # in the names of layers that cannot change any result
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -39,8 +42,21 @@ def lora_parameters(unet) -> dict:
 
 
 def save_lora(unet, folder: str | Path) -> None:
-    """Write the adapter in diffusers' format (`pytorch_lora_weights.safetensors`), readable by its loaders."""
-    unet.save_lora_adapter(folder, safe_serialization=True)
+    """Write the adapter in diffusers' format (`pytorch_lora_weights.safetensors`), readable by its loaders.
+
+    diffusers' own `save_lora_adapter` writes sets, and several entries of metadata, in an order that changes from process
+    to process. Here the same adapter gives the same bytes.
+    """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft.utils import get_peft_model_state_dict
+
+    adapter = unet.peft_config["default"].to_dict()
+    facts = {name: sorted(value) if isinstance(value, set) else value for name, value in adapter.items()}
+    tensors = get_peft_model_state_dict(unet, adapter_name="default")
+    tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(facts, indent=2, sort_keys=True)}
+    with atomic_path(Path(folder) / LORA_FILE) as path:
+        save_file(tensors, path, metadata)
 
 
 def load_lora(unet, folder: str | Path):
@@ -48,9 +64,10 @@ def load_lora(unet, folder: str | Path):
 
     Raises FileNotFoundError or ValueError, with what to do, where it is missing, damaged, or made for another U-Net.
     """
-    path = Path(folder) / "pytorch_lora_weights.safetensors"
+    path = Path(folder) / LORA_FILE
     if not path.is_file():
         raise MissingFile(f"No LoRA at {path}; train one with `make train-tiny` or pass lora=False (--no-lora).")
+    check_readable(path)
     try:
         with safe_open(path, "pt") as file:
             stored = len(file.keys())

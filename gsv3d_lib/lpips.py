@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from .command import check_writable, exit_code
 from .errors import MissingFile, UserError
-from .paths import atomic_path, reason
+from .paths import atomic_path, check_readable, reason
 
 # ---------------------------------------------------------------- the metric
 
@@ -102,6 +102,7 @@ def load_lpips(path: str | Path) -> LPIPS:
     path = Path(path)
     if not path.is_file():
         raise MissingFile(f"No LPIPS weights at {path}; `python -m gsv3d_lib.lpips` makes such a file.")
+    check_readable(path)
     try:
         with safe_open(path, "pt") as file:
             net = (file.metadata() or {}).get("lpips")

@@ -76,6 +76,7 @@ class Orbits:
 
     order: of the items in a training; without one, they are drawn at random.
     features: DINO's of every ring view [M, 16, T, D]; if given, every orbit has those of its condition view.
+    encoder: `vae_fingerprint` of what made the latents, where that is known.
     """
 
     def __init__(
@@ -86,15 +87,22 @@ class Orbits:
         latent_scale: float,
         order: ShuffledOrder | None = None,
         features: Tensor | None = None,
+        encoder: str = "",
     ):
         if latents.shape[:3] != (len(variants), RING, 4):
             raise ValueError(f"latents are [{len(variants)}, {RING}, 4, h, w]; got {tuple(latents.shape)}.")
         self.views, self.variants, self.latents, self.latent_scale = views, variants, latents, latent_scale
-        self.order, self.features = order, features
+        self.order, self.features, self.encoder = order, features, encoder
         self._last: tuple[int, Scene] | None = None  # one example asks for its scene several times
 
     def __len__(self) -> int:
         return len(self.variants)
+
+    def fingerprint(self) -> str:
+        """Changes when the objects, their variants, their order or what encoded them change."""
+        made_by = self.encoder or digest({"latents": self.latents[:, ::8]})
+        parts = [self.views.fingerprint(), [astuple(v) for v in self.variants], self.order is None, made_by]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     def item(self, generator: torch.Generator, place: int) -> int:
         """The item of the example at a place of a training (see `training.draw_batch`)."""
@@ -183,12 +191,12 @@ def load_orbits(
     if cache is not None:
         stored = read_cache(cache)
         if torch.equal(stored.get("fingerprint", torch.empty(0)), fingerprint):
-            return Orbits(views, variants, stored["latents"], vae.config.scaling_factor)
+            return Orbits(views, variants, stored["latents"], vae.config.scaling_factor, encoder=vae_fingerprint(vae))
     latents = encode_rings(views, variants, vae, progress)
     if cache is not None:
         with atomic_path(cache) as path:
             save_file({"latents": latents, "fingerprint": fingerprint}, path)
-    return Orbits(views, variants, latents, vae.config.scaling_factor)
+    return Orbits(views, variants, latents, vae.config.scaling_factor, encoder=vae_fingerprint(vae))
 
 
 def latent_fingerprint(views: ViewTensors, variants: list[Variant], vae) -> Tensor:

@@ -3,10 +3,21 @@ and how they are written: in full or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
+import re
+import shutil
+import stat
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Names this machine in temporary files: machines that share a folder have equal process numbers now and then.
+WRITER = f"{zlib.crc32(platform.node().encode()):08x}"
+LEFTOVER = re.compile(r"\..+\.((?P<writer>[0-9a-f]{8})-)?(?P<pid>\d+)\.tmp")
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF, errno.EACCES}  # some network file systems
 BEST = "data/checkpoints/small"  # turns a user's picture into 3D; notebooks and experiments take the quicker `tiny`
 
 
@@ -28,19 +39,133 @@ def reason(error: Exception) -> str:
     return "it is no array file" if "allow_pickle" in text else text.split("\n")[0] or type(error).__name__
 
 
+# ---------------------------------------------------------------- reading
+
+
+def check_readable(*files: Path) -> None:
+    """Raises the OSError of a file that is there and may not be opened, which is the machine's fault and no damage.
+
+    safetensors' reader says "No such file" of it, and other libraries hide the reason in sentences of their own.
+    """
+    for file in files:
+        if os.path.lexists(file):
+            with open(file, "rb"):
+                pass
+
+
+# ---------------------------------------------------------------- writing
+
+
 class atomic_path:
-    """Context manager: yields a temporary path beside `path` and renames it over `path` only on success."""
+    """Context manager: yields a temporary path beside `path` and renames it over `path` only on success.
+
+    The file is on the disk before it gets its name, and has the permissions of any new file, whoever wrote it.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        start = self.path.name[:50]  # a name may be as long as the file system allows
+        self.temporary = self.path.with_name(f".{start}.{WRITER}-{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.temporary
 
-    def __exit__(self, error, *_):
-        if error is None:
-            os.replace(self.temporary, self.path)
-        else:
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
             self.temporary.unlink(missing_ok=True)
+            raise_fault_of(error, self.path, self.temporary)
+            return
+        try:
+            settle(self.temporary)  # a network file system may say only now that it is full
+            os.replace(self.temporary, self.path)
+        except OSError as fault:
+            self.temporary.unlink(missing_ok=True)
+            raise_fault_of(fault, self.path, self.temporary)
+            raise
+        sync(self.path.parent)
+
+
+def place_whole(target: Path, write: Callable[[Path], object]) -> None:
+    """The folder `target` by `write(folder)`, in full or not at all, in place of one that is there."""
+    temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
+    for left in (temporary, old):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        write(temporary)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise_fault_of(error, target, temporary)
+        raise
+    for path in [*temporary.rglob("*"), temporary]:
+        settle(path)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def raise_fault_of(error: BaseException, path: Path, temporary: Path) -> None:
+    """Raises the OSError behind an error of a library that writes; an OSError itself learns the name that users know."""
+    if isinstance(error, OSError):
+        if error.errno is not None and error.filename in (None, str(temporary), temporary):
+            error.filename = str(path)
+            error.filename2 = None
+    elif found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors is written in Rust
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def settle(path: Path) -> None:
+    """Put a written file or folder on the disk, with the permissions that a new one gets here.
+
+    safetensors writes for the owner alone, which would keep a cluster's other users and containers out.
+    """
+    found = path.lstat()
+    if stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o600:
+        probe = path.with_name(f".{path.name}.mode")  # asking for the umask would change it, for all threads
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+        probe.unlink()
+        path.chmod(mode)
+    if not stat.S_ISLNK(found.st_mode):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk before going on."""
+    if os.name != "posix":  # Windows opens no folders, and files for syncing only to write
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path, alone: bool = False) -> None:
+    """Remove the temporary files in `folder` of this machine's processes that are no more.
+
+    alone: remove those of other machines too; only for who holds the folder's lock.
+    """
+    for path in Path(folder).glob(".*.tmp"):
+        found = LEFTOVER.fullmatch(path.name)
+        if found and path.is_file() and (alone or (found["writer"] == WRITER and not is_running(int(found["pid"])))):
+            path.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has such a process."""
+    if os.name != "posix":  # there is no signal that only asks
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -219,9 +219,9 @@ def load_config(folder: str | Path) -> Config:
         stored = json.loads(path.read_text())
         base, fields = preset(stored["name"]), {f.name: f for f in dataclasses.fields(Config)}
         values = {name: _typed(getattr(base, name), value) for name, value in stored.items() if name in fields}
+        return dataclasses.replace(base, **values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy it again from a whole checkpoint.") from error
-    return dataclasses.replace(base, **values)
 
 
 def _typed(like, value):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from .cameras import Y_UP_TO_Z_UP, Cameras, ray_grid
 from .errors import MissingFile, UserError
+from .paths import check_readable
 
 if TYPE_CHECKING:
     import trimesh
@@ -77,6 +78,7 @@ def read_scene(path: Path, *places: Path) -> trimesh.Scene:
             missing.append(name)
             raise MissingFile(name)
 
+    check_readable(path)
     try:
         scene = trimesh.load_scene(path, resolver=Resolver(str(path)))
     except Exception as error:  # each reader raises its own kinds

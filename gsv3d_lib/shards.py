@@ -47,7 +47,7 @@ from .dataset import RING, UNREADABLE, Scene, ViewTensors, list_objects, read_ob
 from .encoders import dino_features
 from .errors import MissingFile, UserError
 from .orbits import Orbits, ShuffledOrder, Variant, digest, encode_rings, make_variants, vae_fingerprint
-from .paths import atomic_path
+from .paths import atomic_path, check_readable, remove_leftovers
 
 FORMAT = 2
 SHARD_SIZE = 64  # objects in a file: 10 MB at 64 px, about a gigabyte at 576 px
@@ -87,6 +87,10 @@ class ShardViews(ViewTensors):
     """`ViewTensors` whose columns are read from shards, as are those of its scenes."""
 
     files: ShardFiles
+
+    def fingerprint(self) -> str:
+        marks = [shard["mark"] for shard in self.files.index["shards"]]
+        return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:12]
 
     def scene(self, index: int, mirror: bool = False, palette: tuple[int, int, int] = (0, 1, 2)) -> Scene:
         order, azimuths, elevations = self.places(index, mirror)
@@ -134,6 +138,7 @@ class ShardViews(ViewTensors):
             index["latent_scale"],
             ShuffledOrder(groups, seed),
             rings("features") if stored else None,
+            index["vae"],
         )
 
 
@@ -175,6 +180,7 @@ def is_dataset(folder: str | Path) -> bool:
 
 
 def _any_index(folder: str | Path) -> dict | list | None:
+    check_readable(Path(folder) / "index.json")
     try:
         return json.loads((Path(folder) / "index.json").read_text())
     except (OSError, ValueError):
@@ -221,6 +227,7 @@ class ShardFiles:
         try:
             return how(self._open(path), f"{item - self.firsts[shard]}.{name}")
         except (SafetensorError, IndexError, *UNREADABLE) as error:
+            check_readable(path)
             raise UserError(_damaged(path, error)) from error
 
 
@@ -305,6 +312,7 @@ def write_shards(
         group = [(*rows[k], variants[k :: len(rows)]) for k in range(first, min(first + shard_size, len(rows)))]
         file = f"{len(shards):05d}.safetensors"
         shards.append({"file": file, "mark": _shard_mark(facts, group), "objects": group})
+    remove_leftovers(out)
     (out / "index.json").unlink(missing_ok=True)  # files may change: until all are checked the folder is unfinished
     for shard in tqdm(shards[share[0] :: share[1]], desc="shards", disable=not progress):
         if shard_notes(out / shard["file"]).get("mark") != shard["mark"]:
@@ -354,6 +362,7 @@ def _shard_mark(facts: dict, objects: list[tuple[Path, str, list[Variant]]]) -> 
 
 def shard_notes(path: Path) -> dict:
     """What `write_shards` noted in a file; nothing where it is missing or damaged, so that it is made again."""
+    check_readable(path)
     try:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["shard"])

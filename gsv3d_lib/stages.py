@@ -35,10 +35,12 @@ class VAEStage(Stage):
     """
 
     KL_WEIGHT = 1e-6
+    FIELDS = ("image_size", "vae_*", "latent_scale")
 
     def __init__(self, vae, views: ViewTensors, config: Config):
         super().__init__()
-        self.vae, self.views, self.clip, self.anchor_weight = vae, views, config.vae_clip, config.vae_anchor
+        self.vae, self.views, self.config = vae, views, config
+        self.clip, self.anchor_weight = config.vae_clip, config.vae_anchor
 
     def example(self, generator, shared, place):
         index = int(draw(generator, len(self.views)))
@@ -68,11 +70,12 @@ class DINOStage(Stage):
     low teacher temperature keep the answer from collapsing to one constant.
     """
 
+    FIELDS = ("image_size", "dino*")
     PROTOTYPES, STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 1024, 0.1, 0.05
 
     def __init__(self, dino, views: ViewTensors, config: Config):
         super().__init__()
-        self.dino, self.views = dino, views
+        self.dino, self.views, self.config = dino, views, config
         self.head = DINOHead(config.dino_width, self.PROTOTYPES)
         self.teacher = copy.deepcopy(nn.ModuleList([dino, self.head])).requires_grad_(False)
         self.register_buffer("center", torch.zeros(self.PROTOTYPES))
@@ -133,6 +136,8 @@ def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
 class DiffusionStage(Stage):
     """Multi-view latent diffusion: L_2D on whole orbits. A CLIP tower without pretrained weights learns along with it."""
 
+    FIELDS = ("image_size", "num_frames", "unet_*", "clip_*", "cond_*", "log_sigma_*", "roll_frames", "copies")
+
     def __init__(self, unet, clip, orbits: Orbits, config: Config):
         super().__init__()
         self.unet, self.clip, self.orbits, self.config = unet, clip, orbits, config
@@ -178,6 +183,18 @@ def orbit_condition(batch: dict[str, Tensor], clip, config: Config) -> Condition
 class DecoderStage(Stage):
     """Stage 1: the decoder alone, on ground-truth latents, scored on rendered input and novel views."""
 
+    FIELDS = (
+        "image_size",
+        "decoder_*",
+        "dino*",
+        "object_radius",
+        "scale_range",
+        "copies",
+        "view_counts",
+        "target_views",
+    )
+    FIELDS += ("lambda_rgb", "lambda_depth", "lambda_alpha", "lambda_pixel")
+
     def __init__(self, decoder, dino, orbits: Orbits, config: Config):
         super().__init__()
         self.decoder, self.orbits, self.config = decoder, orbits, config
@@ -194,8 +211,8 @@ class DecoderStage(Stage):
     def _own_pixels(self, item: int, start: int, frames: int) -> dict[str, Tensor]:
         """The truth at the decoder's output pixels of the input views, for `pixel_loss`."""
         scene, ring = self.orbits.scene(item), ring_frames(start, frames)
-        block = scene.rgb.shape[1] // (self.orbits.latents.shape[-1] * self.config.decoder_upsample)
-        block *= self.config.decoder_patch
+        outputs = self.orbits.latents.shape[-1] // self.config.decoder_patch * self.config.decoder_upsample
+        block = scene.rgb.shape[1] // outputs
         pooled = [avg_pool(t[ring], block) for t in (scene.rgb, scene.alpha)]
         return {"own_rgb": pooled[0], "own_alpha": pooled[1], "own_depth": scene.depth[ring][:, ::block, ::block]}
 

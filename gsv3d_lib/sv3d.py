@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .command import check_writable, exit_code
 from .config import Config, preset
 from .errors import MissingFile, UserError
-from .paths import reason
+from .paths import check_readable, reason
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
 
 SVD = "stabilityai/stable-video-diffusion-img2vid-xt"  # VAE, CLIP and scheduler where a source lacks them
@@ -164,6 +164,7 @@ class Weights:
         self.handles, self.shapes = {}, {}
         with ExitStack() as opened:
             for file in files:
+                check_readable(file)
                 try:
                     handle = opened.enter_context(safe_open(file, framework="pt"))
                 except (SafetensorError, OSError) as error:
@@ -378,6 +379,7 @@ def load_dino(dino: str | Path, config: Config, download: bool):
         folder = [fetch(str(dino), file, download) for file in DINO_FILES][0].parent
     else:
         folder = Path(dino)
+        check_readable(*(folder / file for file in DINO_FILES))
         if missing := [file for file in DINO_FILES if not (folder / file).is_file()]:
             raise MissingFile(f"{dino} has no {missing[0]}; give dino=... a copy of {DINO}, or that name itself.")
     from transformers import Dinov2Model

@@ -2,7 +2,9 @@
 
     python -m gsv3d_lib.train --preset tiny --data data/cache/procedural --out runs/tiny [--stages vae dino ...]
 
-Every stage resumes where it was killed and is skipped once its weights lie in OUT/weights. The weights are in the layout of
+Every stage resumes where it was stopped, if the same command goes on: a checkpoint of other settings or data is refused,
+unless `--force-resume` is given. Only the number of steps may be larger than before. A stage is skipped once its weights lie
+in OUT/weights. The weights are in the layout of
 diffusers and transformers (`save_pretrained`), so that `GSV3DPipeline.from_pretrained(OUT/weights)` opens them.
 `--init FOLDER` starts the named stages from another checkpoint's weights and takes over what they do not train:
 
@@ -29,7 +31,8 @@ from .command import check_writable, exit_code, positive
 from .config import Config, parse_setting, preset, schedule_field
 from .dataset import ViewTensors, load_views
 from .errors import MissingFile, UserError
-from .paths import atomic_path, reason
+from .orbits import ring_frames
+from .paths import atomic_path, check_readable, place_whole, reason, remove_leftovers
 from .shards import ShardViews, open_shards
 from .training import PRECISIONS, read_metrics, train
 
@@ -46,7 +49,7 @@ def train_vae(config: Config, views: ViewTensors, run: Path, init: Path | None =
     history = train(VAEStage(vae, views, config), config.vae_schedule, run / "vae", seed=config.seed, **options)
     some = views.rgb[:: max(1, len(views) // 64), :16:4].flatten(0, 1).float() / 255
     calibrate(vae, some.to(vae.device))
-    save_model(vae, run, "vae", config)
+    save_model(vae, run, "vae", config, steps_of("vae", config, init))
     return history
 
 
@@ -58,7 +61,7 @@ def train_dino(config: Config, views: ViewTensors, run: Path, init: Path | None 
     torch.manual_seed(config.seed)
     stage = DINOStage(initial("dino", build_dino, config, init), views, config)
     history = train(stage, config.dino_schedule, run / "dino", seed=config.seed, **options)
-    save_model(stage.teacher[0], run, "dino", config)
+    save_model(stage.teacher[0], run, "dino", config, steps_of("dino", config, init))
     return history
 
 
@@ -73,8 +76,9 @@ def train_diffusion(config: Config, views: ViewTensors, run: Path, init: Path | 
     clip = initial("clip", build_clip, config, init)
     stage = DiffusionStage(recomputed(unet, config), clip, orbits_for(config, views, run), config)
     history = train(stage, config.diffusion_schedule, run / "diffusion", seed=config.seed, **options)
-    save_model(stage.unet, run, "unet", config)
-    save_model(stage.clip, run, "clip", config)
+    trained = steps_of("diffusion", config, init)
+    save_model(stage.unet, run, "unet", config, trained)
+    save_model(stage.clip, run, "clip", config, trained)
     return history
 
 
@@ -88,7 +92,7 @@ def train_stage1(config: Config, views: ViewTensors, run: Path, init: Path | Non
     decoder = initial("decoder", build_decoder, config, init)
     stage = DecoderStage(recomputed(decoder, config), dino, orbits_for(config, views, run, dino), config)
     history = train(stage, config.stage1, run / "stage1", seed=config.seed, **options)
-    save_model(stage.decoder, run, "decoder", config)
+    save_model(stage.decoder, run, "decoder", config, steps_of("stage1", config, init))
     return history
 
 
@@ -103,7 +107,7 @@ def train_stage2(config: Config, views: ViewTensors, run: Path, init: Path | Non
     decoder = recomputed(load_model(weights, "decoder"), config)
     stage = DistillationStage(unet, clip, decoder, dino, orbits_for(config, views, run, dino), config)
     history = train(stage, config.stage2, run / "stage2", seed=config.seed, **options)
-    write_weights(run, "lora", config, lambda folder: save_lora(unet, folder))
+    write_weights(run, "lora", config, lambda folder: save_lora(unet, folder), steps_of("stage2", config))
     return history
 
 
@@ -142,28 +146,34 @@ def traits(model) -> dict[str, list]:
     return shapes | {key: list(value) if isinstance(value, tuple) else value for key, value in hidden.items()}
 
 
-def take_over(init: Path, run: Path, stages: list[str]) -> None:
+def take_over(init: Path, run: Path, stages: list[str], config: Config) -> None:
     """Copy into OUT/weights the models of the checkpoint `init` that `stages` do not train and OUT does not have yet.
+
+    How many steps they were trained goes into OUT's gsv3d.json, beside `config`.
 
     Raises FileNotFoundError where `init` is no checkpoint, ValueError where its weights are damaged.
     """
     if not (init / "gsv3d.json").is_file():
         raise MissingFile(f"--init {init} is no GSV3D checkpoint: gsv3d.json is missing. Try data/checkpoints/tiny.")
     trained = {PRODUCTS[stage] for stage in stages} | ({"unet"} if "diffusion" in stages else set()) | {"lora"}
-    for source in sorted(path for path in init.iterdir() if path.is_dir() and path.name not in trained):
+    folders = (path for path in init.iterdir() if path.is_dir() and not path.name.startswith("."))
+    record = trained_steps(init)
+    for source in sorted(path for path in folders if path.name not in trained):
         if not (run / "weights" / source.name).exists():
             if source.name in model_classes():
                 load_model(init, source.name)  # damaged weights are named now, not hours later
             place_whole(run / "weights" / source.name, partial(shutil.copytree, source))
+            taken = {stage: steps for stage, steps in record.items() if PRODUCTS.get(stage) == source.name}
+            save_config(config, run / "weights", taken)
 
 
-def take_over_once(init: Path, run: Path, stages: list[str]) -> None:
+def take_over_once(init: Path, run: Path, stages: list[str], config: Config) -> None:
     """`take_over` by the first process, while the others of the run wait."""
     from accelerate import PartialState
 
     processes = PartialState(cpu=not torch.cuda.is_available())
     if processes.is_main_process:
-        take_over(init, run, stages)
+        take_over(init, run, stages, config)
     processes.wait_for_everyone()
 
 
@@ -211,36 +221,53 @@ def model_classes() -> dict:
     }
 
 
-def save_model(model, run: Path, name: str, config: Config) -> None:
-    """Write one model to OUT/weights/NAME and the configuration beside it."""
-    write_weights(run, name, config, lambda folder: model.save_pretrained(folder, safe_serialization=True))
+def save_model(model, run: Path, name: str, config: Config, trained: dict[str, int] | None = None) -> None:
+    """Write one model to OUT/weights/NAME and the configuration beside it, see `write_weights`."""
+    write_weights(run, name, config, lambda folder: model.save_pretrained(folder, safe_serialization=True), trained)
 
 
-def write_weights(run: Path, name: str, config: Config, write: Callable[[Path], None]) -> None:
+def write_weights(
+    run: Path, name: str, config: Config, write: Callable[[Path], None], trained: dict[str, int] | None = None
+) -> None:
     """OUT/weights/NAME by `write(folder)`, in full or not at all, and the configuration beside it.
 
+    trained: {stage: steps} that made it.
     Of several processes only the first writes, and the others wait until it has.
     """
     folder = Path(run) / "weights"
     if int(os.environ.get("RANK", 0)) == 0:
         place_whole(folder / name, write)
-        save_config(config, folder)
+        save_config(config, folder, trained)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
-def place_whole(target: Path, write: Callable[[Path], object]) -> None:
-    """The folder `target` by `write(folder)`, in full or not at all, in place of one that is there."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    write(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+def save_config(config: Config, folder: Path, trained: dict[str, int] | None = None) -> None:
+    """Write `gsv3d.json`: the configuration, and under "trained" the steps of each stage, those of before kept.
 
-
-def save_config(config: Config, folder: Path) -> None:
+    The schedules in it are those of the last command, whatever the other stages were trained with.
+    """
+    record = trained_steps(folder) | (trained or {})
     with atomic_path(Path(folder) / "gsv3d.json") as path:
-        path.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        path.write_text(json.dumps(dataclasses.asdict(config) | {"trained": record}, indent=1))
+
+
+def trained_steps(folder: Path) -> dict[str, int]:
+    """{stage: steps} that a checkpoint folder states; {} where it states none. Raises UserError where it is damaged."""
+    path = Path(folder) / "gsv3d.json"
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text()).get("trained", {})
+        return {stage: int(steps) for stage, steps in record.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({reason(error)}); copy it again from a whole checkpoint.") from error
+
+
+def steps_of(stage: str, config: Config, init: Path | None = None) -> dict[str, int]:
+    """{stage: steps} after a stage's schedule, with those of the checkpoint `init` that it began with, where it says."""
+    before = trained_steps(init).get(stage, 0) if init is not None else 0
+    return {stage: before + getattr(config, schedule_field(stage)).steps}
 
 
 def load_model(folder: str | Path, name: str):
@@ -254,8 +281,10 @@ def load_model(folder: str | Path, name: str):
             f"There are no {name} weights in {folder}; train them with `python -m gsv3d_lib.train --stages ...` "
             "or point to a folder that has them, such as data/checkpoints/tiny."
         )
+    check_readable(*(file for file in path.iterdir() if file.is_file()))
+    options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)  # nothing unpickles
     try:
-        opened = model_classes()[name].from_pretrained(path, local_files_only=True, output_loading_info=True)
+        opened = model_classes()[name].from_pretrained(path, **options)
         model, differences = opened[0].float().eval(), opened[1]
         if absent := sorted(differences["missing_keys"]):
             raise UserError(f"{len(absent)} tensors such as {absent[0]} are missing")
@@ -319,6 +348,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=positive, help="use only the first objects")
     parser.add_argument("--processes", type=positive, default=1, help="how many torchrun was asked for; it must agree")
     parser.add_argument(
+        "--force-resume",
+        action="store_true",
+        help="go on from checkpoints of other settings or data, which is refused otherwise",
+    )
+    parser.add_argument(
         "--prepare", action="store_true", help="only read the data and encode it into OUT, once for all processes"
     )
     parser.add_argument("--export", type=Path, help="only copy the finished weights, in half precision, to this folder")
@@ -334,10 +368,13 @@ def run(args: argparse.Namespace) -> None:
     if args.export is not None:
         return export_weights(args.out, args.export)
     config = preset(args.preset, **dict(parse_setting(text) for text in args.set))
+    if {"diffusion", "stage2"} & set(args.stages):
+        ring_frames(0, config.num_frames)  # a sampler may take any number of views, a training only what a ring has
+    remove_leftovers(args.out)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # else every process would encode on the first GPU
     if args.init is not None:
-        take_over_once(args.init, args.out, args.stages)
+        take_over_once(args.init, args.out, args.stages, config)
     views = views_for(args, config)
     if args.prepare:
         if (args.out / "weights" / "vae").is_dir():  # else this training begins with the VAE
@@ -350,6 +387,7 @@ def run(args: argparse.Namespace) -> None:
             continue
         config_of_stage = with_steps(config, name, args.steps)
         options = dict(init=args.init, processes=args.processes, precision=args.precision)
+        options |= dict(force_resume=args.force_resume)
         RECIPES[name](config_of_stage, views, args.out, **options)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # gloo sometimes aborts a process that leaves without
