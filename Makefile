@@ -25,8 +25,10 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PY) -m pip install $(PIP_QUIET) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
 	@touch $@
 
+# By the environment, so that no character of a file's name means anything to make or the shell.
+demo: export DEMO_IMAGE := $(value IMAGE)
 demo: $(INSTALLED) ## one image -> 3D Gaussians; IMAGE=my.png for your own picture, ELEVATION=auto or degrees
-	$(PY) -m gsv3d_lib.demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(ELEVATION),--elevation $(ELEVATION))
+	$(PY) -m gsv3d_lib.demo $(if $(value IMAGE),--image="$$DEMO_IMAGE") $(if $(ELEVATION),--elevation=$(ELEVATION))
 
 test: $(INSTALLED) ## every test and every notebook, offline
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadscope \

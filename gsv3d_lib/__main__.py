@@ -2,7 +2,8 @@
 
     python -m gsv3d_lib my.png --out runs/my
 
-writes object.ply, object.glb, turntable.mp4, turntable.gif and viewer.html into the folder.
+writes object.ply, object.glb, turntable.mp4, turntable.gif and viewer.html into the folder, or,
+where it holds such files already, into runs/my-2, runs/my-3, ...: nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from .command import ELEVATION_HELP, check_writable, degrees, exit_code, positive
-from .paths import BEST, resolve
+from .command import ELEVATION_HELP, check_writable, degrees, exit_code, positive, results_folder
+from .paths import BEST, folder_name, resolve
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m gsv3d_lib", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("image", type=Path, help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask")
-    parser.add_argument("--out", type=Path, default=Path("runs/object"))
+    parser.add_argument("--out", type=Path, help="folder (default: runs/object/ and the image's name)")
     parser.add_argument("--weights", default=BEST, help="checkpoint folder (default: %(default)s)")
     parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
     parser.add_argument("--steps", type=positive, help="of the sampler")
@@ -32,11 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    from .export import save_object
+    from .export import FILES, save_object
     from .images import prepare_condition
     from .pipeline import GSV3DPipeline, load_config
 
-    check_writable(args.out / "object.ply")
+    out = args.out or Path("runs/object") / folder_name(args.image)
+    check_writable(out / "object.ply")
     weights = resolve(args.weights)
     rgb, mask = prepare_condition(args.image, load_config(weights).image_size)  # a bad image fails before models load
     pipe = GSV3DPipeline.from_pretrained(weights, lora=not args.no_lora)
@@ -45,8 +47,9 @@ def run(args: argparse.Namespace) -> None:
     made = pipe.generate(rgb, mask=mask, elevation=args.elevation, **options)
     seconds = time.perf_counter() - started
     print(f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s")
-    for kind, path in save_object(made.gaussians, args.out).items():
-        print(f"{kind:>7}  {path}")
+    with results_folder(out, FILES.values()) as folder:
+        for kind, path in save_object(made.gaussians, folder).items():
+            print(f"{kind:>7}  {path}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import UserError, machine_fault
+from .paths import own_folder
 
 
 def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
@@ -47,6 +49,15 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: it is a folder; name a file in it.")
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise UserError(f"{path} cannot be written: {place} is no folder that you may write to.")
+
+
+@contextmanager
+def results_folder(wanted: Path, names: Iterable[str]) -> Iterator[Path]:
+    """`paths.own_folder`, and a line where it is not the one that was asked for."""
+    with own_folder(wanted, names) as folder:
+        if folder != wanted.absolute():
+            print(f"{wanted} holds another run's results, which stay; these go to {folder}.")
+        yield folder
 
 
 def positive(text: str) -> int:

@@ -6,8 +6,11 @@ that predict logits apply their activations before they build a `Gaussians`.
 
 from __future__ import annotations
 
+import re
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -16,20 +19,22 @@ from torch import Tensor
 from .errors import MissingFile, UserError
 from .paths import atomic_path
 
-# Axes of a PLY file -> rotation from the world (z up) to the file, as matrix rows and as a quaternion of any length.
+# Axes of a PLY file -> rows of the rotation from the world (z up) to the file.
 AXES = {
-    "z-up": (((1, 0, 0), (0, 1, 0), (0, 0, 1)), (1, 0, 0, 0)),
-    "y-up": (((1, 0, 0), (0, 0, 1), (0, -1, 0)), (1, -1, 0, 0)),
-    "y-down": (((1, 0, 0), (0, 0, -1), (0, 1, 0)), (1, 1, 0, 0)),
+    "z-up": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "y-up": ((1, 0, 0), (0, 0, 1), (0, -1, 0)),
+    "y-down": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
 }
 SH_C0 = 0.28209479177387814  # the constant spherical harmonic, 1 / sqrt(4 pi)
 MAX_LOG = 110.0  # exp(-110) is 0 in float32, so opacities 0 and 1 and scale 0 become finite numbers that decode exactly
 PLY_COLUMNS = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
 PLY_TYPES = {
-    "char": "i1", "uchar": "u1", "short": "<i2", "ushort": "<u2", "int": "<i4", "uint": "<u4", "float": "<f4",
-    "int8": "i1", "uint8": "u1", "int16": "<i2", "uint16": "<u2", "int32": "<i4", "uint32": "<u4", "float32": "<f4",
-    "double": "<f8", "float64": "<f8",
+    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4", "double": "f8",
+    "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4", "float32": "f4",
+    "float64": "f8",
 }  # fmt: skip
+BYTE_ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">"}
+MAX_HEADER = 1 << 20  # bytes; headers of splats take 2 kB
 
 
 def rotation_matrices(quats: Tensor) -> Tensor:
@@ -119,6 +124,18 @@ class Gaussians:
                 raise UserError(f"The {field.name} of {origin} hold NaN or infinite numbers: look for what made them.")
         return self
 
+    def check(self, origin: str) -> Gaussians:
+        """These Gaussians. Raises ValueError, which names their `origin`, for numbers that
+        are not finite, negative scales, opacities outside of [0, 1], quaternions of length 0."""
+        self.check_finite(origin)
+        if (self.scales < 0).any():
+            raise UserError(f"The scales of {origin} hold negative numbers: are they logarithms?")
+        if ((self.opacities < 0) | (self.opacities > 1)).any():
+            raise UserError(f"The opacities of {origin} do not all lie in [0, 1]: are they logits?")
+        if not self.quats.any(-1).all():
+            raise UserError(f"The quats of {origin} hold quaternions of length 0, which turn nothing.")
+        return self
+
     @staticmethod
     def concatenate(scenes: list[Gaussians]) -> Gaussians:
         """One scene with the Gaussians of all of them; at least one."""
@@ -132,7 +149,7 @@ class Gaussians:
         half_axes = rotation_matrices(self.quats) * self.scales[:, None, :]
         return half_axes @ half_axes.mT
 
-    def save_ply(self, path: str | Path, axes: str = "z-up") -> None:
+    def save_ply(self, path: str | Path, axes: str = "y-down") -> None:
         """Write a binary PLY in the layout of 3D Gaussian Splatting, with spherical harmonics of degree 0.
 
         It stores float32: position, a zero normal, (colour - 0.5) / SH_C0, the logit of the opacity, the log of the
@@ -140,10 +157,12 @@ class Gaussians:
         taken: one round trip changes a value by at most 1e-6, every further one changes nothing. Opacities 0 and 1
         have the logits -110 and 110, which decode to exactly 0 and 1.
 
-        axes: "z-up" (ours), "y-up", or "y-down", which SuperSplat and most web viewers expect. The header states it,
-        so `load_ply` brings the scene back to z up. Raises ValueError, and writes nothing, for numbers that are not finite.
+        axes: "y-down", which SuperSplat and most viewers expect; "y-up"; or "z-up", our own. The header states it, so
+        `load_ply` brings the scene back to z up. Raises ValueError, and writes nothing, for numbers that describe no
+        Gaussians.
         """
-        table = _encode(_rotate(self.check_finite("the Gaussians to save"), axes, to_file=True))
+        stored = self.to("cpu", torch.float32).detach().check("the Gaussians to save")
+        table = _encode(turn_axes(stored, axes, to_file=True))
         header = ["ply", "format binary_little_endian 1.0", f"comment axes {axes}", f"element vertex {len(table)}"]
         header += [f"property float {name}" for name in PLY_COLUMNS] + ["end_header", ""]
         with atomic_path(path) as temporary:
@@ -151,61 +170,182 @@ class Gaussians:
 
     @staticmethod
     def load_ply(path: str | Path, axes: str | None = None) -> Gaussians:
-        """Read a 3D Gaussian Splatting PLY, ours or another program's, into float32 CPU tensors.
+        """Read a binary 3D Gaussian Splatting PLY, ours or another program's, into float32 CPU tensors.
 
-        axes: of the file; by default what its header states, else "z-up". Colour that depends on the direction
-        (f_rest_*) is dropped. Raises FileNotFoundError, or ValueError when it is no complete PLY of splats.
+        axes: of the file; by default what its header states, else "z-up", as the numbers stand. Colour that depends
+        on the direction (f_rest_*) is dropped. Raises FileNotFoundError, or ValueError when it is no complete PLY of
+        splats. A file cannot say whether its scales are logarithms and its opacities logits, as they should be: a
+        warning says where they look as if they were not.
         """
         path = Path(path)
         if not path.is_file():
             raise MissingFile(f"There is no PLY file at {path}: check the path.")
         table, stated_axes = read_ply_table(path)
+        if "packed_position" in table.dtype.names:
+            raise UserError(
+                f"{path} is a compressed PLY: unpack it, for example with PlayCanvas's splat-transform "
+                f"(`splat-transform {path.name} unpacked.ply`) or SuperSplat, which exports it as .ply."
+            )
         for name in PLY_COLUMNS:
             if name not in table.dtype.names and name not in ("nx", "ny", "nz"):
                 raise UserError(f"{path} is a PLY, but not one of Gaussian splats: it has no property {name}.")
-        return _rotate(_decode(table).check_finite(str(path)), axes or stated_axes, to_file=False)
+        _warn_of_activated(table, path)
+        return turn_axes(_decode(table).check(str(path)), axes or stated_axes, to_file=False)
+
+
+# ----------------------------------------------------------------------------- reading PLY
+
+
+class PlyElement(NamedTuple):
+    """A table of a PLY file: its name, its number of rows, and its columns in order.
+
+    columns: name -> the numpy type of a number, or the two of a list (its length, its items).
+    """
+
+    name: str
+    count: int
+    columns: dict[str, str | tuple[str, str]]
+
+    def record(self) -> np.dtype:
+        """One row. Raises ValueError for lists, whose length is only known row by row."""
+        if any(isinstance(kind, tuple) for kind in self.columns.values()):
+            raise ValueError(f"{self.name} holds lists")
+        return np.dtype(list(self.columns.items()))
 
 
 def read_ply_table(path: Path) -> tuple[np.ndarray, str]:
-    """The vertices of a binary PLY as a structured array, bit for bit, and the axes that its header states."""
-    data = path.read_bytes()
-    head, end, body = data.partition(b"end_header\n")
-    if not data.startswith(b"ply") or not end:
+    """The vertices of a binary PLY as a structured array, bit for bit, and the axes that its header states.
+
+    Takes no more memory than the file has bytes. Raises ValueError for what is no such file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        lines, start = _read_header(file, path)
+        order = _byte_order(lines, path)
+        try:
+            elements = _parse_elements(lines, order)
+            before, vertices = _find_vertices(elements)
+            record = vertices.record()
+        except (ValueError, IndexError, KeyError) as error:
+            raise UserError(f"{path} has a header that is not that of a table of numbers ({error}).") from error
+        for element in before:
+            start = _skip(file, element, start, size)
+        wanted, there = vertices.count * record.itemsize, max(size - start, 0)
+        if there < wanted:
+            raise UserError(f"{path} is cut off: its {vertices.count} splats take {wanted} bytes; got {there}.")
+        file.seek(start)
+        return np.fromfile(file, record, vertices.count), _stated_axes(lines)
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[list[list[str]], int]:
+    """The words of each line between "ply" and "end_header", and where the data begins."""
+    data = file.read(MAX_HEADER)
+    first = re.match(rb"ply[ \t]*(\r\n|\n|\r)", data)
+    if not first:
+        raise UserError(f"{path} is not a PLY file: it does not begin with the line ply.")
+    # A lone \r ends lines only where it does so in the first: the data may begin with \n.
+    line_end = rb"\r" if first[1] == b"\r" else rb"\r?\n"
+    last = re.search(rb"[\r\n]end_header[ \t]*" + line_end, data)
+    if not last:
         raise UserError(f"{path} is not a PLY file, or it is cut off inside its header.")
-    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()[1:]]
-    if ["format", "binary_little_endian", "1.0"] not in lines:
-        raise UserError(f"{path} is not a binary little-endian PLY: export it again in that format.")
-    try:
-        count, dtype, axes = _parse_header(lines)
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has a header that is not that of a table of numbers ({error}).") from error
-    if len(body) < count * dtype.itemsize:
-        raise UserError(f"{path} is cut off: its {count} splats take {count * dtype.itemsize} bytes; got {len(body)}.")
-    return np.frombuffer(body, dtype, count), axes
+    text = data[first.end() : last.start()].decode("ascii", "replace")
+    return [line.split() for line in text.splitlines()], last.end()
 
 
-def _parse_header(lines: list[list[str]]) -> tuple[int, np.dtype, str]:
-    """Number of vertices, their record, and the axes; the vertices come first, and what follows them is not read."""
-    axes = next((words[2] for words in lines if words[:2] == ["comment", "axes"]), "z-up")
-    elements = [i for i, words in enumerate(lines) if words[:1] == ["element"]]
-    first, after = elements[0], (elements + [len(lines)])[1]
-    if lines[first][1] != "vertex":
-        raise UserError("its first element is not vertex")
-    properties = [words for words in lines[first:after] if words[:1] == ["property"]]
-    return int(lines[first][2]), np.dtype([(words[2], PLY_TYPES[words[1]]) for words in properties]), axes
+def _byte_order(lines: list[list[str]], path: Path) -> str:
+    """numpy's sign for it."""
+    formats = [words for words in lines if words[:1] == ["format"]]
+    if len(formats) == 1 and len(formats[0]) == 3 and formats[0][1] in BYTE_ORDERS:
+        return BYTE_ORDERS[formats[0][1]]
+    said = " ".join(formats[0][1:]) if formats else "missing"
+    raise UserError(f"{path} is not a binary PLY, its format is {said}: export it again as a binary one.")
 
 
-def _rotate(gaussians: Gaussians, axes: str, to_file: bool) -> Gaussians:
-    """From our axes to those of a file, or back."""
+def _stated_axes(lines: list[list[str]]) -> str:
+    """Of the line "comment axes y-down", as `save_ply` writes it."""
+    comments = [" ".join(words[1:]) for words in lines if words[:1] == ["comment"]]
+    stated = [match[1] for match in (re.fullmatch("axes ([xyz]-(up|down))", text) for text in comments) if match]
+    return stated[0] if stated else "z-up"
+
+
+def _parse_elements(lines: list[list[str]], order: str) -> list[PlyElement]:
+    elements: list[PlyElement] = []
+    for words in lines:
+        if words[:1] == ["element"]:
+            _, name, count = words
+            if not re.fullmatch("[0-9]+", count):
+                raise ValueError(f"{count!r} is no number of {name}")
+            elements.append(PlyElement(name, int(count), {}))
+        elif words[:1] == ["property"]:
+            columns, name = elements[-1].columns, words[-1]
+            if name in columns:
+                raise ValueError(f"two properties {name}")
+            columns[name] = _column_type(words[1:-1], order)
+    return elements
+
+
+def _column_type(words: list[str], order: str) -> str | tuple[str, str]:
+    """["float"] or ["list", "uchar", "int"] -> as `PlyElement.columns` holds it."""
+    kinds = [order + PLY_TYPES[word] for word in words if word != "list"]
+    if len(kinds) == len(words) == 1:
+        return kinds[0]
+    if len(kinds) == 2 and words[0] == "list" and kinds[0][1] in "iu":
+        return kinds[0], kinds[1]
+    raise ValueError(f"{' '.join(words)!r} is no type")
+
+
+def _find_vertices(elements: list[PlyElement]) -> tuple[list[PlyElement], PlyElement]:
+    """The elements before the vertices, and the vertices. What follows is not read."""
+    for position, element in enumerate(elements):
+        if element.name == "vertex" and element.columns:
+            return elements[:position], element
+    raise ValueError("no element vertex with properties")
+
+
+def _skip(file: BinaryIO, element: PlyElement, start: int, size: int) -> int:
+    """Where an element that begins at `start` ends; beyond `size` where the file is cut off."""
+    widths = {name: np.dtype(kind).itemsize for name, kind in element.columns.items() if isinstance(kind, str)}
+    if len(widths) == len(element.columns):
+        return start + element.count * sum(widths.values())
+    for _ in range(element.count):
+        for name, kind in element.columns.items():
+            if name in widths:
+                start += widths[name]
+                continue
+            length, item = (np.dtype(part) for part in kind)
+            file.seek(start)
+            stated = file.read(length.itemsize)
+            if len(stated) < length.itemsize:
+                return size + 1
+            start += length.itemsize + max(int(np.frombuffer(stated, length)[0]), 0) * item.itemsize
+    return start
+
+
+def _warn_of_activated(table: np.ndarray, path: Path) -> None:
+    """Many splats, all with logarithms of scales above 0 and logits between 0 and 1, are most likely neither."""
+    scales = np.stack([table[f"scale_{k}"] for k in range(3)])
+    opacities = table["opacity"]
+    if len(table) >= 2 and (scales > 0).all() and ((opacities >= 0) & (opacities <= 1)).all():
+        warnings.warn(
+            f"{path} seems to store scales and opacities themselves, not their logarithms and logits "
+            "as 3D Gaussian Splatting does: if the object looks like fog, export it again.",
+            stacklevel=3,
+        )
+
+
+def turn_axes(gaussians: Gaussians, axes: str, to_file: bool) -> Gaussians:
+    """From our axes to those of a file, or back: numbers change places and signs, no bit else.
+
+    An ellipsoid's own axes are named anew with the world's, so that its rotation becomes
+    T R T^-1, whose quaternion is (w, T v), and not T R, which would round.
+    """
     if axes not in AXES:
         raise UserError(f"axes must be one of {', '.join(AXES)}; got {axes!r}.")
-    if axes == "z-up":
-        return gaussians  # leaves every bit as it is
-    matrix, quat = (torch.tensor(values).to(gaussians.means) for values in AXES[axes])
-    if not to_file:
-        matrix, quat = matrix.T, quat * quat.new_tensor([1, -1, -1, -1])
-    quats = multiply_quaternions(torch.nn.functional.normalize(quat, dim=0), gaussians.quats)
-    return Gaussians(gaussians.means @ matrix.T, quats, *gaussians.tensors()[2:])
+    turn = torch.tensor(AXES[axes]).to(gaussians.means)
+    turn = turn if to_file else turn.T
+    means, quats, scales, opacities, colors = gaussians.tensors()
+    quats = torch.cat([quats[:, :1], quats[:, 1:] @ turn.T], dim=-1)
+    return Gaussians(means @ turn.T, quats, scales @ turn.T.abs(), opacities, colors)
 
 
 # ----------------------------------------------------------------------------- stored numbers <-> activated values
@@ -245,8 +385,7 @@ def _store(values: np.ndarray, encode, decode) -> np.ndarray:
 
 def _encode(gaussians: Gaussians) -> np.ndarray:
     """Activated values -> what a file stores, float32 [G, 17] in the order of PLY_COLUMNS."""
-    tensors = gaussians.to("cpu", torch.float32).detach().tensors()
-    means, quats, scales, opacities, colors = (t.numpy() for t in tensors)
+    means, quats, scales, opacities, colors = (t.numpy() for t in gaussians.tensors())
     dc = _store(colors, _color_inverse, _color)
     logits = _store(opacities[:, None], _logit, _sigmoid)
     log_scales = _store(scales, _log, np.exp)
@@ -256,11 +395,13 @@ def _encode(gaussians: Gaussians) -> np.ndarray:
 def _decode(table: np.ndarray) -> Gaussians:
     """The inverse of `_encode`, from a structured array [G]."""
 
-    def columns(*names: str) -> np.ndarray:
-        return np.stack([table[name] for name in names], -1).astype(np.float64)
+    def columns(*names: str) -> np.ndarray:  # no infinity decodes to a number
+        stored = np.stack([table[name] for name in names], -1).astype(np.float64)
+        return np.where(np.isfinite(stored), stored, np.nan)
 
-    means, quats = columns("x", "y", "z"), columns("rot_0", "rot_1", "rot_2", "rot_3")
-    scales = np.exp(columns("scale_0", "scale_1", "scale_2"))
-    opacities, colors = _sigmoid(columns("opacity"))[:, 0], _color(columns("f_dc_0", "f_dc_1", "f_dc_2"))
-    arrays = means, quats, scales, opacities, colors
-    return Gaussians(*(torch.from_numpy(array.astype(np.float32)) for array in arrays))
+    with np.errstate(over="ignore"):  # what overflows is infinite, and for the caller to check
+        means, quats = columns("x", "y", "z"), columns("rot_0", "rot_1", "rot_2", "rot_3")
+        scales = np.exp(columns("scale_0", "scale_1", "scale_2"))
+        opacities, colors = _sigmoid(columns("opacity"))[:, 0], _color(columns("f_dc_0", "f_dc_1", "f_dc_2"))
+        arrays = means, quats, scales, opacities, colors
+        return Gaussians(*(torch.from_numpy(array.astype(np.float32)) for array in arrays))

@@ -7,7 +7,9 @@ their Chamfer and IoU numbers, then marching cubes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,9 @@ MIXED_DEPTH = 0.1  # a pixel whose depths spread more than this (standard deviat
 SURFACE_ALPHA = 0.5  # a pixel shows the object when at least this much of it is covered
 MIN_COMPONENT = 0.01  # pieces with less than this share of the solid's volume are floaters
 FORMATS = (".glb", ".obj", ".ply")
+FLOAT, UNSIGNED_INT, VERTICES, INDICES = 5126, 5125, 34962, 34963  # glTF's numbers of OpenGL
+# The views' light is in the colours already, and glTF's default material is a dark metal.
+UNLIT = {"pbrMetallicRoughness": {"metallicFactor": 0.0}, "extensions": {"KHR_materials_unlit": {}}}
 
 
 def fuse_mesh(
@@ -229,33 +234,61 @@ def save_mesh(mesh: trimesh.Trimesh, path: str | Path) -> None:
     """Write a coloured mesh as .glb, .obj or .ply, atomically.
 
     GLB is y-up by its specification, so our z-up world is turned: (x, y, z) -> (x, z, -y), front -y -> +z as glTF wants
-    it; its vertex colours are stored linear and unlit, which shows them as they are here. OBJ and PLY keep z up.
+    it; its vertex colours are stored linear, as floats, since 8 bits of linear light drown what is dark, and unlit,
+    which shows them as they are here. OBJ and PLY keep z up.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"Meshes are saved as {', '.join(FORMATS)}, got the file name '{path.name}'.")
+    if not len(mesh.faces) or not np.isfinite(mesh.vertices).all():
+        raise UserError(f"There is no mesh to save as {path.name}: it has no faces, or no finite corners.")
     data = _glb_bytes(mesh) if path.suffix.lower() == ".glb" else mesh.export(file_type=path.suffix[1:].lower())
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def _glb_bytes(mesh: trimesh.Trimesh) -> bytes:
-    turned = mesh.copy()
-    turned.vertices = np.column_stack([mesh.vertices[:, 0], mesh.vertices[:, 2], -mesh.vertices[:, 1]])
-    colors = np.array(mesh.visual.vertex_colors)
-    colors[:, :3] = np.round(_linear(colors[:, :3] / 255) * 255)
-    turned.visual.vertex_colors = colors
-    return turned.export(file_type="glb", tree_postprocessor=_make_unlit)
+    """A JSON chunk and a binary one (glTF 2.0, 4.4): one mesh of positions, colours, indices."""
+    x, y, z = mesh.vertices.T
+    positions = np.column_stack([x, z, -y]).astype("<f4")
+    colors = _linear(np.asarray(mesh.visual.vertex_colors)[:, :3] / 255).astype("<f4")
+    arrays = [positions, colors, np.asarray(mesh.faces).astype("<u4").reshape(-1)]
+    starts = np.cumsum([0] + [array.nbytes for array in arrays]).tolist()  # multiples of 4
+    views = [
+        {"buffer": 0, "byteOffset": start, "byteLength": array.nbytes, "target": target}
+        for start, array, target in zip(starts, arrays, (VERTICES, VERTICES, INDICES))
+    ]
+    accessors = [
+        {"componentType": FLOAT, "type": "VEC3"} | _range(positions),
+        {"componentType": FLOAT, "type": "VEC3"},
+        {"componentType": UNSIGNED_INT, "type": "SCALAR"},
+    ]
+    for view, (accessor, array) in enumerate(zip(accessors, arrays)):
+        accessor |= {"bufferView": view, "count": len(array)}
+    primitive = {"attributes": {"POSITION": 0, "COLOR_0": 1}, "indices": 2, "material": 0}
+    tree = {
+        "asset": {"version": "2.0", "generator": "gsv3d_lib"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"name": "object", "mesh": 0}],
+        "meshes": [{"primitives": [primitive]}],
+        "materials": [UNLIT],
+        "accessors": accessors,
+        "bufferViews": views,
+        "buffers": [{"byteLength": starts[-1]}],
+        "extensionsUsed": ["KHR_materials_unlit"],
+    }
+    text = json.dumps(tree, allow_nan=False).encode()
+    text += b" " * (-len(text) % 4)
+    binary = b"".join(array.tobytes() for array in arrays)
+    chunks = struct.pack("<I4s", len(text), b"JSON") + text
+    chunks += struct.pack("<I4s", len(binary), b"BIN\0") + binary
+    return struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks
+
+
+def _range(array: np.ndarray) -> dict:
+    return {"min": array.min(axis=0).tolist(), "max": array.max(axis=0).tolist()}
 
 
 def _linear(srgb: np.ndarray) -> np.ndarray:
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-
-
-def _make_unlit(tree: dict) -> None:
-    """The views' light is in the colours already, and glTF's default material is a dark metal."""
-    tree["materials"] = [{"pbrMetallicRoughness": {"metallicFactor": 0.0}, "extensions": {"KHR_materials_unlit": {}}}]
-    tree["extensionsUsed"] = ["KHR_materials_unlit"]
-    for mesh in tree["meshes"]:
-        for primitive in mesh["primitives"]:
-            primitive["material"] = 0

@@ -10,7 +10,9 @@ import re
 import shutil
 import stat
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,7 @@ WRITER = f"{zlib.crc32(platform.node().encode()):08x}"
 LEFTOVER = re.compile(r"\..+\.((?P<writer>[0-9a-f]{8})-)?(?P<pid>\d+)\.tmp")
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF, errno.EACCES}  # some network file systems
 BEST = "data/checkpoints/small"  # turns a user's picture into 3D; notebooks and experiments take the quicker `tiny`
+RESERVED = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"  # no names of files on Windows
 
 
 def resolve(path: str | Path) -> Path:
@@ -169,3 +172,37 @@ def is_running(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+@contextmanager
+def own_folder(wanted: str | Path, names: Iterable[str]) -> Iterator[Path]:
+    """A folder in which one run writes files called `names`: `wanted`, or wanted-2,
+    wanted-3, ..., the first that holds none of them and that no other run is filling.
+
+    So nothing is overwritten. A folder that stays empty is removed at the end.
+    """
+    wanted, names = Path(wanted).absolute(), list(names)
+    for number in count(1):
+        ending = f"-{number}" if number > 1 else ""
+        folder = wanted.parent / f"{wanted.name}{ending}"
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = folder / f".{names[0]}.claim"
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        if not any(os.path.lexists(folder / name) for name in names):
+            break
+        claim.unlink()
+    try:
+        yield folder
+    finally:
+        claim.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty, as it should be
+            folder.rmdir()
+
+
+def folder_name(path: str | Path) -> str:
+    """The name of a file without its suffix, as a name of a folder on any system."""
+    name = re.sub(r"[^\w.-]+", "_", Path(path).stem)[:40].strip("._-") or "picture"
+    return f"{name}_" if re.fullmatch(RESERVED, name, re.IGNORECASE) else name

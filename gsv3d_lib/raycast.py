@@ -289,8 +289,8 @@ def _material(material) -> tuple[object, np.ndarray]:
 
 
 def _unit_rgb(colors: np.ndarray) -> np.ndarray:
-    """uint8 (0..255) or float (0..1) colours [..., 3 or 4] -> float32 [..., 3] in 0..1."""
-    scale = 255 if np.issubdtype(colors.dtype, np.integer) else 1
+    """Unsigned integers (0 to their largest) or floats (0..1) [..., 3 or 4] -> float32 [..., 3] in 0..1."""
+    scale = np.iinfo(colors.dtype).max if np.issubdtype(colors.dtype, np.integer) else 1
     return np.asarray(colors[..., :3], np.float32) / scale
 
 

@@ -144,8 +144,8 @@ def run_notebook(notebook: Path, parameters: dict, out: Path) -> dict:
     try:
         with termination_raises():
             papermill.execute_notebook(
-                str(notebook),
-                str(out / notebook.name),
+                literal(notebook),
+                literal(out / notebook.name),
                 parameters=parameters,
                 kernel_name="python3",
                 language="python",
@@ -164,6 +164,11 @@ def run_notebook(notebook: Path, parameters: dict, out: Path) -> dict:
         record["metrics"] = collected_metrics(out / notebook.name)
         write_record(out, record)
     return record
+
+
+def literal(path: Path) -> str:
+    """For papermill, which puts parameters between the braces of a path."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 @contextmanager
