@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsv3d_lib.config import Config
-from gsv3d_lib.dataset import COLUMN_NAMES, ObjectViews, ViewTensors, resize_views
+from gsv3d_lib.data.dataset import COLUMN_NAMES, ObjectViews, ViewTensors, resize_views
+from gsv3d_lib.data.examples import Orbits, batch_cameras, load_orbits
 from gsv3d_lib.decoder import plane_sweep
 from gsv3d_lib.diffusion import Condition, guided_v, predict_v
 from gsv3d_lib.distillation import DistillationStage
 from gsv3d_lib.encoders import image_features
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.lora import add_lora, load_lora, merged_lora
-from gsv3d_lib.orbits import Orbits, batch_cameras, load_orbits
 from gsv3d_lib.pipeline import GSV3DPipeline
 from gsv3d_lib.rendering import render
 from gsv3d_lib.stages import DecoderStage, DiffusionStage, diffusion_draws, orbit_condition
@@ -59,9 +59,9 @@ SECTIONS = ("steps", "generation", "comparisons")
 def make_orbits(config: Config, vae) -> Orbits:
     """Two procedural objects, rendered here and encoded."""
     from gsv3d_lib.cameras import orbit_cameras
-    from gsv3d_lib.make_dataset import dataset_angles
-    from gsv3d_lib.objects import procedural_object
-    from gsv3d_lib.raycast import render_mesh
+    from gsv3d_lib.data.make_dataset import dataset_angles
+    from gsv3d_lib.data.procedural.objects import procedural_object
+    from gsv3d_lib.data.raycast import render_mesh
 
     parts = []
     for seed in OBJECTS:
@@ -590,7 +590,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error(f"--rounds is at least 1; got {args.rounds}.")
-    from gsv3d_lib.evaluate import commit, hardware
+    from gsv3d_lib.evaluation.evaluate import commit, hardware
     from gsv3d_lib.pipeline import load_config
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Is the plan right? Peak memory of training steps and of an inference, measured, beside what `gsv3d_lib.plan` says.
+"""Is the plan right? Peak memory of training steps and of an inference, measured, beside what `gsv3d_lib.cluster.plan` says.
 
 The file also gets the plan of stage 2 at paper scale, which nothing here can measure.
 
@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 
+from gsv3d_lib.cluster.plan import build_stage, plan, plan_inference, shapes, without_data
 from gsv3d_lib.config import Config, preset, schedule_field
-from gsv3d_lib.paths import atomic_path
-from gsv3d_lib.plan import build_stage, plan, plan_inference, shapes, without_data
+from gsv3d_lib.system.paths import atomic_path
 from gsv3d_lib.training import update_average
 
 MB = 1e6
@@ -103,9 +103,9 @@ def training(case: dict) -> tuple[Callable[[], None], Callable[[], int]]:
 
 def inference(case: dict) -> tuple[Callable[[], object], Callable[[], int]]:
     """Functions that turn one image into Gaussians, and that count the weights."""
+    from gsv3d_lib.cluster.plan import NETWORKS, models_on_meta
     from gsv3d_lib.lora import add_lora
     from gsv3d_lib.pipeline import GSV3DPipeline
-    from gsv3d_lib.plan import NETWORKS, models_on_meta
 
     config = config_of(case)
     models = models_on_meta(config, *NETWORKS)
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scales", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    from gsv3d_lib.evaluate import commit, hardware
+    from gsv3d_lib.evaluation.evaluate import commit, hardware
 
     prepare()
     report = {

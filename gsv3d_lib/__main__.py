@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from .command import ELEVATION_HELP, check_writable, degrees, exit_code, positive, results_folder
-from .paths import BEST, folder_name, resolve
+from .system.command import ELEVATION_HELP, check_writable, degrees, exit_code, positive, results_folder
+from .system.paths import BEST, folder_name, resolve
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cameras import Cameras, read_at
+from .export.mesh import SURFACE_ALPHA
 from .gaussians import Gaussians
 from .images import VISIBLE_ALPHA
-from .mesh import SURFACE_ALPHA
 from .rendering import render
 
 SHOWS = 0.01  # a Gaussian is seen where its weights sum to this many pixels or more

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .system.errors import UserError
 
 FOV_DEG = 33.8
 DISTANCE = 3.509
@@ -139,7 +139,7 @@ def sphere_cameras(
 ) -> Cameras:
     """`orbit_cameras` of angles [V] in degrees that were checked where they were read.
 
-    It never looks at the numbers, so it also runs on tensors that have none (`plan.py`).
+    It never looks at the numbers, so it also runs on tensors that have none (`cluster/plan.py`).
     """
     azimuth = torch.deg2rad(AZIMUTH_SIGN * azimuths.double())
     elevation = torch.deg2rad(elevations.double())

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from .errors import UserError
+from .system.errors import UserError
 
 NAMES = ("tiny", "small", "paper")
 RING_VIEWS = 16  # of `dataset.RING`: what training orbits are made of
@@ -402,7 +402,7 @@ PAPER = TINY.replace(
     vae_schedule=Schedule(steps=20000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
     dino_schedule=Schedule(steps=10000, batch=128, lr=5e-4),
     diffusion_schedule=Schedule(steps=40000, batch=16, lr=2e-4, ema=0.9995),
-    # 8 and 2 orbits at once, with checkpointing, fit 80 GB (`python -m gsv3d_lib.plan`) [calc]
+    # 8 and 2 orbits at once, with checkpointing, fit 80 GB (`python -m gsv3d_lib plan`) [calc]
     checkpointing=True,
     stage1=Schedule(steps=80000, batch=128, lr=1e-5, warmup=1000, micro_batch=8),  # [paper]
     stage2=Schedule(steps=40000, batch=32, lr=1e-5, warmup=1000, micro_batch=2),  # [paper]

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Config
-from .errors import UserError
+from .system.errors import UserError
 
 
 @dataclass

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .dataset import RING
+from .data.dataset import RING
+from .data.examples import Orbits, batch_cameras
 from .diffusion import diffusion_loss
-from .errors import UserError
-from .orbits import Orbits, batch_cameras
 from .stages import condition_features, diffusion_draws, draw, orbit_condition, target_loss
+from .system.errors import UserError
 from .training import Stage
 
 

@@ -1,6 +1,6 @@
 """The elevation of the camera that took a picture: ridge regression, in closed form, on histograms of its edges.
 
-    python -m gsv3d_lib.elevation --weights data/checkpoints/tiny --data ../shared/objects/train data/cache/orbits
+    python -m gsv3d_lib elevation --weights data/checkpoints/tiny --data ../shared/objects/train data/cache/orbits
 
 fits it on the views of the datasets and writes `elevation/elevation.safetensors`, a few kB, into the checkpoint folder.
 
@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .command import exit_code
-from .dataset import RING, ViewTensors, load_views
-from .errors import MissingFile, UserError
+from .data.dataset import RING, ViewTensors, load_views
 from .images import DEFAULT_FILL, prepare_condition
-from .paths import atomic_path, check_readable, resolve
+from .system.command import exit_code
+from .system.errors import MissingFile, UserError
+from .system.paths import atomic_path, check_readable, resolve
 
 SIZE, CELLS, BINS = 64, 8, 9  # pixels of the picture, histograms per side, directions of an edge
 RANGE = (-10.0, 40.0)  # degrees, of the free views of `make_dataset`: nothing else is ever answered
@@ -128,7 +128,7 @@ def estimate(image, folder: str | Path) -> float:
     estimator = load_elevation(folder)
     if estimator is None:
         raise UserError(
-            f"{folder} has no estimator of elevations: give one in degrees, or fit it with `python -m gsv3d_lib.elevation`."
+            f"{folder} has no estimator of elevations: give one in degrees, or fit it with `python -m gsv3d_lib elevation`."
         )
     rgb = image if isinstance(image, Tensor) else prepare_condition(image, SIZE)[0]
     return float(estimator(rgb[None])[0])
@@ -180,7 +180,7 @@ def _stacked(objects: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.elevation", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib elevation", description=__doc__.split("\n")[0])
     parser.add_argument("--weights", default="data/checkpoints/tiny", help="the checkpoint folder to write into")
     parser.add_argument("--data", nargs="+", required=True, help="dataset folders to learn from")
     parser.add_argument("--test", nargs="+", default=[], help="dataset folders to be measured on")

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import MissingFile, UserError
-from .paths import atomic_path
+from .system.errors import MissingFile, UserError
+from .system.paths import atomic_path
 
 # Axes of a PLY file -> rows of the rotation from the world (z up) to the file.
 AXES = {

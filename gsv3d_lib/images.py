@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from torch import Tensor
 
-from .errors import MissingFile, UserError
+from .system.errors import MissingFile, UserError
 
 MAX_PIXELS = 100_000_000  # refused above: 400 MB once decoded, which is where a "decompression bomb" begins to hurt
 MAX_SIDE = 2048  # larger pictures are shrunk to this while loading; conditions are at most 576 px

@@ -15,8 +15,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .errors import MissingFile, UserError
-from .paths import atomic_path, check_readable, reason
+from .system.errors import MissingFile, UserError
+from .system.paths import atomic_path, check_readable, reason
 
 IDLE = (".attn2.to_q.", ".attn2.to_k.")  # in the names of layers that cannot change any result
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name

@@ -22,10 +22,10 @@ from .config import Config, preset
 from .diffusion import Condition, sample
 from .elevation import Elevation, load_elevation
 from .encoders import condition_from, image_features
-from .errors import MissingFile, UserError
 from .gaussians import Gaussians
 from .images import VISIBLE_ALPHA, prepare_condition
 from .lora import load_lora, merged_lora, set_lora_scale
+from .system.errors import MissingFile, UserError
 from .train import load_model
 from .vae import decode_scaled
 
@@ -83,7 +83,7 @@ class GSV3DPipeline:
         config: default, the checkpoint's or the preset `paper`.  options: lora, svd, dino, download of `sv3d.load_sv3d`.
         Raises FileNotFoundError or ValueError with what to do.
         """
-        from .sv3d import load_sv3d
+        from .weights.sv3d import load_sv3d
 
         if config is None and checkpoint is not None:
             config = load_config(checkpoint)
@@ -180,7 +180,7 @@ class GSV3DPipeline:
         if self.estimator is None:
             raise UserError(
                 "This checkpoint cannot estimate elevations: give one in degrees, or fit an estimator with "
-                "`python -m gsv3d_lib.elevation`."
+                "`python -m gsv3d_lib elevation`."
             )
         return float(self.estimator(rgb[None])[0])
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .dataset import RING, ViewTensors
+from .data.dataset import RING, ViewTensors
+from .data.examples import PALETTES, Orbits, batch_cameras, radians, ring_frames
 from .diffusion import Condition, diffusion_loss, draw_sigma
 from .encoders import clip_token, dino_features, image_features
 from .gaussians import Gaussians
 from .losses import pixel_loss, rendering_loss
-from .orbits import PALETTES, Orbits, batch_cameras, radians, ring_frames
 from .training import Stage, mean_over_processes
 from .vae import to_network
 

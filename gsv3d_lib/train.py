@@ -1,6 +1,6 @@
 """Train the stages of one preset, in order, from the command line or from a notebook.
 
-    python -m gsv3d_lib.train --preset tiny --data data/cache/procedural --out runs/tiny [--stages vae dino ...]
+    python -m gsv3d_lib train --preset tiny --data data/cache/procedural --out runs/tiny [--stages vae dino ...]
 
 Every stage resumes where it was stopped, if the same command goes on: a checkpoint of other settings or data is refused,
 unless `--force-resume` is given. Only the number of steps may be larger than before. A stage is skipped once its weights lie
@@ -8,9 +8,9 @@ in OUT/weights. The weights are in the layout of
 diffusers and transformers (`save_pretrained`), so that `GSV3DPipeline.from_pretrained(OUT/weights)` opens them.
 `--init FOLDER` starts the named stages from another checkpoint's weights and takes over what they do not train:
 
-    python -m gsv3d_lib.train --init data/checkpoints/tiny --stages diffusion stage2 --data data/cache/mine --out runs/mine
+    python -m gsv3d_lib train --init data/checkpoints/tiny --stages diffusion stage2 --data data/cache/mine --out runs/mine
 
-`--shards FOLDER` instead of `--data` reads from disk what `shards.py` computed once, with that checkpoint's encoders.
+`--shards FOLDER` instead of `--data` reads from disk what `cluster/shards.py` computed once, with that checkpoint's encoders.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pathlib import Path
 
 import torch
 
-from .command import check_writable, exit_code, positive
+from .cluster.shards import ShardViews, open_shards
 from .config import Config, parse_setting, preset, schedule_field
-from .dataset import ViewTensors, load_views
-from .errors import MissingFile, UserError
-from .orbits import ring_frames
-from .paths import atomic_path, check_readable, place_whole, reason, remove_leftovers
-from .shards import ShardViews, open_shards
+from .data.dataset import ViewTensors, load_views
+from .data.examples import ring_frames
+from .system.command import check_writable, exit_code, positive
+from .system.errors import MissingFile, UserError
+from .system.paths import atomic_path, check_readable, place_whole, reason, remove_leftovers
 from .training import PRECISIONS, read_metrics, train
 
 STAGES = ("vae", "dino", "diffusion", "stage1", "stage2")
@@ -191,7 +191,7 @@ def load_dino(config: Config, weights: Path):
 
 def orbits_for(config: Config, views: ViewTensors, run: Path, dino=None):
     """Orbits of all objects and their variants, encoded once by this run's VAE; from shards with the features of `dino`."""
-    from .orbits import load_orbits
+    from .data.examples import load_orbits
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = load_model(run / "weights", "vae").to(device)
@@ -278,7 +278,7 @@ def load_model(folder: str | Path, name: str):
     path = Path(folder) / name
     if not (path / "config.json").is_file():
         raise MissingFile(
-            f"There are no {name} weights in {folder}; train them with `python -m gsv3d_lib.train --stages ...` "
+            f"There are no {name} weights in {folder}; train them with `python -m gsv3d_lib train --stages ...` "
             "or point to a folder that has them, such as data/checkpoints/tiny."
         )
     check_readable(*(file for file in path.iterdir() if file.is_file()))
@@ -332,7 +332,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="tiny")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", nargs="+", default=["data/cache/procedural"], help="dataset folders")
-    source.add_argument("--shards", metavar="FOLDER", help="what `python -m gsv3d_lib.shards` wrote, instead of --data")
+    source.add_argument("--shards", metavar="FOLDER", help="what `python -m gsv3d_lib shards` wrote, instead of --data")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="checkpoints, curves and weights")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--steps", type=positive, help="override the number of steps of the named stages")

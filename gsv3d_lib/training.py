@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import Schedule, shown
-from .errors import UserError
-from .orbits import digest
-from .paths import atomic_path, check_readable, reason, remove_leftovers
+from .data.examples import digest
+from .system.errors import UserError
+from .system.paths import atomic_path, check_readable, reason, remove_leftovers
 
 try:
     import fcntl
@@ -154,7 +154,7 @@ def train(
     if accelerator.num_processes != processes:
         raise UserError(
             f"{processes} processes were asked for, but {accelerator.num_processes} are running; start them with "
-            f"`torchrun --standalone --nproc_per_node {processes} -m gsv3d_lib.train --processes {processes} ...`."
+            f"`torchrun --standalone --nproc_per_node {processes} -m gsv3d_lib train --processes {processes} ...`."
         )
     if schedule.batch % processes:
         raise UserError(f"A batch of {schedule.batch} cannot be shared equally by {processes} processes.")

@@ -25,7 +25,7 @@ from gsv3d_lib.cameras import (
     to_blender,
     to_opengl_view,
 )
-from gsv3d_lib.dataset import list_objects, read_object
+from gsv3d_lib.data.dataset import list_objects, read_object
 
 SIZE = 64
 

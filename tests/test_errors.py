@@ -5,8 +5,8 @@ import errno
 import numpy as np
 import pytest
 
-from gsv3d_lib.command import exit_code
-from gsv3d_lib.errors import MissingFile, UserError
+from gsv3d_lib.system.command import exit_code
+from gsv3d_lib.system.errors import MissingFile, UserError
 
 
 def raising(error):

@@ -10,11 +10,11 @@ import torch
 from test_pipeline import write_geometry
 from tiny_world import ball_views, object_views, tiny_config
 
-from gsv3d_lib import experiments as ex
 from gsv3d_lib import train as recipes
 from gsv3d_lib.config import Schedule, preset
-from gsv3d_lib.dataset import write_index, write_object
-from gsv3d_lib.metrics import bootstrap_interval
+from gsv3d_lib.data.dataset import write_index, write_object
+from gsv3d_lib.evaluation import experiments as ex
+from gsv3d_lib.evaluation.metrics import bootstrap_interval
 
 # Two steps must move what four digits show, hence the learning rate.
 CONFIG = tiny_config(lambda_pixel=0.0, stage2=Schedule(steps=2, batch=2, lr=0.3, warmup=0))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from gsv3d_lib.cameras import orbit_cameras
+from gsv3d_lib.data.raycast import load_mesh, normalized, render_mesh
 from gsv3d_lib.export import (
     FILES,
     SPLAT_BYTES,
@@ -23,9 +24,8 @@ from gsv3d_lib.export import (
     save_viewer_page,
     turntable_frames,
 )
+from gsv3d_lib.export.mesh import fuse_mesh, save_mesh
 from gsv3d_lib.gaussians import Gaussians, turn_axes
-from gsv3d_lib.mesh import fuse_mesh, save_mesh
-from gsv3d_lib.raycast import load_mesh, normalized, render_mesh
 from gsv3d_lib.rendering import render
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -218,7 +218,7 @@ def small(monkeypatch):
         partial(fuse_mesh, resolution=32, num_views=8, size=32),
     )
     monkeypatch.setattr("gsv3d_lib.export.turntable_frames", frames)
-    monkeypatch.setattr("gsv3d_lib.mesh.fuse_mesh", fuse)
+    monkeypatch.setattr("gsv3d_lib.export.mesh.fuse_mesh", fuse)
 
 
 def names(folder) -> list[str]:
@@ -290,7 +290,7 @@ def test_an_object_that_cannot_be_meshed_still_leaves_splats_and_pictures(small,
 
 
 def test_a_bug_keeps_its_traceback(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("gsv3d_lib.mesh.fuse_mesh", lambda _: 1 / 0)
+    monkeypatch.setattr("gsv3d_lib.export.mesh.fuse_mesh", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_object(shell(2), tmp_path)
 

@@ -9,9 +9,9 @@ import torch
 import trimesh
 
 from gsv3d_lib.cameras import orbit_cameras, ray_grid
+from gsv3d_lib.evaluation.metrics import chamfer_distance, occupancy_grid, surface_points, volume_iou
+from gsv3d_lib.export.mesh import front_depth, fuse_depth_maps, fuse_mesh, save_mesh, sphere_cameras
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.mesh import front_depth, fuse_depth_maps, fuse_mesh, save_mesh, sphere_cameras
-from gsv3d_lib.metrics import chamfer_distance, occupancy_grid, surface_points, volume_iou
 from gsv3d_lib.rendering import render
 
 VIEWS, SIZE = 32, 128  # the defaults of fuse_mesh

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, one_sentence, tiny_config
 
-from gsv3d_lib import photos
 from gsv3d_lib import train as recipes
 from gsv3d_lib.cameras import Cameras, intrinsics, look_at, opencv_to_opengl, orbit_cameras
 from gsv3d_lib.config import Schedule
-from gsv3d_lib.dataset import ViewTensors, load_views, read_object, resize_views
+from gsv3d_lib.data import photos
+from gsv3d_lib.data.dataset import ViewTensors, load_views, read_object, resize_views
 
 SHIFT, SCALE = torch.tensor([3.0, -2.0, 1.0]), 2.7  # of the world that the photographs' cameras are given in
 WIDTH, HEIGHT = 120, 96

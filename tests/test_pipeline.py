@@ -13,19 +13,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_world import BALLS, SIZE, ball_pictures, ball_views, object_views, one_sentence, tiny_config, turned
 
-from gsv3d_lib import evaluate as ev
 from gsv3d_lib import train as recipes
 from gsv3d_lib.backprojection import back_project
-from gsv3d_lib.baselines import AverageObject, flat_card
 from gsv3d_lib.cameras import orbit_cameras, sv3d_azimuths
 from gsv3d_lib.config import Schedule, preset
-from gsv3d_lib.dataset import write_index, write_object
+from gsv3d_lib.data.dataset import write_index, write_object
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.diffusion import sample
+from gsv3d_lib.evaluation import evaluate as ev
+from gsv3d_lib.evaluation.baselines import AverageObject, flat_card
+from gsv3d_lib.evaluation.lpips import LPIPS
+from gsv3d_lib.evaluation.metrics import psnr
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.images import prepare_condition
-from gsv3d_lib.lpips import LPIPS
-from gsv3d_lib.metrics import psnr
 from gsv3d_lib.pipeline import GSV3DPipeline, load_config
 from gsv3d_lib.rendering import render
 from gsv3d_lib.unet import build_unet

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_world import ball_views, randn, random_orbits, tiny_config
 
+from gsv3d_lib.cluster.plan import Ledger, Meter, advise, build_stage, main, plan, plan_inference, rehearse, shapes
 from gsv3d_lib.config import preset
-from gsv3d_lib.plan import Ledger, Meter, advise, build_stage, main, plan, plan_inference, rehearse, shapes
 from gsv3d_lib.stages import DecoderStage, DiffusionStage
 from gsv3d_lib.training import draw_batch
 

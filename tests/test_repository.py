@@ -17,9 +17,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import gsv3d_lib
-from gsv3d_lib import doctor
-from gsv3d_lib.evaluate import comparison
-from gsv3d_lib.experiments import claims
+from gsv3d_lib.evaluation.evaluate import comparison
+from gsv3d_lib.evaluation.experiments import claims
+from gsv3d_lib.system import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from gsv3d_lib import __main__ as command
-from gsv3d_lib import demo, export, pipeline
-from gsv3d_lib.errors import machine_fault
-from gsv3d_lib.paths import ROOT, atomic_path, folder_name, own_folder
+from gsv3d_lib import export, pipeline
+from gsv3d_lib.course import demo
+from gsv3d_lib.system.errors import machine_fault
+from gsv3d_lib.system.paths import ROOT, atomic_path, folder_name, own_folder
 
 NAMES = ["object.ply", "viewer.html"]
 
@@ -209,7 +210,7 @@ def test_what_stops_the_notebook_is_a_sentence_if_it_can_be_mended(tmp_path, mon
     notebook.cells = [
         nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(
-            "from gsv3d_lib.errors import UserError\nraise UserError('turntable.mp4 is not there.')"
+            "from gsv3d_lib.system.errors import UserError\nraise UserError('turntable.mp4 is not there.')"
         ),
     ]
     nbformat.write(notebook, tmp_path / "a.ipynb")
@@ -238,4 +239,4 @@ def test_make_hands_any_name_on(name, tmp_path):
     listener.chmod(0o755)
     asked = ["make", "--silent", "demo", "INSTALLED=", f"PY={listener}", f"IMAGE={name}", "ELEVATION=-5"]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["-m", "gsv3d_lib.demo", f"--image={name}", "--elevation=-5"], done.stderr
+    assert done.stdout.splitlines() == ["-m", "gsv3d_lib", "demo", f"--image={name}", "--elevation=-5"], done.stderr

@@ -16,9 +16,11 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 from tiny_world import object_views
 
-from gsv3d_lib import demo, launch, refresh, run, train
+from gsv3d_lib import train
+from gsv3d_lib.cluster import launch
 from gsv3d_lib.config import parse_setting, preset, schedule_field
-from gsv3d_lib.dataset import write_index, write_object
+from gsv3d_lib.course import demo, refresh, run
+from gsv3d_lib.data.dataset import write_index, write_object
 
 ROOT = run.ROOT
 
@@ -70,7 +72,9 @@ def test_lists_are_checked_item_by_item():
 
 def test_a_run_is_recorded(notebook, tmp_path):
     cells = nbformat.read(notebook, as_version=4)
-    cells.cells.append(new_code_cell("from gsv3d_lib.run import record\nrecord(third=1 / 3, of={'steps': steps})"))
+    cells.cells.append(
+        new_code_cell("from gsv3d_lib.course.run import record\nrecord(third=1 / 3, of={'steps': steps})")
+    )
     nbformat.write(cells, notebook)
     run.run_notebook(notebook, {"steps": 5}, tmp_path / "out")
     executed = nbformat.read(tmp_path / "out" / notebook.name, as_version=4)
@@ -88,7 +92,7 @@ def test_a_run_is_recorded(notebook, tmp_path):
 SLOW = """
 import sys
 from pathlib import Path
-from gsv3d_lib import run
+from gsv3d_lib.course import run
 run.find_notebooks = lambda _: [Path(sys.argv[1])]
 sys.exit(run.main(["02", "--out", sys.argv[2]]))
 """
@@ -245,7 +249,7 @@ def test_a_training_is_planned_and_not_started(folders, capsys):
     text = capsys.readouterr().out
     assert re.search(r"stage1 +6,000 x 2 .*\d", text) and "not counted" in text
     assert (
-        f"torchrun --standalone --nproc_per_node 2 -m gsv3d_lib.train --preset tiny --stages vae stage1 --data {data}"
+        f"torchrun --standalone --nproc_per_node 2 -m gsv3d_lib train --preset tiny --stages vae stage1 --data {data}"
         in text
     )
     assert "Not started: set full_run = True" in text and not out.exists()
@@ -294,7 +298,7 @@ def test_of_a_progress_bar_a_line_a_minute_and_the_last_are_shown():
 
 def test_make_full_runs_a_parameter_set():
     shown = subprocess.run(["make", "-n", "full", "NB=05", "PARAMS=paper"], cwd=ROOT, capture_output=True, text=True)
-    assert "-m gsv3d_lib.run 05 --params paper" in shown.stdout
+    assert "-m gsv3d_lib run 05 --params paper" in shown.stdout
     empty = subprocess.run(["make", "-n", "full"], cwd=ROOT, capture_output=True, text=True)
     assert empty.returncode and "say which notebook" in empty.stderr
 

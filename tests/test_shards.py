@@ -9,15 +9,15 @@ import pytest
 import torch
 from tiny_world import object_views, one_sentence, tiny_config
 
-from gsv3d_lib import launch, shards
 from gsv3d_lib import train as recipes
+from gsv3d_lib.cluster import launch, shards
 from gsv3d_lib.config import Schedule
-from gsv3d_lib.dataset import list_objects, load_views, write_index, write_object
+from gsv3d_lib.data.dataset import list_objects, load_views, write_index, write_object
+from gsv3d_lib.data.examples import Orbits, ShuffledOrder, latent_fingerprint, load_orbits, make_variants
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.distillation import DistillationStage
 from gsv3d_lib.encoders import build_clip, build_dino, image_features
 from gsv3d_lib.lora import add_lora
-from gsv3d_lib.orbits import Orbits, ShuffledOrder, latent_fingerprint, load_orbits, make_variants
 from gsv3d_lib.stages import DecoderStage, DiffusionStage, DINOStage, VAEStage
 from gsv3d_lib.training import draw_batch, train
 from gsv3d_lib.unet import build_unet
@@ -177,7 +177,7 @@ def test_a_stopped_writing_goes_on_and_finished_shards_stay(data, tmp_path, monk
     monkeypatch.setattr(shards, "encode_object", counting)
     with pytest.raises(KeyboardInterrupt):
         write(data, tmp_path)
-    with pytest.raises(FileNotFoundError, match="no finished shards.*run `python -m gsv3d_lib.shards` again"):
+    with pytest.raises(FileNotFoundError, match="no finished shards.*run `python -m gsv3d_lib shards` again"):
         shards.open_shards(tmp_path)
     fail_at = None
     index = write(data, tmp_path)

@@ -21,7 +21,7 @@ from tiny_world import ball_views, randn, shake, tiny_config
 from torch import nn
 from transformers import CLIPImageProcessor
 
-from gsv3d_lib import diffusion, sv3d
+from gsv3d_lib import diffusion
 from gsv3d_lib.cameras import sv3d_azimuths
 from gsv3d_lib.config import preset
 from gsv3d_lib.decoder import build_decoder
@@ -29,10 +29,11 @@ from gsv3d_lib.diffusion import build_scheduler, sample
 from gsv3d_lib.encoders import build_clip, build_dino, condition_from
 from gsv3d_lib.lora import add_lora, save_lora
 from gsv3d_lib.pipeline import GSV3DPipeline
-from gsv3d_lib.sv3d import FOLDERS, SINGLE, SVD, convert, downloads, fetch, load_backbone
 from gsv3d_lib.train import load_model, save_config
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import build_vae, decode_scaled, encode
+from gsv3d_lib.weights import sv3d
+from gsv3d_lib.weights.sv3d import FOLDERS, SINGLE, SVD, convert, downloads, fetch, load_backbone
 
 # three levels, the last without attention, and shortcuts in the VAE: every kind of name that SV3D has
 CONFIG = tiny_config(

@@ -17,11 +17,11 @@ from torch import nn
 
 from gsv3d_lib.cameras import orbit_cameras, ray_grid
 from gsv3d_lib.config import Schedule, preset
+from gsv3d_lib.data.examples import load_orbits
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.encoders import build_clip, build_dino
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.losses import foreground_l1, pixel_loss, rendering_loss
-from gsv3d_lib.orbits import load_orbits
 from gsv3d_lib.rendering import render
 from gsv3d_lib.stages import DecoderStage, DiffusionStage, DINOStage, VAEStage, orbit_condition, rolled
 from gsv3d_lib.training import (

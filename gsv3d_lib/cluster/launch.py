@@ -1,0 +1,188 @@
+"""A whole training from a notebook: planned, and, if asked for, started on several processes and watched to its end.
+
+The notebooks' section "Full run" is one call of `launch`. It starts `gsv3d_lib.train` in processes of its own, because a
+notebook's kernel can neither become several processes nor be killed and resumed as a job can.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from ..config import Config, preset, schedule_field
+from ..system.errors import MissingFile, UserError
+from ..system.paths import ROOT, resolve
+from ..train import PRODUCTS, STAGES
+from ..training import read_metrics
+from .plan import GB, plan
+from .plan import STAGES as PLANNED
+from .shards import is_shards
+
+NEEDS = dict(vae=(), dino=(), diffusion=("vae",), stage1=("vae", "dino"), stage2=("vae", "dino", "diffusion", "stage1"))
+BAR_SECONDS = 60.0  # a progress bar that is redrawn all the time becomes a line a minute
+
+
+def launch(
+    scale: str, stages: list[str], data: list[str], processes: int = 1, steps: int = 0, start: bool = False
+) -> dict[str, dict]:
+    """Print the plan and the command of a training; with `start`, run it -> the last metrics of every stage.
+
+    data: dataset folders, or one folder of shards.
+    steps: of each stage; 0 is the preset's schedule. Another number is a trial, in a folder of its own.
+    Raises ValueError or FileNotFoundError, in one sentence, for what could not be trained, before anything starts;
+    RuntimeError where the training ends with an error.
+    """
+    check_request(scale, stages, data, processes)
+    command = train_command(scale, stages, data, processes, steps)
+    print(report(preset(scale), stages, processes))
+    print("\n" + shown(command))
+    if not start:
+        print("Not started: set full_run = True, or give the runner a parameter set.")
+        return {}
+    out = run_folder(scale, steps)
+    check(scale, stages, data, processes, out)
+    watch(command)
+    return {stage: read_metrics(out / stage)[-1] for stage in stages if read_metrics(out / stage)}
+
+
+def run_folder(scale: str, steps: int = 0) -> Path:
+    """Where checkpoints, curves and weights go: runs/SCALE, and another one for trials."""
+    return ROOT / "runs" / (f"{scale}-trial-{steps}" if steps else scale)
+
+
+def train_command(scale: str, stages: list[str], data: list[str], processes: int = 1, steps: int = 0) -> list[str]:
+    """What follows `python` on the command line: `-m gsv3d_lib train ...`, through torchrun for several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    trial = ["--steps", str(steps)] if steps else []
+    source = ["--shards" if is_shards(resolve(data[0])) else "--data", *data]
+    options = ["--preset", scale, "--stages", *stages, *source, *trial, "--processes", str(processes)]
+    out = run_folder(scale, steps)
+    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
+    return [*(torchrun if processes > 1 else []), "-m", "gsv3d_lib", "train", *options, "--out", str(out)]
+
+
+def shown(command: list[str]) -> str:
+    """The command as one would type it."""
+    return shlex.join(["python", *command]).replace("python -m torch.distributed.run", "torchrun")
+
+
+def check_request(scale: str, stages: list[str], data: list[str], processes: int) -> None:
+    """What is wrong in the request itself. Raises ValueError."""
+    config = preset(scale)
+    if not data:
+        raise UserError("A training needs data: name dataset folders, or one folder of shards.")
+    if processes < 1:
+        raise UserError(f"A training needs one process or more; got {processes}.")
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or not stages:
+        raise UserError(f"The stages are {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}.")
+    if stages != sorted(stages, key=STAGES.index):
+        raise UserError(f"Stages build on each other, so give them in this order: {', '.join(STAGES)}.")
+    for stage in stages:
+        batch = getattr(config, schedule_field(stage)).batch
+        if batch % processes:
+            raise UserError(f"The batch of {stage}, {batch}, cannot be shared equally by {processes} processes.")
+
+
+def check(scale: str, stages: list[str], data: list[str], processes: int, out: Path) -> None:
+    """Everything that can be known to fail. Raises ValueError or FileNotFoundError with what to do."""
+    check_request(scale, stages, data, processes)
+    for stage in stages:
+        missing = [
+            need for need in NEEDS[stage] if need not in stages and not (out / "weights" / PRODUCTS[need]).is_dir()
+        ]
+        if missing:
+            fetched = (
+                f" (`python -m gsv3d_lib sv3d stabilityai/sv3d --download --out {out}`)" if scale == "paper" else ""
+            )
+            raise UserError(
+                f"{stage} needs {', '.join(missing)}: add them to the stages, or put their weights into "
+                f"{out / 'weights'}{fetched}."
+            )
+    for folder in data:
+        if not (resolve(folder) / "index.json").is_file():
+            raise MissingFile(
+                f"There is no dataset in {folder}; make it with `python -m gsv3d_lib make_dataset --out {folder} ...`."
+            )
+        if len(data) > 1 and is_shards(resolve(folder)):
+            raise UserError(f"{folder} holds shards, and a training reads one folder of those and nothing else.")
+
+
+def report(config: Config, stages: list[str], processes: int = 1) -> str:
+    """Steps, memory per process in both precisions, and arithmetic of every stage, as a table."""
+    lines = [f"{'stage':10}{'steps x batch':>16}{'GB bf16':>9}{'float32':>9}{'TFLOP/step':>12}{'PFLOP in all':>14}"]
+    for stage in stages:
+        schedule = getattr(config, schedule_field(stage))
+        line = f"{stage:10}{f'{schedule.steps:,} x {schedule.batch}':>16}"
+        if stage in PLANNED:
+            micro = schedule.micro_batch or max(1, schedule.batch // processes)
+            options = dict(gpus=processes, micro_batch=micro, checkpointing=config.checkpointing)
+            with torch.enable_grad():  # notebook 01 switches it off
+                half, whole = (plan(config, stage, half=half, **options) for half in (True, False))
+            total = half.flops * schedule.steps / 1e15
+            line += f"{half.memory / GB:9.1f}{whole.memory / GB:9.1f}{half.flops / 1e12:12.3g}{total:14.3g}"
+        lines.append(line if stage in PLANNED else line + "   (not counted by plan.py)")
+    lines.append(f"(GB per process, of {processes}; a device that sustains 100 TFLOP/s does 360 PFLOP in an hour)")
+    return "\n".join(lines)
+
+
+def watch(command: list[str]) -> None:
+    """Run `python COMMAND` in the repository's root and print its lines. Raises RuntimeError where it fails.
+
+    When this process is interrupted the training is told to end; it resumes from its checkpoints when started again.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    last = ""
+    try:
+        for last in thinned(line.rstrip() for line in process.stdout):
+            print(last, flush=True)
+        process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                said, _ = process.communicate(timeout=60)
+                print(*thinned(line.rstrip() for line in said.splitlines()), sep="\n", flush=True)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    if process.returncode:
+        raise RuntimeError(
+            f"The training ended with code {process.returncode} ({last[:200]}); "
+            "once that is mended the same call resumes it."
+        )
+
+
+def thinned(lines: Iterable[str]) -> Iterable[str]:
+    """The lines without empty ones, and of progress bars one a minute and the last."""
+    shown_at, waiting = 0.0, None
+    for line in lines:
+        if not line:
+            continue
+        if "%|" not in line:
+            if waiting is not None:
+                yield waiting
+            waiting = None
+            yield line
+        elif time.monotonic() - shown_at >= BAR_SECONDS:
+            shown_at, waiting = time.monotonic(), None
+            yield line
+        else:
+            waiting = line
+    if waiting is not None:
+        yield waiting

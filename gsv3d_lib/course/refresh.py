@@ -1,0 +1,161 @@
+"""Run notebooks in place and write what a reader sees: outputs, and the time and memory in their headers.
+
+    python -m gsv3d_lib refresh [02 05 ...] [--out FOLDER]
+    python -m gsv3d_lib refresh --hero docs/images/hero.png    # the README's picture instead
+
+Every notebook runs on a fresh kernel in the notebooks' folder. The text between `<!-- measured -->` and `<!-- /measured -->`
+in its first cells, and in its row of the README's table, is replaced by what was measured. What GitHub cannot show is left
+out: widget state, widgets without a kernel, and cell timings. A notebook that fails is left as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from tqdm import tqdm
+
+from ..system.doctor import usable_cores
+from ..system.errors import MissingFile
+from ..system.paths import BEST, ROOT, atomic_path
+
+NOTEBOOKS = ROOT / "notebooks"
+MEASURED = re.compile(r"<!-- measured -->.*?<!-- /measured -->")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+HERO = ("house", "car", "chair", "face", "mug")  # the README's picture
+PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"  # GB on Linux
+
+
+def run_notebook(path: Path, cell_timeout: int = 900) -> tuple[nbformat.NotebookNode, float, float]:
+    """Execute a notebook -> (it with outputs, seconds, peak memory of its kernel in GB)."""
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(PEAK))
+    client = NotebookClient(
+        notebook,
+        timeout=cell_timeout,
+        kernel_name="python3",
+        store_widget_state=False,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    bar = tqdm(total=len(notebook.cells), desc=path.stem, unit="cell")
+    client.on_cell_complete = lambda **_: bar.update()
+    started = time.perf_counter()
+    client.execute()
+    seconds = time.perf_counter() - started
+    bar.close()
+    peak = float(notebook.cells.pop().outputs[0].text)
+    return notebook, seconds, peak
+
+
+def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Keep what shows without a kernel; number the cells as a reader counts them."""
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
+    return notebook
+
+
+def stated(seconds: float, gigabytes: float, cores: int) -> str:
+    """The sentence of the header: "41 s, 1.2 GB on 2 CPU cores"."""
+    return f"{seconds:.0f} s, {gigabytes:.1f} GB on {cores} CPU core{'s' if cores > 1 else ''}"
+
+
+def write_measured(text: str, sentence: str) -> str:
+    """The text with the sentence between its marks."""
+    return MEASURED.sub(lambda _: f"<!-- measured -->{sentence}<!-- /measured -->", text)
+
+
+def refresh(path: Path, out: Path) -> str:
+    """Run one notebook and write it to `out`; returns what was measured."""
+    notebook, seconds, peak = run_notebook(path)
+    sentence = stated(seconds, peak, usable_cores())
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = write_measured(cell.source, sentence)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out / path.name) as temporary:
+        nbformat.write(tidy(notebook), temporary)
+    return sentence
+
+
+def update_readme(name: str, sentence: str, readme: Path = ROOT / "README.md") -> None:
+    """The notebook's row of the README's table."""
+    lines = [
+        write_measured(line, sentence) if line.startswith("|") and f"notebooks/{name}" in line else line
+        for line in readme.read_text().split("\n")
+    ]
+    with atomic_path(readme) as temporary:
+        temporary.write_text("\n".join(lines))
+
+
+def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: int = 160) -> None:
+    """Bundled pictures and what `weights` make of them, seen from eight sides, as a PNG."""
+    import torch
+
+    from ..cameras import orbit_cameras
+    from ..images import prepare_condition
+    from ..pipeline import GSV3DPipeline
+    from ..rendering import render
+    from .figures import image_grid
+
+    pipe = GSV3DPipeline.from_pretrained(weights, device="cpu")
+    angles, pictures = torch.arange(8) * 45.0, []
+    for name in tqdm(names, unit="picture"):
+        image = ROOT / "data" / "images" / f"{name}.png"
+        seen = render(pipe(image, seed=0, progress=False), orbit_cameras(angles, 15.0, size)).rgb.clamp(0, 1)
+        pictures += [prepare_condition(image, size)[0], *seen]
+    titles = ["input", *(f"{angle:.0f}°" for angle in angles)]
+    with atomic_path(path) as temporary:
+        image_grid(pictures, titles=titles, columns=9, width=10).savefig(temporary, dpi=100, format="png")
+
+
+def find_notebooks(numbers: list[str]) -> list[Path]:
+    """The notebooks whose names begin with these numbers; all for none. Raises FileNotFoundError for an unknown one."""
+    every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    for number in numbers:
+        if not any(path.name.startswith(number) for path in every):
+            raise MissingFile(f"No notebook begins with {number!r}; there are {', '.join(p.stem for p in every)}.")
+    return [path for path in every if not numbers or any(path.name.startswith(n) for n in numbers)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib refresh", description=__doc__.split("\n")[0])
+    parser.add_argument("numbers", nargs="*", help="such as 02; all notebooks by default")
+    parser.add_argument("--out", type=Path, default=NOTEBOOKS, help="folder to write to (default: in place)")
+    parser.add_argument("--hero", type=Path, metavar="PNG", help="only draw the README's picture")
+    args = parser.parse_args(arguments)
+    if args.hero is not None:
+        draw_hero(args.hero, ROOT / BEST)
+        return 0
+    failed = 0
+    try:
+        chosen = find_notebooks(args.numbers)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    for path in chosen:
+        try:
+            sentence = refresh(path, args.out)
+        except Exception as error:  # a failing cell: its message is the news, the others still run
+            print(f"{path.stem} failed and was left as it was.\n{error}", file=sys.stderr)
+            failed += 1
+            continue
+        size = (args.out / path.name).stat().st_size / 1e6
+        print(f"{path.stem}: {sentence}, {size:.2f} MB")
+        if args.out == NOTEBOOKS:
+            update_readme(path.stem, sentence)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""Run a notebook with other parameters, through papermill, and keep a record of the run.
+
+    python -m gsv3d_lib run 05 --params paper                     notebooks/params/05_paper.yaml
+    python -m gsv3d_lib run 05 --set steps=200 --set seed=1 --out runs/05-again
+
+papermill only warns of a parameter that does not exist and takes a string for a number. Here names and types are checked
+against the notebook's parameters cell before anything runs, and a training that it would start against its data and weights.
+
+The executed notebook is written after every cell, and during long ones twice a minute, so a killed run keeps what it had.
+Given again, the same command executes the notebook from its first cell: what the stopped run had written is kept beside the
+new one, rendered objects and finished stages are not made again, and the training of the section "Full run" goes on from its
+last checkpoint. A cell's own short training starts afresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import nbformat
+import yaml
+
+from ..config import parse_setting, preset
+from ..system.errors import MissingFile, UserError
+from ..system.paths import ROOT, atomic_path
+from .refresh import NOTEBOOKS, find_notebooks
+
+PARAMS = NOTEBOOKS / "params"
+METRICS = "application/vnd.gsv3d.metrics+json"  # an output of this type carries numbers for the run record
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numba", "gsplat", "numpy")
+AUTOSAVE_SECONDS = 30
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a cluster's scheduler sends before it kills: the run ends as by Ctrl-C."""
+
+
+def declared_parameters(notebook: Path) -> dict:
+    """Names and default values of the cell tagged `parameters`. Raises ValueError where there is none."""
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            nodes = ast.parse(cell.source).body
+            return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes if isinstance(node, ast.Assign)}
+    raise UserError(f"{notebook.name} has no cell with the tag `parameters`.")
+
+
+def check_parameters(given: dict, declared: dict) -> dict:
+    """The given parameters, each known and of its default's type (a whole number may stand for a float).
+
+    Raises ValueError with all that is wrong, in one sentence each.
+    """
+    faults = []
+    for name, value in given.items():
+        if name not in declared:
+            faults.append(f"There is no parameter {name!r}; the notebook has {', '.join(declared)}.")
+            continue
+        wanted = type(declared[name])
+        number = wanted is float and type(value) is int
+        if type(value) is not wanted and not number:
+            hint = " Write 1.0e-3, not 1e-3: YAML reads that as text." if "e-" in str(value) else ""
+            faults.append(f"{name} is a {wanted.__name__}; got {value!r} ({type(value).__name__}).{hint}")
+        elif wanted is list:
+            kinds = {type(item) for item in declared[name]}
+            odd = [item for item in value if kinds and type(item) not in kinds]
+            if odd:
+                faults.append(f"{name} is a list of {' or '.join(k.__name__ for k in kinds)}; it holds {odd[0]!r}.")
+    if faults:
+        raise UserError(" ".join(faults))
+    return given
+
+
+def check_training(parameters: dict) -> None:
+    """What the notebook's section "Full run" would refuse at its end, found before its beginning.
+
+    parameters: all of the notebook, given or default. Raises ValueError or FileNotFoundError with what to do.
+    """
+    if "scale" in parameters:
+        preset(parameters["scale"])
+    if parameters.get("full_run"):
+        from ..cluster.launch import check, run_folder
+
+        scale, stages, data = (parameters[name] for name in ("scale", "full_stages", "full_data"))
+        processes = parameters["full_processes"] if "full_processes" in parameters else parameters["gpus"]
+        check(scale, stages, data, processes, run_folder(scale, parameters["full_steps"]))
+
+
+def read_parameters(path: str | Path) -> dict:
+    """A YAML file of `name: value` lines. Raises FileNotFoundError, or ValueError where it is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in PARAMS.glob("*.yaml")))
+        raise MissingFile(f"There is no parameter file {path}; notebooks/params holds {there}.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UserError(f"{path.name} should hold lines such as `steps: 200`; it holds a {type(values).__name__}.")
+    return values
+
+
+def run_notebook(notebook: Path, parameters: dict, out: Path) -> dict:
+    """Execute `notebook` into the folder `out`, with its prints on this terminal -> the run record, also in run.json.
+
+    The record is written when the run starts and again when it ends, well or not; one that says "running" long after was
+    killed. Raises what stopped the run.
+    """
+    import papermill
+
+    from ..evaluation.evaluate import commit, hardware
+
+    declared = declared_parameters(notebook)
+    check_training(declared | check_parameters(parameters, declared))
+    out.mkdir(parents=True, exist_ok=True)
+    keep_stopped(notebook, out)
+    started = time.perf_counter()
+    record = {
+        "notebook": notebook.stem,
+        "parameters": parameters,
+        "commit": commit(),
+        "changed_since_commit": changed_files(),
+        "hardware": hardware(),
+        "environment": environment(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "state": "running",
+    }
+    write_record(out, record)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for noisy in ("traitlets", "asyncio", "blib2to3"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        with termination_raises():
+            papermill.execute_notebook(
+                literal(notebook),
+                literal(out / notebook.name),
+                parameters=parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=True,
+                log_output=True,
+                autosave_cell_every=AUTOSAVE_SECONDS,
+                coalesce_streams=True,
+                store_widget_state=False,
+            )
+        record["state"] = "finished"
+    except BaseException as error:  # also Ctrl-C: the record says how the run ended
+        record["state"] = f"stopped by {type(error).__name__}"
+        raise
+    finally:
+        record |= {"seconds": round(time.perf_counter() - started, 1), "peak_gb": peak_memory()}
+        record["metrics"] = collected_metrics(out / notebook.name)
+        write_record(out, record)
+    return record
+
+
+def literal(path: Path) -> str:
+    """For papermill, which puts parameters between the braces of a path."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+@contextmanager
+def termination_raises() -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside, so that the kernel and a training below it are ended and the record is written."""
+
+    def stop(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def keep_stopped(notebook: Path, out: Path) -> None:
+    """Move what an unfinished run left in `out` aside, as NAME.stopped.ipynb, before a new one writes there."""
+    written, record = out / notebook.name, out / "run.json"
+    if written.is_file() and record.is_file() and json.loads(record.read_text())["state"] != "finished":
+        os.replace(written, written.with_suffix(".stopped.ipynb"))
+
+
+def environment() -> dict:
+    """Python, the packages that numbers depend on, and the GPUs."""
+    import torch
+
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    return {"python": platform.python_version(), "packages": installed, "cuda": torch.version.cuda, "gpus": gpus}
+
+
+def changed_files() -> list[str] | None:
+    """Tracked files that differ from the commit; None outside a git checkout."""
+    command = ["git", "diff", "--name-only", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def record(**metrics) -> None:
+    """Show numbers in a notebook, and hand them to the record of the run: floats, scalar tensors, or dicts of them."""
+    from IPython.display import display
+
+    metrics = {name: plain(value) for name, value in metrics.items()}
+    display({METRICS: metrics, "text/plain": f"for the run record: {metrics}"}, raw=True)
+
+
+def plain(value):
+    """A number rounded to six digits, text as it is, a dict of such."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return value if isinstance(value, str | bool | int) else float(f"{float(value):.6g}")
+
+
+def collected_metrics(executed: Path) -> dict:
+    """What `record` showed in an executed notebook, so far as it went."""
+    if not executed.is_file():
+        return {}
+    cells = nbformat.read(executed, as_version=4).cells
+    shown = [
+        out["data"][METRICS] for cell in cells for out in cell.get("outputs", []) if METRICS in out.get("data", {})
+    ]
+    return {name: value for metrics in shown for name, value in metrics.items()}
+
+
+def peak_memory() -> float | None:
+    """Largest memory of any process that this one has started and seen end, in GB; None where the system cannot say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # macOS counts bytes, Linux kilobytes
+    return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit, 2)
+
+
+def write_record(out: Path, record: dict) -> None:
+    with atomic_path(out / "run.json") as path:
+        path.write_text(json.dumps(record, indent=1))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib run", description=__doc__.split("\n")[0])
+    parser.add_argument("number", help="of the notebook, such as 05")
+    parser.add_argument("--params", help="a YAML file, or the name of a set in notebooks/params, such as tiny or paper")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeatable")
+    parser.add_argument("--out", type=Path, help="folder for the executed notebook (default runs/NN-PARAMS)")
+    parser.add_argument("--check", action="store_true", help="only check the parameters")
+    args = parser.parse_args(arguments)
+    try:
+        (notebook, *others) = find_notebooks([args.number])
+        if others:
+            raise UserError(
+                f"{args.number} begins the names of {1 + len(others)} notebooks; give both digits, such as 05."
+            )
+        named = PARAMS / f"{args.number}_{args.params}.yaml"
+        given = {} if args.params is None else read_parameters(named if named.is_file() else args.params)
+        given |= dict(parse_setting(text) for text in args.set)
+        declared = declared_parameters(notebook)
+        check_parameters(given, declared)
+        if not args.check:
+            check_training(declared | given)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"gsv3d: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        print(f"{notebook.stem}: {len(given)} parameters fit.")
+        return 0
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    out = args.out or ROOT / "runs" / f"{args.number}-{Path(args.params or 'default').stem}"
+    try:
+        run_notebook(notebook, given, out)
+    except PapermillExecutionError as error:
+        print(f"gsv3d: cell {error.exec_count} of {out / notebook.name} stopped: {error.evalue}", file=sys.stderr)
+        return 1
+    except DeadKernelError:
+        sentence = "the kernel was killed, most likely for want of memory; the same command resumes its trainings."
+        print(f"gsv3d: {out / notebook.name}: {sentence}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"gsv3d: stopped; {out / notebook.name} holds what was done. Run the same to resume.", file=sys.stderr)
+        return 130
+    print(f"Done: {out / notebook.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
