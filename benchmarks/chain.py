@@ -32,22 +32,24 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gsv3d_lib.cameras import batch_cameras
 from gsv3d_lib.config import Config
 from gsv3d_lib.data.dataset import COLUMN_NAMES, ObjectViews, ViewTensors, resize_views
-from gsv3d_lib.data.examples import Orbits, batch_cameras, load_orbits
+from gsv3d_lib.data.examples import Orbits, load_orbits
 from gsv3d_lib.decoder import plane_sweep
-from gsv3d_lib.diffusion import Condition, guided_v, predict_v
+from gsv3d_lib.diffusion import Condition, diffusion_draws, guided_v, predict_v
 from gsv3d_lib.distillation import DistillationStage
-from gsv3d_lib.encoders import image_features
+from gsv3d_lib.encoders import image_features, orbit_condition
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.lora import add_lora, load_lora, merged_lora
 from gsv3d_lib.pipeline import GSV3DPipeline
+from gsv3d_lib.pretraining import DiffusionStage
 from gsv3d_lib.rendering import render
-from gsv3d_lib.stages import DecoderStage, DiffusionStage, diffusion_draws, orbit_condition
-from gsv3d_lib.train import load_model
+from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.training import Stage, draw_batch, update_average
 from gsv3d_lib.unet import FrameConv
 from gsv3d_lib.vae import encode
+from gsv3d_lib.weights.checkpoint import load_model
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "data" / "checkpoints" / "tiny"
@@ -591,7 +593,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.rounds < 1:
         parser.error(f"--rounds is at least 1; got {args.rounds}.")
     from gsv3d_lib.evaluation.evaluate import commit, hardware
-    from gsv3d_lib.pipeline import load_config
+    from gsv3d_lib.weights.checkpoint import load_config
 
     torch.set_num_threads(1)
     config = load_config(WEIGHTS)

@@ -26,8 +26,9 @@ from pathlib import Path
 
 import torch
 
-from gsv3d_lib.cluster.plan import build_stage, plan, plan_inference, shapes, without_data
-from gsv3d_lib.config import Config, preset, schedule_field
+from gsv3d_lib.cluster.plan import plan, plan_inference, shapes, stage_on_meta, without_data
+from gsv3d_lib.config import Config, preset
+from gsv3d_lib.stages import schedule_of
 from gsv3d_lib.system.paths import atomic_path
 from gsv3d_lib.training import update_average
 
@@ -77,8 +78,8 @@ def with_numbers(model: torch.nn.Module) -> torch.nn.Module:
 def training(case: dict) -> tuple[Callable[[], None], Callable[[], int]]:
     """Functions that make one step as `training.train` does, and that count the bytes of the tensors that stay."""
     config, batch = config_of(case), batch_of(case)
-    stage = with_numbers(build_stage(config, case["work"]))
-    schedule = getattr(config, schedule_field(case["work"]))
+    stage = with_numbers(stage_on_meta(config, case["work"]))
+    schedule = schedule_of(config, case["work"])
     parameters = [p for p in stage.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     average = {name: p.detach().clone() for name, p in stage.training_state().items()} if schedule.ema else {}

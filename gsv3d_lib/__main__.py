@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     from .export import FILES, save_object
     from .images import prepare_condition
-    from .pipeline import GSV3DPipeline, load_config
+    from .pipeline import GSV3DPipeline
+    from .weights.checkpoint import load_config
 
     out = args.out or Path("runs/object") / folder_name(args.image)
     check_writable(out / "object.ply")

@@ -149,6 +149,17 @@ def sphere_cameras(
     return Cameras(viewmats, intrinsics(size, fov_deg).repeat(len(viewmats), 1, 1), size, size)
 
 
+def batch_cameras(azimuth: Tensor, elevation: Tensor, size: int) -> list[Cameras]:
+    """Angles [B, V] in degrees -> B batches of V cameras, on the angles' device."""
+    pairs = zip(azimuth.cpu(), elevation.cpu())
+    return [sphere_cameras(a, e, size).to(azimuth.device) for a, e in pairs]
+
+
+def sv3d_angles(azimuth: Tensor, elevation: Tensor) -> tuple[Tensor, Tensor]:
+    """SV3D's polar angle, 90 degrees minus elevation, and azimuth: degrees to radians."""
+    return torch.deg2rad(90 - elevation), torch.deg2rad(azimuth)
+
+
 def sv3d_azimuths(num_frames: int) -> Tensor:
     """SV3D's static orbit [N] in degrees: evenly spaced, the condition view LAST, at azimuth 0 (docs/method.md)."""
     return torch.linspace(0, 360, num_frames + 1)[1:] % 360

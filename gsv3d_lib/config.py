@@ -69,7 +69,7 @@ VALUES = (
     | dict.fromkeys(("clip_heads", "unet_heads", "dino_heads", "decoder_heads"), HEADS)
     | dict.fromkeys(("image_size", "clip_size", "dino_size"), SIDE)
     | dict.fromkeys(("vae_anchor", "lambda_rgb", "lambda_depth", "lambda_pixel", "lambda_3d"), WEIGHT)
-    | dict.fromkeys(("lambda_alpha", "lambda_alpha_stage2"), WEIGHT)
+    | dict.fromkeys(("lambda_alpha", "lambda_alpha_stage2", "lambda_ssim", "lambda_lpips", "lambda_solid"), WEIGHT)
     | dict.fromkeys(("unet_attention", "checkpointing"), SWITCH)
     | dict.fromkeys(("cond_dropout", "roll_frames"), Numbers(0, 1))
     | dict.fromkeys(("num_frames", "target_views"), counts(1, 1024))
@@ -180,6 +180,7 @@ class Config:
     stage1: Schedule
     stage2: Schedule
     # ---- fields with one value at every scale
+    decoder_refiner: tuple[int, ...] = ()  # channels per doubling of a convolutional upsampler; () = linear [ours]
     dino: str = "dinov2"  # "none" removes the cross-attention's image features (the paper's ablation)
     latent_scale: float = 0.18215  # SD's latent scaling factor [code]
     cond_aug: float = 1e-5  # noise on the condition image [code]
@@ -201,6 +202,10 @@ class Config:
     lambda_depth: float = 0.5
     lambda_alpha: float = 0.0  # of stage 1; not in the paper; on in `tiny`
     lambda_pixel: float = 0.0  # each Gaussian against its own pixel's colour, depth, alpha; not in the paper
+    lambda_ssim: float = 0.0  # structure of the renderings; not in the paper
+    lambda_lpips: float = 0.0  # needs lpips_weights; not in the paper
+    lambda_solid: float = 0.0  # surfaces instead of fog; not in the paper
+    lpips_weights: str = "data/cache/lpips/alex.safetensors"  # of others, made by tools/convert_lpips.py
     lambda_3d: float = 1.0
     lambda_alpha_stage2: float = 0.0  # alpha in stage 2's L_3D; not in the paper, and it does harm: notebook 06
     sigma_weighting: str = "none"  # w(sigma) of L_3D: "none", or "snr" = 1 / (1 + sigma^2)
@@ -238,6 +243,11 @@ class Config:
             self.lambda_pixel == 0 or 8 * self.decoder_patch % self.decoder_upsample == 0,
             "with lambda_pixel a Gaussian has whole pixels: 8 decoder_patch is a multiple of decoder_upsample",
         )
+        self._need(
+            not self.decoder_refiner or 2 ** len(self.decoder_refiner) == self.decoder_upsample,
+            "decoder_refiner has one entry for each doubling of decoder_upsample",
+        )
+        self._divides(8, "decoder_refiner", "the groups in which it normalises")
         self._need(
             all(RING_VIEWS % count == 0 for count in self.view_counts),
             f"view_counts are 1, 2, 4, 8 or 16 of the {RING_VIEWS} views of a ring",
@@ -416,11 +426,6 @@ def preset(name: str = "tiny", **changes) -> Config:
     if name not in PRESETS:
         raise UserError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name].replace(**changes)
-
-
-def schedule_field(stage: str) -> str:
-    """The field of `Config` that holds a stage's `Schedule`."""
-    return stage if stage in ("stage1", "stage2") else f"{stage}_schedule"
 
 
 def parse_setting(text: str) -> tuple[str, object]:

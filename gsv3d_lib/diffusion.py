@@ -100,6 +100,15 @@ def draw_sigma(generator: torch.Generator, config: Config) -> Tensor:
     return (config.log_sigma_mean + config.log_sigma_std * torch.randn((), generator=generator)).exp()
 
 
+def diffusion_draws(latents: Tensor, generator: torch.Generator, config: Config) -> dict[str, Tensor]:
+    """The random numbers of one example: noise, one sigma, and whether the condition is kept."""
+    return {
+        "noise": torch.randn(latents.shape, generator=generator),
+        "sigma": draw_sigma(generator, config),
+        "keep": (torch.rand((), generator=generator) >= config.cond_dropout).float(),
+    }
+
+
 def triangular_guidance(num_frames: int, peak: float) -> Tensor:
     """Guidance scale per frame [N] as Stability's code spreads it: 1 at the first and the last frame, up to `peak` between.
 

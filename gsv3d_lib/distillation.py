@@ -13,11 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cameras import batch_cameras
 from .config import Config
 from .data.dataset import RING
-from .data.examples import Orbits, batch_cameras
-from .diffusion import diffusion_loss
-from .stages import condition_features, diffusion_draws, draw, orbit_condition, target_loss
+from .data.examples import Orbits, draw
+from .diffusion import diffusion_draws, diffusion_loss
+from .encoders import condition_features, orbit_condition
+from .losses import target_loss
 from .system.errors import UserError
 from .training import Stage
 
@@ -73,3 +75,7 @@ class DistillationStage(Stage):
         scenes = self.decoder(z_hat, cameras, condition_features(self.dino, batch))
         weight = sigma_weight(batch["sigma"], self.config.sigma_weighting)
         return target_loss(scenes, batch, self.config, weight)
+
+    def products(self):
+        """The LoRA, which lies in the U-Net that carries it."""
+        return {"lora": self.unet}

@@ -3,13 +3,19 @@ the decoder what the input image shows where. Both are transformers' own classes
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cameras import sv3d_angles
 from .config import Config
 from .diffusion import Condition
 from .vae import encode, to_network
+
+if TYPE_CHECKING:
+    from .data.examples import Example
 
 # the published normalisation constants of the two models
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -80,3 +86,21 @@ def condition_from(images: Tensor, polar: Tensor, azimuth: Tensor, vae, clip, co
     with torch.no_grad():
         latent = encode(vae, images)
     return Condition(clip_token(clip, images), latent, polar, azimuth, config.cond_aug)
+
+
+def orbit_condition(batch: Example, clip, config: Config) -> Condition:
+    """The `Condition` of a batch of orbits, with the joint dropout that guidance needs."""
+    token = clip_token(clip, batch["image"])
+    polar, azimuth = sv3d_angles(batch["azimuth"], batch["elevation"])
+    condition = Condition(token, batch["image_latent"], polar, azimuth, config.cond_aug)
+    return condition.dropped(batch["keep"])
+
+
+def condition_features(dino, batch: Example) -> Tensor | None:
+    """DINO's features of the condition views.
+
+    Those that came with the orbits (from shards) where there are any, else computed here.
+    """
+    if "features" in batch:
+        return batch["features"]
+    return image_features(dino, batch["image"])

@@ -8,8 +8,6 @@ The world of the result is z up and turned so that the input was seen from azimu
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +16,16 @@ from torch import Tensor
 
 from .backprojection import back_project
 from .cameras import Cameras, orbit_cameras, sv3d_azimuths
-from .config import Config, preset
+from .config import Config
 from .diffusion import Condition, sample
 from .elevation import Elevation, load_elevation
 from .encoders import condition_from, image_features
 from .gaussians import Gaussians
 from .images import VISIBLE_ALPHA, prepare_condition
 from .lora import load_lora, merged_lora, set_lora_scale
-from .system.errors import MissingFile, UserError
-from .train import load_model
+from .system.errors import UserError
 from .vae import decode_scaled
+from .weights.checkpoint import load_config, load_model
 
 
 @dataclass
@@ -202,30 +200,3 @@ class GSV3DPipeline:
     def views_from(self, latents: Tensor) -> Tensor:
         """The VAE's own multi-view images [N, S, S, 3] of latents [N, 4, h, w], scaled."""
         return decode_scaled(self.vae, latents, chunk=self.config.vae_clip)
-
-
-def load_config(folder: str | Path) -> Config:
-    """The configuration stored in a checkpoint folder (`gsv3d.json`).
-
-    Raises FileNotFoundError or ValueError, with what to do, where there is none or it is damaged.
-    """
-    path = Path(folder) / "gsv3d.json"
-    if not path.is_file():
-        raise MissingFile(
-            f"{folder} is no GSV3D checkpoint: gsv3d.json is missing. The shipped one is data/checkpoints/tiny; "
-            "`make train-tiny` makes your own."
-        )
-    try:
-        stored = json.loads(path.read_text())
-        base, fields = preset(stored["name"]), {f.name: f for f in dataclasses.fields(Config)}
-        values = {name: _typed(getattr(base, name), value) for name, value in stored.items() if name in fields}
-        return dataclasses.replace(base, **values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy it again from a whole checkpoint.") from error
-
-
-def _typed(like, value):
-    """JSON lists and dicts back into the tuples and `Schedule`s of the configuration."""
-    if dataclasses.is_dataclass(like):
-        return type(like)(**value)
-    return tuple(value) if isinstance(like, tuple) else value

@@ -9,45 +9,38 @@ The generator of an example is seeded by (seed, step, index in the global batch)
 before it. So a run that was killed at step k and resumed draws what the uninterrupted run draws, and two processes draw
 what one process would.
 
-A checkpoint states what made it, its `run_identity`. A run that would go on from it with anything else is refused; only
-the number of steps may grow, and then the learning rate follows the new schedule from there on. One training at a time
-works in a run folder. Ctrl-C and SIGTERM end it after the step, with a checkpoint.
+Checkpoints and metrics are those of `weights/run_folder.py`. One training at a time works in a run folder; Ctrl-C and
+SIGTERM end it after the step, with a checkpoint (`system/process.py`).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import platform
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Schedule, shown
+from .config import Schedule
 from .data.examples import digest
 from .system.errors import UserError
-from .system.paths import atomic_path, check_readable, reason, remove_leftovers
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from .system.process import Signals, leave, only_training
+from .weights.run_folder import (
+    append_metrics,
+    load_checkpoint,
+    read_metrics,
+    run_identity,
+    save_checkpoint,
+    write_metrics,
+)
 
 PRECISIONS = ("auto", "fp32", "bf16")
 CLIP_NORM = 1.0  # gradients longer than this are shortened to it
-RUN_FORMAT = 1  # of what a checkpoint states about its run
 
 
 class Stage(nn.Module):
@@ -77,6 +70,10 @@ class Stage(nn.Module):
         facts |= {"data": data.fingerprint()} if data is not None else {}
         facts |= {"frozen models": digest(frozen)[:12]} if frozen else {}
         return facts
+
+    def products(self) -> dict[str, nn.Module]:
+        """The trained models by the name of their folder in a checkpoint; asked for once, after the last step."""
+        raise NotImplementedError
 
     def after_step(self, step: int, steps: int) -> None:
         """Called after every optimiser step, for example to move a teacher towards its student."""
@@ -279,271 +276,3 @@ def is_slow_in_bf16() -> bool:
     """Whether this CPU has to imitate bfloat16: measured 60 times slower than float32 with AVX2 alone."""
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return platform.machine().lower() in ("x86_64", "amd64") and not fast
-
-
-# ---------------------------------------------------------------- one training at a time, and how it is stopped
-
-
-@contextmanager
-def only_training(run_dir: Path, first: bool) -> Iterator[None]:
-    """While the block runs no other process trains in `run_dir`. Raises UserError where one does.
-
-    The system gives the lock back when its process ends, however it ends. first: of several processes of one training,
-    only the first takes it. Windows, and file systems without locks, go without.
-    """
-    if not first:
-        yield
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "lock", "a+") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"Another training works in {run_dir} ({file.read(200).strip() or 'just started'}): wait until it ends, "
-                "or name another folder."
-            ) from None
-        except OSError:  # ENOLCK, ENOSYS, ...: a network file system that cannot
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        remove_leftovers(run_dir, alone=fcntl is not None)
-        yield
-
-
-class Signals:
-    """Ctrl-C and SIGTERM while the block runs: noted, and answered between two steps, where all weights are whole.
-
-    Only the main thread may listen; in another, and where a signal is ignored on purpose (nohup), nothing changes. A
-    second Ctrl-C does not wait. Afterwards the handlers are those of before.
-    """
-
-    def __init__(self):
-        self.noted, self.before = 0, {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, frame) -> None:
-        if number == self.noted == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.noted = self.noted or number
-
-    def of_any_process(self, accelerator) -> int:
-        """The signal that a process of this training has got, 0 for none: all of them leave after the same step."""
-        if accelerator.num_processes == 1:
-            return self.noted
-        return int(accelerator.gather(torch.tensor([self.noted], device=accelerator.device)).max())
-
-
-def leave(number: int, run_dir: Path, step: int, first: bool) -> None:
-    """End a training that a signal stopped: KeyboardInterrupt for Ctrl-C, SystemExit with 128 + 15 for SIGTERM."""
-    kept = f"{run_dir} holds its {step} steps" if step else "it had done no step"
-    sentence = f"the training was stopped; {kept}, and the same command goes on from there."
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt(sentence)
-    if first:
-        print(f"gsv3d: {sentence}", file=sys.stderr, flush=True)
-    raise SystemExit(128 + number)
-
-
-# ---------------------------------------------------------------- what made a checkpoint
-
-
-def run_identity(stage: Stage, schedule: Schedule, seed: int, mixed_precision: str) -> dict[str, object]:
-    """What a run is made of, by name, as JSON has it. Not: micro batches and processes, which change no result."""
-    facts = {"steps": schedule.steps, "batch": schedule.batch, "lr": schedule.lr, "warmup": schedule.warmup}
-    facts |= {"weight_decay": schedule.weight_decay, "ema": schedule.ema, "seed": seed}
-    facts |= {"precision": "bf16" if mixed_precision == "bf16" else "fp32"}
-    return json.loads(json.dumps({"format": RUN_FORMAT} | facts | stage.identity()))
-
-
-def check_identity(stored: dict, identity: dict, step: int, path: Path, force: bool, first: bool) -> None:
-    """Raises UserError, with every difference by name, where a checkpoint is of another run than the one that begins.
-
-    The number of steps may be larger than planned before. A checkpoint beyond it is refused whatever `force` says, and so
-    is one of a later version. One that states nothing, of an earlier version, is taken as far as its tensors fit.
-    """
-    steps = identity["steps"]
-    if step > steps:
-        raise UserError(f"{path} holds step {step}, beyond the {steps} steps asked for: ask for {step} or more.")
-    if not stored:
-        if first:
-            tqdm.write(f"{path} is of an earlier version and does not state its settings; they are not compared.")
-        return
-    if stored["format"] > RUN_FORMAT:
-        raise UserError(f"{path} was written by a later version of this program: go on with that one.")
-    unlike = {name: (old, identity[name]) for name, old in stored.items() if identity.get(name, old) != old}
-    if stored["steps"] < steps:
-        del unlike["steps"]
-        if first:
-            tqdm.write(f"{path} was planned with {stored['steps']} steps; the learning rate now follows {steps}.")
-    if not unlike:
-        return
-    listed = [f"{name} {shown(old)} -> {shown(new)}" for name, (old, new) in unlike.items()]
-    more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
-    differences = f"{', '.join(listed[:6])}{more}"
-    if not force:
-        raise UserError(
-            f"{path} is of another run: {differences}. Give its settings, another folder, or --force-resume "
-            "(force_resume=True) to go on all the same."
-        )
-    if first:
-        tqdm.write(f"Going on from {path} all the same: {differences}.")
-
-
-# ---------------------------------------------------------------- checkpoints: one safetensors file each
-
-
-def save_checkpoint(
-    run_dir: Path, step: int, stage: Stage, optimizer, average: dict[str, Tensor], identity: dict
-) -> None:
-    """Write `run_dir`/checkpoint-STEP in full, then make it visible by one rename; keep the last two.
-
-    Checkpoints of later steps than this are damaged ones, which were passed over; they go too.
-    """
-    tensors = {f"state.{name}": value for name, value in stage.training_state().items()}
-    tensors |= {f"average.{name}": value for name, value in average.items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / f"checkpoint-{step:07d}.safetensors"
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), "run": json.dumps(identity)})
-    files = list_checkpoints(run_dir)
-    place = files.index(path)
-    for old in files[: max(0, place - 1)] + files[place + 1 :]:
-        old.unlink()
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    return sorted(Path(run_dir).glob("checkpoint-*.safetensors"))
-
-
-def load_checkpoint(
-    run_dir: Path,
-    stage: Stage,
-    optimizer=None,
-    average: dict[str, Tensor] | None = None,
-    identity: dict | None = None,
-    force: bool = False,
-    first: bool = True,
-) -> int:
-    """Restore the newest readable checkpoint of `run_dir`; returns the step to go on from, 0 if there is none.
-
-    A damaged file (a full disk, a copy that broke off) is passed over for the one before it, with one line that says so.
-    identity: of the run that begins, which the file's must be, see `check_identity`.
-    Raises UserError where none can be read, and where the file is of another run or another model.
-    """
-    paths = list_checkpoints(run_dir)
-    for path in reversed(paths):
-        check_readable(path)
-        try:
-            tensors, step, stored = read_checkpoint(path)
-        except Exception as error:  # safetensors raises its own type for a damaged header
-            tqdm.write(f"{path} cannot be read ({reason(error)}); trying the checkpoint before it.")
-            continue
-        if identity is not None:
-            check_identity(stored, identity, step, path, force, first)
-        restore(tensors, "state.", stage.training_state(), path)
-        restore(tensors, "average.", average or {}, path)
-        if optimizer is not None:
-            restore_optimizer(tensors, optimizer, path)
-        return step
-    if paths:
-        raise UserError(
-            f"No checkpoint in {run_dir} can be read: delete them to train from the start, or copy them again."
-        )
-    return 0
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, dict]:
-    """Tensors, step and `run_identity` ({} where it states none) of a checkpoint. Raises ValueError for nonsense."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
-        metadata = file.metadata()
-    step, stored = int(metadata["step"]), json.loads(metadata.get("run", "{}"))
-    if path.stem != f"checkpoint-{step:07d}" or step < 1:
-        raise UserError(f"it says that it holds step {step}")
-    if stored and not all(isinstance(stored.get(name), int) for name in ("format", "steps")):
-        raise UserError("what it states of its run is no such statement")
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if bad:
-        raise UserError(f"{bad[0]} holds numbers that are not finite")
-    return tensors, step, stored
-
-
-@torch.no_grad()
-def restore(tensors: dict[str, Tensor], prefix: str, targets: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors[prefix + name] into targets[name], with one clear sentence when they do not fit."""
-    for name, target in targets.items():
-        value = tensors.get(prefix + name)
-        if value is None or value.shape != target.shape:
-            have = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
-            raise UserError(
-                f"{path} does not fit this model: {name} should be {tuple(target.shape)}, the file has {have}. "
-                "Use the configuration it was trained with, or another run folder."
-            )
-        target.copy_(value)
-
-
-def restore_optimizer(tensors: dict[str, Tensor], optimizer, path: Path) -> None:
-    """AdamW's averages of every parameter that has had a gradient. Raises UserError where they do not fit."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, slot = name.split(".", 2)
-            state.setdefault(int(index), {})[slot] = value
-    for index, slots in state.items():
-        shapes = {slot: value.shape for slot, value in slots.items()}
-        shape = parameters[index].shape if index < len(parameters) else None
-        if shapes != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}:
-            raise UserError(
-                f"{path} does not fit this model: its optimizer state {index} is another parameter's. Use the configuration "
-                "it was trained with, or another run folder."
-            )
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-# ---------------------------------------------------------------- metrics
-
-
-def read_metrics(run_dir: Path, before: int | None = None) -> list[dict]:
-    """The logged rows of a run, in order; with `before`, only those of earlier steps."""
-    path = Path(run_dir) / "metrics.jsonl"
-    rows = read_rows(path) if path.is_file() else []
-    return [row for row in rows if before is None or row["step"] < before]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # the last line of a killed run may be half written
-    return rows
-
-
-def write_metrics(run_dir: Path, rows: list[dict]) -> None:
-    with atomic_path(Path(run_dir) / "metrics.jsonl") as path:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def append_metrics(run_dir: Path, row: dict) -> None:
-    with open(Path(run_dir) / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")

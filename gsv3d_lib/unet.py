@@ -115,6 +115,10 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
         hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         return hidden.unflatten(0, (batch, frames))
 
+    def grown_to(self, config: Config) -> SV3DUNet:
+        """This U-Net, or one with one layer more per level that begins as it (`deepened`)."""
+        return deepened(self) if config.unet_layers == self.config.layers_per_block + 1 else self
+
     def _embed(self, timestep: Tensor, polar: Tensor, azimuth: Tensor, cond_aug: float, dtype) -> Tensor:
         """Time embedding plus the per-frame camera embedding, [B * N, E]."""
         frames = polar.shape[1]

@@ -19,7 +19,7 @@ from gsv3d_lib.diffusion import Condition, guided_v, predict_v
 from gsv3d_lib.distillation import DistillationStage
 from gsv3d_lib.encoders import build_clip, build_dino
 from gsv3d_lib.lora import add_lora, lora_parameters, merged_lora, set_lora_scale
-from gsv3d_lib.stages import DecoderStage
+from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.training import draw_batch
 from gsv3d_lib.unet import FrameConv
 

@@ -11,7 +11,8 @@ from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.distillation import DistillationStage, sigma_weight
 from gsv3d_lib.encoders import build_clip, build_dino
 from gsv3d_lib.lora import IDLE, add_lora, load_lora, lora_parameters, save_lora, set_lora_scale
-from gsv3d_lib.stages import DecoderStage, DiffusionStage
+from gsv3d_lib.pretraining import DiffusionStage
+from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.training import draw_batch
 from gsv3d_lib.unet import SV3DUNet, build_unet
 

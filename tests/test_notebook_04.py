@@ -12,7 +12,7 @@ from gsv3d_lib.config import preset
 from gsv3d_lib.course.exercises import decoder as checks
 from gsv3d_lib.decoder import Block, GaussianDecoder, build_decoder, plane_sweep, ray_distance
 from gsv3d_lib.encoders import build_dino, dino_features
-from gsv3d_lib.stages import DINOStage
+from gsv3d_lib.pretraining import DINOStage
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 

@@ -20,7 +20,7 @@ from gsv3d_lib.data.raycast import render_mesh
 from gsv3d_lib.evaluation import baselines, consistency, evaluate, experiments, metrics
 from gsv3d_lib.export import mesh
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.pipeline import load_config
+from gsv3d_lib.weights.checkpoint import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = json.loads((ROOT / "data" / "results" / "protocol.json").read_text())

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_world import BALLS, SIZE, ball_pictures, ball_views, object_views, one_sentence, tiny_config, turned
 
-from gsv3d_lib import train as recipes
+from gsv3d_lib import stages, train
 from gsv3d_lib.backprojection import back_project
 from gsv3d_lib.cameras import orbit_cameras, sv3d_azimuths
 from gsv3d_lib.config import Schedule, preset
@@ -26,10 +26,11 @@ from gsv3d_lib.evaluation.lpips import LPIPS
 from gsv3d_lib.evaluation.metrics import psnr
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.images import prepare_condition
-from gsv3d_lib.pipeline import GSV3DPipeline, load_config
+from gsv3d_lib.pipeline import GSV3DPipeline
 from gsv3d_lib.rendering import render
-from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import encode, encode_scaled
+from gsv3d_lib.weights import checkpoint
+from gsv3d_lib.weights.checkpoint import load_config
 
 CONFIG = tiny_config(
     vae_schedule=Schedule(steps=1, batch=1, lr=1e-3, warmup=0),
@@ -47,8 +48,8 @@ SHIPPED = sorted((Path(__file__).parents[1] / "data/checkpoints").iterdir())
 def run(tmp_path_factory):
     """A run folder as `train.py` makes it: all five stages, one or two steps each."""
     folder = tmp_path_factory.mktemp("run")
-    for stage in recipes.STAGES:
-        history = recipes.RECIPES[stage](CONFIG, ball_views(), folder, progress=False)
+    for stage in stages.STAGES:
+        history = stages.run_stage(stage, CONFIG, ball_views(), folder, progress=False)
         assert history[-1]["step"] == len(history) - 1 and math.isfinite(history[-1]["loss"])
     return folder
 
@@ -73,59 +74,59 @@ def picture() -> torch.Tensor:
 
 
 def test_init_takes_over_what_is_not_trained_and_starts_from_the_rest(weights, tmp_path):
-    recipes.take_over(weights, tmp_path, ["diffusion"])
+    stages.take_over(weights, tmp_path, ["diffusion"])
     assert {path.name for path in (tmp_path / "weights").iterdir()} == {"vae", "dino", "decoder"}
     still = CONFIG.replace(diffusion_schedule=Schedule(steps=1, batch=1, lr=0.0, warmup=0))
-    recipes.RECIPES["diffusion"](still, ball_views(), tmp_path, init=weights, progress=False)
-    before, after = (recipes.load_model(folder, "unet").state_dict() for folder in (weights, tmp_path / "weights"))
+    stages.run_stage("diffusion", still, ball_views(), tmp_path, init=weights, progress=False)
+    before, after = (checkpoint.load_model(folder, "unet").state_dict() for folder in (weights, tmp_path / "weights"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_init_from_half_the_side_doubles_the_decoder(weights, tmp_path):
     config = CONFIG.replace(image_size=2 * SIZE, decoder_patch=2, decoder_upsample=2 * CONFIG.decoder_upsample)
     config = config.replace(stage1=Schedule(steps=1, batch=1, lr=0.0, warmup=0))
-    recipes.take_over(weights, tmp_path, ["stage1"])
-    recipes.RECIPES["stage1"](config, ball_views(1, 2 * SIZE), tmp_path, init=weights, progress=False)
-    trained, fresh = recipes.load_model(weights, "decoder"), build_decoder(config).state_dict()
-    started = recipes.load_model(tmp_path / "weights", "decoder").state_dict()
+    stages.take_over(weights, tmp_path, ["stage1"])
+    stages.run_stage("stage1", config, ball_views(1, 2 * SIZE), tmp_path, init=weights, progress=False)
+    trained, fresh = checkpoint.load_model(weights, "decoder"), build_decoder(config).state_dict()
+    started = checkpoint.load_model(tmp_path / "weights", "decoder").state_dict()
     assert {k: v.shape for k, v in started.items()} == {k: v.shape for k, v in fresh.items()}
     assert torch.equal(started["blocks.0.mlp.0.weight"], trained.blocks[0].mlp[0].weight)
 
 
 def test_init_with_one_layer_more_deepens_the_unet(weights):
     config = CONFIG.replace(unet_layers=CONFIG.unet_layers + 1)
-    started = recipes.initial("unet", build_unet, config, weights)
-    trained = recipes.load_model(weights, "unet").state_dict()
+    started = stages.initial("unet", config, weights)
+    trained = checkpoint.load_model(weights, "unet").state_dict()
     assert started.config.layers_per_block == config.unet_layers
     kept = "mid_block.resnets.0.spatial_res_block.conv1.weight"
     assert torch.equal(started.state_dict()[kept], trained[kept])
     with pytest.raises(ValueError, match="The unet in .* is not of this configuration"):
-        recipes.initial("unet", build_unet, CONFIG.replace(unet_layers=CONFIG.unet_layers + 2), weights)
+        stages.initial("unet", CONFIG.replace(unet_layers=CONFIG.unet_layers + 2), weights)
 
 
 def test_init_names_damaged_weights_before_it_copies_them(weights, tmp_path):
     shutil.copytree(weights, tmp_path / "init")
     (tmp_path / "init/vae/diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match="The vae weights in .* cannot be read") as error:
-        recipes.take_over(tmp_path / "init", tmp_path / "run", ["stage2"])
+        stages.take_over(tmp_path / "init", tmp_path / "run", ["stage2"])
     one_sentence(error)
     assert not (tmp_path / "run/weights/vae").exists()
 
 
 def test_init_of_another_size_is_one_sentence(weights):
-    for name, build, changes in (
-        ("decoder", build_decoder, {"decoder_width": 2 * CONFIG.decoder_width}),
-        ("decoder", build_decoder, {"scale_range": (1e-3, 1e-1)}),  # the same shapes, another meaning
-        ("unet", build_unet, {"unet_heads": tuple(2 * heads for heads in CONFIG.unet_heads)}),
+    for name, changes in (
+        ("decoder", {"decoder_width": 2 * CONFIG.decoder_width}),
+        ("decoder", {"scale_range": (1e-3, 1e-1)}),  # the same shapes, another meaning
+        ("unet", {"unet_heads": tuple(2 * heads for heads in CONFIG.unet_heads)}),
     ):
         with pytest.raises(ValueError, match=f"The {name} in .* is not of this configuration") as error:
-            recipes.initial(name, build, CONFIG.replace(**changes), weights)
+            stages.initial(name, CONFIG.replace(**changes), weights)
         one_sentence(error)
 
 
 def test_init_needs_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="no GSV3D checkpoint") as error:
-        recipes.take_over(tmp_path, tmp_path / "run", ["stage2"])
+        stages.take_over(tmp_path, tmp_path / "run", ["stage2"])
     one_sentence(error)
 
 
@@ -142,8 +143,8 @@ def test_every_stage_leaves_its_product(run, weights):
         "lora",
         "gsv3d.json",
     }
-    assert all((weights / name).is_dir() for name in recipes.PRODUCTS.values())
-    assert all((run / stage / "metrics.jsonl").is_file() for stage in recipes.STAGES)
+    assert all(stages.is_trained(stage, weights) for stage in stages.STAGES)
+    assert all((run / stage / "metrics.jsonl").is_file() for stage in stages.STAGES)
     formats = {p.suffix for p in run.rglob("*") if p.is_file()}
     assert formats == {".json", ".jsonl", ".safetensors"}  # nothing pickled
 
@@ -156,16 +157,16 @@ def test_the_shipped_vae_has_latents_of_unit_variance(pipe):
 def test_the_configuration_survives_its_file(weights, tmp_path):
     assert load_config(weights) == CONFIG
     for name in ("tiny", "small", "paper"):
-        recipes.save_config(preset(name), tmp_path)
+        checkpoint.save_config(preset(name), tmp_path)
         assert load_config(tmp_path) == preset(name)
 
 
 def test_finished_stages_are_not_trained_again(run, tmp_path, monkeypatch, capsys):
     write_object(tmp_path / "data", object_views("balls", size=SIZE))
     write_index(tmp_path / "data", [{"id": "balls"}])
-    monkeypatch.setattr(recipes, "preset", lambda name: CONFIG)
+    monkeypatch.setattr(train, "preset", lambda name: CONFIG)
     before = {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
-    recipes.main(["--data", str(tmp_path / "data"), "--out", str(run), "--stages", "vae", "diffusion"])
+    train.main(["--data", str(tmp_path / "data"), "--out", str(run), "--stages", "vae", "diffusion"])
     assert capsys.readouterr().out.count("to train again delete it") == 2
     assert before == {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
     for path in run.glob("views-*"):
@@ -173,14 +174,14 @@ def test_finished_stages_are_not_trained_again(run, tmp_path, monkeypatch, capsy
 
 
 def test_steps_override_one_stage():
-    changed = recipes.with_steps(CONFIG, "vae", 9)
+    changed = stages.with_steps(CONFIG, "vae", 9)
     assert changed.vae_schedule == dataclasses.replace(CONFIG.vae_schedule, steps=9)
-    assert recipes.with_steps(CONFIG, "stage2", 5).stage2.steps == 5
-    assert recipes.with_steps(CONFIG, "dino", None) == CONFIG
+    assert stages.with_steps(CONFIG, "stage2", 5).stage2.steps == 5
+    assert stages.with_steps(CONFIG, "dino", None) == CONFIG
 
 
 def test_exported_weights_are_half_the_size_and_nearly_the_same(run, weights, pipe, picture, tmp_path):
-    recipes.main(["--out", str(run), "--export", str(tmp_path)])
+    train.main(["--out", str(run), "--export", str(tmp_path)])
     sizes = [sum(f.stat().st_size for f in p.rglob("*.safetensors")) for p in (weights, tmp_path)]
     assert 0.48 < sizes[1] / sizes[0] < 0.6
     shipped = GSV3DPipeline.from_pretrained(tmp_path, device="cpu")
@@ -188,7 +189,7 @@ def test_exported_weights_are_half_the_size_and_nearly_the_same(run, weights, pi
     assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}  # the LoRA's too
     ours, theirs = pipe(picture, **QUICK), shipped(picture, **QUICK)
     assert (ours.means - theirs.means).abs().max() < 0.02 and (ours.colors - theirs.colors).abs().max() < 0.02
-    assert set(json.loads((tmp_path / "curves.json").read_text())) == set(recipes.STAGES)
+    assert set(json.loads((tmp_path / "curves.json").read_text())) == set(stages.STAGES)
     assert all(str(run) not in path.read_text() for path in tmp_path.rglob("*.json"))  # nor any path of a machine
 
 
@@ -196,15 +197,15 @@ def test_an_export_keeps_what_the_run_took_over(tmp_path):
     estimator = tmp_path / "run/weights/elevation/elevation.safetensors"
     estimator.parent.mkdir(parents=True)
     estimator.write_bytes(b"as it was")
-    recipes.save_config(CONFIG, tmp_path / "run/weights")
-    recipes.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
+    checkpoint.save_config(CONFIG, tmp_path / "run/weights")
+    train.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
     assert (tmp_path / "shipped/elevation/elevation.safetensors").read_bytes() == b"as it was"
 
 
 def test_an_export_does_not_keep_the_lora_of_another_run(tmp_path):
-    recipes.save_config(CONFIG, tmp_path / "run/weights")
+    checkpoint.save_config(CONFIG, tmp_path / "run/weights")
     (tmp_path / "shipped/lora").mkdir(parents=True)
-    recipes.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
+    train.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
     assert not (tmp_path / "shipped/lora").exists()
 
 
@@ -293,7 +294,7 @@ def test_a_checkpoint_without_dino_needs_none(weights, picture, tmp_path):
     shutil.copytree(weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights/dino")
     config = CONFIG.replace(dino="none")
-    recipes.save_model(build_decoder(config), tmp_path, "decoder", config)
+    checkpoint.save_model(build_decoder(config), tmp_path / "weights", "decoder", config)
     pipe = GSV3DPipeline.from_pretrained(tmp_path / "weights", device="cpu")
     assert pipe.dino is None and len(pipe(picture, **QUICK)) == CONFIG.num_frames * SIDE**2
 

@@ -18,9 +18,10 @@ from tiny_world import object_views
 
 from gsv3d_lib import train
 from gsv3d_lib.cluster import launch
-from gsv3d_lib.config import parse_setting, preset, schedule_field
+from gsv3d_lib.config import parse_setting, preset
 from gsv3d_lib.course import demo, refresh, run
 from gsv3d_lib.data.dataset import write_index, write_object
+from gsv3d_lib.stages import schedule_of
 
 ROOT = run.ROOT
 
@@ -195,7 +196,7 @@ def test_every_training_notebook_has_three_scales(number, scale):
     command = launch.train_command(scale, values["full_stages"], values["full_data"], processes)
     options = train.build_parser().parse_args(command[command.index("gsv3d_lib.train") + 1 :])
     config = preset(options.preset)
-    assert all(getattr(config, schedule_field(s)).batch % options.processes == 0 for s in options.stages)
+    assert all(schedule_of(config, s).batch % options.processes == 0 for s in options.stages)
     if scale == "paper" and "stage1" in options.stages:
         assert (config.stage1.steps, config.stage1.batch, config.stage1.lr) == (80_000, 128, 1e-5)
     if scale == "paper" and "stage2" in options.stages:
@@ -375,7 +376,7 @@ def test_training_takes_fields_of_the_preset(tmp_path, monkeypatch, capsys):
     """`--set lambda_pixel=0.0` reaches the configuration; a wrong name is one sentence."""
     seen = []
     monkeypatch.setattr(train, "load_views", lambda *_, **__: None)
-    monkeypatch.setitem(train.RECIPES, "vae", lambda config, *_, **__: seen.append(config))
+    monkeypatch.setattr(train, "run_stage", lambda name, config, *_, **__: seen.append(config))
     train.main(
         ["--out", str(tmp_path), "--stages", "vae", "--steps", "7", "--set", "lambda_pixel=0.0", "--set", "dino=none"]
     )

@@ -29,10 +29,10 @@ from gsv3d_lib.diffusion import build_scheduler, sample
 from gsv3d_lib.encoders import build_clip, build_dino, condition_from
 from gsv3d_lib.lora import add_lora, save_lora
 from gsv3d_lib.pipeline import GSV3DPipeline
-from gsv3d_lib.train import load_model, save_config
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import build_vae, decode_scaled, encode
 from gsv3d_lib.weights import sv3d
+from gsv3d_lib.weights.checkpoint import load_model, save_config
 from gsv3d_lib.weights.sv3d import FOLDERS, SINGLE, SVD, convert, downloads, fetch, load_backbone
 
 # three levels, the last without attention, and shortcuts in the VAE: every kind of name that SV3D has

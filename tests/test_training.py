@@ -19,22 +19,16 @@ from gsv3d_lib.cameras import orbit_cameras, ray_grid
 from gsv3d_lib.config import Schedule, preset
 from gsv3d_lib.data.examples import load_orbits
 from gsv3d_lib.decoder import build_decoder
-from gsv3d_lib.encoders import build_clip, build_dino
+from gsv3d_lib.encoders import build_clip, build_dino, orbit_condition
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.losses import foreground_l1, pixel_loss, rendering_loss
+from gsv3d_lib.pretraining import DiffusionStage, DINOStage, VAEStage, rolled
 from gsv3d_lib.rendering import render
-from gsv3d_lib.stages import DecoderStage, DiffusionStage, DINOStage, VAEStage, orbit_condition, rolled
-from gsv3d_lib.training import (
-    Stage,
-    draw_batch,
-    learning_rate,
-    list_checkpoints,
-    read_metrics,
-    train,
-    update_average,
-)
+from gsv3d_lib.stage1 import DecoderStage
+from gsv3d_lib.training import Stage, draw_batch, learning_rate, train, update_average
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import build_vae, encode
+from gsv3d_lib.weights.run_folder import list_checkpoints, read_metrics
 
 CONFIG = tiny_config(lambda_alpha=0.5, lambda_pixel=0.5)
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for processes of their own

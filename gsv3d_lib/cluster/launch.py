@@ -16,16 +16,14 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, preset, schedule_field
+from ..config import Config, preset
+from ..stages import STAGES, is_trained, schedule_of
 from ..system.errors import MissingFile, UserError
 from ..system.paths import ROOT, resolve
-from ..train import PRODUCTS, STAGES
-from ..training import read_metrics
-from .plan import GB, plan
-from .plan import STAGES as PLANNED
+from ..weights.run_folder import read_metrics
+from .plan import GB, PLANNED, plan
 from .shards import is_shards
 
-NEEDS = dict(vae=(), dino=(), diffusion=("vae",), stage1=("vae", "dino"), stage2=("vae", "dino", "diffusion", "stage1"))
 BAR_SECONDS = 60.0  # a progress bar that is redrawn all the time becomes a line a minute
 
 
@@ -83,10 +81,10 @@ def check_request(scale: str, stages: list[str], data: list[str], processes: int
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
         raise UserError(f"The stages are {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}.")
-    if stages != sorted(stages, key=STAGES.index):
+    if stages != sorted(stages, key=list(STAGES).index):
         raise UserError(f"Stages build on each other, so give them in this order: {', '.join(STAGES)}.")
     for stage in stages:
-        batch = getattr(config, schedule_field(stage)).batch
+        batch = schedule_of(config, stage).batch
         if batch % processes:
             raise UserError(f"The batch of {stage}, {batch}, cannot be shared equally by {processes} processes.")
 
@@ -95,9 +93,7 @@ def check(scale: str, stages: list[str], data: list[str], processes: int, out: P
     """Everything that can be known to fail. Raises ValueError or FileNotFoundError with what to do."""
     check_request(scale, stages, data, processes)
     for stage in stages:
-        missing = [
-            need for need in NEEDS[stage] if need not in stages and not (out / "weights" / PRODUCTS[need]).is_dir()
-        ]
+        missing = [need for need in STAGES[stage].needs if need not in stages and not is_trained(need, out / "weights")]
         if missing:
             fetched = (
                 f" (`python -m gsv3d_lib sv3d stabilityai/sv3d --download --out {out}`)" if scale == "paper" else ""
@@ -119,7 +115,7 @@ def report(config: Config, stages: list[str], processes: int = 1) -> str:
     """Steps, memory per process in both precisions, and arithmetic of every stage, as a table."""
     lines = [f"{'stage':10}{'steps x batch':>16}{'GB bf16':>9}{'float32':>9}{'TFLOP/step':>12}{'PFLOP in all':>14}"]
     for stage in stages:
-        schedule = getattr(config, schedule_field(stage))
+        schedule = schedule_of(config, stage)
         line = f"{stage:10}{f'{schedule.steps:,} x {schedule.batch}':>16}"
         if stage in PLANNED:
             micro = schedule.micro_batch or max(1, schedule.batch // processes)

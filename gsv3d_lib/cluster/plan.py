@@ -27,15 +27,19 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention import attending_with
 from ..cameras import Cameras
-from ..config import Config, preset, schedule_field
+from ..config import Config, preset
+from ..lora import add_lora
 from ..rendering import rendering_with
+from ..stages import STAGES, build_stage, schedule_of
 from ..system.command import exit_code, positive
 from ..system.errors import UserError
+from ..training import Stage
+from ..weights.checkpoint import builders
 
 GB = 1e9
 CARDS = (24, 48, 80)  # GB of common GPUs
 USABLE = 0.92  # of a card; the rest is taken by CUDA itself and by gaps between buffers
-STAGES = ("diffusion", "stage1", "stage2")
+PLANNED = ("diffusion", "stage1", "stage2")
 NETWORKS = ("vae", "clip", "unet", "dino", "decoder")
 SPLAT_BYTES = (
     96  # that `rendering/rasterizer.py` keeps of one Gaussian in one view: splat 64, box 20, place in a list 8; rounded
@@ -209,39 +213,27 @@ def without_data(model: nn.Module) -> nn.Module:
 
 
 def models_on_meta(config: Config, *names: str) -> dict[str, nn.Module | None]:
-    """Some of the five networks, unlearned; None in place of DINO where the configuration has none."""
-    from ..decoder import build_decoder
-    from ..encoders import build_clip, build_dino
-    from ..unet import build_unet
-    from ..vae import build_vae
-
-    builders = dict(vae=build_vae, clip=build_clip, unet=build_unet, dino=build_dino, decoder=build_decoder)
+    """Some of the five networks, unlearned; None for DINO where there is none."""
     with torch.device("meta"):
-        models = {name: builders[name](config).to("meta") for name in names}
-    return models | ({"dino": None} if config.dino == "none" and "dino" in names else {})
+        models = {name: builders()[name](config).to("meta") for name in names}
+    if config.dino == "none" and "dino" in names:
+        models["dino"] = None
+    return models
 
 
-def build_stage(config: Config, stage: str):
-    """The stage on the meta device, without data to draw from. Raises ValueError for an unknown name."""
-    from .. import distillation, stages
-    from ..lora import add_lora
-    from ..train import recomputed
+def stage_on_meta(config: Config, stage: str) -> Stage:
+    """The stage on the meta device, without data to draw from.
 
-    if stage not in STAGES:
-        raise UserError(f"plan knows the stages {', '.join(STAGES)}; got {stage!r}.")
-    if stage == "diffusion":
-        models = models_on_meta(config, "unet", "clip")
-        recomputed(models["unet"], config)
-        return stages.DiffusionStage(*models.values(), None, config)
-    if stage == "stage1":
-        models = models_on_meta(config, "decoder", "dino")
-        recomputed(models["decoder"], config)
-        return stages.DecoderStage(*models.values(), None, config)
-    models = models_on_meta(config, "unet", "clip", "decoder", "dino")
-    with torch.device("meta"):
-        add_lora(models["unet"], config.lora_rank, config.seed)
-    recomputed(models["unet"], config), recomputed(models["decoder"], config)
-    return distillation.DistillationStage(*models.values(), None, config)
+    Raises UserError for a stage that is not planned.
+    """
+    if stage not in PLANNED:
+        raise UserError(f"plan knows the stages {', '.join(PLANNED)}; got {stage!r}.")
+    spec = STAGES[stage]
+    models = models_on_meta(config, *spec.models)
+    if "lora" in spec.trains:
+        with torch.device("meta"):
+            add_lora(models["unet"], config.lora_rank, config.seed)
+    return build_stage(stage, config, models, None)
 
 
 def shapes(config: Config, stage: str) -> dict[str, tuple[int, ...]]:
@@ -290,7 +282,7 @@ def rehearse(config: Config, stage: str, half: bool = False) -> Rehearsal:
 
     half: under autocast to bfloat16, as `training.train` does on a GPU.
     """
-    learner = build_stage(config, stage)
+    learner = stage_on_meta(config, stage)
     models = {name: model for name, model in learner.named_children() if name in NETWORKS}
     kept, forward = {}, {}
     with imagined():
@@ -362,7 +354,7 @@ def plan(
     """
     if checkpointing is not None:
         config = config.replace(checkpointing=checkpointing)
-    step, schedule = rehearse(config, stage, half), getattr(config, schedule_field(stage))
+    step, schedule = rehearse(config, stage, half), schedule_of(config, stage)
     flops = schedule.batch * step.flops
     seconds = flops / (gpus * tflops * 1e12)
     trained = sum(part.trained for part in step.parts)
@@ -405,7 +397,7 @@ def advise(
     config: Config, stage: str, gigabytes: int, gpus: int = 1, half: bool = True, tflops: float = 100.0
 ) -> Advice:
     """The quickest setting that fits a card: without checkpointing, else with it, else with half the views, and so on."""
-    share = max(1, getattr(config, schedule_field(stage)).batch // gpus)
+    share = max(1, schedule_of(config, stage).batch // gpus)
     frames = config.num_frames
     while frames >= 1:
         for checkpointing in (False, True):
@@ -475,7 +467,7 @@ def remarks(config: Config, stage: str, step: Plan) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib plan", description=__doc__.split("\n")[0])
     parser.add_argument("--scale", default="paper", help="tiny, small or paper")
-    parser.add_argument("--stage", default="stage2", choices=[*STAGES, "inference"])
+    parser.add_argument("--stage", default="stage2", choices=[*PLANNED, "inference"])
     parser.add_argument("--gpus", type=positive, default=4)
     parser.add_argument("--frames", type=positive, help="N, views per orbit")
     parser.add_argument("--rank", type=positive, help="of the LoRA")
@@ -495,7 +487,7 @@ def run(args: argparse.Namespace) -> None:
     config = preset(args.scale, **{name: value for name, value in changes.items() if value is not None})
     if args.stage == "inference":
         return print(report(plan_inference(config, args.tflops)))
-    schedule = getattr(config, schedule_field(args.stage))
+    schedule = schedule_of(config, args.stage)
     micro_batch = args.micro_batch or schedule.micro_batch or max(1, schedule.batch // args.gpus)
     options = dict(gpus=args.gpus, half=not args.float32, tflops=args.tflops)
     step = plan(config, args.stage, micro_batch=micro_batch, **options)

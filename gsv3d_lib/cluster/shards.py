@@ -416,8 +416,7 @@ def run(options: argparse.Namespace) -> None:
 
 def write_from_checkpoint(options: argparse.Namespace) -> dict | None:
     """`write_shards` with the models and the configuration of a checkpoint folder."""
-    from ..pipeline import load_config
-    from ..train import load_dino, load_model
+    from ..weights.checkpoint import load_config, load_dino, load_model
 
     if not (options.weights and options.data):
         raise UserError("--weights and --data are needed to write shards.")

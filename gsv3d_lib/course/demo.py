@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from ..elevation import estimate
     from ..export import FILES
     from ..images import prepare_condition
-    from ..pipeline import load_config
+    from ..weights.checkpoint import load_config
 
     image = Path(args.image).resolve() if Path(args.image).is_file() else resolve(args.image)
     wanted = resolve(args.out or Path("runs/demo") / folder_name(image))

@@ -162,7 +162,7 @@ def _read_rows(source: str | Path | list[dict]) -> list[dict]:
     path = Path(source)
     if not path.is_file():
         raise MissingFile(f"There is no metrics file at '{path}': train first, or check the path.")
-    from ..training import read_rows
+    from ..weights.run_folder import read_rows
 
     return read_rows(path)
 

@@ -11,19 +11,54 @@ import json
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..cameras import Cameras, sphere_cameras
 from ..system.errors import UserError
 from ..system.paths import atomic_path
 from ..vae import encode
 from .dataset import RING, Scene, ViewTensors, read_cache
 
 PALETTES = ((0, 1, 2), (1, 2, 0), (2, 0, 1), (1, 0, 2), (0, 2, 1), (2, 1, 0))
+
+
+class Example(TypedDict, total=False):
+    """One training example, by name; a batch has the same names and one more axis in front.
+
+    The condition view is the last of the N views and stands at azimuth 0. Q target views
+    are rendered and compared; colours are in [0, 1] on white.
+    """
+
+    # an orbit (`Orbits.orbit`)
+    latents: Tensor  # [N, 4, h, w], scaled by 0.18215
+    image: Tensor  # [S, S, 3], the condition view
+    image_latent: Tensor  # [4, h, w], its latent, NOT scaled
+    azimuth: Tensor  # [N] degrees
+    elevation: Tensor  # [N] degrees
+    features: Tensor  # [T, D], DINO's of the condition view, where shards hold them
+    # the random numbers of diffusion (`diffusion.diffusion_draws`)
+    noise: Tensor  # [N, 4, h, w]
+    sigma: Tensor  # []
+    keep: Tensor  # [], 0 where the condition is dropped
+    # what is rendered (`Orbits.targets`)
+    target_rgb: Tensor  # [Q, S, S, 3]
+    target_depth: Tensor  # [Q, S, S, 1], z-depth, 0 = nothing
+    target_alpha: Tensor  # [Q, S, S, 1]
+    target_azimuth: Tensor  # [Q] degrees
+    target_elevation: Tensor  # [Q] degrees
+    # the truth at the decoder's own pixels (`losses.pixel_loss`)
+    own_rgb: Tensor  # [N, H, W, 3]
+    own_depth: Tensor  # [N, H, W, 1]
+    own_alpha: Tensor  # [N, H, W, 1]
+
+
+def draw(generator: torch.Generator, high: int, *shape: int) -> Tensor:
+    """Integers in [0, high)."""
+    return torch.randint(high, shape, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -116,7 +151,7 @@ class Orbits:
             self._last = item, self.views.scene(variant.index, variant.mirror, variant.palette)
         return self._last[1]
 
-    def orbit(self, item: int, start: int, num_frames: int) -> dict[str, Tensor]:
+    def orbit(self, item: int, start: int, num_frames: int) -> Example:
         """The orbit of N frames whose condition view is ring view `start`.
 
         latents [N, 4, h, w] scaled; image [S, S, 3] and image_latent [4, h, w] unscaled, of the condition view;
@@ -132,7 +167,7 @@ class Orbits:
         }
         return orbit if self.features is None else orbit | {"features": self.features[item][start]}
 
-    def targets(self, item: int, start: int, chosen: Tensor) -> dict[str, Tensor]:
+    def targets(self, item: int, start: int, chosen: Tensor) -> Example:
         """Views `chosen` [Q] (ring or free) with their true rgb, depth, alpha and angles relative to the condition view."""
         scene = self.scene(item)
         return {
@@ -154,17 +189,6 @@ def ring_frames(start: int, num_frames: int) -> Tensor:
     if RING % num_frames:
         raise UserError(f"An orbit on a ring of {RING} views has 1, 2, 4, 8 or 16 frames, not {num_frames}.")
     return (start + torch.arange(1, num_frames + 1) * (RING // num_frames)) % RING
-
-
-def batch_cameras(azimuth: Tensor, elevation: Tensor, size: int) -> list[Cameras]:
-    """Angles [B, V] in degrees -> B batches of V cameras, on the angles' device."""
-    cameras = (sphere_cameras(a, e, size) for a, e in zip(azimuth.cpu(), elevation.cpu()))
-    return [c.to(azimuth.device) for c in cameras]
-
-
-def radians(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """SV3D's polar = 90 - elevation and azimuth, [B, N] in radians."""
-    return torch.deg2rad(90 - batch["elevation"]), torch.deg2rad(batch["azimuth"])
 
 
 @torch.no_grad()

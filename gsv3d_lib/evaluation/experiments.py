@@ -30,13 +30,14 @@ from tqdm import tqdm
 from ..config import Config
 from ..data.dataset import FRONT, Scene, ViewTensors, load_views
 from ..data.examples import Orbits, digest, load_orbits, ring_frames
-from ..pipeline import GSV3DPipeline, load_config
+from ..pipeline import GSV3DPipeline
+from ..stages import build_stage, initial, starting_models
 from ..system.command import check_writable, exit_code, positive
 from ..system.errors import UserError
 from ..system.paths import atomic_path
-from ..train import load_dino, load_model, model_classes
 from ..training import train
 from ..vae import encode_scaled
+from ..weights.checkpoint import load_config, load_dino, load_model, model_classes
 from .evaluate import (
     Truth,
     commit,
@@ -107,17 +108,13 @@ class World:
 
 def run_distillation(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
     """Stage 2 from the shipped weights, then image -> 3D of every object with N = config.num_frames."""
-    from ..distillation import DistillationStage
-    from ..lora import add_lora
-
-    unet = add_lora(load_model(world.weights, "unet"), config.lora_rank, config.seed)
-    clip, decoder = load_model(world.weights, "clip"), load_model(world.weights, "decoder")
-    dino = load_dino(config, world.weights)
+    models = starting_models("stage2", config, world.weights, None)
     cost = {}
     if arm.trained:
-        stage = DistillationStage(unet, clip, decoder, dino, world.orbits, config)
+        stage = build_stage("stage2", config, models, world.orbits)
         cost = timed_training(stage, config.stage2, folder, config.seed)
-    pipe = GSV3DPipeline(config, load_model(world.weights, "vae"), clip, unet.requires_grad_(False), decoder, dino)
+    models["unet"].requires_grad_(False)
+    pipe = GSV3DPipeline(config, vae=load_model(world.weights, "vae"), **models)
     frames = config.num_frames
     if frames not in world.true_rows:  # the decoder is frozen: all arms share its own scores
         world.true_rows[frames] = score_decoder(world, pipe, frames)
@@ -127,34 +124,34 @@ def run_distillation(world: World, config: Config, arm: Arm, folder: Path) -> tu
 
 def run_decoder(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
     """Stage 1 from scratch on the shipped VAE's latents, then 16 true views -> 3D of every object."""
-    from ..decoder import build_decoder
-    from ..stages import DecoderStage
-
     torch.manual_seed(config.seed)
-    dino = load_dino(config, world.weights)
-    stage = DecoderStage(build_decoder(config), dino, world.orbits, config)
+    models = starting_models("stage1", config, world.weights, None)
+    stage = build_stage("stage1", config, models, world.orbits)
     cost = timed_training(stage, config.stage1, folder, config.seed)
     decoder = stage.decoder.requires_grad_(False).eval()
-    pipe = GSV3DPipeline(config, load_model(world.weights, "vae"), None, None, decoder, dino)
+    pipe = decoder_alone(config, load_model(world.weights, "vae"), decoder, models["dino"])
     return score_decoder(world, pipe, config.num_frames), cost
 
 
 def run_overfit(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
     """Stage 1 on a single object, for each object anew: what the decoder can represent, learning aside."""
-    from ..decoder import build_decoder
-    from ..stages import DecoderStage
-
     dino, vae = load_dino(config, world.weights), load_model(world.weights, "vae")
     rows, costs = [], {}
     for index, id in enumerate(world.views.ids):
         torch.manual_seed(config.seed)
-        decoder = load_model(world.weights, "decoder") if arm.warm else build_decoder(config)
-        stage = DecoderStage(decoder, dino, load_orbits(world.views.subset([index]), vae, progress=False), config)
+        decoder = initial("decoder", config, world.weights if arm.warm else None)
+        orbits = load_orbits(world.views.subset([index]), vae, progress=False)
+        stage = build_stage("stage1", config, {"decoder": decoder, "dino": dino}, orbits)
         costs[id] = timed_training(stage, config.stage1, folder / id, config.seed)
-        pipe = GSV3DPipeline(config, vae, None, None, decoder.requires_grad_(False).eval(), dino)
+        pipe = decoder_alone(config, vae, decoder.requires_grad_(False).eval(), dino)
         truth = load_truth(world.objects, id)
         rows.append(score_inputs(pipe, world.views.scene(index), config.view_counts[0], truth))
     return rows, costs
+
+
+def decoder_alone(config: Config, vae, decoder, dino) -> GSV3DPipeline:
+    """A pipeline that can only decode latents of true views."""
+    return GSV3DPipeline(config, vae=vae, clip=None, unet=None, decoder=decoder, dino=dino)
 
 
 @torch.no_grad()

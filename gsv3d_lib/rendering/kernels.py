@@ -20,7 +20,7 @@ from collections import namedtuple
 import numpy as np
 from numba import njit
 
-from .plain import ALPHA_MAX, ALPHA_MIN, EPS2D, FAR_PLANE, FRUSTUM_MARGIN, NEAR_PLANE, TRANSMITTANCE_MIN
+from .constants import ALPHA_MAX, ALPHA_MIN, EPS2D, FAR_PLANE, FRUSTUM_MARGIN, NEAR_PLANE, TRANSMITTANCE_MIN
 
 TILE = 16  # pixels; one thread blends a tile
 BLOCK = 4  # pixels; the LANES pixels of a 4 x 4 block are blended in lockstep

@@ -23,9 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, preset
+from ..decoder import build_decoder
+from ..lora import load_lora
 from ..system.command import check_writable, exit_code
 from ..system.errors import MissingFile, UserError
 from ..system.paths import check_readable, reason
+from .checkpoint import load_model, save_model
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
 
 SVD = "stabilityai/stable-video-diffusion-img2vid-xt"  # VAE, CLIP and scheduler where a source lacks them
@@ -410,9 +413,6 @@ def load_sv3d(
     Without `checkpoint` the decoder is freshly initialised, with a warning: the views are SV3D's, the Gaussians mean
     nothing before stage 1. A `dino` folder of the checkpoint goes before the argument `dino`.
     """
-    from ..decoder import build_decoder
-    from ..lora import load_lora
-    from ..train import load_model
 
     folder = Path(checkpoint) if checkpoint is not None else None
     if folder is not None and (folder / "dino").is_dir():
@@ -466,12 +466,10 @@ def run(args: argparse.Namespace) -> None:
 
 def convert(source: str | Path, run: Path, config: Config | None = None, **options) -> None:
     """Write SV3D's models into RUN/weights, where `train` finds them for stages 1 and 2. options: of `load_backbone`."""
-    from ..train import save_model
-
     config, models = load_backbone(source, config, **options)
     for name, model in models.items():
         if model is not None:
-            save_model(model, run, name, config)
+            save_model(model, Path(run) / "weights", name, config)
 
 
 if __name__ == "__main__":
