@@ -176,7 +176,8 @@ def diffusion_draws(latents: Tensor, generator: torch.Generator, config: Config)
 
 def orbit_condition(batch: dict[str, Tensor], clip, config: Config) -> Condition:
     """The `Condition` of a batch of orbits, with the joint dropout that guidance needs."""
-    condition = Condition(clip_token(clip, batch["image"]), batch["image_latent"], *radians(batch), config.cond_aug)
+    token = clip_token(clip, batch["image"], config.clip_resize)
+    condition = Condition(token, batch["image_latent"], *radians(batch), config.cond_aug)
     return condition.dropped(batch["keep"])
 
 

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -35,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Schedule, shown
+from .config import VALUES, Schedule, shown
 from .data.examples import digest
 from .system.errors import UserError
 from .system.paths import atomic_path, check_readable, reason, remove_leftovers
@@ -144,12 +145,16 @@ def train(
     The averaged weights (if `schedule.ema`) are in the stage when the function returns.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
 
     use_cuda = torch.cuda.is_available()
     idle = DistributedDataParallelKwargs(find_unused_parameters=True)  # DINO's mask token, the VAE's middle attention
     if precision not in PRECISIONS:
         raise UserError(f"The precision is one of {', '.join(PRECISIONS)}; got {precision!r}.")
+    if seed not in VALUES["seed"]:
+        raise UserError(f"The seed takes {VALUES['seed']}; got {shown(seed)}.")
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and use_cuda) else "no"
+    AcceleratorState._reset_state()  # a notebook's next training may take another precision
     accelerator = Accelerator(cpu=not use_cuda, mixed_precision=mixed, kwargs_handlers=[idle])
     if accelerator.num_processes != processes:
         raise UserError(
@@ -295,7 +300,7 @@ def only_training(run_dir: Path, first: bool) -> Iterator[None]:
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "lock", "a+") as file:
+    with open(run_dir / "training.lock", "a+") as file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -419,9 +424,10 @@ def save_checkpoint(
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     run_dir.mkdir(parents=True, exist_ok=True)
+    statement = {"step": str(step), "tensors": str(len(tensors)), "run": json.dumps(identity)}
     path = run_dir / f"checkpoint-{step:07d}.safetensors"
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), "run": json.dumps(identity)})
+        save_file(tensors, temporary, metadata=statement)
     files = list_checkpoints(run_dir)
     place = files.index(path)
     for old in files[: max(0, place - 1)] + files[place + 1 :]:
@@ -477,6 +483,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, dict]:
     step, stored = int(metadata["step"]), json.loads(metadata.get("run", "{}"))
     if path.stem != f"checkpoint-{step:07d}" or step < 1:
         raise UserError(f"it says that it holds step {step}")
+    if int(metadata.get("tensors", len(tensors))) != len(tensors):
+        raise UserError(f"it holds {len(tensors)} tensors, not {metadata['tensors']}")
     if stored and not all(isinstance(stored.get(name), int) for name in ("format", "steps")):
         raise UserError("what it states of its run is no such statement")
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
@@ -504,9 +512,8 @@ def restore_optimizer(tensors: dict[str, Tensor], optimizer, path: Path) -> None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, slot = name.split(".", 2)
-            state.setdefault(int(index), {})[slot] = value
+        if found := re.fullmatch(r"optimizer\.(\d+)\.(\w+)", name):
+            state.setdefault(int(found[1]), {})[found[2]] = value
     for index, slots in state.items():
         shapes = {slot: value.shape for slot, value in slots.items()}
         shape = parameters[index].shape if index < len(parameters) else None

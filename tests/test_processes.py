@@ -29,7 +29,7 @@ from gsv3d_lib.train import build_parser
 from gsv3d_lib.training import check_same_start, list_checkpoints, mean_over_processes, read_metrics, train
 from gsv3d_lib.unet import build_unet
 
-CONFIG = tiny_config(lambda_alpha=0.5)
+CONFIG = tiny_config(lambda_alpha_stage2=0.5)
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 SCHEDULE = Schedule(steps=5, batch=2, lr=1e-3, warmup=2, ema=0.9)
 DEATH = 3  # the step after which a worker is killed
