@@ -319,10 +319,15 @@ def guided_by_two(unet, noisy: Tensor, sigma: Tensor, condition: Condition, weig
     return null + weight * (v - null)
 
 
+def lora_apart(unet, scale: float | None = None):
+    """In place of `lora.merged_lora`: the U-Net with its LoRA beside the weights."""
+    return unet
+
+
 @contextmanager
 def plain_code() -> Iterator[None]:
     """Within the block: the LoRA apart, two passes for guidance, and torch's `std` in the plane sweep."""
-    ways = {"pipeline.merged_lora": nullcontext, "diffusion.guided_v": guided_by_two, "decoder.deviation": std_of_views}
+    ways = {"pipeline.merged_lora": lora_apart, "diffusion.guided_v": guided_by_two, "decoder.deviation": std_of_views}
     with ExitStack() as stack:
         for name, way in ways.items():
             stack.enter_context(patch(f"gsv3d_lib.{name}", way))
@@ -473,12 +478,12 @@ class Workbench:
 
 def sampling_comparisons(bench: Workbench) -> Iterator[Comparison]:
     work, sample = "U-Net, one guided step", bench.sample
-    base, apart, lora = load_model(WEIGHTS, "unet"), lora_unet(), lora_unet()
+    base, apart = load_model(WEIGHTS, "unet"), lora_unet()
+    lora = merged_lora(apart)
     full = without_token_attention(copy.deepcopy(base))
     slow = without_frame_conv(copy.deepcopy(base))
     token, frame = "attention to one token without queries and keys", "frame convolution in 2-D"
-    with merged_lora(lora):
-        yield Comparison(work, "LoRA merged", "yes", lambda: sample(apart), lambda: sample(lora))
+    yield Comparison(work, "LoRA merged", "yes", lambda: sample(apart), lambda: sample(lora))
     yield Comparison(work, token, "yes", lambda: sample(full), lambda: sample(base))
     yield Comparison(work, frame, "yes", lambda: sample(slow), lambda: sample(base))
     last = channels_last(base)

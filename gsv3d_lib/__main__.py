@@ -11,41 +11,53 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
-from .system.command import ELEVATION_HELP, check_writable, degrees, exit_code, positive, results_folder
-from .system.paths import BEST, folder_name, resolve
+from .system.command import (
+    ELEVATION_HELP,
+    check_writable,
+    degrees,
+    exit_code,
+    guidance,
+    input_path,
+    output_path,
+    results_folder,
+    sampler_steps,
+    seed,
+)
+from .system.paths import BEST, folder_name
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gsv3d_lib", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("image", type=Path, help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask")
-    parser.add_argument("--out", type=Path, help="folder (default: runs/object/ and the image's name)")
-    parser.add_argument("--weights", default=BEST, help="checkpoint folder (default: %(default)s)")
+    parser.add_argument("image", type=input_path, help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask")
+    parser.add_argument("--out", type=output_path, help="folder (default: runs/object/ and the image's name)")
+    parser.add_argument("--weights", type=input_path, default=BEST, help="checkpoint folder (default: %(default)s)")
     parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
-    parser.add_argument("--steps", type=positive, help="of the sampler")
-    parser.add_argument("--guidance", type=float, help="peak of the triangular guidance; 1 = none")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=sampler_steps, help="of the sampler")
+    parser.add_argument("--guidance", type=guidance, help="peak of the triangular guidance; 1 = none")
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--no-lora", action="store_true", help="without the geometric distillation")
-    return exit_code(run, parser.parse_args(arguments))
+    return exit_code(run, parser, arguments)
 
 
 def run(args: argparse.Namespace) -> None:
     from .export import FILES, save_object
     from .images import prepare_condition
-    from .pipeline import GSV3DPipeline
+    from .pipeline import GSV3DPipeline, settings_for
     from .weights.checkpoint import load_config
 
-    out = args.out or Path("runs/object") / folder_name(args.image)
+    out = args.out or output_path("runs/object") / folder_name(args.image)
     check_writable(out / "object.ply")
-    weights = resolve(args.weights)
-    rgb, mask = prepare_condition(args.image, load_config(weights).image_size)  # a bad image fails before models load
-    pipe = GSV3DPipeline.from_pretrained(weights, lora=not args.no_lora)
+    config = load_config(args.weights)
+    options = {"elevation": args.elevation, "steps": args.steps}
+    options |= {"guidance": args.guidance, "seed": args.seed}
+    settings_for(config, **options)  # bad options and a bad image fail before models load
+    rgb, mask = prepare_condition(args.image, config.image_size)
+    pipe = GSV3DPipeline.from_pretrained(args.weights, lora=not args.no_lora)
     started = time.perf_counter()
-    options = {"steps": args.steps, "guidance": args.guidance, "seed": args.seed}
-    made = pipe.generate(rgb, mask=mask, elevation=args.elevation, **options)
+    made = pipe.generate(rgb, mask=mask, **options)
     seconds = time.perf_counter() - started
     print(f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s")
     with results_folder(out, FILES.values()) as folder:

@@ -41,6 +41,9 @@ class Numbers:
 class Choice(tuple):
     """What values a field takes: one of these."""
 
+    def __contains__(self, value) -> bool:
+        return any(type(value) is type(one) and value == one for one in self)  # 1 is not True
+
     def __str__(self) -> str:
         return "one of " + ", ".join(map(repr, self))
 
@@ -55,7 +58,7 @@ SWITCH = Choice((True, False))
 SCHEDULE_VALUES = dict(
     steps=counts(1, 9_999_999),  # seven digits in the names of checkpoints
     batch=counts(1, 65_535),  # `training.example_generator` leaves so much room
-    lr=Numbers(0, 10, above=True),
+    lr=Numbers(0, 10),
     warmup=counts(0, 9_999_999),
     weight_decay=Numbers(0, 10),
     ema=Numbers(0, 0.999999),
@@ -82,6 +85,7 @@ VALUES = (
         decoder_upsample=counts(1, 64),
         decoder_planes=counts(0, 256),
         dino=Choice(("dinov2", "none")),
+        clip_resize=Choice(("antialias", "blur")),
         latent_scale=Numbers(0, 100, above=True),
         cond_aug=Numbers(0, 100),
         log_sigma_mean=Numbers(-10, 10),
@@ -182,6 +186,8 @@ class Config:
     # ---- fields with one value at every scale
     decoder_refiner: tuple[int, ...] = ()  # channels per doubling of a convolutional upsampler; () = linear [ours]
     dino: str = "dinov2"  # "none" removes the cross-attention's image features (the paper's ablation)
+    clip_resize: str = "antialias"  # how pictures are made smaller for CLIP; see `encoders.RESIZES`
+    resnet_eps: float = 0.0  # in the U-Net's residual blocks; 0 = diffusers' [code: 1e-5]
     latent_scale: float = 0.18215  # SD's latent scaling factor [code]
     cond_aug: float = 1e-5  # noise on the condition image [code]
     cond_dropout: float = 0.1  # joint dropout of CLIP token and concatenated latent [ours]
@@ -297,12 +303,12 @@ class Config:
 
 def checked_replace(record, changes: dict):
     """`dataclasses.replace` that refuses unknown names and values of another type in one sentence (ValueError)."""
-    kind, names = type(record).__name__, [f.name for f in dataclasses.fields(record)]
+    kind, names = type(record).__name__, {f.name: f.type for f in dataclasses.fields(record)}
     for name, value in changes.items():
         if name not in names:
             raise UserError(f"{kind} has no field {shown(name)}; it has: {', '.join(names)}.")
         old = getattr(record, name)
-        number = isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool)
+        number = names[name] == "float" and type(value) in (int, float)
         if type(value) is not type(old) and not number:
             raise UserError(f"{kind}.{name} is a {type(old).__name__}; got {shown(value)} ({type(value).__name__}).")
     return dataclasses.replace(record, **changes)
@@ -375,7 +381,7 @@ PAPER = TINY.replace(
     vae_layers=2,
     vae_norm_groups=32,
     vae_anchor=0.0,
-    vae_clip=16,
+    vae_clip=1,  # SV3D's decoder has no layers over time [code], so more at once is only more memory
     clip_size=224,
     clip_patch=14,
     clip_width=1280,
@@ -383,6 +389,8 @@ PAPER = TINY.replace(
     clip_heads=16,
     clip_mlp=5120,
     clip_dim=1024,
+    clip_resize="blur",  # [code]
+    resnet_eps=1e-5,  # [code]
     unet_channels=(320, 640, 1280, 1280),
     unet_attention=(True, True, True, False),
     unet_heads=(5, 10, 20, 20),
@@ -407,8 +415,7 @@ PAPER = TINY.replace(
     view_counts=(16,),
     lambda_alpha=0.0,
     lambda_pixel=0.0,
-    # SVD's VAE, SV3D's U-Net and DINOv2 come trained; these are for who starts without them [ours];
-    # one clip of 16 views keeps 155 GB in a step of the VAE [calc], so that stage needs a smaller vae_clip
+    # SVD's VAE, SV3D's U-Net and DINOv2 come trained; these are for who starts without them [ours]
     vae_schedule=Schedule(steps=20000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
     dino_schedule=Schedule(steps=10000, batch=128, lr=5e-4),
     diffusion_schedule=Schedule(steps=40000, batch=16, lr=2e-4, ema=0.9995),
@@ -429,9 +436,9 @@ def preset(name: str = "tiny", **changes) -> Config:
 
 
 def parse_setting(text: str) -> tuple[str, object]:
-    """ "steps=200" -> ("steps", 200); what is no literal is text. Raises ValueError without "="."""
+    """ "steps=200" -> ("steps", 200); what is no literal is text. Raises UserError without a name and "="."""
     name, equals, value = text.partition("=")
-    if not equals:
+    if not (equals and name):
         raise UserError(f"--set takes NAME=VALUE; got {shown(text)}.")
     try:
         return name, ast.literal_eval(value)

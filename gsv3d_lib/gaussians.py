@@ -399,7 +399,7 @@ def _decode(table: np.ndarray) -> Gaussians:
         stored = np.stack([table[name] for name in names], -1).astype(np.float64)
         return np.where(np.isfinite(stored), stored, np.nan)
 
-    with np.errstate(over="ignore"):  # what overflows is infinite, and for the caller to check
+    with np.errstate(over="ignore", invalid="ignore"):  # what no number decodes to, the caller finds
         means, quats = columns("x", "y", "z"), columns("rot_0", "rot_1", "rot_2", "rot_3")
         scales = np.exp(columns("scale_0", "scale_1", "scale_2"))
         opacities, colors = _sigmoid(columns("opacity"))[:, 0], _color(columns("f_dc_0", "f_dc_1", "f_dc_2"))

@@ -156,7 +156,7 @@ def traits(model: nn.Module) -> dict[str, list]:
     The shapes, and what no shape shows.
     """
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
-    unseen = ("heads", "num_attention_heads", "scale_range")
+    unseen = ("heads", "num_attention_heads", "scale_range", "resnet_eps")
     hidden = {key: getattr(model.config, key, None) for key in unseen}
     return shapes | {key: list(v) if isinstance(v, tuple) else v for key, v in hidden.items()}
 

@@ -31,7 +31,7 @@ from .data.dataset import ViewTensors, load_views
 from .data.examples import ring_frames
 from .lora import load_lora
 from .stages import STAGES, is_trained, orbits_for, run_stage, take_over, with_steps
-from .system.command import check_writable, exit_code, positive
+from .system.command import check_writable, exit_code, input_path, output_path, positive
 from .system.errors import MissingFile, UserError
 from .system.paths import atomic_path, place_whole, remove_leftovers
 from .training import PRECISIONS
@@ -44,9 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", nargs="+", default=["data/cache/procedural"], help="dataset folders")
-    source.add_argument("--shards", metavar="FOLDER", help="what `python -m gsv3d_lib shards` wrote, instead of --data")
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="checkpoints, curves and weights")
+    source.add_argument(
+        "--data", nargs="+", type=input_path, default=[input_path("data/cache/procedural")], help="dataset folders"
+    )
+    source.add_argument(
+        "--shards", type=input_path, metavar="FOLDER", help="what `python -m gsv3d_lib shards` wrote, instead of --data"
+    )
+    parser.add_argument("--out", type=output_path, default="runs/tiny", help="checkpoints, curves and weights")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--steps", type=positive, help="override the number of steps of the named stages")
     parser.add_argument(
@@ -56,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="one field of the preset, such as stage1.lr=1e-4",
     )
-    parser.add_argument("--init", type=Path, metavar="FOLDER", help="a checkpoint whose weights the stages start from")
+    parser.add_argument(
+        "--init", type=input_path, metavar="FOLDER", help="a checkpoint whose weights the stages start from"
+    )
     parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--limit", type=positive, help="use only the first objects")
     parser.add_argument("--processes", type=positive, default=1, help="how many torchrun was asked for; it must agree")
@@ -68,12 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prepare", action="store_true", help="only read the data and encode it into OUT, once for all processes"
     )
-    parser.add_argument("--export", type=Path, help="only copy the finished weights, in half precision, to this folder")
+    parser.add_argument(
+        "--export", type=output_path, help="only copy the finished weights, in half precision, to this folder"
+    )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser().parse_args(arguments))
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Schedule
+from .config import VALUES, Schedule, shown
 from .data.examples import digest
 from .system.errors import UserError
 from .system.process import Signals, leave, only_training
@@ -141,12 +141,16 @@ def train(
     The averaged weights (if `schedule.ema`) are in the stage when the function returns.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
 
     use_cuda = torch.cuda.is_available()
     idle = DistributedDataParallelKwargs(find_unused_parameters=True)  # DINO's mask token, the VAE's middle attention
     if precision not in PRECISIONS:
         raise UserError(f"The precision is one of {', '.join(PRECISIONS)}; got {precision!r}.")
+    if seed not in VALUES["seed"]:
+        raise UserError(f"The seed takes {VALUES['seed']}; got {shown(seed)}.")
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and use_cuda) else "no"
+    AcceleratorState._reset_state()  # a notebook's next training may take another precision
     accelerator = Accelerator(cpu=not use_cuda, mixed_precision=mixed, kwargs_handlers=[idle])
     if accelerator.num_processes != processes:
         raise UserError(

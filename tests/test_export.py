@@ -95,7 +95,7 @@ def test_a_video_that_ffmpeg_did_not_finish_replaces_nothing(tmp_path, monkeypat
                 file.truncate(200)
 
     monkeypatch.setattr(imageio_ffmpeg, "write_frames", cut_off)
-    with pytest.raises(ValueError, match="ffmpeg wrote 0 of the 6 frames of .*turn.mp4"):
+    with pytest.raises(ValueError, match="not written: .*turn.mp4: ffmpeg wrote 0 of the 6 frames"):
         save_turntable(scene(), path, size=64, num_frames=6)
     assert path.read_bytes() == good and [p.name for p in tmp_path.iterdir()] == ["turn.mp4"]
 
@@ -250,7 +250,7 @@ def a_program_that_is_no_ffmpeg(tmp_path, monkeypatch):
 
 def a_folder_in_its_place(tmp_path, monkeypatch):
     (tmp_path / "out" / "object.glb").mkdir(parents=True)
-    return "object.glb", "object.glb is a folder where a file belongs"
+    return "object.glb", "the file is a folder where a file belongs"
 
 
 def a_full_disk(tmp_path, monkeypatch):
@@ -265,7 +265,7 @@ def a_full_disk(tmp_path, monkeypatch):
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", fill)
-    return "turntable.gif", "the disk is full: .*turntable.gif could not be written"
+    return "turntable.gif", "the disk is full: the file could not be written"
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def a_full_disk(tmp_path, monkeypatch):
 )
 def test_what_one_export_lacks_does_not_cost_the_others(fault, small, tmp_path, monkeypatch):
     missing, sentence = fault(tmp_path, monkeypatch)
-    with pytest.raises(ValueError, match=f"^{missing} was not written: .*{sentence}") as raised:
+    with pytest.raises(ValueError, match=f"^not written: .*{missing}: .*({sentence})") as raised:
         save_object(shell(), tmp_path / "out")
     written = [name for name in ALL if name != missing]
     assert [name for name in names(tmp_path / "out") if (tmp_path / "out" / name).is_file()] == written
@@ -281,10 +281,18 @@ def test_what_one_export_lacks_does_not_cost_the_others(fault, small, tmp_path, 
     assert all(str(tmp_path / "out" / name) in str(raised.value).split("Written: ")[1] for name in written)
 
 
+def test_what_fails_for_the_same_reason_is_said_once(small, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError) as raised:
+        save_object(shell(), tmp_path / "out")
+    assert str(raised.value).count("is a file where a folder belongs") == 1
+    assert all(name in str(raised.value) for name in ALL) and str(raised.value).endswith("Written: nothing.")
+
+
 def test_an_object_that_cannot_be_meshed_still_leaves_splats_and_pictures(small, tmp_path):
     faint = shell(5)
     faint.opacities[:] = 0.1
-    with pytest.raises(ValueError, match="^object.glb was not written: No view shows a surface"):
+    with pytest.raises(ValueError, match="^not written: .*object.glb: No view shows a surface"):
         save_object(faint, tmp_path)
     assert names(tmp_path) == [name for name in ALL if name != "object.glb"]
 

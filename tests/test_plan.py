@@ -141,10 +141,10 @@ def test_the_command_prints_what_fits(capsys):
     ):
         assert words in report
     for wrong, sentence in (
-        ("--scale huge", "There is no preset 'huge'"),
+        ("--scale huge", "invalid choice: 'huge'"),
         ("--gpus 0", "--gpus: must be 1 or more, got 0"),
         ("--frames 0", "--frames: must be 1 or more, got 0"),
-        ("--tflops 0", "--tflops is more than 0; got 0"),
+        ("--tflops 0", "--tflops: must be a number from 0.001"),
     ):
         with pytest.raises(SystemExit, match="2"):  # some are argparse's own, which ends by itself
             sys.exit(main(wrong.split()))

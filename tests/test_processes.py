@@ -31,7 +31,7 @@ from gsv3d_lib.training import check_same_start, mean_over_processes, train
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.weights.run_folder import list_checkpoints, read_metrics
 
-CONFIG = tiny_config(lambda_alpha=0.5)
+CONFIG = tiny_config(lambda_alpha_stage2=0.5)
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 SCHEDULE = Schedule(steps=5, batch=2, lr=1e-3, warmup=2, ema=0.9)
 DEATH = 3  # the step after which a worker is killed

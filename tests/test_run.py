@@ -355,7 +355,7 @@ def test_the_picture_of_the_readme_is_one_row_per_input(tmp_path):
 
 def test_the_demo_gives_notebook_00_what_it_knows(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(demo, "run_notebook", lambda path, parameters, out: asked.update(parameters | {"path": path}))
+    monkeypatch.setattr(demo, "execute", lambda path, parameters, out: asked.update(parameters | {"path": path}) or 0)
     assert demo.main(["--image", "data/images/mug.png", "--elevation", "auto", "--out", str(tmp_path)]) == 0
     run.check_parameters(asked, run.declared_parameters(asked.pop("path")))  # raises for a name it does not have
     assert (ROOT / asked["weights"] / "gsv3d.json").is_file() and -10 <= asked["elevation"] <= 40

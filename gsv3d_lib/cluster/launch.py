@@ -19,7 +19,7 @@ import torch
 from ..config import Config, preset
 from ..stages import STAGES, is_trained, schedule_of
 from ..system.errors import MissingFile, UserError
-from ..system.paths import ROOT, resolve
+from ..system.paths import base, find, resolve
 from ..weights.run_folder import read_metrics
 from .plan import GB, PLANNED, plan
 from .shards import is_shards
@@ -52,18 +52,23 @@ def launch(
 
 def run_folder(scale: str, steps: int = 0) -> Path:
     """Where checkpoints, curves and weights go: runs/SCALE, and another one for trials."""
-    return ROOT / "runs" / (f"{scale}-trial-{steps}" if steps else scale)
+    return base() / "runs" / (f"{scale}-trial-{steps}" if steps else scale)
 
 
 def train_command(scale: str, stages: list[str], data: list[str], processes: int = 1, steps: int = 0) -> list[str]:
     """What follows `python` on the command line: `-m gsv3d_lib train ...`, through torchrun for several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     trial = ["--steps", str(steps)] if steps else []
-    source = ["--shards" if is_shards(resolve(data[0])) else "--data", *data]
+    source = ["--shards" if is_shards(find(data[0])) else "--data", *map(from_root, data)]
     options = ["--preset", scale, "--stages", *stages, *source, *trial, "--processes", str(processes)]
     out = run_folder(scale, steps)
-    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out
+    out = out.relative_to(base()) if out.is_relative_to(base()) else out
     return [*(torchrun if processes > 1 else []), "-m", "gsv3d_lib", "train", *options, "--out", str(out)]
+
+
+def from_root(folder: str) -> str:
+    """A folder to read from as the training finds it, which starts in the repository's root."""
+    return folder if resolve(folder) == base() / folder else str(resolve(folder))
 
 
 def shown(command: list[str]) -> str:
@@ -103,11 +108,11 @@ def check(scale: str, stages: list[str], data: list[str], processes: int, out: P
                 f"{out / 'weights'}{fetched}."
             )
     for folder in data:
-        if not (resolve(folder) / "index.json").is_file():
+        if not (find(folder) / "index.json").is_file():
             raise MissingFile(
                 f"There is no dataset in {folder}; make it with `python -m gsv3d_lib make_dataset --out {folder} ...`."
             )
-        if len(data) > 1 and is_shards(resolve(folder)):
+        if len(data) > 1 and is_shards(find(folder)):
             raise UserError(f"{folder} holds shards, and a training reads one folder of those and nothing else.")
 
 
@@ -136,7 +141,7 @@ def watch(command: list[str]) -> None:
     """
     process = subprocess.Popen(
         [sys.executable, *command],
-        cwd=ROOT,
+        cwd=base(),
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

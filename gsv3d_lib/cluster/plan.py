@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention import attending_with
 from ..cameras import Cameras
-from ..config import Config, preset
+from ..config import PRESETS, Config, preset
 from ..lora import add_lora
 from ..rendering import rendering_with
 from ..stages import STAGES, build_stage, schedule_of
-from ..system.command import exit_code, positive
+from ..system.command import exit_code, number, whole
 from ..system.errors import UserError
 from ..training import Stage
 from ..weights.checkpoint import builders
@@ -466,23 +466,21 @@ def remarks(config: Config, stage: str, step: Plan) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib plan", description=__doc__.split("\n")[0])
-    parser.add_argument("--scale", default="paper", help="tiny, small or paper")
+    parser.add_argument("--scale", default="paper", choices=PRESETS)
     parser.add_argument("--stage", default="stage2", choices=[*PLANNED, "inference"])
-    parser.add_argument("--gpus", type=positive, default=4)
-    parser.add_argument("--frames", type=positive, help="N, views per orbit")
-    parser.add_argument("--rank", type=positive, help="of the LoRA")
-    parser.add_argument("--micro-batch", type=positive, help="orbits on a GPU at once (default: the preset's)")
+    parser.add_argument("--gpus", type=whole(1, 100_000), default=4)
+    parser.add_argument("--frames", type=whole(1, 1000), help="N, views per orbit")
+    parser.add_argument("--rank", type=whole(1, 10_000), help="of the LoRA")
+    parser.add_argument("--micro-batch", type=whole(1, 100_000), help="orbits on a GPU at once (default: the preset's)")
     parser.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks (default: the preset's)"
     )
     parser.add_argument("--float32", action="store_true", help="no autocast to bfloat16")
-    parser.add_argument("--tflops", type=float, default=100.0, help="sustained by one GPU (an assumption)")
-    return exit_code(run, parser.parse_args(arguments))
+    parser.add_argument("--tflops", type=number(1e-3, 1e6), default=100.0, help="sustained by one GPU (an assumption)")
+    return exit_code(run, parser, arguments)
 
 
 def run(args: argparse.Namespace) -> None:
-    if not args.tflops > 0:
-        raise UserError(f"--tflops is more than 0; got {args.tflops}.")
     changes = {"num_frames": args.frames, "lora_rank": args.rank, "checkpointing": args.checkpointing}
     config = preset(args.scale, **{name: value for name, value in changes.items() if value is not None})
     if args.stage == "inference":

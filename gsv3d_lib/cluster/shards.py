@@ -25,6 +25,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import sys
 import zlib
 from bisect import bisect_right
@@ -36,21 +37,35 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..cameras import orbit_cameras
-from ..data.dataset import RING, UNREADABLE, Scene, ViewTensors, list_objects, read_object, resize_views
+from ..data.dataset import (
+    COLUMNS,
+    RING,
+    SHEET_SIDE,
+    VIEWS,
+    Scene,
+    ViewTensors,
+    check_once,
+    list_all,
+    object_files,
+    read_object,
+    resize_views,
+)
 from ..data.examples import Orbits, ShuffledOrder, Variant, digest, encode_rings, make_variants, vae_fingerprint
 from ..encoders import dino_features
-from ..system.command import check_writable, exit_code, positive
+from ..system.command import check_writable, exit_code, input_path, output_path, positive
 from ..system.errors import MissingFile, UserError
-from ..system.paths import atomic_path, check_readable, remove_leftovers
+from ..system.files import UNREADABLE, Field, check_shape, check_values, read_json, webp_facts
+from ..system.paths import atomic_path, check_id, check_readable, reason, remove_leftovers
 
 FORMAT = 2
 SHARD_SIZE = 64  # objects in a file: 10 MB at 64 px, about a gigabyte at 576 px
+MAX_SIDE = SHEET_SIDE // COLUMNS  # pixels of a view
 OPEN_SHARDS = 32  # files kept open by a reader
 OPEN_PICTURES = 64  # decoded pictures kept by a reader: one example asks for the same several times
 AGAIN = "run `python -m gsv3d_lib shards` again, which makes only what is missing"
@@ -123,7 +138,10 @@ class ShardViews(ViewTensors):
         def rings(name: str) -> Lazy:
             def view(item: int, k: int) -> Tensor:
                 copy, which = divmod(item, objects)  # as in `make_variants`
-                return files.read(which, name, lambda f, name: f.get_slice(name)[copy : copy + 1, k : k + 1])[0, 0]
+                part = Field((1, 1, *index[name]), "f")
+                return files.read(which, name, part, lambda f, name: f.get_slice(name)[copy : copy + 1, k : k + 1])[
+                    0, 0
+                ]
 
             return lazy_images((objects * index["copies"], RING, *index[name]), view)
 
@@ -154,15 +172,19 @@ def open_shards(folder: str | Path, size: int | None = None) -> ShardViews:
         raise UserError(f"The shards in {folder} are of {index['size']} px, not of {size} px; make others.")
     shape = (len(ids), index["views"], index["size"], index["size"])
 
+    V, S, _ = shape[1:]
+    picture, depths = Field((S, S, 4), "u1"), Field((S, S, 1), "f4", low=0)
+
     @lru_cache(OPEN_PICTURES)
     def rgba(item: int, k: int) -> Tensor:
-        return files.read(item, f"rgba.{k}", lambda file, name: unpack_picture(file.get_tensor(name)))
+        return files.read(item, f"rgba.{k}", picture, lambda file, name: unpack_picture(file.get_tensor(name)))
 
     def depth(item: int, k: int) -> Tensor:
-        return files.read(item, f"depth.{k}", lambda file, name: unpack_depth(file.get_tensor(name)))
+        return files.read(item, f"depth.{k}", depths, lambda file, name: unpack_depth(file.get_tensor(name)))
 
     def angles(name: str) -> Lazy:
-        return Lazy(shape[:2], lambda item: files.read(item, name, safe_open.get_tensor))
+        field = replace(VIEWS[name], shape=(V,))
+        return Lazy(shape[:2], lambda item: files.read(item, name, field, safe_open.get_tensor))
 
     rgb = lazy_images((*shape, 3), lambda item, k: rgba(item, k)[..., :3])
     alpha = lazy_images((*shape, 1), lambda item, k: rgba(item, k)[..., 3:])
@@ -182,8 +204,8 @@ def is_dataset(folder: str | Path) -> bool:
 def _any_index(folder: str | Path) -> dict | list | None:
     check_readable(Path(folder) / "index.json")
     try:
-        return json.loads((Path(folder) / "index.json").read_text())
-    except (OSError, ValueError):
+        return read_json(Path(folder) / "index.json")
+    except UNREADABLE:
         return None
 
 
@@ -193,23 +215,49 @@ def read_index(folder: str | Path) -> dict:
     if not path.is_file():
         raise MissingFile(f"{folder} holds no finished shards: index.json is missing; {AGAIN}.")
     try:
-        index = json.loads(path.read_text())
-        expected = {path.with_name(shard["file"]): shard["bytes"] for shard in index["shards"]}
-        if index["format"] != FORMAT:
-            raise UserError(f"its format is not {FORMAT}")
-    except (ValueError, KeyError, TypeError) as error:
+        index = read_json(path)
+        if isinstance(index, list):
+            raise UserError("it is that of a dataset folder")
+        check_index(index)
+    except UNREADABLE as error:
         if is_dataset(folder):
             raise UserError(
                 f"{folder} is a dataset folder, which `train --data` reads; make shards of it with "
                 "`python -m gsv3d_lib shards`."
             ) from error
-        raise UserError(f"{path} cannot be read as shards ({error}); delete it and {AGAIN}.") from error
-    for file, size in expected.items():
+        raise UserError(f"{path} cannot be read as shards ({reason(error)}); delete it and {AGAIN}.") from error
+    for shard in index["shards"]:
+        file = path.with_name(shard["file"])
         found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            have = "is missing" if found is None else f"has {found} bytes instead of {size}"
+        if found != shard["bytes"]:
+            have = "is missing" if found is None else f"has {found} bytes instead of {shard['bytes']}"
             raise UserError(f"Shard {file} {have}; delete it and {AGAIN}.")
     return index
+
+
+def check_index(index: dict) -> None:
+    """Raises UserError or another error of `UNREADABLE` where an index is not as `write_shards` writes it."""
+    if index["format"] != FORMAT:
+        raise UserError(f"its format is not {FORMAT}")
+    numbers = [index[name] for name in ("objects", "views", "size", "copies")] + index["latents"]
+    numbers += index["features"] if index["dino"] is not None else []
+    if not all(type(number) is int and number > 0 for number in numbers) or type(index["seed"]) is not int:
+        raise UserError("its numbers are no whole numbers above 0")
+    if not 0 < index["latent_scale"] < math.inf or index["views"] < RING:
+        raise UserError(f"its latent_scale is {index['latent_scale']}, its number of views {index['views']}")
+    for number, shard in enumerate(index["shards"]):
+        if shard["file"] != shard_name(number):
+            raise UserError(f"its file {number} is called {str(shard['file'])[:100]!r}")
+        for id in shard["ids"]:
+            check_id(id)
+    ids = [id for shard in index["shards"] for id in shard["ids"]]
+    check_once(ids)
+    if len(ids) != index["objects"]:
+        raise UserError(f"it names {len(ids)} objects of {index['objects']}")
+
+
+def shard_name(number: int) -> str:
+    return f"{number:05d}.safetensors"
 
 
 class ShardFiles:
@@ -220,15 +268,24 @@ class ShardFiles:
         self.firsts = [0, *itertools.accumulate(len(shard["ids"]) for shard in self.index["shards"])]
         self._open = lru_cache(OPEN_SHARDS)(lambda path: safe_open(path, "pt"))
 
-    def read(self, item: int, name: str, how: Callable[[safe_open, str], Tensor]) -> Tensor:
-        """`how(file, full name)` with the shard that holds an object. Raises ValueError where it is damaged."""
+    def read(self, item: int, name: str, field: Field, how: Callable[[safe_open, str], Tensor]) -> Tensor:
+        """`how(file, full name)` with the shard that holds an object. Raises UserError where it is damaged, or the result
+        is not as `field` says."""
         shard = bisect_right(self.firsts, item) - 1
         path = self.folder / self.index["shards"][shard]["file"]
         try:
-            return how(self._open(path), f"{item - self.firsts[shard]}.{name}")
-        except (SafetensorError, IndexError, *UNREADABLE) as error:
+            found = how(self._open(path), f"{item - self.firsts[shard]}.{name}")
+            check_shape(name, _type(found), found.shape, field)
+            check_values(name, found, field)
+            return found
+        except UNREADABLE as error:
             check_readable(path)
             raise UserError(_damaged(path, error)) from error
+
+
+def _type(tensor: Tensor) -> str:
+    """numpy's name of a tensor's type, such as "f4"."""
+    return tensor.numpy().dtype.str[1:]
 
 
 def _damaged(path: Path, error: Exception | str) -> str:
@@ -246,8 +303,11 @@ def pack_picture(rgb: Tensor, alpha: Tensor) -> bytes:
 
 
 def unpack_picture(data: Tensor) -> Tensor:
-    """The inverse, of the bytes as a tensor -> uint8 [S, S, 4]."""
-    with Image.open(io.BytesIO(data.numpy().tobytes())) as picture:
+    """The inverse, of the bytes as a tensor -> uint8 [S, S, 4]. Raises UserError for a picture larger than any view."""
+    packed = data.numpy().tobytes()
+    if max(webp_facts(packed[:30])[:2]) > MAX_SIDE:
+        raise UserError(f"a picture has more than {MAX_SIDE} pixels a side")
+    with Image.open(io.BytesIO(packed), formats=["WEBP"]) as picture:
         return torch.from_numpy(np.array(picture.convert("RGBA")))
 
 
@@ -261,8 +321,11 @@ def pack_depth(depth: Tensor) -> bytes:
 
 
 def unpack_depth(data: Tensor) -> Tensor:
-    """The inverse, of the bytes as a tensor -> float32 [S, S, 1]."""
-    plain = zlib.decompress(data.numpy().tobytes())
+    """The inverse, of the bytes as a tensor -> float32 [S, S, 1]. Raises UserError for depth larger than any view."""
+    longest = 4 + 6 * MAX_SIDE**2  # as many levels as pixels
+    plain = zlib.decompressobj().decompress(data.numpy().tobytes(), longest + 1)
+    if len(plain) > longest:
+        raise UserError(f"a depth map has more than {MAX_SIDE} pixels a side")
     count = int(np.frombuffer(plain, "<u4", 1)[0])
     levels, codes = np.frombuffer(plain, "<f4", count, 4), np.frombuffer(plain, "<u2", -1, 4 + 4 * count)
     side = int(len(codes) ** 0.5)
@@ -296,9 +359,7 @@ def write_shards(
         raise UserError(f"A share is K/N with 0 <= K < N; got {share[0]}/{share[1]}.")
     if is_dataset(out):
         raise UserError(f"{out} is a dataset folder, whose index would be lost: shards need a folder of their own.")
-    out, rows = Path(out), [(Path(folder), row["id"]) for folder in folders for row in list_objects(folder)]
-    if not rows:
-        raise UserError(f"The dataset folders {[str(f) for f in folders]} hold no objects.")
+    out, rows = Path(out), list_all(folders)
     variants, views = make_variants(len(rows), copies, seed), len(read_object(*rows[0]).azimuths)
     facts = {"format": FORMAT, "objects": len(rows), "views": views, "size": size, "copies": copies, "seed": seed}
     facts |= {"latents": [4, size // 8, size // 8], "latent_scale": vae.config.scaling_factor}
@@ -310,7 +371,7 @@ def write_shards(
     shards = []
     for first in range(0, len(rows), shard_size):
         group = [(*rows[k], variants[k :: len(rows)]) for k in range(first, min(first + shard_size, len(rows)))]
-        file = f"{len(shards):05d}.safetensors"
+        file = shard_name(len(shards))
         shards.append({"file": file, "mark": _shard_mark(facts, group), "objects": group})
     remove_leftovers(out)
     (out / "index.json").unlink(missing_ok=True)  # files may change: until all are checked the folder is unfinished
@@ -319,6 +380,7 @@ def write_shards(
             encoded = [encode_object(*one, size, views, vae, dino) for one in shard["objects"]]
             tensors = {f"{place}.{name}": value for place, one in enumerate(encoded) for name, value in one.items()}
             notes = json.dumps({"mark": shard["mark"], "digest": digest(tensors)})
+            remove_leftovers(out, shard["file"])
             with atomic_path(out / shard["file"]) as path:
                 save_file(tensors, path, metadata={"shard": notes})  # one entry: the order of several is random
     for shard in shards:
@@ -354,7 +416,7 @@ def encode_object(
 
 def _shard_mark(facts: dict, objects: list[tuple[Path, str, list[Variant]]]) -> str:
     """Changes when anything that a shard is made of does; re-rendered objects are told by the length of their files."""
-    files = [folder / f"{id}{suffix}" for folder, id, _ in objects for suffix in (".webp", ".npz")]
+    files = [file for folder, id, _ in objects for file in object_files(folder, id)]
     lengths = [file.stat().st_size if file.is_file() else -1 for file in files]
     names = [[id, *map(astuple, variants)] for _, id, variants in objects]
     return hashlib.sha256(json.dumps([facts, lengths, names]).encode()).hexdigest()
@@ -366,7 +428,7 @@ def shard_notes(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["shard"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return {}
 
 
@@ -389,23 +451,25 @@ def check_shards(folder: str | Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib shards", description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", metavar="FOLDER", help="a checkpoint folder with vae (and dino, for --features)")
-    parser.add_argument("--data", nargs="+", metavar="FOLDER", help="dataset folders")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder of shards")
+    parser.add_argument(
+        "--weights", type=input_path, metavar="FOLDER", help="a checkpoint folder with vae (and dino, for --features)"
+    )
+    parser.add_argument("--data", nargs="+", type=input_path, metavar="FOLDER", help="dataset folders")
+    parser.add_argument("--out", type=output_path, required=True, metavar="FOLDER", help="the folder of shards")
     parser.add_argument(
         "--copies", type=positive, help="variants of each object (default: as configured in the weights)"
     )
     parser.add_argument("--features", action="store_true", help="store DINO's features of every ring view too")
     parser.add_argument("--share", default="0/1", metavar="K/N", help="write every N-th file from the K-th on")
     parser.add_argument("--check", action="store_true", help="only read every byte of --out and name damaged files")
-    return exit_code(run, parser.parse_args(arguments))
+    return exit_code(run, parser, arguments)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int | None:
     if options.check:
         problems = check_shards(options.out)
         print("\n".join(problems) or f"{options.out} is as it was written.")
-        raise SystemExit(1 if problems else 0)
+        return 1 if problems else 0
     index = write_from_checkpoint(options)
     if index is None:
         print(f"This share of {options.out} is written; the index follows with the last share.")
@@ -424,13 +488,14 @@ def write_from_checkpoint(options: argparse.Namespace) -> dict | None:
     if len(share) != 2:
         raise UserError(f"--share takes K/N, for example 0/4; got {options.share!r}.")
     check_writable(Path(options.out) / "index.json")
-    config, device = load_config(options.weights), "cuda" if torch.cuda.is_available() else "cpu"
-    dino = load_dino(config, Path(options.weights)) if options.features else None
+    weights, data = options.weights, options.data
+    config, device = load_config(weights), "cuda" if torch.cuda.is_available() else "cpu"
+    dino = load_dino(config, weights) if options.features else None
     if options.features and dino is None:
         raise UserError(f"The configuration in {options.weights} has no DINO encoder; leave out --features.")
-    vae, dino = load_model(options.weights, "vae").to(device), dino and dino.to(device)
+    vae, dino = load_model(weights, "vae").to(device), dino and dino.to(device)
     sizes = config.image_size, options.copies or config.copies, config.seed
-    return write_shards(options.data, vae, options.out, *sizes, dino, share=share)
+    return write_shards(data, vae, options.out, *sizes, dino, share=share)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from pathlib import Path
 import nbformat
 from tqdm import tqdm
 
+from ..system.command import check_writable, exit_code, output_path
 from ..system.doctor import usable_cores
 from ..system.errors import MissingFile
-from ..system.paths import BEST, ROOT, atomic_path
+from ..system.paths import BEST, ROOT, atomic_path, find, from_repository
 
 NOTEBOOKS = ROOT / "notebooks"
 MEASURED = re.compile(r"<!-- measured -->.*?<!-- /measured -->")
@@ -93,10 +94,10 @@ def update_readme(name: str, sentence: str, readme: Path = ROOT / "README.md") -
     """The notebook's row of the README's table."""
     lines = [
         write_measured(line, sentence) if line.startswith("|") and f"notebooks/{name}" in line else line
-        for line in readme.read_text().split("\n")
+        for line in readme.read_text(encoding="utf-8").split("\n")
     ]
     with atomic_path(readme) as temporary:
-        temporary.write_text("\n".join(lines))
+        temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
 def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: int = 160) -> None:
@@ -121,10 +122,12 @@ def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: in
 
 
 def find_notebooks(numbers: list[str]) -> list[Path]:
-    """The notebooks whose names begin with these numbers; all for none. Raises FileNotFoundError for an unknown one."""
+    """The notebooks whose names begin with these numbers; all for none. Raises MissingFile for an unknown one."""
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if not every:
+        raise MissingFile(f"There are no notebooks here.{from_repository('notebooks')}")
     for number in numbers:
-        if not any(path.name.startswith(number) for path in every):
+        if not (number and any(path.name.startswith(number) for path in every)):
             raise MissingFile(f"No notebook begins with {number!r}; there are {', '.join(p.stem for p in every)}.")
     return [path for path in every if not numbers or any(path.name.startswith(n) for n in numbers)]
 
@@ -132,29 +135,33 @@ def find_notebooks(numbers: list[str]) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib refresh", description=__doc__.split("\n")[0])
     parser.add_argument("numbers", nargs="*", help="such as 02; all notebooks by default")
-    parser.add_argument("--out", type=Path, default=NOTEBOOKS, help="folder to write to (default: in place)")
-    parser.add_argument("--hero", type=Path, metavar="PNG", help="only draw the README's picture")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--out", type=output_path, help="folder to write to (default: in place)")
+    parser.add_argument("--hero", type=output_path, metavar="PNG", help="only draw the README's picture")
+    return exit_code(run, parser, arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    """1 if a notebook failed, else 0: the others still run."""
+    from nbclient.exceptions import CellControlSignal, DeadKernelError
+
     if args.hero is not None:
-        draw_hero(args.hero, ROOT / BEST)
+        check_writable(args.hero)
+        draw_hero(args.hero, find(BEST))
         return 0
-    failed = 0
-    try:
-        chosen = find_notebooks(args.numbers)
-    except FileNotFoundError as error:
-        parser.error(str(error))
-    for path in chosen:
+    failed, out = 0, args.out or NOTEBOOKS
+    for path in find_notebooks(args.numbers):
+        check_writable(out / path.name)
         try:
-            sentence = refresh(path, args.out)
-        except Exception as error:  # a failing cell: its message is the news, the others still run
+            sentence = refresh(path, out)
+        except (CellControlSignal, DeadKernelError) as error:  # a failing cell: its message is the news
             print(f"{path.stem} failed and was left as it was.\n{error}", file=sys.stderr)
-            failed += 1
+            failed = 1
             continue
-        size = (args.out / path.name).stat().st_size / 1e6
+        size = (out / path.name).stat().st_size / 1e6
         print(f"{path.stem}: {sentence}, {size:.2f} MB")
-        if args.out == NOTEBOOKS:
+        if out.absolute() == NOTEBOOKS:
             update_readme(path.stem, sentence)
-    return min(failed, 1)
+    return failed
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m gsv3d_lib run 05 --params paper                     notebooks/params/05_paper.yaml
     python -m gsv3d_lib run 05 --set steps=200 --set seed=1 --out runs/05-again
 
-papermill only warns of a parameter that does not exist and takes a string for a number. Here names and types are checked
-against the notebook's parameters cell before anything runs, and a training that it would start against its data and weights.
+Before anything runs, all is checked that can be (`course/parameters.py`): names, types and ranges, pictures and checkpoints, and a
+training that the notebook would start against its data and weights. `--check` stops after that.
 
 The executed notebook is written after every cell, and during long ones twice a minute, so a killed run keeps what it had.
 Given again, the same command executes the notebook from its first cell: what the stopped run had written is kept beside the
@@ -15,7 +15,6 @@ last checkpoint. A cell's own short training starts afresh.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import logging
 import os
@@ -31,14 +30,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nbformat
-import yaml
 
 from ..config import parse_setting, preset
-from ..system.errors import MissingFile, UserError
+from ..system.command import check_writable, exit_code, fault, input_path, output_path
+from ..system.errors import UserError
 from ..system.paths import ROOT, atomic_path
-from .refresh import NOTEBOOKS, find_notebooks
+from .parameters import PARAMS, check_files, check_parameters, declared_parameters, read_parameters
+from .refresh import find_notebooks
 
-PARAMS = NOTEBOOKS / "params"
 METRICS = "application/vnd.gsv3d.metrics+json"  # an output of this type carries numbers for the run record
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numba", "gsplat", "numpy")
 AUTOSAVE_SECONDS = 30
@@ -48,68 +47,30 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which a cluster's scheduler sends before it kills: the run ends as by Ctrl-C."""
 
 
-def declared_parameters(notebook: Path) -> dict:
-    """Names and default values of the cell tagged `parameters`. Raises ValueError where there is none."""
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            nodes = ast.parse(cell.source).body
-            return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes if isinstance(node, ast.Assign)}
-    raise UserError(f"{notebook.name} has no cell with the tag `parameters`.")
-
-
-def check_parameters(given: dict, declared: dict) -> dict:
-    """The given parameters, each known and of its default's type (a whole number may stand for a float).
-
-    Raises ValueError with all that is wrong, in one sentence each.
-    """
-    faults = []
-    for name, value in given.items():
-        if name not in declared:
-            faults.append(f"There is no parameter {name!r}; the notebook has {', '.join(declared)}.")
-            continue
-        wanted = type(declared[name])
-        number = wanted is float and type(value) is int
-        if type(value) is not wanted and not number:
-            hint = " Write 1.0e-3, not 1e-3: YAML reads that as text." if "e-" in str(value) else ""
-            faults.append(f"{name} is a {wanted.__name__}; got {value!r} ({type(value).__name__}).{hint}")
-        elif wanted is list:
-            kinds = {type(item) for item in declared[name]}
-            odd = [item for item in value if kinds and type(item) not in kinds]
-            if odd:
-                faults.append(f"{name} is a list of {' or '.join(k.__name__ for k in kinds)}; it holds {odd[0]!r}.")
-    if faults:
-        raise UserError(" ".join(faults))
-    return given
-
-
 def check_training(parameters: dict) -> None:
     """What the notebook's section "Full run" would refuse at its end, found before its beginning.
 
-    parameters: all of the notebook, given or default. Raises ValueError or FileNotFoundError with what to do.
+    parameters: all of the notebook, given or default. Raises UserError or MissingFile with what to do.
     """
-    if "scale" in parameters:
-        preset(parameters["scale"])
-    if parameters.get("full_run"):
-        from ..cluster.launch import check, run_folder
+    if "scale" not in parameters:
+        return
+    preset(parameters["scale"])
+    if "full_stages" in parameters:
+        from ..cluster.launch import check, check_request, run_folder
 
         scale, stages, data = (parameters[name] for name in ("scale", "full_stages", "full_data"))
         processes = parameters["full_processes"] if "full_processes" in parameters else parameters["gpus"]
-        check(scale, stages, data, processes, run_folder(scale, parameters["full_steps"]))
+        check_request(scale, stages, data, processes)  # it is planned in any case
+        if parameters["full_run"]:
+            check(scale, stages, data, processes, run_folder(scale, parameters["full_steps"]))
 
 
-def read_parameters(path: str | Path) -> dict:
-    """A YAML file of `name: value` lines. Raises FileNotFoundError, or ValueError where it is no such file."""
-    path = Path(path)
-    if not path.is_file():
-        there = ", ".join(sorted(p.name for p in PARAMS.glob("*.yaml")))
-        raise MissingFile(f"There is no parameter file {path}; notebooks/params holds {there}.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise UserError(f"{path.name} should hold lines such as `steps: 200`; it holds a {type(values).__name__}.")
-    return values
+def check_all(notebook: Path, given: dict) -> None:
+    """All that can be known of a run without running it. Raises UserError or MissingFile with what to do."""
+    declared = declared_parameters(notebook)
+    everything = declared | check_parameters(given, declared)
+    check_files(everything)
+    check_training(everything)
 
 
 def run_notebook(notebook: Path, parameters: dict, out: Path) -> dict:
@@ -122,8 +83,8 @@ def run_notebook(notebook: Path, parameters: dict, out: Path) -> dict:
 
     from ..evaluation.evaluate import commit, hardware
 
-    declared = declared_parameters(notebook)
-    check_training(declared | check_parameters(parameters, declared))
+    check_all(notebook, parameters)
+    check_writable(out / "run.json")
     out.mkdir(parents=True, exist_ok=True)
     keep_stopped(notebook, out)
     started = time.perf_counter()
@@ -187,9 +148,17 @@ def termination_raises() -> Iterator[None]:
 
 def keep_stopped(notebook: Path, out: Path) -> None:
     """Move what an unfinished run left in `out` aside, as NAME.stopped.ipynb, before a new one writes there."""
-    written, record = out / notebook.name, out / "run.json"
-    if written.is_file() and record.is_file() and json.loads(record.read_text())["state"] != "finished":
+    written = out / notebook.name
+    if written.is_file() and recorded_state(out) != "finished":
         os.replace(written, written.with_suffix(".stopped.ipynb"))
+
+
+def recorded_state(out: Path) -> str | None:
+    """How the run in a folder ended, as its run.json says; None where that is missing or damaged."""
+    try:
+        return json.loads((out / "run.json").read_text(encoding="utf-8"))["state"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def environment() -> dict:
@@ -253,7 +222,30 @@ def peak_memory() -> float | None:
 
 def write_record(out: Path, record: dict) -> None:
     with atomic_path(out / "run.json") as path:
-        path.write_text(json.dumps(record, indent=1))
+        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def execute(notebook: Path, parameters: dict, out: Path) -> int:
+    """`run_notebook`, and the exit status of a command: 1 where a cell failed or the kernel died, said in one sentence."""
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    written = out / notebook.name
+    try:
+        run_notebook(notebook, parameters, out)
+    except PapermillExecutionError as error:
+        fault(f"cell {error.exec_count} of {written} stopped: {error.evalue}")
+        return 1
+    except DeadKernelError:
+        sentence = "the kernel was killed, most likely for want of memory; the same command resumes its trainings."
+        fault(f"{written}: {sentence}")
+        return 1
+    except NoSuchKernel as error:
+        raise UserError("There is no Jupyter kernel python3; `python -m ipykernel install --user` adds it.") from error
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"stopped; {written} holds what was done. Run the same to resume.") from error
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -261,46 +253,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("number", help="of the notebook, such as 05")
     parser.add_argument("--params", help="a YAML file, or the name of a set in notebooks/params, such as tiny or paper")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeatable")
-    parser.add_argument("--out", type=Path, help="folder for the executed notebook (default runs/NN-PARAMS)")
-    parser.add_argument("--check", action="store_true", help="only check the parameters")
-    args = parser.parse_args(arguments)
-    try:
-        (notebook, *others) = find_notebooks([args.number])
-        if others:
-            raise UserError(
-                f"{args.number} begins the names of {1 + len(others)} notebooks; give both digits, such as 05."
-            )
-        named = PARAMS / f"{args.number}_{args.params}.yaml"
-        given = {} if args.params is None else read_parameters(named if named.is_file() else args.params)
-        given |= dict(parse_setting(text) for text in args.set)
-        declared = declared_parameters(notebook)
-        check_parameters(given, declared)
-        if not args.check:
-            check_training(declared | given)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"gsv3d: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--out", type=output_path, help="folder for the executed notebook (default runs/NN-PARAMS)")
+    parser.add_argument("--check", action="store_true", help="only check what can be checked without running")
+    return exit_code(run, parser, arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    notebook, *others = find_notebooks([args.number])
+    if others:
+        raise UserError(f"{args.number} begins the names of {1 + len(others)} notebooks; give both digits, such as 05.")
+    number, name = notebook.name[:2], args.params or "default"
+    named = PARAMS / f"{number}_{name}.yaml"
+    given = {} if args.params is None else read_parameters(named if named.is_file() else input_path(name))
+    given |= dict(parse_setting(text) for text in args.set)
+    out = args.out or Path("runs") / f"{number}-{Path(name).stem}"
+    check_all(notebook, given)
+    check_writable(out / "run.json")
     if args.check:
         print(f"{notebook.stem}: {len(given)} parameters fit.")
         return 0
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    out = args.out or ROOT / "runs" / f"{args.number}-{Path(args.params or 'default').stem}"
-    try:
-        run_notebook(notebook, given, out)
-    except PapermillExecutionError as error:
-        print(f"gsv3d: cell {error.exec_count} of {out / notebook.name} stopped: {error.evalue}", file=sys.stderr)
-        return 1
-    except DeadKernelError:
-        sentence = "the kernel was killed, most likely for want of memory; the same command resumes its trainings."
-        print(f"gsv3d: {out / notebook.name}: {sentence}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"gsv3d: stopped; {out / notebook.name} holds what was done. Run the same to resume.", file=sys.stderr)
-        return 130
-    print(f"Done: {out / notebook.name}")
-    return 0
+    status = execute(notebook, given, out)
+    if status == 0:
+        print(f"Done: {out / notebook.name}")
+    return status
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ Arrays go to and fro in .npz files: triangles in our z-up world, and per part of
 
 from __future__ import annotations
 
+import argparse
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,14 +25,16 @@ AMBIENT, SUN = 0.7, 1.0  # strength of the white world and of the sun, whose dir
 
 
 def check_python(python: str | Path) -> None:
-    """Raises ValueError unless `python` has bpy."""
+    """Raises UserError unless `python` has bpy."""
+    from ..system.errors import UserError
+
     try:
         done = subprocess.run([python, "-c", "import bpy"], capture_output=True, text=True)
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1] if done.returncode else ""
     except OSError as error:
         reason = str(error)
     if reason:
-        raise ValueError(f"{python} cannot import bpy ({reason}); docs/data.md says how to make an environment for it.")
+        raise UserError(f"{python} cannot import bpy ({reason}); docs/data.md says how to make an environment for it.")
 
 
 def render_cycles(mesh, cameras, python: str | Path, samples: int = SAMPLES) -> tuple[np.ndarray, np.ndarray]:
@@ -181,4 +183,9 @@ def rendered(bpy, path: Path, kind: str, bits: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    render_job(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="What `make_dataset --blender` starts in Blender's own Python.")
+    parser.add_argument("folder", type=Path, help="with job.npz; views.npz is written beside it")
+    given = parser.parse_args().folder
+    if not (given / "job.npz").is_file():
+        parser.error(f"there is no {given / 'job.npz'}")
+    render_job(given)

@@ -19,10 +19,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..system.errors import UserError
-from ..system.paths import atomic_path
+from ..system.files import Field, Table
+from ..system.paths import atomic_path, remove_leftovers
 from ..vae import encode
 from .dataset import RING, Scene, ViewTensors, read_cache
 
+# What the file of `load_orbits` holds, for M variants.
+LATENTS: Table = {
+    "latents": Field(("M", RING, 4, "h", "w"), "f4"),
+    "fingerprint": Field((32,), "u1"),
+}
 PALETTES = ((0, 1, 2), (1, 2, 0), (2, 0, 1), (1, 0, 2), (0, 2, 1), (2, 1, 0))
 
 
@@ -213,11 +219,12 @@ def load_orbits(
     variants = make_variants(len(views), copies, seed)
     fingerprint = latent_fingerprint(views, variants, vae)
     if cache is not None:
-        stored = read_cache(cache)
-        if torch.equal(stored.get("fingerprint", torch.empty(0)), fingerprint):
+        stored = read_cache(cache, LATENTS, {"M": len(variants)})
+        if stored and torch.equal(stored["fingerprint"], fingerprint):
             return Orbits(views, variants, stored["latents"], vae.config.scaling_factor, encoder=vae_fingerprint(vae))
     latents = encode_rings(views, variants, vae, progress)
     if cache is not None:
+        remove_leftovers(Path(cache).parent, Path(cache).name)
         with atomic_path(cache) as path:
             save_file({"latents": latents, "fingerprint": fingerprint}, path)
     return Orbits(views, variants, latents, vae.config.scaling_factor, encoder=vae_fingerprint(vae))
@@ -225,8 +232,8 @@ def load_orbits(
 
 def latent_fingerprint(views: ViewTensors, variants: list[Variant], vae) -> Tensor:
     """32 bytes that change when the objects, their variants or what encodes them change."""
-    size, some = views.rgb.shape[-2], views.rgb[:, ::8, ::8, ::8]
-    parts = [size, [astuple(v) for v in variants], digest({"rgb": some}), vae_fingerprint(vae)]
+    size, ring = views.rgb.shape[-2], views.rgb[:, :RING]
+    parts = [size, [astuple(v) for v in variants], digest({"rgb": ring}), vae_fingerprint(vae)]
     return torch.tensor(list(hashlib.sha256(json.dumps(parts).encode()).digest()), dtype=torch.uint8)
 
 

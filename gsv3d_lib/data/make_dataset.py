@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from ..cameras import orbit_cameras
-from ..system.command import check_writable, exit_code, positive
+from ..system.command import check_writable, exit_code, input_path, number, output_path, pixels, positive, seed, whole
 from ..system.errors import UserError
 from ..system.paths import atomic_path
 from .blender import check_python, render_cycles
@@ -224,24 +224,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gsv3d_lib make_dataset", description=__doc__.split("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--procedural", type=positive, metavar="COUNT", help="make this many procedural objects")
-    source.add_argument("--meshes", metavar="FOLDER", help="render every mesh file below a folder")
-    source.add_argument("--scans", metavar="FOLDER", help="render Google Scanned Objects, NAME/meshes/model.obj")
-    source.add_argument("--objaverse", metavar="JSON", help="render the downloaded objects of a catalogue")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the dataset folder; it may exist already")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first procedural object (default 0)")
+    source.add_argument("--meshes", type=input_path, metavar="FOLDER", help="render every mesh file below a folder")
+    source.add_argument(
+        "--scans", type=input_path, metavar="FOLDER", help="render Google Scanned Objects, NAME/meshes/model.obj"
+    )
+    source.add_argument(
+        "--objaverse", type=input_path, metavar="JSON", help="render the downloaded objects of a catalogue"
+    )
+    parser.add_argument(
+        "--out", type=output_path, required=True, metavar="FOLDER", help="the dataset folder; it may exist already"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the first procedural object (default 0)")
     parser.add_argument("--family", choices=list(FAMILIES), help="only this family (default: all, mixed)")
-    parser.add_argument("--ids", metavar="FILE", help="of --scans and --objaverse: only these, one id a line")
+    parser.add_argument(
+        "--ids", type=input_path, metavar="FILE", help="of --scans and --objaverse: only these, one id a line"
+    )
     parser.add_argument("--licences", nargs="+", metavar="NAME", help="of --objaverse: only these, for example cc0 by")
     parser.add_argument("--up", choices=["y", "z"], help="up axis in the mesh files (default: y for glTF, else z)")
-    parser.add_argument("--size", type=positive, default=128, help="pixels per side (default 128)")
-    parser.add_argument("--views", type=int, default=RING + RANDOM_VIEWS, help="per object, 16 of them on the ring")
-    ring = dict(nargs=2, type=float, default=LEVEL, metavar=("LOW", "HIGH"))
+    parser.add_argument("--size", type=pixels, default=128, help="pixels per side (default 128)")
+    parser.add_argument(
+        "--views", type=whole(RING, 1000), default=RING + RANDOM_VIEWS, help="per object, 16 of them on the ring"
+    )
+    ring = dict(nargs=2, type=number(-90, 90), default=LEVEL, metavar=("LOW", "HIGH"))
     parser.add_argument("--ring", **ring, help="range of the ring's elevation in degrees (default 15 15; paper: -5 30)")
-    parser.add_argument("--supersample", type=positive, default=2, help="rays per pixel and axis (default 2)")
+    parser.add_argument("--supersample", type=whole(1, 16), default=2, help="rays per pixel and axis (default 2)")
     parser.add_argument("--blender", metavar="PYTHON", help="render with Cycles, by this Python that has bpy")
-    parser.add_argument("--workers", type=positive, default=1, help="processes (default 1)")
+    parser.add_argument("--workers", type=whole(1, 1000), default=1, help="processes (default 1)")
     parser.add_argument("--retry", action="store_true", help="try again what an earlier run left out")
-    return exit_code(run, parser.parse_args(arguments))
+    return exit_code(run, parser, arguments)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..cameras import DISTANCE, intrinsics, look_at, opengl_to_opencv, orbit_cameras
 from ..images import MAX_SIDE, cut_out, load_image
-from ..system.command import check_writable, exit_code
+from ..system.command import check_writable, exit_code, input_path, number, output_path, pixels, whole
 from ..system.errors import MissingFile, UserError
 from .dataset import FRONT, RING, ObjectViews, write_index, write_object
 from .make_dataset import RANDOM_VIEWS, check_alike, existing_rows
@@ -391,21 +391,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gsv3d_lib photos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="with transforms.json, or such a file")
-    parser.add_argument("--out", type=Path, required=True, help="the dataset folder; it may exist already")
+    parser.add_argument("folder", type=input_path, help="with transforms.json, or such a file")
+    parser.add_argument("--out", type=output_path, required=True, help="the dataset folder; it may exist already")
     parser.add_argument("--id", help="of the object (default: the folder's name)")
-    parser.add_argument("--size", type=int, default=128, help="pixels per side (default 128)")
-    parser.add_argument("--views", type=int, default=RING + RANDOM_VIEWS, help="per object, 16 of them on the ring")
+    parser.add_argument("--size", type=pixels, default=128, help="pixels per side (default 128)")
+    parser.add_argument(
+        "--views", type=whole(RING, 1000), default=RING + RANDOM_VIEWS, help="per object, 16 of them on the ring"
+    )
     parser.add_argument("--up", choices=["z", "auto"], default="z", help="auto: from cameras that were held level")
     parser.add_argument("--front", metavar="NAME", help="the photograph that shows the front; it becomes view 12")
     parser.add_argument(
-        "--center", nargs=3, type=float, metavar=("X", "Y", "Z"), help="of the object, in the file's world"
+        "--center", nargs=3, type=number(-1e9, 1e9), metavar=("X", "Y", "Z"), help="of the object, in the file's world"
     )
     parser.add_argument(
-        "--radius", type=float, help="of the object, with --center (default for both: the silhouettes')"
+        "--radius", type=number(0, 1e9), help="of the object, with --center (default for both: the silhouettes')"
     )
     parser.add_argument("--background", choices=["auto", "rembg", "plain"], default="auto", help="see images.cut_out")
-    return exit_code(run, parser.parse_args(arguments))
+    return exit_code(run, parser, arguments)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..system.command import check_writable, exit_code
+from ..system.command import check_writable, exit_code, input_path, positive, whole
 from ..system.errors import MissingFile, UserError
-from ..system.paths import atomic_path
+from ..system.files import UNREADABLE, read_json, read_plain
+from ..system.paths import atomic_path, plain_id, reason, resolve
 from .procedural.objects import family_of, procedural_object
 from .raycast import MESH_SUFFIXES, load_mesh, normalized, read_scene
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 SCAN_MESH = Path("meshes", "model.obj")
 SCAN_TEXTURES = Path("materials", "textures")
+MAX_LIST = 1 << 28  # bytes of a list of ids
+MAX_COUNT = 1_000_000  # procedural objects of one command
 BLOCK = 1000  # objects that are downloaded together; what a failure leaves unrecorded is found again by the next run
 LICENCES = {  # Sketchfab's names, which Objaverse's annotations use
     "cc0": "CC0",
@@ -47,7 +50,10 @@ LICENCES = {  # Sketchfab's names, which Objaverse's annotations use
 
 @dataclass
 class Job:
-    """One object to render: a mesh file, or a procedural object where `path` is None."""
+    """One object to render: a mesh file, or a procedural object where `path` is None.
+
+    Its id becomes a file name, so whatever it was made of, it is a `plain_id`.
+    """
 
     id: str
     path: Path | None = None
@@ -55,6 +61,9 @@ class Job:
     seed: int = 0  # of a procedural object
     family: str | None = None
     facts: dict = field(default_factory=dict)  # of the index row: licence, author, ...
+
+    def __post_init__(self) -> None:
+        self.id = plain_id(self.id)
 
     def load(self) -> trimesh.Trimesh | trimesh.Scene:
         """The mesh, z up, inside the unit ball. Raises ValueError or FileNotFoundError."""
@@ -70,6 +79,10 @@ class ScanJob(Job):
 
 def procedural_jobs(count: int, first_seed: int = 0, family: str | None = None) -> list[Job]:
     """Jobs for the seeds first_seed .. first_seed + count - 1."""
+    if not 0 <= first_seed < 2**63 or count > MAX_COUNT:
+        raise UserError(
+            f"Seeds are 0 or more, and at most {MAX_COUNT:,} objects are made at once; got {count:,} from {first_seed}."
+        )
     seeds = range(first_seed, first_seed + count)
     return [Job(f"procedural_{seed:06d}_{family or family_of(seed)}", seed=seed, family=family) for seed in seeds]
 
@@ -93,16 +106,15 @@ def mesh_jobs(folder: str | Path, up: str | None = None) -> list[Job]:
     return list(jobs.values())
 
 
-def plain_id(name: str) -> str:
-    """A name that is also a file name."""
-    return re.sub(r"[^\w-]+", "_", name)
-
-
 def read_ids(path: str | Path) -> list[str]:
     """The ids of a text file, one a line; empty lines and what follows # do not count."""
     if not Path(path).is_file():
         raise MissingFile(f"There is no list of ids at {path}; write one id a line into it.")
-    lines = (line.split("#")[0].strip() for line in Path(path).read_text().splitlines())
+    try:
+        text = read_plain(path, MAX_LIST).decode("utf-8-sig")
+    except UNREADABLE as error:
+        raise UserError(f"{path} is no list of ids ({reason(error)}); write one id a line into a text file.") from error
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
     ids = list(dict.fromkeys(line for line in lines if line))
     if not ids:
         raise UserError(f"{path} holds no id; write one a line into it.")
@@ -128,7 +140,7 @@ def scan_jobs(folder: str | Path, ids: Iterable[str] | None = None) -> list[Job]
         raise MissingFile(f"{folder} lacks {len(missing)} of the listed scans, for example {missing[0]}.")
     facts = {"source": "Google Scanned Objects", "licence": "CC-BY-4.0"}
     chosen = names if ids is None else sorted(set(ids))
-    return [ScanJob(plain_id(name), folder / name / SCAN_MESH, "z", facts=facts) for name in chosen]
+    return [ScanJob(name, folder / name / SCAN_MESH, "z", facts=facts) for name in chosen]
 
 
 def load_scan(folder: str | Path) -> trimesh.Scene:
@@ -167,9 +179,9 @@ def _catalogue_row(annotation: dict) -> dict:
     code = annotation.get("license") or "unknown"
     return {
         "licence": LICENCES.get(code, code),
-        "author": (annotation.get("user") or {}).get("displayName", "unknown"),
-        "name": annotation.get("name", ""),
-        "address": annotation.get("viewerUrl", ""),
+        "author": (annotation.get("user") or {}).get("displayName") or "unknown",
+        "name": annotation.get("name") or "",
+        "address": annotation.get("viewerUrl") or "",
         "bytes": ((annotation.get("archives") or {}).get("glb") or {}).get("size") or 0,
     }
 
@@ -249,12 +261,27 @@ def read_catalogue(path: str | Path) -> dict[str, dict]:
             f"There is no catalogue at {path}; make it with `python -m gsv3d_lib sources --catalogue {path} --annotations`."
         )
     try:
-        catalogue = json.loads(Path(path).read_text())
-        if not all(isinstance(row["licence"], str) and row["bytes"] >= 0 for row in catalogue.values()):
-            raise UserError("a row has no licence or no size")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no catalogue ({error}); delete it and make it again.") from error
+        catalogue = read_json(path)
+        if not isinstance(catalogue, dict):
+            raise UserError("it holds no names")
+        for uid, row in catalogue.items():
+            _check_row(uid, row)
+    except UNREADABLE as error:
+        raise UserError(f"{path} is no catalogue ({reason(error)}); delete it and make it again.") from error
     return catalogue
+
+
+def _check_row(uid: str, row) -> None:
+    texts = ("licence", "author", "name", "address")
+    if not isinstance(row, dict) or not isinstance(row.get("licence"), str):
+        raise UserError(f"the row {uid[:100]!r} states no licence")
+    if not all(isinstance(row.get(name, 0), str | None) for name in texts):
+        raise UserError(f"the row {uid[:100]!r} does not state {', '.join(texts)}")
+    size = row.get("bytes")
+    if isinstance(size, bool) or not isinstance(size, int | float) or not 0 <= size < math.inf:
+        raise UserError(f"the row {uid[:100]!r} states no size in bytes")
+    if not isinstance(row.get("path", ""), str):
+        raise UserError(f"the row {uid[:100]!r} has a path that is no text")
 
 
 def write_catalogue(path: str | Path, catalogue: dict[str, dict]) -> None:
@@ -277,20 +304,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gsv3d_lib sources", description="Choose objects of Objaverse by licence, and fetch them."
     )
-    parser.add_argument("--catalogue", required=True, metavar="JSON", help="who made what, under which licence")
-    parser.add_argument("--uids", metavar="FILE", help="only these objects, one uid a line (default: all)")
+    parser.add_argument(
+        "--catalogue", type=input_path, required=True, metavar="JSON", help="who made what, under which licence"
+    )
+    parser.add_argument(
+        "--uids", type=input_path, metavar="FILE", help="only these objects, one uid a line (default: all)"
+    )
     parser.add_argument("--licences", nargs="+", metavar="NAME", help=f"only these, of {', '.join(LICENCES)}")
-    parser.add_argument("--limit", type=int, help="at most so many objects, the first by uid")
+    parser.add_argument("--limit", type=positive, help="at most so many objects, the first by uid")
     parser.add_argument("--annotations", action="store_true", help="fetch licences and sizes, make the catalogue")
     parser.add_argument("--download", action="store_true", help="fetch the chosen meshes")
-    parser.add_argument("--processes", type=int, default=1, help="downloads at a time (default 1)")
-    return exit_code(run, parser.parse_args(arguments))
+    parser.add_argument("--processes", type=whole(1, 1000), default=1, help="downloads at a time (default 1)")
+    return exit_code(run, parser, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     if options.annotations or options.download:
         check_writable(Path(options.catalogue))
-    uids = read_ids(options.uids) if options.uids else None
+    uids = read_ids(resolve(options.uids)) if options.uids else None
     if options.annotations and not Path(options.catalogue).is_file():
         write_catalogue(options.catalogue, fetch_annotations(uids))
     catalogue = choose(read_catalogue(options.catalogue), options.licences, uids, options.limit)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -29,15 +30,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cameras import orbit_cameras
-from ..data.dataset import FRONT, RING, UNREADABLE, Scene, ViewTensors, load_views
+from ..data.dataset import FRONT, RING, Scene, ViewTensors, load_views
 from ..data.examples import relative_azimuths, ring_frames
-from ..export.mesh import fuse_mesh
+from ..export.mesh import NoSurface, fuse_mesh
 from ..gaussians import Gaussians
 from ..pipeline import Generation, GSV3DPipeline
 from ..rendering import Rendering, render
-from ..system.command import check_writable, exit_code, positive
+from ..system.command import (
+    check_writable,
+    exit_code,
+    guidance,
+    input_path,
+    output_path,
+    positive,
+    sampler_steps,
+    seed,
+)
 from ..system.errors import UserError
-from ..system.paths import atomic_path, check_readable, reason
+from ..system.files import UNREADABLE, Field, Table, read_npz
+from ..system.paths import ROOT, atomic_path, check_readable, has_repository, reason
 from ..vae import encode_scaled
 from .baselines import AverageObject, flat_card
 from .consistency import detail, ghosting, reprojection_error, split_agreement, view_depths
@@ -95,6 +106,14 @@ def color_scores(pictures: Tensor, truth: Tensor, lpips: LPIPS | None) -> dict[s
     return scores if lpips is None else scores | {"lpips": float(lpips(pictures, truth).mean())}
 
 
+# What <id>.geometry.npz must hold. Objects fit the unit ball; float16 rounds a little beyond.
+GEOMETRY: Table = {
+    "points": Field(("P", 3), "f", -1.01, 1.01),
+    "occupancy": Field((GRID_RESOLUTION**3 // 8,), "u1", needed=False),
+    "occupancy_resolution": Field((), "i u", GRID_RESOLUTION, GRID_RESOLUTION, needed=False),
+}
+
+
 @dataclass(frozen=True)
 class Truth:
     """The true shape of an object, in the world of the dataset: points [4096, 3] and occupancy bool [64, 64, 64] or None."""
@@ -104,21 +123,25 @@ class Truth:
 
 
 def load_truth(folder: Path, id: str) -> Truth | None:
-    """`<id>.geometry.npz` of a dataset folder; None where there is none. Raises ValueError where it is damaged."""
+    """`<id>.geometry.npz` of a dataset folder; None where there is none. Raises UserError where it is damaged, or holds
+    points that are not finite or not in the unit ball, too few of them, or another grid."""
     path = Path(folder) / f"{id}.geometry.npz"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     check_readable(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            points = arrays["points"].astype("f4")
-            bits = np.unpackbits(arrays["occupancy"]) if "occupancy" in arrays else None
-        chosen = np.random.default_rng(0).choice(len(points), NUM_POINTS, replace=False)
-        return Truth(points[chosen], None if bits is None else bits.reshape((GRID_RESOLUTION,) * 3).astype(bool))
+        arrays = read_npz(path, GEOMETRY)
+        points = arrays["points"].astype("f4")
+        if len(points) < NUM_POINTS:
+            raise UserError(f"it holds {len(points)} points, fewer than {NUM_POINTS}")
     except UNREADABLE as error:
         raise UserError(
             f"{path} cannot be read ({reason(error)}); without the file its object gets no mesh scores."
         ) from error
+    chosen = np.random.default_rng(0).choice(len(points), NUM_POINTS, replace=False)
+    bits = arrays.get("occupancy")
+    grid = None if bits is None else np.unpackbits(bits).reshape((GRID_RESOLUTION,) * 3).astype(bool)
+    return Truth(points[chosen], grid)
 
 
 def mesh_scores(gaussians: Gaussians, truth: Truth | None, azimuth: float = 0.0) -> dict[str, float]:
@@ -130,7 +153,7 @@ def mesh_scores(gaussians: Gaussians, truth: Truth | None, azimuth: float = 0.0)
         return {}
     try:
         mesh = fuse_mesh(gaussians, resolution=64, num_views=24, size=64, colors=False)
-    except ValueError:
+    except NoSurface:
         return {"chamfer": float("nan"), "f_score": 0.0} | ({} if truth.occupancy is None else {"iou": 0.0})
     mesh.vertices = mesh.vertices @ _turn(azimuth).T
     return shape_scores(surface_points(mesh), mesh, truth)
@@ -243,6 +266,8 @@ def evaluate(
 ) -> tuple[list[dict], list[Tensor]]:
     """All measurements, one row per object: {"id", "decoder", "card", "average"} and "generated", "generated_without_lora",
     "generated_without_projection"; and one strip of pictures per object (`strip`)."""
+    for id in views.ids:  # a damaged truth is said now, not minutes later
+        load_truth(folder, id)
     average = None if training_views is None else AverageObject.of(training_views)
     rows, strips = [], []
     for index, id in enumerate(tqdm(views.ids, desc="evaluating", mininterval=5)):
@@ -313,10 +338,12 @@ def hardware() -> str:
 
 
 def commit() -> str:
+    """Of the checkout that runs; "unknown" in an installed package, or without git."""
+    if not has_repository():
+        return "unknown"
     try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-        ).stdout.strip()
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
 
@@ -361,18 +388,20 @@ def comparison(*records: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=Path("data/checkpoints/tiny"))
-    parser.add_argument("--objects", type=Path, required=True, help="dataset folder to measure on")
-    parser.add_argument("--train", type=Path, help="training folder, for the average-object baseline")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; .md and .png beside it")
+    parser.add_argument("--weights", type=input_path, default="data/checkpoints/tiny")
+    parser.add_argument("--objects", type=input_path, required=True, help="dataset folder to measure on")
+    parser.add_argument("--train", type=input_path, help="training folder, for the average-object baseline")
+    parser.add_argument("--out", type=output_path, required=True, help="JSON file to write; .md and .png beside it")
     parser.add_argument("--limit", type=positive, help="only the first objects")
-    parser.add_argument("--steps", type=positive, help="of the sampler")
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=sampler_steps, help="of the sampler")
+    parser.add_argument("--guidance", type=guidance)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--no-lora", action="store_true")
-    parser.add_argument("--lpips", type=Path, help="file of `python -m gsv3d_lib lpips`: measure LPIPS with it too")
+    parser.add_argument(
+        "--lpips", type=input_path, help="file of `python -m gsv3d_lib lpips`: measure LPIPS with it too"
+    )
     parser.set_defaults(command="python -m gsv3d_lib evaluate " + " ".join(arguments or sys.argv[1:]))
-    return exit_code(run, parser.parse_args(arguments))
+    return exit_code(run, parser, arguments)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -406,7 +435,7 @@ def run(args: argparse.Namespace) -> None:
     save_sheet(strips, args.out.with_suffix(".png"))
     text = table(means)
     with atomic_path(args.out.with_suffix(".md")) as path:
-        path.write_text(f"`{record['command']}`\n\n{text}\n")
+        path.write_text(f"`{record['command']}`\n\n{text}\n", encoding="utf-8")
     print(text)
 
 

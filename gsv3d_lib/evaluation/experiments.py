@@ -32,9 +32,18 @@ from ..data.dataset import FRONT, Scene, ViewTensors, load_views
 from ..data.examples import Orbits, digest, load_orbits, ring_frames
 from ..pipeline import GSV3DPipeline
 from ..stages import build_stage, initial, starting_models
-from ..system.command import check_writable, exit_code, positive
+from ..system.command import (
+    check_writable,
+    exit_code,
+    guidance,
+    input_path,
+    output_path,
+    positive,
+    sampler_steps,
+    training_seed,
+)
 from ..system.errors import UserError
-from ..system.paths import atomic_path
+from ..system.paths import atomic_path, reason
 from ..training import train
 from ..vae import encode_scaled
 from ..weights.checkpoint import load_config, load_dino, load_model, model_classes
@@ -174,7 +183,7 @@ def timed_training(stage, schedule, folder: Path, seed: int) -> dict:
         cost = {"cpu_seconds_per_step": round((time.process_time() - started) / schedule.steps, 3)}
         with atomic_path(stored) as path:
             path.write_text(json.dumps(cost))
-    cost = json.loads(stored.read_text()) if stored.is_file() else {}
+    cost = read_json(stored) if stored.is_file() else {}
     return cost | {"last": {k: round(v, 4) for k, v in history[-1].items() if k not in ("time", "step")}}
 
 
@@ -321,24 +330,44 @@ def restore_runs(out: Path, world: World, experiment: Experiment, size: tuple[in
     """
     if not out.is_file():
         return set()
-    try:
-        stored = json.loads(out.read_text())
-        runs = [(name, int(seed), entry) for name, entry in stored["arms"].items() for seed in entry["scores"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{out} is no results file of experiments; choose another --out.") from error
+    runs = stored_runs(out)
     arms, seeds = {arm.name: arm for arm in experiment.arms}, []
-    for name, seed, entry in runs:
-        run = entry.get("runs", {}).get(str(seed))
+    for name, seed, run, columns, cost in runs:
         if name in arms and run == run_name(experiment, arms[name], seed, size, world.start):
             seeds.append(seed)
             if not (world.work / run / "scores.json").is_file():
-                columns = entry["scores"][str(seed)]
                 rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-                write_scores(world.work / run, rows, entry["cost"][str(seed)])
+                write_scores(world.work / run, rows, cost)
     if len(seeds) < len(runs):
         left = f"{len(runs) - len(seeds)} of {len(runs)} runs"
         print(f"{out}: {left} are of other weights, data or steps, or do not say of which; they are left out.")
     return set(seeds)
+
+
+def stored_runs(out: Path) -> list[tuple[str, int, str | None, dict[str, list], dict]]:
+    """Every run of a results file: arm, seed, name of the run (older files have none), scores by metric, and cost.
+
+    Raises UserError for another file.
+    """
+    try:
+        arms = json.loads(out.read_text(encoding="utf-8"))["arms"]
+        return [
+            (name, int(seed), entry.get("runs", {}).get(seed), dict(columns), dict(entry["cost"][seed]))
+            for name, entry in arms.items()
+            for seed, columns in entry["scores"].items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{out} is no results file of experiments; choose another --out.") from error
+
+
+def read_json(path: Path) -> dict:
+    """A file that an earlier run left in --work. Raises UserError where it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({reason(error)}); delete its folder, and the run is made again."
+        ) from error
 
 
 def collect(world: World, experiment: Experiment, seeds: list[int], size: tuple[int, int]) -> dict:
@@ -348,7 +377,7 @@ def collect(world: World, experiment: Experiment, seeds: list[int], size: tuple[
         name = run_name(experiment, arm, seed, size, world.start)
         path = world.work / name / "scores.json"
         if path.is_file():
-            stored = json.loads(path.read_text())
+            stored = read_json(path)
             entry = arms.setdefault(arm.name, {"label": arm.label, "runs": {}, "cost": {}, "scores": {}})
             metrics = dict.fromkeys(metric for row in stored["rows"] for metric in row)
             columns = {k: [_rounded(row.get(k)) for row in stored["rows"]] for k in metrics}
@@ -469,21 +498,25 @@ def open_world(args: argparse.Namespace) -> World:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--weights", type=Path, default=Path("data/checkpoints/tiny"), help="where every arm starts")
-    parser.add_argument("--data", nargs="+", default=["data/cache/procedural"], help="training folders")
-    parser.add_argument("--objects", type=Path, required=True, help="dataset folder to score on")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; its own finished runs are kept")
-    parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="checkpoints and finished runs")
+    parser.add_argument("--weights", type=input_path, default="data/checkpoints/tiny", help="where every arm starts")
+    parser.add_argument(
+        "--data", nargs="+", type=input_path, default=[input_path("data/cache/procedural")], help="training folders"
+    )
+    parser.add_argument("--objects", type=input_path, required=True, help="dataset folder to score on")
+    parser.add_argument(
+        "--out", type=output_path, required=True, help="JSON file to write; its own finished runs are kept"
+    )
+    parser.add_argument("--work", type=output_path, default="runs/experiments", help="checkpoints and finished runs")
     parser.add_argument("--arms", nargs="+", help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=training_seed, default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, help="training steps of every arm")
     parser.add_argument("--batch", type=positive)
-    parser.add_argument("--sampling-steps", type=positive, default=10)
-    parser.add_argument("--guidance", type=float, default=1.0, help="1 = none, which halves the time")
+    parser.add_argument("--sampling-steps", type=sampler_steps, default=10)
+    parser.add_argument("--guidance", type=guidance, default=1.0, help="1 = none, which halves the time")
     parser.add_argument("--limit", type=positive, help="use only the first training objects")
     parser.add_argument("--ids", nargs="+", help="score only these objects")
     parser.set_defaults(command="python -m gsv3d_lib experiments " + " ".join(arguments or sys.argv[1:]))
-    return exit_code(run, parser.parse_args(arguments))
+    return exit_code(run, parser, arguments)
 
 
 def run(args: argparse.Namespace) -> None:

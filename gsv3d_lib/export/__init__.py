@@ -196,20 +196,20 @@ def write_all(writers: dict[Path, Callable[[Path], None]]) -> None:
     Raises ValueError at the end, in one sentence, for those that the user or the machine
     kept from writing; a bug of ours stops at once.
     """
-    faults = {}
+    faults: dict[str, list[str]] = {}  # why -> what was not written
+    written = []
     for path, write in writers.items():
         try:
             write(path)
-        except UserError as error:
-            faults[path] = str(error)
-        except OSError as error:
-            if machine_fault(error) is None:
+            written.append(str(path))
+        except (UserError, OSError) as error:
+            said = str(error) if isinstance(error, UserError) else machine_fault(error)
+            if said is None:
                 raise
-            faults[path] = machine_fault(error)
+            faults.setdefault(said.rstrip(".").replace(str(path), "the file"), []).append(str(path))
     if faults:
-        said = "; ".join(f"{path.name} was not written: {text.rstrip('.')}" for path, text in faults.items())
-        others = ", ".join(str(path) for path in writers if path not in faults)
-        raise UserError(f"{said}. Written: {others or 'nothing'}.")
+        said = "; ".join(f"not written: {', '.join(paths)}: {why}" for why, paths in faults.items())
+        raise UserError(f"{said}. Written: {', '.join(written) or 'nothing'}.")
 
 
 def save_object(gaussians: Gaussians, folder: str | Path) -> dict[str, Path]:

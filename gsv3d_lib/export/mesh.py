@@ -41,6 +41,10 @@ FLOAT, UNSIGNED_INT, VERTICES, INDICES = 5126, 5125, 34962, 34963  # glTF's numb
 UNLIT = {"pbrMetallicRoughness": {"metallicFactor": 0.0}, "extensions": {"KHR_materials_unlit": {}}}
 
 
+class NoSurface(UserError):
+    """Gaussians that show no surface to make a mesh of."""
+
+
 def fuse_mesh(
     gaussians: Gaussians, resolution: int = 96, num_views: int = 32, size: int = 128, colors: bool = True
 ) -> trimesh.Trimesh:
@@ -101,7 +105,7 @@ def fuse_depth_maps(
 
     rgb: [V, H, W, 3] in [0, 1] on white.  depth: z-depth [V, H, W, 1], 0 = nothing.  alpha: [V, H, W, 1] in [0, 1].
     Every camera must have the whole object in its frame: what is outside of a frame counts as empty. A point that no
-    camera sees, nor sees past, counts as solid. Raises ValueError when no pixel shows a surface.
+    camera sees, nor sees past, counts as solid. Raises NoSurface when no pixel shows a surface.
     """
     import trimesh
 
@@ -123,7 +127,7 @@ def _check_views(rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras) ->
     rgb, depth, alpha = (image.detach().cpu().float().numpy() for image in (rgb, depth, alpha))
     alpha = np.where((alpha >= SURFACE_ALPHA) & (depth > 0), alpha, 0)
     if not alpha.any():
-        raise UserError("No view shows a surface to make a mesh of: the Gaussians are too faint or outside the frame.")
+        raise NoSurface("No view shows a surface to make a mesh of: the Gaussians are too faint or outside the frame.")
     return rgb, depth[..., 0], alpha[..., 0]
 
 
@@ -180,7 +184,7 @@ def _keep_large_pieces(grid: np.ndarray) -> np.ndarray:
 
     labels, count = ndimage.label(grid < 0, structure=np.ones((3, 3, 3)))
     if count == 0:
-        raise UserError("The views agree on no solid: the Gaussians may be too faint, or too thin for this resolution.")
+        raise NoSurface("The views agree on no solid: the Gaussians may be too faint, or too thin for this resolution.")
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     kept = (sizes >= MIN_COMPONENT * sizes.sum())[labels]

@@ -15,8 +15,13 @@ Arrays
 """
 
 import math
+import os
+import stat
+import tempfile
 from collections import namedtuple
+from pathlib import Path
 
+import numba
 import numpy as np
 from numba import njit
 
@@ -47,9 +52,46 @@ E4 = 0.04149823434851184 / 8**4
 E5 = -0.007967462665790364 / 8**5
 E6 = 0.0009832469146167661 / 8**6
 
+
+def keeps_kernels() -> bool:
+    """Whether numba finds a folder to keep compiled code in. Without one, `cache=True` is an error."""
+    try:
+        njit(cache=True)(keeps_kernels)  # decides where, compiles nothing
+    except RuntimeError:
+        return False
+    return True
+
+
+def private_folder() -> Path | None:
+    """A folder for compiled code in the system's temporary one, of this user alone; None where there can be none.
+
+    numba unpickles what it finds in its folder, so one that another user made or may write to is not taken.
+    """
+    if not hasattr(os, "getuid"):  # Windows: its temporary folder is the user's own
+        return Path(tempfile.gettempdir()) / "gsv3d-numba"
+    folder = Path(tempfile.gettempdir()) / f"gsv3d-numba-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return folder if own else None
+
+
+def choose_cache() -> bool:
+    """Where compiled kernels are kept: beside this file, else in the user's cache, as numba does it; in a read-only
+    installation of a user without a home, in a temporary folder. Returns False where there is no place at all."""
+    if not keeps_kernels() and (folder := private_folder()) is not None:
+        numba.config.CACHE_DIR = str(folder)
+    return keeps_kernels()
+
+
+CACHE = choose_cache()
+
 # Where user data enters, no `nnan` or `ninf`: a NaN has to fail the comparisons that keep it out of the image.
-SAFE = dict(fastmath={"contract", "arcp", "nsz"}, error_model="numpy", cache=True, nogil=True)
-FAST = dict(fastmath={"contract", "arcp", "nsz", "reassoc", "nnan"}, error_model="numpy", cache=True, nogil=True)
+SAFE = dict(fastmath={"contract", "arcp", "nsz"}, error_model="numpy", cache=CACHE, nogil=True)
+FAST = dict(fastmath={"contract", "arcp", "nsz", "reassoc", "nnan"}, error_model="numpy", cache=CACHE, nogil=True)
 
 
 def splat_dtype(real) -> np.dtype:

@@ -7,6 +7,7 @@ Exits with 1 only where something is missing that the library cannot do without;
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -19,7 +20,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .paths import BEST, ROOT
+from .command import exit_code
+from .paths import BEST, ROOT, has_repository
 
 CHECKPOINTS = (ROOT / "data/checkpoints/tiny", ROOT / BEST)  # of the notebooks, and of the demo
 SCANS = ROOT.parent / "shared" / "objects"
@@ -35,7 +37,12 @@ class Finding:
     sentence: str
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib doctor", description=__doc__.split("\n")[0])
+    return exit_code(run, parser, arguments)
+
+
+def run(_: argparse.Namespace) -> int:
     """Print every finding; returns 1 if any is broken, else 0."""
     findings = examine()
     for finding in findings:
@@ -56,8 +63,9 @@ def examine() -> list[Finding]:
         torchvision_finding(),
         device_finding(),
         gsplat_finding(has_cuda(), has_nvcc(), has_compiled_kernels()),
+        kernels_finding(),
         *optional_findings(),
-        *map(checkpoint_finding, CHECKPOINTS),
+        *map(checkpoint_finding, CHECKPOINTS if has_repository() else CHECKPOINTS[:1]),
         scans_finding(SCANS),
     ]
 
@@ -172,6 +180,20 @@ def gsplat_finding(cuda: bool, nvcc: bool, compiled: bool) -> Finding:
     )
 
 
+def kernels_finding() -> Finding:
+    """Whether the numba rasteriser is compiled once, or at every start."""
+    from ..rendering import kernels
+
+    if not kernels.CACHE:
+        return Finding(
+            "fallback",
+            "No folder can be written to keep the numba rasteriser's compiled kernels, so every start compiles them again, "
+            "for about a minute; set NUMBA_CACHE_DIR to a folder of yours.",
+        )
+    folder = kernels.project_gaussians.stats.cache_path
+    return Finding("good", f"The numba rasteriser's compiled kernels are kept in {folder}.")
+
+
 # ---------------------------------------------------------------- what may be absent
 
 
@@ -204,6 +226,10 @@ def has_module(name: str) -> bool:
 def checkpoint_finding(folder: Path) -> Finding:
     name = os.path.relpath(folder, ROOT)
     advice = "fetch the whole repository, or train your own with `make train-tiny`"
+    if not has_repository():
+        return Finding(
+            "fallback", "The shipped weights are not part of an installed package; clone the repository for them."
+        )
     parts = [part for part in ("vae", "clip", "dino", "unet", "decoder", "lora") if not (folder / part).is_dir()]
     if not (folder / "gsv3d.json").is_file():
         return Finding("fallback", f"The shipped weights are not in {name}; {advice}.")

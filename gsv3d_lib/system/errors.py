@@ -8,6 +8,7 @@ checks of tensor shapes between our own functions, which are plain ValueErrors: 
 from __future__ import annotations
 
 import errno
+import re
 
 
 class UserError(ValueError):
@@ -37,10 +38,23 @@ MACHINE = {
 }
 
 
-def machine_fault(error: OSError) -> str | None:
-    """One sentence for an OSError that is the machine's doing, None for any other (which may be a bug of ours)."""
-    sentence = MACHINE.get(error.errno)
+NO_MEMORY = "there is not enough memory for this: ask for less at once (smaller, fewer), or use a larger machine."
+IN_TEXT = re.compile(r"\bos error (\d+)\b")  # how safetensors and other libraries in Rust tell the number
+
+
+def machine_fault(error: Exception) -> str | None:
+    """One sentence for what is the machine's doing, None for any other exception (which may be a bug of ours)."""
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
+        return NO_MEMORY  # Python's and numpy's, torch's on a GPU, torch's on a CPU
+    number = getattr(error, "errno", None)
+    if number is None and (told := IN_TEXT.search(str(error))):
+        number = int(told[1])
+    sentence = MACHINE.get(number)
     if sentence is None:
         return None
-    name = str(error.filename) if error.filename is not None else "the file"
+    name = str(getattr(error, "filename", None) or "the file")
     return sentence.format(name if len(name) <= 200 else f"{name[:100]}...{name[-60:]}")

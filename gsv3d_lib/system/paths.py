@@ -1,5 +1,14 @@
-"""Where things lie, whatever the working directory (papermill keeps the caller's, nbval and JupyterLab the notebook's),
-and how they are written: in full or not at all."""
+"""Where things lie, and how they are written: in full or not at all. One rule for paths, in every command and notebook:
+
+- What is read (`find`): as given if it is there, seen from the working directory; else in the repository, if it is there.
+  So `--weights data/checkpoints/tiny` means the shipped weights from every folder that has no such folder itself.
+- What a command writes (`output`): as given, from the working directory, and nowhere else.
+- What a notebook writes (`resolve`): in the repository, because the working directory depends on who runs it (papermill
+  keeps the caller's, nbval and JupyterLab the notebook's); what it reads follows the first rule.
+
+An installed package without the repository has no `data` and no `notebooks` (`from_repository` says so), and the working
+directory stands for the repository.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +24,8 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from .errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 # Names this machine in temporary files: machines that share a folder have equal process numbers now and then.
 WRITER = f"{zlib.crc32(platform.node().encode()):08x}"
@@ -24,22 +35,47 @@ BEST = "data/checkpoints/small"  # turns a user's picture into 3D; notebooks and
 RESERVED = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"  # no names of files on Windows
 
 
-def resolve(path: str | Path) -> Path:
-    """An absolute path: as given if absolute, else relative to the repository's root, else to the working directory."""
-    path = Path(path).expanduser()
+def has_repository() -> bool:
+    """Whether this package lies in its repository; a wheel is installed without."""
+    return (ROOT / "pyproject.toml").is_file()
+
+
+def base() -> Path:
+    """The folder that notebooks and their trainings write below: the repository; without one, the working directory."""
+    return ROOT if has_repository() else Path.cwd()
+
+
+def output(path: str | Path) -> Path:
+    """A path that a command writes to: as given, ~ being the home folder where there is one."""
+    return Path(os.path.expanduser(path))
+
+
+def find(path: str | Path) -> Path:
+    """A path to read from: as given if it is there, else in the repository if it is there, else as given."""
+    path = output(path)
     inside = ROOT / path
-    if path.is_absolute() or inside.exists() or not path.exists():
-        return path if path.is_absolute() else inside
-    return path.resolve()
+    return inside if not os.path.exists(path) and has_repository() and os.path.exists(inside) else path
+
+
+def resolve(path: str | Path) -> Path:
+    """The absolute path that a notebook means: `find`, and in the repository what is not there yet."""
+    path = find(path)
+    return path.absolute() if os.path.exists(path) else base() / path
+
+
+def from_repository(path: str | Path) -> str:
+    """What to do where something that the repository brings is missing: nothing to add, or one more sentence."""
+    if has_repository() or not str(path).startswith(("data", "notebooks")):
+        return ""
+    return (
+        " What ships with GSV3D lies in its repository and not in the installed package: clone that and give the command "
+        "in its folder, or name another place."
+    )
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a reader of files says; libraries like to explain themselves in many.
-
-    numpy takes any other file for a pickle and advises to run it: nobody should.
-    """
-    text = str(error).strip()
-    return "it is no array file" if "allow_pickle" in text else text.split("\n")[0] or type(error).__name__
+    """The first line of what a reader of files says; libraries like to explain themselves in many."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 # ---------------------------------------------------------------- reading
@@ -62,7 +98,8 @@ def check_readable(*files: Path) -> None:
 class atomic_path:
     """Context manager: yields a temporary path beside `path` and renames it over `path` only on success.
 
-    The file is on the disk before it gets its name, and has the permissions of any new file, whoever wrote it.
+    The file is on the disk before it gets its name, and has the permissions of any new file, whoever wrote it. An OSError
+    inside (a full disk) names `path`, which the user knows, and not the temporary one.
     """
 
     def __init__(self, path: str | Path):
@@ -150,12 +187,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def remove_leftovers(folder: Path, alone: bool = False) -> None:
-    """Remove the temporary files in `folder` of this machine's processes that are no more.
+def remove_leftovers(folder: str | Path, name: str = "*", alone: bool = False) -> None:
+    """Remove what killed processes of this machine left in `folder` of `atomic_path` writes of the files `name`.
 
     alone: remove those of other machines too; only for who holds the folder's lock.
     """
-    for path in Path(folder).glob(".*.tmp"):
+    for path in Path(folder).glob(f".{name}.*.tmp"):
         found = LEFTOVER.fullmatch(path.name)
         if found and path.is_file() and (alone or (found["writer"] == WRITER and not is_running(int(found["pid"])))):
             path.unlink(missing_ok=True)
@@ -179,12 +216,13 @@ def own_folder(wanted: str | Path, names: Iterable[str]) -> Iterator[Path]:
     """A folder in which one run writes files called `names`: `wanted`, or wanted-2,
     wanted-3, ..., the first that holds none of them and that no other run is filling.
 
-    So nothing is overwritten. A folder that stays empty is removed at the end.
+    So nothing is overwritten. A new folder that stays empty is removed at the end.
     """
     wanted, names = Path(wanted).absolute(), list(names)
     for number in count(1):
         ending = f"-{number}" if number > 1 else ""
         folder = wanted.parent / f"{wanted.name}{ending}"
+        is_new = not os.path.lexists(folder)
         folder.mkdir(parents=True, exist_ok=True)
         claim = folder / f".{names[0]}.claim"
         try:
@@ -198,11 +236,42 @@ def own_folder(wanted: str | Path, names: Iterable[str]) -> Iterator[Path]:
         yield folder
     finally:
         claim.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty, as it should be
-            folder.rmdir()
+        if is_new:
+            with suppress(OSError):  # not empty, as it should be
+                folder.rmdir()
 
 
 def folder_name(path: str | Path) -> str:
     """The name of a file without its suffix, as a name of a folder on any system."""
     name = re.sub(r"[^\w.-]+", "_", Path(path).stem)[:40].strip("._-") or "picture"
     return f"{name}_" if re.fullmatch(RESERVED, name, re.IGNORECASE) else name
+
+
+# ---------------------------------------------------------------- names that files of others give
+
+
+LONGEST_ID = 150  # bytes: a file system takes 255, and suffixes are added
+
+
+def plain_id(name: str) -> str:
+    """A name that is also a file name: letters, digits, _ and - only, and not too long."""
+    id = re.sub(r"[^\w-]+", "_", name) or "_"
+    return id.encode()[-LONGEST_ID:].decode(errors="ignore")
+
+
+def check_id(id) -> None:
+    """Raises UserError where an id is no `plain_id`: as a path it could lead out of its folder."""
+    if not isinstance(id, str) or plain_id(id) != id:
+        raise UserError(f"{str(id)[:100]!r} is no id: ids are letters, digits, _ and -")
+
+
+def named_file(folder: str | Path, name: str) -> Path:
+    """The path of a file that another file, in `folder`, names: below that folder or the one above it.
+
+    Whatever leads elsewhere raises UserError: a downloaded file must not choose what is read.
+    """
+    root = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(root, name))
+    if "\0" in name or os.path.commonpath([os.path.dirname(root), path]) != os.path.dirname(root):
+        raise UserError(f"{name!r} leads out of {folder}")
+    return Path(path)

@@ -33,7 +33,7 @@ def only_training(run_dir: Path, first: bool) -> Iterator[None]:
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "lock", "a+") as file:
+    with open(run_dir / "training.lock", "a+") as file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,7 +19,14 @@ from torch import nn
 from ..config import Config, preset
 from ..lora import save_lora
 from ..system.errors import MissingFile, UserError
-from ..system.paths import atomic_path, check_readable, place_whole, reason
+from ..system.paths import (
+    atomic_path,
+    check_readable,
+    find,
+    from_repository,
+    place_whole,
+    reason,
+)
 
 
 def builders() -> dict[str, Callable[[Config], nn.Module]]:
@@ -91,18 +98,17 @@ def load_dino(config: Config, weights: Path):
 def load_config(folder: str | Path) -> Config:
     """The configuration stored in a checkpoint folder (`gsv3d.json`).
 
-    Raises FileNotFoundError or ValueError, with what to do, where there is none or it is damaged.
+    Raises MissingFile or UserError, with what to do, where there is none or it is damaged.
     """
-    path = Path(folder) / "gsv3d.json"
+    path = find(folder) / "gsv3d.json"
     if not path.is_file():
-        raise MissingFile(
-            f"{folder} is no GSV3D checkpoint: gsv3d.json is missing. The shipped one is data/checkpoints/tiny; "
-            "`make train-tiny` makes your own."
-        )
+        advice = " The shipped one is data/checkpoints/tiny; `make train-tiny` makes your own."
+        raise MissingFile(f"{folder} is no GSV3D checkpoint: gsv3d.json is missing.{from_repository(folder) or advice}")
     try:
         stored = json.loads(path.read_text())
-        base, fields = preset(stored["name"]), {f.name: f for f in dataclasses.fields(Config)}
-        values = {name: _typed(getattr(base, name), value) for name, value in stored.items() if name in fields}
+        base = preset(stored["name"])
+        fields = {f.name: f for f in dataclasses.fields(Config)}
+        values = {n: _typed(getattr(base, n), value) for n, value in stored.items() if n in fields}
         return dataclasses.replace(base, **values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy it again from a whole checkpoint.") from error

@@ -2,7 +2,7 @@
 
     checkpoint-0000400.safetensors   weights, their averages, the optimiser; the last two are kept
     metrics.jsonl                    one row per logged step
-    lock                             held by the process that trains here
+    training.lock                    held by the process that trains here
 
 A checkpoint states what made it, its `run_identity`. A run that would go on from it with anything else is refused; only
 the number of steps may grow, and then the learning rate follows the new schedule from there on.
@@ -11,6 +11,7 @@ the number of steps may grow, and then the learning rate follows the new schedul
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,10 +85,11 @@ def save_checkpoint(
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    statement = {"step": str(step), "tensors": str(len(tensors)), "run": json.dumps(identity)}
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / f"checkpoint-{step:07d}.safetensors"
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), "run": json.dumps(identity)})
+        save_file(tensors, temporary, metadata=statement)
     files = list_checkpoints(run_dir)
     place = files.index(path)
     for old in files[: max(0, place - 1)] + files[place + 1 :]:
@@ -143,6 +145,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, dict]:
     step, stored = int(metadata["step"]), json.loads(metadata.get("run", "{}"))
     if path.stem != f"checkpoint-{step:07d}" or step < 1:
         raise UserError(f"it says that it holds step {step}")
+    if int(metadata.get("tensors", len(tensors))) != len(tensors):
+        raise UserError(f"it holds {len(tensors)} tensors, not {metadata['tensors']}")
     if stored and not all(isinstance(stored.get(name), int) for name in ("format", "steps")):
         raise UserError("what it states of its run is no such statement")
     bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
@@ -170,9 +174,8 @@ def restore_optimizer(tensors: dict[str, Tensor], optimizer, path: Path) -> None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, slot = name.split(".", 2)
-            state.setdefault(int(index), {})[slot] = value
+        if found := re.fullmatch(r"optimizer\.(\d+)\.(\w+)", name):
+            state.setdefault(int(found[1]), {})[found[2]] = value
     for index, slots in state.items():
         shapes = {slot: value.shape for slot, value in slots.items()}
         shape = parameters[index].shape if index < len(parameters) else None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..config import Config, preset
 from ..decoder import build_decoder
 from ..lora import load_lora
-from ..system.command import check_writable, exit_code
+from ..system.command import check_writable, exit_code, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.paths import check_readable, reason
 from .checkpoint import load_model, save_model
@@ -100,7 +100,7 @@ def describe(repo: str, file: str) -> Download:
     try:
         fetch(repo, file, download=False)
         cached = True
-    except FileNotFoundError:
+    except MissingFile:
         cached = False
     return Download(repo, file, sizes.get(file), licence, gated, cached)
 
@@ -118,7 +118,7 @@ def is_hub(source: str | Path) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None and not Path(source).exists()
 
 
-class Absent(FileNotFoundError):
+class Absent(MissingFile):
     """A repository that can be reached does not have the file."""
 
 
@@ -219,8 +219,11 @@ def single_file(source: str | Path, download: bool) -> Path | None:
 # ---------------------------------------------------------------- filling a model
 
 
-def empty(part: str, config: Config) -> nn.Module:
-    """The model of one part at the sizes of `config`, with parameters that take no memory yet."""
+def empty(part: str, config: Config, **options) -> nn.Module:
+    """The model of one part at the sizes of `config`, with parameters that take no memory yet.
+
+    options: of `vae.build_vae`.
+    """
     from accelerate import init_empty_weights
 
     from ..encoders import build_clip
@@ -228,7 +231,7 @@ def empty(part: str, config: Config) -> nn.Module:
     from ..vae import build_vae
 
     with init_empty_weights():
-        return {"unet": build_unet, "vae": build_vae, "clip": build_clip}[part](config)
+        return {"unet": build_unet, "vae": build_vae, "clip": build_clip}[part](config, **options)
 
 
 def fill(part: str, weights: Weights, pieces: Pieces, config: Config) -> nn.Module:
@@ -236,10 +239,9 @@ def fill(part: str, weights: Weights, pieces: Pieces, config: Config) -> nn.Modu
 
     Raises ValueError with one sentence where a tensor is missing, unknown, or of another shape.
     """
-    model = empty(part, config)
+    before_decoder = any(name.startswith("post_quant_conv.") for name in pieces)
+    model = empty(part, config, **({"post_quant": True} if before_decoder else {}))
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    fold = {ours: stored for ours, (stored, _) in pieces.items() if ours.startswith("post_quant_conv.")}
-    pieces = {ours: piece for ours, piece in pieces.items() if ours not in fold}
     found = {ours: tuple(how(weights.blank(stored)).shape) for ours, (stored, how) in pieces.items()}
     still = timeless(wanted) if part == "vae" and not timeless(found) else {}
     compare(part, weights.name, wanted, found | still, config)
@@ -247,8 +249,6 @@ def fill(part: str, weights: Weights, pieces: Pieces, config: Config) -> nn.Modu
     for ours, (stored, how) in pieces.items():
         state[ours] = how(weights.read(stored)).to(torch.float32, copy=True).contiguous()
     model.load_state_dict(state, assign=True)
-    if fold:
-        fold_post_quant(model, *(weights.read(fold[f"post_quant_conv.{end}"]).float() for end in ("weight", "bias")))
     return model.eval()
 
 
@@ -261,17 +261,6 @@ def pass_through(name: str, shape: tuple[int, ...]) -> Tensor:
     """The tensor of a layer over time that changes nothing: a zero residual branch, or the identity as convolution."""
     tensor = torch.zeros(shape)
     return nn.init.dirac_(tensor) if name.endswith("time_conv_out.weight") else tensor
-
-
-@torch.no_grad()
-def fold_post_quant(vae, weight: Tensor, bias: Tensor) -> None:
-    """Merge `AutoencoderKL`'s 1x1 convolution before the decoder, weight [4, 4, 1, 1], into the decoder's first layer.
-
-    Exact but for the outermost latent pixels, where the layer's zero padding never saw `bias`.
-    """
-    layer = vae.decoder.conv_in
-    layer.bias += layer.weight.sum((2, 3)) @ bias
-    layer.weight.copy_(torch.einsum("oihw,ij->ojhw", layer.weight, weight[:, :, 0, 0]))
 
 
 def compare(part: str, file: str, wanted: dict, found: dict, config: Config) -> None:
@@ -339,7 +328,7 @@ def load_part(part: str, source, single: Weights | None, config: Config, svd, do
     if not files:
         try:
             files = find(svd, part, download)
-        except FileNotFoundError as error:
+        except MissingFile as error:
             raise MissingFile(f"{source} has no {FOLDERS[part]}, and {error} (svd=...)") from error
     if not files:
         raise MissingFile(f"Neither {source} nor {svd} has {FOLDERS[part]}; give svd=... a folder that has it.")
@@ -387,11 +376,13 @@ def load_dino(dino: str | Path, config: Config, download: bool):
             raise MissingFile(f"{dino} has no {missing[0]}; give dino=... a copy of {DINO}, or that name itself.")
     from transformers import Dinov2Model
 
+    from ..lora import REFUSED
+
     try:
         model, report = Dinov2Model.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # safetensors, transformers and json each raise their own kinds, some of many lines
+    except REFUSED as error:
         raise UserError(f"DINOv2 in {folder} cannot be read ({reason(error)}); fetch or copy it again.") from error
     if report["missing_keys"] or model.config.hidden_size != config.dino_width:
         raise UserError(f"{folder} is no DINOv2 of width {config.dino_width}; {config.name!r} is built for {DINO}.")
@@ -442,8 +433,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--svd", default=SVD, help="VAE, CLIP and scheduler where the source lacks them")
     parser.add_argument("--dino", default=DINO)
     parser.add_argument("--download", action="store_true", help="fetch what is missing; without it nothing is fetched")
-    parser.add_argument("--out", type=Path, help="convert into OUT/weights, where training at scale `paper` finds it")
-    return exit_code(run, parser.parse_args(arguments))
+    parser.add_argument(
+        "--out", type=output_path, help="convert into OUT/weights, where training at scale `paper` finds it"
+    )
+    return exit_code(run, parser, arguments)
 
 
 def run(args: argparse.Namespace) -> None:
