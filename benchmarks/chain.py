@@ -597,7 +597,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error(f"--rounds is at least 1; got {args.rounds}.")
-    from gsv3d_lib.evaluation.evaluate import commit, hardware
+    from gsv3d_lib.system.provenance import commit, hardware
     from gsv3d_lib.weights.checkpoint import load_config
 
     torch.set_num_threads(1)

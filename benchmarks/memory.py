@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scales", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    from gsv3d_lib.evaluation.evaluate import commit, hardware
+    from gsv3d_lib.system.provenance import commit, hardware
 
     prepare()
     report = {

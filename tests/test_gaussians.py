@@ -8,8 +8,10 @@ import torch
 import trimesh
 
 from gsv3d_lib.cameras import orbit_cameras
-from gsv3d_lib.gaussians import PLY_COLUMNS, Gaussians, multiply_quaternions, read_ply_table, rotation_matrices
+from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.ply import PLY_COLUMNS, read_ply_table
 from gsv3d_lib.rendering import render
+from gsv3d_lib.rotations import multiply_quaternions, rotation_matrices
 
 NAMES = ("means", "quats", "scales", "opacities", "colors")
 

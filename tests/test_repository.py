@@ -17,8 +17,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import gsv3d_lib
-from gsv3d_lib.evaluation.evaluate import comparison
 from gsv3d_lib.evaluation.experiments import claims
+from gsv3d_lib.evaluation.report import comparison
 from gsv3d_lib.system import doctor
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..system.command import ELEVATION_HELP, check_writable, degrees, exit_code, input_path, output_path, results_folder
 from ..system.errors import MissingFile, UserError
 from ..system.paths import BEST, ROOT, find, folder_name, from_repository
-from .run import execute
+from .notebook import execute
 
 NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
 

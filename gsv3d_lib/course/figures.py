@@ -233,7 +233,7 @@ def plot_ellipsoids(
 
 
 def _draw_ellipsoid(axis, gaussian: Gaussians, view: dict[str, float]) -> None:
-    from ..gaussians import rotation_matrices
+    from ..rotations import rotation_matrices
 
     gaussian = gaussian.detach()
     polar, turn = np.meshgrid(np.linspace(0, np.pi, 13), np.linspace(0, 2 * np.pi, 25))

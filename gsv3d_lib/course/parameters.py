@@ -17,9 +17,9 @@ import yaml
 
 from ..system.command import check_writable
 from ..system.errors import MissingFile, UserError
-from ..system.paths import find, resolve
-from .refresh import NOTEBOOKS
+from ..system.paths import ROOT, find, from_repository, resolve
 
+NOTEBOOKS = ROOT / "notebooks"
 PARAMS = NOTEBOOKS / "params"
 MAX_BYTES = 64 * 1024  # of a parameter file; ours have one
 MAX_DEPTH = 3  # of its values: lines, their lists, and room for one mistake
@@ -212,3 +212,14 @@ def read_parameters(path: str | Path) -> dict:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise UserError(f"{path.name} should hold lines such as `steps: 200`; it holds a {type(values).__name__}.")
     return values
+
+
+def find_notebooks(numbers: list[str]) -> list[Path]:
+    """The notebooks whose names begin with these numbers; all for none. Raises MissingFile for an unknown one."""
+    every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if not every:
+        raise MissingFile(f"There are no notebooks here.{from_repository('notebooks')}")
+    for number in numbers:
+        if not (number and any(path.name.startswith(number) for path in every)):
+            raise MissingFile(f"No notebook begins with {number!r}; there are {', '.join(p.stem for p in every)}.")
+    return [path for path in every if not numbers or any(path.name.startswith(n) for n in numbers)]

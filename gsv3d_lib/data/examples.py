@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..cameras import Cameras, orbit_cameras
 from ..system.errors import UserError
 from ..system.files import Field, Table
 from ..system.paths import atomic_path, remove_leftovers
@@ -188,6 +189,12 @@ class Orbits:
 def relative_azimuths(scene: Scene, start: int, chosen: Tensor) -> Tensor:
     """Azimuths [Q] in degrees of views `chosen`, in the world where view `start` stands at 0."""
     return (scene.azimuths[chosen] - scene.azimuths[start]) % 360
+
+
+def relative_cameras(scene: Scene, start: int, chosen: Tensor) -> Cameras:
+    """Cameras of views `chosen` in the world of the result, where view `start` stands at azimuth 0."""
+    azimuths = relative_azimuths(scene, start, chosen)
+    return orbit_cameras(azimuths, scene.elevations[chosen], scene.rgb.shape[1])
 
 
 def ring_frames(start: int, num_frames: int) -> Tensor:

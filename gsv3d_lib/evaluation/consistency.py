@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cameras import Cameras, read_at
-from ..export.mesh import MIXED_DEPTH, SURFACE_ALPHA, front_and_spread
+from ..export.mesh import MIXED_DEPTH, front_and_spread
 from ..gaussians import Gaussians
-from ..rendering import render
+from ..rendering import SURFACE_ALPHA, render
 from .metrics import psnr
 
 OCCLUDED = 0.1  # a point this far behind what the neighbour sees is hidden from it, so the two cannot disagree

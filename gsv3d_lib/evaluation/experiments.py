@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ..config import Config
 from ..data.dataset import FRONT, Scene, ViewTensors, load_views
-from ..data.examples import Orbits, digest, load_orbits, ring_frames
+from ..data.examples import Orbits, digest, load_orbits, relative_cameras, ring_frames
 from ..pipeline import GSV3DPipeline
 from ..stages import build_stage, initial, starting_models
 from ..system.command import (
@@ -44,25 +44,13 @@ from ..system.command import (
 )
 from ..system.errors import UserError
 from ..system.paths import atomic_path, reason
+from ..system.provenance import commit, hardware
 from ..training import train
 from ..vae import encode_scaled
 from ..weights.checkpoint import load_config, load_dino, load_model, model_classes
-from .evaluate import (
-    Truth,
-    commit,
-    evaluate_decoder,
-    evaluate_generation,
-    finite_mean,
-    free_views,
-    generate,
-    hardware,
-    image_scores,
-    load_truth,
-    mesh_scores,
-    relative_cameras,
-    without_nan,
-)
 from .metrics import bootstrap_interval
+from .protocol import Judge, Truth, free_views, generate, image_scores, load_truth, mesh_scores
+from .report import finite_mean, without_nan
 
 
 @dataclass(frozen=True)
@@ -190,7 +178,7 @@ def timed_training(stage, schedule, folder: Path, seed: int) -> dict:
 def score_decoder(world: World, pipe: GSV3DPipeline, num_frames: int) -> Rows:
     """The decoder's own scores on N true views, called true_..., one row per object."""
     scenes = (world.views.scene(index) for index in range(len(world.views.ids)))
-    return [{f"true_{k}": v for k, v in evaluate_decoder(pipe, scene, num_frames).items()} for scene in scenes]
+    return [{f"true_{k}": v for k, v in Judge().decoder(pipe, scene, num_frames).items()} for scene in scenes]
 
 
 def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
@@ -201,7 +189,7 @@ def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
         started = time.process_time()
         made = generate(pipe, scene, seed, back_projection=False, **world.sampler)  # the models themselves are compared
         seconds = time.process_time() - started
-        rows.append({"cpu_seconds": seconds} | evaluate_generation(pipe, scene, truth, made))
+        rows.append({"cpu_seconds": seconds} | Judge().generation(pipe, scene, truth, made))
     return rows
 
 

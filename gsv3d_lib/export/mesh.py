@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..cameras import Cameras, orbit_cameras
 from ..gaussians import Gaussians
-from ..rendering import render
+from ..rendering import SURFACE_ALPHA, render
 from ..system.errors import UserError
 from ..system.paths import atomic_path
 
@@ -33,7 +33,6 @@ TRUNCATION = 3.0
 # rod of radius 0.03, weights 1, 0.5, 0.25, 0.1 give 73, 87, 100, 112 % of its volume.
 BACKGROUND_WEIGHT = 0.25
 MIXED_DEPTH = 0.1  # a pixel whose depths spread more than this (standard deviation) sees two surfaces
-SURFACE_ALPHA = 0.5  # a pixel shows the object when at least this much of it is covered
 MIN_COMPONENT = 0.01  # pieces with less than this share of the solid's volume are floaters
 FORMATS = (".glb", ".obj", ".ply")
 FLOAT, UNSIGNED_INT, VERTICES, INDICES = 5126, 5125, 34962, 34963  # glTF's numbers of OpenGL

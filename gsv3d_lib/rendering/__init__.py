@@ -11,15 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..cameras import Cameras
-from ..gaussians import Gaussians
 from ..system.errors import UserError
 
+if TYPE_CHECKING:
+    from ..cameras import Cameras
+    from ..gaussians import Gaussians
+
 BACKENDS = ("auto", "gsplat", "numba", "torch")
+SURFACE_ALPHA = 0.5  # a pixel shows the object when at least this much of it is covered
 _given: ContextVar[Callable | None] = ContextVar("rasterizer", default=None)
 
 

@@ -15,7 +15,7 @@ all of those, and autograd remembers every meeting: this is for small scenes, fo
 import torch
 from torch import Tensor
 
-from ..gaussians import rotation_matrices
+from ..rotations import rotation_matrices
 from .constants import (
     ALPHA_MAX,
     ALPHA_MIN,

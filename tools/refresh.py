@@ -1,7 +1,7 @@
 """Run notebooks in place and write what a reader sees: outputs, and the time and memory in their headers.
 
-    python -m gsv3d_lib refresh [02 05 ...] [--out FOLDER]
-    python -m gsv3d_lib refresh --hero docs/images/hero.png    # the README's picture instead
+    python tools/refresh.py [02 05 ...] [--out FOLDER]
+    python tools/refresh.py --hero docs/images/hero.png    # the README's picture instead
 
 Every notebook runs on a fresh kernel in the notebooks' folder. The text between `<!-- measured -->` and `<!-- /measured -->`
 in its first cells, and in its row of the README's table, is replaced by what was measured. What GitHub cannot show is left
@@ -19,12 +19,11 @@ from pathlib import Path
 import nbformat
 from tqdm import tqdm
 
-from ..system.command import check_writable, exit_code, output_path
-from ..system.doctor import usable_cores
-from ..system.errors import MissingFile
-from ..system.paths import BEST, ROOT, atomic_path, find, from_repository
+from gsv3d_lib.course.parameters import NOTEBOOKS, find_notebooks
+from gsv3d_lib.system.command import check_writable, exit_code, output_path
+from gsv3d_lib.system.doctor import usable_cores
+from gsv3d_lib.system.paths import BEST, ROOT, atomic_path, find
 
-NOTEBOOKS = ROOT / "notebooks"
 MEASURED = re.compile(r"<!-- measured -->.*?<!-- /measured -->")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HERO = ("house", "car", "chair", "face", "mug")  # the README's picture
@@ -104,11 +103,11 @@ def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: in
     """Bundled pictures and what `weights` make of them, seen from eight sides, as a PNG."""
     import torch
 
-    from ..cameras import orbit_cameras
-    from ..images import prepare_condition
-    from ..pipeline import GSV3DPipeline
-    from ..rendering import render
-    from .figures import image_grid
+    from gsv3d_lib.cameras import orbit_cameras
+    from gsv3d_lib.course.figures import image_grid
+    from gsv3d_lib.images import prepare_condition
+    from gsv3d_lib.pipeline import GSV3DPipeline
+    from gsv3d_lib.rendering import render
 
     pipe = GSV3DPipeline.from_pretrained(weights, device="cpu")
     angles, pictures = torch.arange(8) * 45.0, []
@@ -121,19 +120,8 @@ def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: in
         image_grid(pictures, titles=titles, columns=9, width=10).savefig(temporary, dpi=100, format="png")
 
 
-def find_notebooks(numbers: list[str]) -> list[Path]:
-    """The notebooks whose names begin with these numbers; all for none. Raises MissingFile for an unknown one."""
-    every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    if not every:
-        raise MissingFile(f"There are no notebooks here.{from_repository('notebooks')}")
-    for number in numbers:
-        if not (number and any(path.name.startswith(number) for path in every)):
-            raise MissingFile(f"No notebook begins with {number!r}; there are {', '.join(p.stem for p in every)}.")
-    return [path for path in every if not numbers or any(path.name.startswith(n) for n in numbers)]
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib refresh", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python tools/refresh.py", description=__doc__.split("\n")[0])
     parser.add_argument("numbers", nargs="*", help="such as 02; all notebooks by default")
     parser.add_argument("--out", type=output_path, help="folder to write to (default: in place)")
     parser.add_argument("--hero", type=output_path, metavar="PNG", help="only draw the README's picture")
