@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .data.dataset import RING, ViewTensors, load_views
 from .images import DEFAULT_FILL, prepare_condition
-from .system.command import check_writable, exit_code, input_path
+from .system.command import check_writable, command_parser, exit_code, input_path
 from .system.errors import MissingFile, UserError
 from .system.files import UNREADABLE, Field, Table, read_tensors
 from .system.paths import atomic_path, check_readable, from_repository, reason
@@ -187,14 +187,19 @@ def _stacked(objects: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return features.flatten(0, 1), elevations.repeat_interleave(2)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib elevation", description=__doc__.split("\n")[0])
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("elevation", __doc__)
     parser.add_argument(
         "--weights", type=input_path, default="data/checkpoints/tiny", help="the checkpoint folder to write into"
     )
     parser.add_argument("--data", nargs="+", type=input_path, required=True, help="dataset folders to learn from")
     parser.add_argument("--test", nargs="+", type=input_path, default=[], help="dataset folders to be measured on")
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:

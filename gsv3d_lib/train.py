@@ -31,7 +31,7 @@ from .data.dataset import ViewTensors, load_views
 from .data.examples import ring_frames
 from .lora import load_lora
 from .stages import STAGES, is_trained, orbits_for, run_stage, take_over, with_steps
-from .system.command import check_writable, exit_code, input_path, output_path, positive
+from .system.command import check_writable, command_parser, exit_code, input_path, output_path, positive, training_seed
 from .system.errors import MissingFile, UserError
 from .system.paths import atomic_path, place_whole, remove_leftovers
 from .training import PRECISIONS
@@ -41,7 +41,7 @@ from .weights.run_folder import read_metrics
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("train", __doc__)
     parser.add_argument("--preset", default="tiny")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="one field of the preset, such as stage1.lr=1e-4",
     )
+    parser.add_argument("--seed", type=training_seed, help="of weights, examples and noise (default: the preset's)")
     parser.add_argument(
         "--init", type=input_path, metavar="FOLDER", help="a checkpoint whose weights the stages start from"
     )
@@ -89,6 +90,8 @@ def run(args: argparse.Namespace) -> None:
     if args.export is not None:
         return export_weights(args.out, args.export)
     config = preset(args.preset, **dict(parse_setting(text) for text in args.set))
+    if args.seed is not None:
+        config = config.replace(seed=args.seed)
     if {"diffusion", "stage2"} & set(args.stages):
         ring_frames(0, config.num_frames)  # a sampler may take any number of views, a training only what a ring has
     remove_leftovers(args.out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config import preset
 from ..stages import STAGES, is_trained, schedule_of
 from ..system.errors import MissingFile, UserError
-from ..system.paths import base, find
+from ..system.paths import base, find, resolve
 from .shards import is_shards
 
 
@@ -26,6 +26,11 @@ def train_command(scale: str, stages: list[str], data: list[str], processes: int
     out = run_folder(scale, steps)
     out = out.relative_to(base()) if out.is_relative_to(base()) else out
     return [*(torchrun if processes > 1 else []), "-m", "gsv3d_lib", "train", *options, "--out", str(out)]
+
+
+def from_root(folder: str) -> str:
+    """A folder to read from as the training finds it, which starts in the repository's root."""
+    return folder if resolve(folder) == base() / folder else str(resolve(folder))
 
 
 def shown(command: list[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from ..config import Config, preset
 from ..stages import schedule_of
-from ..system.paths import base, resolve
+from ..system.paths import base
 from ..weights.run_folder import read_metrics
 from .job import check, check_request, run_folder, shown, train_command
 from .plan import GB, PLANNED, plan
@@ -45,11 +45,6 @@ def launch(
     check(scale, stages, data, processes, out)
     watch(command)
     return {stage: read_metrics(out / stage)[-1] for stage in stages if read_metrics(out / stage)}
-
-
-def from_root(folder: str) -> str:
-    """A folder to read from as the training finds it, which starts in the repository's root."""
-    return folder if resolve(folder) == base() / folder else str(resolve(folder))
 
 
 def report(config: Config, stages: list[str], processes: int = 1) -> str:

@@ -31,7 +31,7 @@ from ..config import PRESETS, Config, preset
 from ..lora import add_lora
 from ..rendering import rendering_with
 from ..stages import STAGES, build_stage, schedule_of
-from ..system.command import exit_code, number, whole
+from ..system.command import command_parser, exit_code, number, whole
 from ..system.errors import UserError
 from ..training import Stage
 from ..weights.checkpoint import builders
@@ -464,8 +464,9 @@ def remarks(config: Config, stage: str, step: Plan) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib plan", description=__doc__.split("\n")[0])
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("plan", __doc__)
     parser.add_argument("--scale", default="paper", choices=PRESETS)
     parser.add_argument("--stage", default="stage2", choices=[*PLANNED, "inference"])
     parser.add_argument("--gpus", type=whole(1, 100_000), default=4)
@@ -477,7 +478,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--float32", action="store_true", help="no autocast to bfloat16")
     parser.add_argument("--tflops", type=number(1e-3, 1e6), default=100.0, help="sustained by one GPU (an assumption)")
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:

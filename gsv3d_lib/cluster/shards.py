@@ -58,7 +58,7 @@ from ..data.dataset import (
 )
 from ..data.examples import Orbits, ShuffledOrder, Variant, digest, encode_rings, make_variants, vae_fingerprint
 from ..encoders import dino_features
-from ..system.command import check_writable, exit_code, input_path, output_path, positive
+from ..system.command import check_writable, command_parser, exit_code, input_path, output_path, positive
 from ..system.errors import MissingFile, UserError
 from ..system.files import UNREADABLE, Field, check_shape, check_values, read_json, webp_facts
 from ..system.paths import atomic_path, check_id, check_readable, reason, remove_leftovers
@@ -449,8 +449,9 @@ def check_shards(folder: str | Path) -> list[str]:
 # ---------------------------------------------------------------- command line
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib shards", description=__doc__.split("\n")[0])
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("shards", __doc__)
     parser.add_argument(
         "--weights", type=input_path, metavar="FOLDER", help="a checkpoint folder with vae (and dino, for --features)"
     )
@@ -462,7 +463,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--features", action="store_true", help="store DINO's features of every ring view too")
     parser.add_argument("--share", default="0/1", metavar="K/N", help="write every N-th file from the K-th on")
     parser.add_argument("--check", action="store_true", help="only read every byte of --out and name damaged files")
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(options: argparse.Namespace) -> int | None:

@@ -12,7 +12,16 @@ import sys
 import time
 from pathlib import Path
 
-from ..system.command import ELEVATION_HELP, check_writable, degrees, exit_code, input_path, output_path, results_folder
+from ..system.command import (
+    ELEVATION_HELP,
+    check_writable,
+    command_parser,
+    degrees,
+    exit_code,
+    input_path,
+    output_path,
+    results_folder,
+)
 from ..system.errors import MissingFile, UserError
 from ..system.paths import BEST, ROOT, find, folder_name, from_repository
 from .notebook import execute
@@ -20,12 +29,17 @@ from .notebook import execute
 NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib demo", description=__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("demo", __doc__)
     parser.add_argument("--image", type=input_path, default="data/images/demo.png")
     parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
     parser.add_argument("--out", type=output_path, help="folder (default: runs/demo/ and the image's name)")
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int:

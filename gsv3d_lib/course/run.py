@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from ..config import parse_setting, preset
-from ..system.command import check_writable, exit_code, input_path, output_path
+from ..system.command import check_writable, command_parser, exit_code, input_path, output_path
 from ..system.errors import UserError
 from .notebook import execute
 from .parameters import PARAMS, check_files, check_parameters, declared_parameters, find_notebooks, read_parameters
@@ -51,14 +51,19 @@ def check_all(notebook: Path, given: dict) -> None:
     check_training(everything)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib run", description=__doc__.split("\n")[0])
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("run", __doc__)
     parser.add_argument("number", help="of the notebook, such as 05")
     parser.add_argument("--params", help="a YAML file, or the name of a set in notebooks/params, such as tiny or paper")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeatable")
     parser.add_argument("--out", type=output_path, help="folder for the executed notebook (default runs/NN-PARAMS)")
     parser.add_argument("--check", action="store_true", help="only check what can be checked without running")
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int:

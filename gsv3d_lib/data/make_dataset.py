@@ -28,7 +28,18 @@ import torch
 from tqdm import tqdm
 
 from ..cameras import orbit_cameras
-from ..system.command import check_writable, exit_code, input_path, number, output_path, pixels, positive, seed, whole
+from ..system.command import (
+    check_writable,
+    command_parser,
+    exit_code,
+    input_path,
+    number,
+    output_path,
+    pixels,
+    positive,
+    seed,
+    whole,
+)
 from ..system.errors import UserError
 from ..system.paths import atomic_path
 from .blender import check_python, render_cycles
@@ -220,8 +231,9 @@ def _sorted(rows: dict[str, dict]) -> list[dict]:
     return [rows[id] for id in sorted(rows)]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib make_dataset", description=__doc__.split("\n")[0])
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("make_dataset", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--procedural", type=positive, metavar="COUNT", help="make this many procedural objects")
     source.add_argument("--meshes", type=input_path, metavar="FOLDER", help="render every mesh file below a folder")
@@ -251,7 +263,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--blender", metavar="PYTHON", help="render with Cycles, by this Python that has bpy")
     parser.add_argument("--workers", type=whole(1, 1000), default=1, help="processes (default 1)")
     parser.add_argument("--retry", action="store_true", help="try again what an earlier run left out")
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..cameras import DISTANCE, intrinsics, look_at, opengl_to_opencv, orbit_cameras
 from ..images import MAX_SIDE, cut_out, load_image
-from ..system.command import check_writable, exit_code, input_path, number, output_path, pixels, whole
+from ..system.command import check_writable, command_parser, exit_code, input_path, number, output_path, pixels, whole
 from ..system.errors import MissingFile, UserError
 from .dataset import FRONT, RING, ObjectViews, write_index, write_object
 from .make_dataset import RANDOM_VIEWS, check_alike, existing_rows
@@ -387,10 +387,9 @@ def _homogeneous(pixels: Tensor) -> Tensor:
     return torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=-1)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m gsv3d_lib photos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("photos", __doc__)
     parser.add_argument("folder", type=input_path, help="with transforms.json, or such a file")
     parser.add_argument("--out", type=output_path, required=True, help="the dataset folder; it may exist already")
     parser.add_argument("--id", help="of the object (default: the folder's name)")
@@ -407,7 +406,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--radius", type=number(0, 1e9), help="of the object, with --center (default for both: the silhouettes')"
     )
     parser.add_argument("--background", choices=["auto", "rembg", "plain"], default="auto", help="see images.cut_out")
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..system.command import check_writable, exit_code, input_path, positive, whole
+from ..system.command import check_writable, command_parser, exit_code, input_path, positive, whole
 from ..system.errors import MissingFile, UserError
 from ..system.files import UNREADABLE, read_json, read_plain
 from ..system.paths import atomic_path, plain_id, reason, resolve
@@ -300,10 +300,9 @@ def _objaverse():
 # ---------------------------------------------------------------- command line
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m gsv3d_lib sources", description="Choose objects of Objaverse by licence, and fetch them."
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("sources", __doc__)
     parser.add_argument(
         "--catalogue", type=input_path, required=True, metavar="JSON", help="who made what, under which licence"
     )
@@ -315,7 +314,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--annotations", action="store_true", help="fetch licences and sizes, make the catalogue")
     parser.add_argument("--download", action="store_true", help="fetch the chosen meshes")
     parser.add_argument("--processes", type=whole(1, 1000), default=1, help="downloads at a time (default 1)")
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(options: argparse.Namespace) -> None:

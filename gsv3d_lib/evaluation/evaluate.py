@@ -23,6 +23,7 @@ from ..data.dataset import ViewTensors, load_views
 from ..pipeline import GSV3DPipeline
 from ..system.command import (
     check_writable,
+    command_parser,
     exit_code,
     guidance,
     input_path,
@@ -75,8 +76,9 @@ def evaluate(
     return rows, strips
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("evaluate", __doc__)
     parser.add_argument("--weights", type=input_path, default="data/checkpoints/tiny")
     parser.add_argument("--objects", type=input_path, required=True, help="dataset folder to measure on")
     parser.add_argument("--train", type=input_path, help="training folder, for the average-object baseline")
@@ -93,7 +95,13 @@ def main(arguments: list[str] | None = None) -> int:
         default=[],
         help="files of tools/convert_lpips.py: measure LPIPS with these nets too",
     )
-    parser.set_defaults(command="python -m gsv3d_lib evaluate " + " ".join(arguments or sys.argv[1:]))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = build_parser()
+    given = sys.argv[1:] if arguments is None else arguments
+    parser.set_defaults(command="python -m gsv3d_lib evaluate " + " ".join(given))
     return exit_code(run, parser, arguments)
 
 

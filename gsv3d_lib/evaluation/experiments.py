@@ -34,6 +34,7 @@ from ..pipeline import GSV3DPipeline
 from ..stages import build_stage, initial, starting_models
 from ..system.command import (
     check_writable,
+    command_parser,
     exit_code,
     guidance,
     input_path,
@@ -483,8 +484,9 @@ def open_world(args: argparse.Namespace) -> World:
     return World(args.weights, config, orbits, views, args.objects, args.work, sampler, fingerprint, start)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("experiments", __doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--weights", type=input_path, default="data/checkpoints/tiny", help="where every arm starts")
     parser.add_argument(
@@ -503,7 +505,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=guidance, default=1.0, help="1 = none, which halves the time")
     parser.add_argument("--limit", type=positive, help="use only the first training objects")
     parser.add_argument("--ids", nargs="+", help="score only these objects")
-    parser.set_defaults(command="python -m gsv3d_lib experiments " + " ".join(arguments or sys.argv[1:]))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = build_parser()
+    given = sys.argv[1:] if arguments is None else arguments
+    parser.set_defaults(command="python -m gsv3d_lib experiments " + " ".join(given))
     return exit_code(run, parser, arguments)
 
 

@@ -24,6 +24,15 @@ from .paths import find, output, own_folder
 READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
 
 
+def command_parser(name: str, text: str) -> argparse.ArgumentParser:
+    """The parser of `python -m gsv3d_lib NAME`; `text` is its module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m gsv3d_lib {name}".rstrip(),
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def exit_code(
     run: Callable[[argparse.Namespace], int | None],
     parser: argparse.ArgumentParser,

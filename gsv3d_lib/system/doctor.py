@@ -20,7 +20,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .command import exit_code
+from .command import command_parser, exit_code
 from .paths import BEST, ROOT, has_repository
 
 CHECKPOINTS = (ROOT / "data/checkpoints/tiny", ROOT / BEST)  # of the notebooks, and of the demo
@@ -37,9 +37,14 @@ class Finding:
     sentence: str
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("doctor", __doc__)
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib doctor", description=__doc__.split("\n")[0])
-    return exit_code(run, parser, arguments)
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(_: argparse.Namespace) -> int:

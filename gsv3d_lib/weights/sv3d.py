@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..config import Config, preset
 from ..decoder import build_decoder
 from ..lora import load_lora
-from ..system.command import check_writable, exit_code, output_path
+from ..system.command import check_writable, command_parser, exit_code, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.paths import check_readable, reason
 from .checkpoint import load_model, save_model
@@ -425,10 +425,9 @@ def load_sv3d(
 # ---------------------------------------------------------------- command line
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m gsv3d_lib sv3d", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("sv3d", __doc__)
     parser.add_argument("source", help=f"{SINGLE}, a folder in diffusers' layout, or the name of either on the Hub")
     parser.add_argument("--svd", default=SVD, help="VAE, CLIP and scheduler where the source lacks them")
     parser.add_argument("--dino", default=DINO)
@@ -436,7 +435,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=output_path, help="convert into OUT/weights, where training at scale `paper` finds it"
     )
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:
