@@ -24,7 +24,7 @@ from .system.errors import UserError
 
 FOV_DEG = 33.8
 DISTANCE = 3.509
-# SV3D leaves the direction of a growing azimuth undocumented; here the camera moves counter-clockwise seen from above.
+# A growing azimuth moves the camera counter-clockwise seen from above, as in SV3D's own videos.
 AZIMUTH_SIGN = 1.0
 
 

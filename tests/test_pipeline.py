@@ -47,7 +47,6 @@ CONFIG = tiny_config(
 )
 SIDE = SIZE // 8 * CONFIG.decoder_upsample  # Gaussians a view, squared
 QUICK = dict(steps=2, progress=False)
-SHIPPED = sorted((Path(__file__).parents[1] / "data/checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -413,19 +412,6 @@ def test_a_checkpoint_without_dino_needs_none(weights, picture, tmp_path):
     checkpoint.save_model(build_decoder(config), tmp_path / "weights", "decoder", config)
     pipe = GSV3DPipeline.from_pretrained(tmp_path / "weights", device="cpu")
     assert pipe.dino is None and len(pipe(picture, **QUICK)) == CONFIG.num_frames * SIDE**2
-
-
-@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
-def test_the_shipped_weights_fit_the_library(folder):
-    """They open, and two steps of sampling give finite Gaussians: a change of names or shapes would show here."""
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 40e6
-    pipe = GSV3DPipeline.from_pretrained(folder, device="cpu")
-    assert pipe.config.name == folder.name and pipe.estimator is not None
-    picture = ball_views(1, size=pipe.config.image_size).scene(0).rgb[ev.FRONT]
-    scene = pipe(picture, num_frames=2, **QUICK)
-    side = pipe.config.latent_size * pipe.config.decoder_upsample // pipe.config.decoder_patch
-    assert len(scene) == 2 * side**2
-    assert all(torch.isfinite(t).all() for t in scene.tensors())
 
 
 # ---------------------------------------------------------------- what a person may do wrong

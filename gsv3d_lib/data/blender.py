@@ -26,7 +26,7 @@ AMBIENT, SUN = 0.7, 1.0  # strength of the white world and of the sun, whose dir
 
 def check_python(python: str | Path) -> None:
     """Raises UserError unless `python` has bpy."""
-    from ..system.errors import UserError
+    from ..system.errors import UserError  # not at the top: Blender's Python runs this file as a script
 
     try:
         done = subprocess.run([python, "-c", "import bpy"], capture_output=True, text=True)

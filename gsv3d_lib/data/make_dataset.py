@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +44,20 @@ from ..system.command import (
     whole,
 )
 from ..system.errors import UserError
-from ..system.paths import atomic_path
+from ..system.files import UNREADABLE, parse_json, read_plain
+from ..system.paths import atomic_path, check_id, reason, remove_leftovers, resolve
 from .blender import check_python, render_cycles
-from .dataset import RING, RING_ELEVATION, ObjectViews, list_objects, write_index, write_object
+from .dataset import (
+    RING,
+    RING_ELEVATION,
+    ObjectViews,
+    check_once,
+    check_size,
+    list_objects,
+    object_files,
+    write_index,
+    write_object,
+)
 from .procedural.objects import FAMILIES
 from .raycast import render_mesh
 from .sources import Job, mesh_jobs, objaverse_jobs, procedural_jobs, read_ids, scan_jobs
@@ -53,6 +67,9 @@ RANDOM_VIEWS = 8
 RANDOM_ELEVATIONS = (-10.0, 40.0)  # degrees
 INDEX_EVERY = 20  # objects between two writings of the index, or a hundredth of all: what a killed run may lose
 SKIPPED = "skipped.jsonl"
+MAX_SKIPPED = 1 << 28  # bytes of that file
+MAX_WORKERS = 4 * (os.cpu_count() or 1)  # more only take turns
+MAX_FINE = 4096  # rays a side of a view: their colours take 1 GB
 
 
 def dataset_angles(
@@ -62,8 +79,7 @@ def dataset_angles(
 
     ring: the range from which the ring's one elevation is drawn.
     """
-    if views < RING:
-        raise UserError(f"An object has at least the {RING} views of the ring; got {views}.")
+    check_size(views, 1)
     if not -90 < ring[0] <= ring[1] < 90:
         raise UserError(f"The ring's elevation is drawn from LOW to HIGH degrees between -90 and 90; got {ring}.")
     rng, free = np.random.default_rng(seed), views - RING
@@ -106,7 +122,7 @@ def run_job(job: Job, out: Path, **settings) -> dict | str:
     try:
         pictures, row = render_object(job, **settings)
     except (ValueError, OSError, LookupError, MemoryError) as error:  # a broken file must not end a long run
-        return " ".join(str(error).split()) or type(error).__name__
+        return " ".join(str(error).split())[:500] or type(error).__name__
     write_object(out, pictures)
     return row
 
@@ -127,14 +143,21 @@ def make_dataset(
 
     views: per object, 16 of them on the ring.  ring: range of the ring's elevation, degrees.
     retry: try also what an earlier run noted in `skipped.jsonl`.  blender: a Python with bpy, see `data/blender.py`.
-    Raises ValueError where that has none, for views and rings that `dataset_angles` refuses, and where `out` holds objects
-    with another number of views or pixels.
+    Raises UserError where that has none, for views, rings and sizes that no object can have, for two jobs of one id, and
+    where `out` holds objects with another number of views or pixels.
     """
-    dataset_angles(0, views, ring)  # what fits no object is said before the first, not noted for each
+    check_size(views, size)  # what fits no object is said before the first, not noted for each
+    dataset_angles(0, views, ring)
+    if size * supersample > MAX_FINE:
+        raise UserError(
+            f"{supersample} rays a side of a pixel of {size} px are {size * supersample}, above {MAX_FINE}."
+        )
+    check_jobs(jobs)
     if blender:
         check_python(blender)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
     rows = {row["id"]: row for row in existing_rows(out)}
     check_alike(out, rows.values(), views, size)
     reasons = {row["id"]: row["reason"] for row in skipped_rows(out)}
@@ -159,13 +182,28 @@ def make_dataset(
     return _sorted(rows)
 
 
+def check_jobs(jobs: list[Job]) -> None:
+    """Raises UserError where two jobs have one id: the second would overwrite the first."""
+    try:
+        check_once(job.id for job in jobs)
+    except UserError as error:
+        raise UserError(f"Two objects would get one name: {error}; rename one of them.") from error
+
+
 def skipped_rows(folder: Path) -> list[dict]:
     """What earlier runs left out: id and reason."""
     path = Path(folder) / SKIPPED
+    if not os.path.lexists(path):
+        return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it.") from error
+        rows = [parse_json(line) for line in read_plain(path, MAX_SKIPPED).splitlines()]
+        for row in rows:
+            check_id(row["id"])
+            if not isinstance(row["reason"], str):
+                raise UserError("a reason is no text")
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read ({reason(error)}); delete it.") from error
+    return rows
 
 
 def _write_lists(out: Path, rows: dict[str, dict], reasons: dict[str, str]) -> None:
@@ -191,7 +229,7 @@ def check_alike(out: Path, rows: Iterable[dict], views: int, size: int) -> None:
 def existing_rows(folder: Path) -> list[dict]:
     """The rows of a folder's index whose two files are there; none where there is no index yet."""
     rows = list_objects(folder) if (folder / "index.json").is_file() else []
-    return [row for row in rows if all((folder / f"{row['id']}{suffix}").is_file() for suffix in (".webp", ".npz"))]
+    return [row for row in rows if all(path.is_file() for path in object_files(folder, row["id"]))]
 
 
 def _run_all(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | str]:
@@ -216,8 +254,26 @@ def _run_all(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | st
 
 def _in_processes(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | str]:
     # spawn: a forked copy of a process that has started torch's threads may hang
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, jobs)
+    others = set(active_children())
+    count = min(workers, len(jobs), MAX_WORKERS)
+    with ProcessPoolExecutor(count, get_context("spawn"), end_with_parent) as pool:
+        try:
+            yield from pool.map(work, jobs)
+        except BaseException:  # Ctrl-C, or a caller that wants no more: nobody waits for what they are at
+            for process in set(active_children()) - others:
+                process.terminate()
+            raise
+
+
+def end_with_parent() -> None:
+    """In a worker: end when the process that started it has ended, however it did; leave Ctrl-C to it."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _alone(work: partial, job: Job) -> dict | str:
@@ -284,13 +340,13 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     """The jobs that a command line names."""
     if (options.ids and not (options.scans or options.objaverse)) or (options.licences and not options.objaverse):
         raise UserError("--ids chooses among --scans or --objaverse, and --licences among --objaverse, only.")
-    ids = read_ids(options.ids) if options.ids else None
+    ids = read_ids(resolve(options.ids)) if options.ids else None
     if options.scans:
-        return scan_jobs(options.scans, ids)
+        return scan_jobs(resolve(options.scans), ids)
     if options.objaverse:
-        return objaverse_jobs(options.objaverse, options.licences, ids)
+        return objaverse_jobs(resolve(options.objaverse), options.licences, ids)
     if options.meshes:
-        return mesh_jobs(options.meshes, options.up)
+        return mesh_jobs(resolve(options.meshes), options.up)
     return procedural_jobs(options.procedural, options.seed, options.family)
 
 

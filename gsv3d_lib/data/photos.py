@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import warnings
 from dataclasses import dataclass
@@ -32,11 +31,12 @@ from ..cameras import DISTANCE, intrinsics, look_at, opengl_to_opencv, orbit_cam
 from ..images import MAX_SIDE, cut_out, load_image
 from ..system.command import check_writable, command_parser, exit_code, input_path, number, output_path, pixels, whole
 from ..system.errors import MissingFile, UserError
-from .dataset import FRONT, RING, ObjectViews, write_index, write_object
+from ..system.files import UNREADABLE, read_json
+from ..system.paths import named_file, plain_id, reason, remove_leftovers, resolve
+from .dataset import FRONT, MAX_GAP, RING, ObjectViews, check_size, write_index, write_object
 from .make_dataset import RANDOM_VIEWS, check_alike, existing_rows
-from .sources import plain_id
 
-MAX_GAP = 45.0  # degrees between a ring azimuth and its photograph: beyond, an orbit's views are no longer in order
+FARTHEST = 1e9  # of a camera from the origin, in whatever units: beyond, nothing is left of the object's own size
 EXTENT, GRID = 1.3, 64  # the visual hull's cube: half its side, in first guesses of the radius, and cells a side
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 PINHOLE = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE")
@@ -76,16 +76,16 @@ def read_photos(source: str | Path, max_side: int = 512, background: str = "auto
     if not path.is_file():
         raise MissingFile(f"There is no {path}: photographs need their cameras, in a transforms.json beside them.")
     try:
-        scene = json.loads(path.read_text())
+        scene = read_json(path)
         frames = [{**scene, **frame} for frame in scene["frames"]]  # a frame's own lens wins over the common one
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no transforms.json with a list of frames ({error}).") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path} is no transforms.json with a list of frames ({reason(error)}).") from error
     photos, left_out = [], []
     for frame in frames:
         try:
             photos.append(_read_photo(path.parent, frame, max_side, background))
-        except LeftOut as reason:
-            left_out.append(str(reason))
+        except LeftOut as why:
+            left_out.append(str(why))
     return photos, left_out
 
 
@@ -97,13 +97,25 @@ def _read_photo(folder: Path, frame: dict, max_side: int, background: str) -> Ph
     name = frame.get("file_path")
     if not isinstance(name, str):
         raise UserError(f"Every frame of transforms.json names its photograph as file_path; one has {name!r}.")
-    image = load_image(_with_suffix(folder / name))
+    image = load_image(_with_suffix(_photo_path(folder, name)))
     K, c2w = frame_intrinsics(frame, *image.size), _pose(frame)
+    mask = _photo_path(folder, frame["mask_path"]) if frame.get("mask_path") else None
     try:
-        rgba = np.array(_masked(image, folder, frame, background))
+        rgba = np.array(_masked(image, mask, background))
     except ValueError as error:
         raise LeftOut(f"{name}: {error}") from error
     return _cropped(Photo(name, rgba, K, c2w), max_side)
+
+
+def _photo_path(folder: Path, name) -> Path:
+    """Where a picture lies that a transforms.json in `folder` names: there, or in a folder beside it."""
+    try:
+        return named_file(folder, name)
+    except (UserError, TypeError) as error:
+        raise UserError(
+            f"transforms.json names {str(name)[:200]!r}, which is no file in its folder or one beside it: "
+            "copy the photographs there."
+        ) from error
 
 
 def _with_suffix(path: Path) -> Path:
@@ -112,11 +124,10 @@ def _with_suffix(path: Path) -> Path:
     return next((candidate for candidate in candidates if candidate.is_file()), path)
 
 
-def _masked(image: Image.Image, folder: Path, frame: dict, background: str) -> Image.Image:
+def _masked(image: Image.Image, mask: Path | None, background: str) -> Image.Image:
     """The picture with the object in its alpha channel."""
-    if frame.get("mask_path"):
-        mask = load_image(folder / frame["mask_path"]).convert("L").resize(image.size, Image.Resampling.BILINEAR)
-        image.putalpha(mask)
+    if mask is not None:
+        image.putalpha(load_image(mask).convert("L").resize(image.size, Image.Resampling.BILINEAR))
         return image
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a background was removed by colour is said once, not per photograph
@@ -144,7 +155,7 @@ def frame_intrinsics(frame: dict, width: int, height: int) -> Tensor:
         fy, cx, cy = (float(frame.get(key, value)) for key, value in (("fl_y", fx), ("cx", w / 2), ("cy", h / 2)))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{name} has no lens: transforms.json gives camera_angle_x or fl_x, in numbers.") from error
-    if not (np.isfinite([fx, fy, cx, cy]).all() and min(fx, fy, w, h) > 0):
+    if not (np.isfinite([fx, fy, cx, cy, w, h]).all() and min(fx, fy, w, h) > 0):
         raise UserError(f"{name} has an impossible lens: fl_x {fx:g}, fl_y {fy:g}, {w:g} x {h:g} pixels.")
     if abs(width / w * h / height - 1) > 0.02:
         raise UserError(f"{name} has {width} x {height} pixels, but its lens is given for {w:g} x {h:g}.")
@@ -159,9 +170,9 @@ def _pose(frame: dict) -> Tensor:
         matrix = torch.cat([matrix[:3], matrix.new_tensor([[0, 0, 0, 1]])])  # some writers leave the last row out
         rotation = matrix[:3, :3]
         error = (rotation @ rotation.T - torch.eye(3)).abs().max() + (torch.linalg.det(rotation) - 1).abs()
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as reason:
-        raise UserError(f"{frame['file_path']} has no transform_matrix of 4 x 4 numbers.") from reason
-    if not (error < 1e-2 and matrix.isfinite().all()):
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as why:
+        raise UserError(f"{frame['file_path']} has no transform_matrix of 4 x 4 numbers.") from why
+    if not (error < 1e-2 and matrix.isfinite().all() and matrix.abs().max() < FARTHEST):
         raise UserError(
             f"The transform_matrix of {frame['file_path']} is no camera pose: it does not only turn and move."
         )
@@ -375,6 +386,7 @@ def _index_of(name: str, photos: list[Photo]) -> int:
 def add_object(folder: str | Path, pictures: ObjectViews, row: dict) -> None:
     """Write the object into a dataset folder, new or not; one of the same id is replaced."""
     folder = Path(folder)
+    remove_leftovers(folder)
     rows = {other["id"]: other for other in existing_rows(folder)}
     check_alike(folder, rows.values(), row["views"], row["size"])
     write_object(folder, pictures)
@@ -416,17 +428,21 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     if (args.center is None) != (args.radius is None) or args.views < RING or args.size < 8:
         raise UserError(f"Give --center and --radius together, {RING} views or more and 8 pixels or more.")
-    if args.radius is not None and not args.radius > 0:
+    check_size(args.views, args.size)
+    if args.radius is not None and not 0 < args.radius < FARTHEST:
         raise UserError(f"--radius is the object's, above 0; got {args.radius:g}.")
+    if args.center is not None and not np.isfinite(args.center).all():
+        raise UserError(f"--center is a place; got {args.center}.")
     check_writable(args.out / "index.json")
-    photos, left_out = read_photos(args.folder, 4 * args.size, args.background)
-    for reason in left_out:
-        print(f"left out {reason}")
+    source = resolve(args.folder)
+    photos, left_out = read_photos(source, 4 * args.size, args.background)
+    for why in left_out:
+        print(f"left out {why}")
     if len(photos) < RING:
         raise UserError(f"A ring takes {RING} photographs; {len(photos)} of {args.folder} can be used.")
     turn = upright(photos) if args.up == "auto" else torch.eye(3, dtype=torch.float64)
     given = args.center and World(torch.tensor(args.center, dtype=torch.float64), args.radius, turn)
-    id = plain_id(args.id or (args.folder if args.folder.is_dir() else args.folder.parent).resolve().name)
+    id = plain_id(args.id or (source if source.is_dir() else source.parent).resolve().name)
     pictures, row = object_from(photos, id, args.size, args.views, given or find_world(photos, turn), args.front)
     add_object(args.out, pictures, row)
     print(summary(pictures, row))

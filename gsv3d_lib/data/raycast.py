@@ -12,23 +12,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image
 
 from ..cameras import Y_UP_TO_Z_UP, Cameras, ray_grid
 from ..system.errors import MissingFile, UserError
-from ..system.paths import check_readable
+from .meshfiles import BESIDE_MATERIAL, read_scene, srgb, texture_of, unit_rgb
 
 if TYPE_CHECKING:
     import trimesh
 
-MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 Y_UP_SUFFIXES = (".glb", ".gltf")  # the glTF specification fixes +y as up; the other formats do not say
 
 RAY_BLOCK = 16_000  # rays per embree call, to bound its memory; the speed is the same from 2,000 to 1,000,000
-BESIDE_MATERIAL = "color"  # vertex attribute [V, 3]: colours that multiply those of the material
 UNPAINTED = (0.7, 0.7, 0.7)  # albedo of a mesh that carries no colour
 
 # Brightness of a surface with unit normal n = AMBIENT + SKY * (1 + n_z) / 2 + SUN * max(0, n . SUN_DIRECTION).
@@ -55,62 +51,6 @@ def load_mesh(path: str | Path, up: str | None = None) -> trimesh.Scene:
     if up not in ("y", "z"):
         raise UserError(f"up must be 'y' or 'z', but is {up!r}.")
     return normalized(read_scene(path), Y_UP_TO_Z_UP.numpy() if up == "y" else np.eye(4))
-
-
-def read_scene(path: Path, *places: Path) -> trimesh.Scene:
-    """A mesh file as trimesh reads it, with the pictures and materials that it names.
-
-    Those lie where it says, else beside it or in `places`. Raises ValueError where one of them is nowhere or no picture
-    (mesh readers would go on in grey), and where the mesh cannot be read.
-    """
-    import trimesh
-    from trimesh.resolvers import FilePathResolver
-
-    missing: list[str] = []
-
-    class Resolver(FilePathResolver):
-        def get(self, name: str) -> bytes:
-            plain = unquote(name.strip().replace("\\", "/"))  # Windows' paths; glTF's, which are addresses
-            stated = [path.parent / name.strip(), path.parent / plain]
-            for candidate in stated + [place / Path(plain).name for place in (path.parent, *places)]:
-                if candidate.is_file() and _readable(candidate):
-                    return candidate.read_bytes()
-            missing.append(name)
-            raise MissingFile(name)
-
-    check_readable(path)
-    try:
-        scene = trimesh.load_scene(path, resolver=Resolver(str(path)))
-    except Exception as error:  # each reader raises its own kinds
-        raise UserError(f"Cannot read {path.name} as a mesh ({type(error).__name__}: {error}).") from error
-    if missing:
-        raise UserError(
-            f"{path.name} names {missing[0]}, which is not there or cannot be read; without it, all would be grey."
-        )
-    _keep_vertex_colors(scene)
-    return scene
-
-
-def _readable(path: Path) -> bool:
-    """Whether PIL knows the picture; materials and buffers of meshes are left to trimesh."""
-    if path.suffix.lower() in (".mtl", ".bin"):
-        return True
-    try:
-        with Image.open(path):
-            return True
-    except (OSError, Image.DecompressionBombError):
-        return False
-
-
-def _keep_vertex_colors(scene: trimesh.Scene) -> None:
-    """Where a glTF has a material and vertex colours, its specification multiplies them, and they are linear.
-
-    trimesh hangs such colours on the material, where the first copy of the mesh loses them. In place.
-    """
-    for part in scene.geometry.values():
-        colors = getattr(getattr(part, "visual", None), "vertex_attributes", {}).get("color")
-        if colors is not None:
-            part.vertex_attributes[BESIDE_MATERIAL] = _srgb(np.asarray(colors))
 
 
 def normalized(mesh: trimesh.Trimesh | trimesh.Scene, turn: np.ndarray | None = None) -> trimesh.Scene:
@@ -272,32 +212,20 @@ def _color_lookup(part: trimesh.Trimesh) -> ColorLookup:
             return partial(_texture_color, _shrunk(image, corners, part.area), corners, colors)
         return partial(_corner_color, colors)
     if visual.kind == "vertex":
-        return partial(_corner_color, _unit_rgb(visual.vertex_colors)[part.faces])
+        return partial(_corner_color, unit_rgb(visual.vertex_colors)[part.faces])
     if visual.kind == "face":
-        return partial(_corner_color, np.repeat(_unit_rgb(visual.face_colors)[:, None], 3, axis=1))
+        return partial(_corner_color, np.repeat(unit_rgb(visual.face_colors)[:, None], 3, axis=1))
     return partial(_corner_color, np.broadcast_to(np.float32(UNPAINTED), (len(part.faces), 3, 3)))
 
 
 def _material(material) -> tuple[object, np.ndarray]:
     """trimesh material -> (PIL image or None, colour factor [3])."""
+    image = texture_of(material)
     if hasattr(material, "baseColorTexture"):
         factor = material.baseColorFactor  # linear, as vertex colours beside a material are
-        return material.baseColorTexture, np.ones(3, np.float32) if factor is None else _srgb(np.asarray(factor))
-    image = getattr(material, "image", None)
+        return image, np.ones(3, np.float32) if factor is None else srgb(np.asarray(factor))
     # an OBJ's Kd next to a texture is often black or grey by accident; the texture alone is what artists mean
-    return image, np.ones(3, np.float32) if image is not None else _unit_rgb(material.main_color)
-
-
-def _unit_rgb(colors: np.ndarray) -> np.ndarray:
-    """Unsigned integers (0 to their largest) or floats (0..1) [..., 3 or 4] -> float32 [..., 3] in 0..1."""
-    scale = np.iinfo(colors.dtype).max if np.issubdtype(colors.dtype, np.integer) else 1
-    return np.asarray(colors[..., :3], np.float32) / scale
-
-
-def _srgb(colors: np.ndarray) -> np.ndarray:
-    """As `_unit_rgb`, of colours that are linear."""
-    linear = _unit_rgb(colors)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).astype(np.float32)
+    return image, np.ones(3, np.float32) if image is not None else unit_rgb(material.main_color)
 
 
 def _corner_color(corners: np.ndarray, face: np.ndarray, weights: np.ndarray) -> np.ndarray:

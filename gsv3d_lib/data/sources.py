@@ -26,8 +26,9 @@ from ..system.command import check_writable, command_parser, exit_code, input_pa
 from ..system.errors import MissingFile, UserError
 from ..system.files import UNREADABLE, read_json, read_plain
 from ..system.paths import atomic_path, plain_id, reason, resolve
+from .meshfiles import MESH_SUFFIXES, read_scene
 from .procedural.objects import family_of, procedural_object
-from .raycast import MESH_SUFFIXES, load_mesh, normalized, read_scene
+from .raycast import load_mesh, normalized
 
 if TYPE_CHECKING:
     import trimesh

@@ -93,24 +93,20 @@ def read_plain(path: str | Path, limit: int) -> bytes:
 
 
 def read_json(path: str | Path, limit: int = MAX_JSON):
-    """What a JSON file holds. NaN and Infinity, which JSON does not know, are refused."""
+    """What a JSON file holds."""
+    return parse_json(read_plain(path, limit))
+
+
+def parse_json(text: str | bytes):
+    """What JSON text holds; its numbers may be NaN, as Python writes them."""
     try:
-        return parse_json(read_plain(path, limit))
+        return json.loads(text)
     except RecursionError as error:
         raise UserError("its brackets are nested too deeply") from error
 
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
-
-
-def parse_json(text: str | bytes):
-    """`read_json` of text. Raises ValueError."""
-    return json.loads(text, parse_constant=_no_number)
-
-
-def _no_number(name: str):
-    raise UserError(f"it holds {name}, which is no number")
 
 
 # ---------------------------------------------------------------- arrays
