@@ -17,7 +17,7 @@ from tiny_world import ball_views, one_sentence
 
 from gsv3d_lib.evaluation.evaluate import main
 from gsv3d_lib.evaluation.lpips import LPIPS, SMALLEST, load_lpips
-from gsv3d_lib.evaluation.protocol import Judge, other_views
+from gsv3d_lib.evaluation.protocol import Judge, other_views, recognised
 from gsv3d_lib.evaluation.report import table
 
 ROOT = Path(__file__).parents[1]
@@ -334,3 +334,16 @@ def test_an_evaluation_without_the_weights_it_asks_for_ends_at_once(tmp_path, ca
     assert run() == 2
     said = capsys.readouterr().err
     assert said.startswith("gsv3d: No LPIPS weights at") and said.count("\n") == 1
+
+
+def test_vectors_of_pictures_are_as_far_apart_as_the_metric_says():
+    model, a, b = random_lpips(), pictures(seed=1), pictures(seed=2)
+    squared = (model.embed(a) - model.embed(b)).square().sum(1)
+    assert torch.allclose(squared, model(a, b), rtol=1e-4)
+
+
+def test_an_object_is_recognised_where_its_side_is_nearest_to_its_own():
+    truth = pictures(8).unflatten(0, (4, 2))
+    assert recognised(truth, truth, random_lpips()) == [1.0] * 4
+    assert recognised(truth.roll(1, 0), truth, random_lpips()) == [0.0] * 4
+    assert recognised(torch.cat([truth[:1], truth[:1], truth[2:]]), truth, random_lpips()) == [1, 0, 1, 1]
