@@ -30,6 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nbformat
+from nbformat.reader import NotJSONError
 
 from ..config import parse_setting, preset
 from ..system.command import check_writable, exit_code, fault, input_path, output_path
@@ -201,9 +202,10 @@ def plain(value):
 
 def collected_metrics(executed: Path) -> dict:
     """What `record` showed in an executed notebook, so far as it went."""
-    if not executed.is_file():
+    try:
+        cells = nbformat.read(executed, as_version=4).cells
+    except (OSError, NotJSONError):  # nothing was executed, or the disk was full before it was written in full
         return {}
-    cells = nbformat.read(executed, as_version=4).cells
     shown = [
         out["data"][METRICS] for cell in cells for out in cell.get("outputs", []) if METRICS in out.get("data", {})
     ]

@@ -32,6 +32,7 @@ from ..data.dataset import FRONT, Scene, ViewTensors, load_views
 from ..data.examples import Orbits, load_orbits, ring_frames
 from ..pipeline import GSV3DPipeline, load_config
 from ..system.command import (
+    batch,
     check_writable,
     exit_code,
     guidance,
@@ -514,7 +515,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=training_seed, default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, help="training steps of every arm")
-    parser.add_argument("--batch", type=positive)
+    parser.add_argument("--batch", type=batch)
     parser.add_argument("--sampling-steps", type=sampler_steps, default=10)
     parser.add_argument("--guidance", type=guidance, default=1.0, help="1 = none, which halves the time")
     parser.add_argument("--limit", type=positive, help="use only the first training objects")
