@@ -39,6 +39,8 @@ def place(tmp_path_factory):
     np.savez(folder / "shapeless/one.geometry.npz", points=np.zeros((10, 3)))
     (folder / "empty").mkdir()
     (folder / "file").write_text("{}")
+    (folder / "picture.png").touch()
+    (folder / "halved").write_text(json.dumps({"arms": {"rank_4": {"scores": {"0": {"psnr": [1.0]}}}}}))  # no cost
     return folder
 
 
@@ -86,6 +88,10 @@ GOOD = {
         ("experiments", {"--arms": "rank_5"}, "no arm 'rank_5'; choose from rank_4, rank_16, rank_64"),
         ("experiments", {"--ids": "nobody"}, "objects has no object nobody"),
         ("experiments", {"--out": "file"}, "file is no results file of experiments"),
+        ("experiments", {"--out": "halved"}, "halved is no results file of experiments"),
+        ("experiments", {"--seeds": "-1"}, "--seeds: must be 0 or more, got -1"),
+        ("experiments", {"--guidance": "nan"}, "--guidance: must be a number from 0 to 100, got 'nan'"),
+        ("evaluate", {"--seed": str(2**64)}, "--seed: must be .* or less"),
         ("experiments", {"--work": "file/work"}, "file is no folder that you may write to"),
         ("train", {"--data": "empty"}, "No dataset at"),
         ("train", {"--data": "broken"}, "Object 'one' in .* cannot be read"),
@@ -95,6 +101,13 @@ GOOD = {
         ("train", {"--stages": "stage1"}, "There are no dino weights"),
         ("train", {"--preset": "big"}, "There is no preset 'big'"),
         ("train", {"--set": "steps"}, "--set takes NAME=VALUE"),
+        ("train", {"--preset": "small", "--set": f"seed={2**64}"}, "seed is 0 to"),
+        ("train", {"--preset": "small", "--set": "stage1.lr=1e999"}, "lr is a number; got inf"),
+        ("train", {"--preset": "small", "--set": "vae_schedule.batch=100000000000"}, "at most .* steps and a batch of"),
+        ("train", {"--preset": "small", "--set": "num_frames=100000000"}, "num_frames is 1 or more, and at most"),
+        ("evaluate", {"--out": "."}, "it is a folder; name a file in it"),
+        ("evaluate", {"--out": "./picture.json"}, "picture.png is there already"),
+        ("evaluate", {"--out": "/dev/null"}, "it is no ordinary file"),
         ("train", {"--out": "file"}, "file is no folder that you may write to"),
         ("train", {"--export": "out/shipped"}, "There are no finished weights"),
     ],

@@ -1,12 +1,15 @@
 """Objects on disk and in memory: what is written is read, what is broken is named, mirrors stay consistent."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, object_views, one_sentence, turned
 
 from gsv3d_lib.cameras import batch_cameras
@@ -26,6 +29,7 @@ from gsv3d_lib.data.dataset import (
     write_object,
 )
 from gsv3d_lib.data.examples import Orbits, make_variants, ring_frames
+from gsv3d_lib.system.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +153,154 @@ def test_a_damaged_header_is_one_sentence(broken):
     one_sentence(error)
 
 
+def changed(folder: Path, **change) -> None:
+    """Put other arrays into the npz of `first`; functions get the old ones."""
+    with np.load(folder / "first.npz") as arrays:
+        arrays = dict(arrays)
+    arrays |= {name: value(arrays[name]) if callable(value) else value for name, value in change.items()}
+    np.savez_compressed(folder / "first.npz", **arrays)
+
+
+def spoiled(array: np.ndarray, value=np.nan) -> np.ndarray:
+    """The array with another first number."""
+    array = array.copy()
+    array[(0,) * array.ndim] = value
+    return array
+
+
+def diagonal(*entries) -> np.ndarray:
+    return np.diag(np.float32(entries))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"depth": lambda d: d.astype("f4")}, "depth is of type f4, not u2"),
+        ({"depth": lambda d: np.where(d > 0, 4097, 0).astype("u2")}, "depth holds 4097, outside of 0 to 4096"),
+        ({"depth": lambda d: d[:, :32]}, r"depth has the shape \[24, 32, 64\], not \[24, 64, 64\]"),
+        ({"depth_min": np.nan}, "depth_min holds values that are not finite"),
+        ({"depth_range": np.inf}, "depth_range holds values that are not finite"),
+        ({"depth_range": -1.0}, "depth_range holds -1"),
+        ({"az": spoiled}, "az holds values that are not finite"),
+        ({"el": lambda el: spoiled(el, 95)}, "el holds 95, outside of -90 to 90"),
+        ({"K": spoiled}, "K holds values that are not finite"),
+        ({"K": lambda K: K * 2}, "K is not the lens of this project for 64 px, 105.3 px of focal length"),
+        ({"c2w": spoiled}, "c2w holds values that are not finite"),
+        ({"c2w": lambda c: c @ diagonal(-1, 1, 1, 1)}, "c2w of view 0 does not only turn and move"),
+        ({"c2w": lambda c: c @ diagonal(2, 2, 2, 1)}, "c2w of view 0 does not only turn and move"),
+        (
+            {"c2w": lambda c: c @ diagonal(1, -1, -1, 1)},
+            "c2w of view 0 is not the camera at azimuth 0 and elevation 15",
+        ),
+        ({"c2w": lambda c: c[::-1]}, "c2w of view .* is not the camera at azimuth"),
+        ({"c2w": lambda c: np.linalg.inv(c)}, "c2w of view .* is not the camera at azimuth"),
+        ({"az": lambda az: (az + 90) % 360}, "its first 16 views are no ring: view 0 stands at azimuth 90, 90 degrees"),
+        ({"az": lambda az: az + 20}, "c2w of view .* is not the camera at azimuth"),
+        ({"el": np.deg2rad}, "c2w of view .* is not the camera"),
+    ],
+)
+def test_arrays_with_wrong_numbers_are_one_sentence(broken, change, sentence):
+    changed(broken, **change)
+    with pytest.raises(UserError, match=f"Object 'first' in .* cannot be read .*{sentence}") as error:
+        read_object(broken, "first")
+    one_sentence(error)
+
+
+def test_other_types_of_the_same_numbers_read_the_same(folder, broken):
+    same = {"depth": np.asfortranarray, "depth_min": np.float64, "az": lambda az: az - 360}
+    changed(broken, c2w=lambda c: c.astype("f8"), el=lambda el: el.astype(">f8"), **same)
+    before, after = read_object(folder, "first"), read_object(broken, "first")
+    assert np.array_equal(before.depth, after.depth) and np.array_equal(before.elevations, after.elevations)
+    assert torch.equal(before.cameras.viewmats, after.cameras.viewmats)
+    assert np.array_equal(before.azimuths, after.azimuths % 360)
+
+
+@pytest.mark.parametrize(
+    ("order", "sentence"),
+    [
+        (range(8), "it has 8 views, fewer than the 16 of a ring"),
+        ([0] * 16 + list(range(16, 24)), "no ring: view 8 stands at azimuth 0, 180 degrees from 180"),
+        ([*range(15, -1, -1), *range(16, 24)], "no ring"),
+    ],
+)
+def test_views_that_are_no_ring_are_one_sentence(broken, order, sentence):
+    views, order = object_views("first"), list(order)
+    parts = {name: getattr(views, name)[order] for name in ("rgba", "depth", "cameras", "azimuths", "elevations")}
+    write_object(broken, ObjectViews("first", **parts))
+    with pytest.raises(UserError, match=sentence) as error:
+        load_views([broken], SIZE, progress=False)
+    one_sentence(error)
+
+
+def saved_as(mode: str = "RGBA", size: tuple[int, int] = (384, 256), **options):
+    def save(path: Path) -> None:
+        Image.open(path).convert("RGBA").convert(mode).resize(size).save(path, **{"format": "WEBP"} | options)
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (saved_as("RGB"), "the sheet has no alpha channel"),
+        (saved_as(format="PNG"), "the sheet is no WebP picture"),
+        (saved_as("RGB", format="JPEG"), "the sheet is no WebP picture"),
+        (saved_as(size=(192, 128)), r"depth has the shape \[24, 64, 64\], not \[24, 32, 32\]"),
+        (saved_as(size=(384, 192)), "the sheet is 384 x 192, not 384 x 256"),
+        (saved_as(save_all=True, append_images=[Image.new("RGBA", (384, 256), (9, 9, 9, 99))]), "the sheet moves"),
+        (lambda path: path.unlink() or os.mkfifo(path), "first.webp is no file"),
+        (lambda path: path.unlink() or path.symlink_to("/dev/zero"), "first.webp is no file"),
+    ],
+)
+def test_a_sheet_of_another_kind_is_one_sentence(broken, change, sentence):
+    change(broken / "first.webp")
+    with pytest.raises(UserError, match=sentence) as error:
+        read_object(broken, "first")
+    one_sentence(error)
+
+
+def test_a_sheet_that_claims_to_be_huge_is_not_decoded(broken, monkeypatch):
+    data = bytearray((broken / "first.webp").read_bytes())
+    assert data[12:16] == b"VP8X"
+    data[24:30] = b"\xfe\x3f\x00" * 2  # 16383 x 16383
+    (broken / "first.webp").write_bytes(data)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was decoded"))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_object(broken, "first")
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ('[{"id": "first"}, {"id": "first"}]', "the id 'first' is there twice"),
+        ('[{"id": "../first"}]', "'../first' is no id"),
+        ('[{"id": 5}]', "'5' is no id"),
+        ('[{"name": "first"}]', "'None' is no id"),
+        ('["first"]', "it is no list of rows"),
+        ("null", "it is no list of rows"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_an_index_that_is_none_is_one_sentence(broken, rows, sentence):
+    (broken / "index.json").write_text(rows)
+    with pytest.raises(UserError, match=f"index.json cannot be read .*{sentence}") as error:
+        list_objects(broken)
+    one_sentence(error)
+
+
+def test_an_object_has_one_place(folder, broken):
+    with pytest.raises(UserError, match="do not fit together: the id 'first' is there twice") as error:
+        load_views([folder, broken], SIZE, progress=False)
+    one_sentence(error)
+    assert load_views([folder, broken], SIZE, limit=2, progress=False).ids == ["first", "second"]
+
+
+def test_nothing_is_written_outside_of_the_folder(tmp_path):
+    with pytest.raises(UserError, match="is no id"):
+        write_object(tmp_path / "data", object_views("../escape"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_or_broken_index_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="make_dataset") as error:
         list_objects(tmp_path)
@@ -217,6 +369,26 @@ def test_the_cache_is_not_used_for_an_object_made_anew(tmp_path):
         loaded = load_views([tmp_path / "data"], SIZE, cache=tmp_path, progress=False)
         inside = loaded.rgb[loaded.alpha[..., 0] == 255].float().mean() / 255
         assert abs(float(inside) - colour) < 0.02
+
+
+def test_the_cache_is_not_used_where_only_the_arrays_changed(broken, tmp_path):
+    views = load_views([broken], SIZE, cache=tmp_path / "cache", progress=False)
+    changed(broken, depth_min=lambda low: low + 1)
+    again = load_views([broken], SIZE, cache=tmp_path / "cache", progress=False)
+    moved = torch.where(views.depth > 0, views.depth + 1, 0)
+    assert torch.allclose(again.depth[0], moved[0], atol=1e-5) and torch.equal(again.depth[1], views.depth[1])
+
+
+@pytest.mark.parametrize(
+    "change", [{"rgb": torch.zeros(1)}, {"alpha": None}, {"depth": torch.full((2, 24, 32, 32, 1), torch.nan)}]
+)
+def test_a_cache_of_other_tensors_is_made_again(folder, tmp_path, change):
+    first = load_views([folder], SIZE, cache=tmp_path, progress=False)
+    (cache,) = tmp_path.glob("views-*.safetensors")
+    tensors = {name: value for name, value in (load_file(cache) | change).items() if value is not None}
+    save_file(tensors, cache)
+    again = load_views([folder], SIZE, cache=tmp_path, progress=False)
+    assert torch.equal(first.rgb, again.rgb) and torch.equal(first.depth, again.depth)
 
 
 def test_a_damaged_cache_is_made_again(folder, tmp_path):

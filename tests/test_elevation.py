@@ -93,6 +93,24 @@ def test_what_can_be_learned_is_learned_and_kept(tmp_path):
     one_sentence(error)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"bias": torch.tensor(torch.nan)}, "bias holds values that are not finite"),
+        ({"weights": torch.full((576,), torch.inf)}, "weights holds values that are not finite"),
+        ({"weights": torch.zeros(5)}, r"weights has the shape \[5\], not \[576\]"),
+        ({"mean": torch.zeros(576, dtype=torch.int64)}, "mean is of type i8, not f4"),
+    ],
+)
+def test_an_estimator_with_wrong_numbers_is_one_sentence(tmp_path, change, sentence):
+    el.Elevation(**{"weights": torch.zeros(576), "mean": torch.zeros(576), "bias": torch.tensor(9.0)} | change).save(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match=f"cannot be read .*{sentence}") as error:
+        el.load_elevation(tmp_path)
+    one_sentence(error)
+
+
 def test_only_free_views_are_measured_on(monkeypatch, tmp_path, capsys):
     views = poles(2)
     views.alpha[0, el.RING_VIEWS[0]] = 0  # a ring view that shows nothing takes no free view with it

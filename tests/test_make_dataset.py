@@ -1,8 +1,11 @@
 """The dataset command: layout, angles, going on after a stop, broken meshes."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +142,71 @@ def test_a_job_that_kills_its_process_is_left_out_and_the_others_go_on():
     assert results[0] is None and results[2:] == [None, None] and "killed the process" in results[1]
 
 
+def left_of(pids: list[int], seconds: float) -> list[int]:
+    """Which processes still run after at most so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.1)
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+SLEEPERS = """
+import os, signal, time
+from gsv3d_lib.data import make_dataset as md
+
+def work(seconds):
+    print(os.getpid(), flush=True)
+    time.sleep(seconds)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    list(md._in_processes(work, [300, 300], 2))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked for in /proc")
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_the_process_that_started_them(tmp_path, stop):
+    """They would sleep for minutes, and a parent that was killed can do nothing about it."""
+    (tmp_path / "sleepers.py").write_text(SLEEPERS)  # a file, because workers import what started them
+    command = [sys.executable, str(tmp_path / "sleepers.py")]
+    env = os.environ | {"PYTHONPATH": str(Path(md.__file__).parents[1])}
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.send_signal(stop)
+    parent.wait(30)
+    assert left_of(workers, 30) == []
+
+
+def test_two_objects_of_one_name_are_refused(tmp_path):
+    jobs = [md.Job("a b", seed=1), md.Job("a.b", seed=2)]
+    with pytest.raises(ValueError, match="Two objects would get one name: the id 'a_b' is there twice; rename one"):
+        md.make_dataset(jobs, tmp_path / "set", size=16, progress=False)
+    assert not (tmp_path / "set").exists()
+
+
+def test_leftovers_of_a_killed_run_are_removed(meshes, tmp_path):
+    (tmp_path / "set").mkdir()
+    left = tmp_path / "set" / f".ball.webp.{2**22 + 1}.tmp"  # of a process that cannot be
+    left.touch()
+    md.make_dataset(md.mesh_jobs(meshes), tmp_path / "set", size=16, progress=False)
+    assert not left.exists() and len(list_objects(tmp_path / "set")) == 2
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"id": "../a", "reason": "x"}', '{"id": "a", "reason": 5}', "{"])
+def test_notes_that_are_none_are_one_sentence(meshes, tmp_path, capsys, line):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / md.SKIPPED).write_text(line + "\n")
+    assert md.main(["--meshes", str(meshes), "--size", "16", "--out", str(tmp_path / "set")]) == 2
+    assert "skipped.jsonl cannot be read" in capsys.readouterr().err
+
+
+def test_seeds_and_counts_have_bounds(tmp_path, capsys):
+    for more in (["--procedural", "1", "--seed", "-5"], ["--procedural", "1000000000"]):
+        assert md.main([*more, "--out", str(tmp_path / "set")]) == 2
+        assert "Seeds are 0 or more, and at most 1,000,000 objects" in capsys.readouterr().err
+
+
 def test_ids_stay_apart(tmp_path):
     mesh = trimesh.creation.box()
     mesh.export(tmp_path / "thing.obj")
@@ -163,6 +231,14 @@ def test_an_empty_or_missing_folder_is_refused(tmp_path, capsys):
         (["--views", "8"], "at least the 16 views"),
         (["--supersample", "0"], "must be 1 or more"),
         (["--size", "0"], "must be 1 or more"),
+        (
+            ["--size", "100000"],
+            "24 views of 100000 px take a sheet of 600000 x 400000 px; WebP's pictures have at most",
+        ),
+        (["--views", "1000000000"], "1000000000 views of 128 px take a sheet of"),
+        (["--supersample", "10000"], "10000 rays a side of a pixel of 128 px are 1280000, above 4096"),
+        (["--ring", "nan", "nan"], "LOW to HIGH"),
+        (["--blender", sys.executable + "-not-there"], "cannot import bpy"),
         (["--ids", "list.txt"], "--ids chooses among"),
         (["--licences", "cc0"], "--licences among"),
     ],

@@ -6,12 +6,15 @@ import shutil
 import stat
 import subprocess
 import sys
+from argparse import ArgumentParser
 
 import pytest
+from safetensors import SafetensorError
 
 from gsv3d_lib.cluster import launch
 from gsv3d_lib.rendering import kernels as rasterizer_kernels
 from gsv3d_lib.system import doctor, paths
+from gsv3d_lib.system.command import exit_code
 from gsv3d_lib.system.paths import ROOT, atomic_path, find, from_repository, output, resolve
 from gsv3d_lib.weights.checkpoint import load_config
 
@@ -49,7 +52,7 @@ def test_an_installed_package_looks_only_where_it_is_told(tmp_path, monkeypatch)
     (tmp_path / "data").mkdir()
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     assert find("data").absolute() != tmp_path / "data"
-    assert "clone the repository" in from_repository(TINY) and from_repository("mine") == ""
+    assert "not in the installed package" in from_repository(TINY) and from_repository("mine") == ""
 
 
 def test_checkpoints_open_from_another_folder(tmp_path, monkeypatch):
@@ -75,6 +78,15 @@ def test_a_full_disk_leaves_nothing_and_names_the_path(tmp_path):
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert raised.value.filename == str(tmp_path / "x") and not list(tmp_path.iterdir())
+
+
+def test_other_libraries_errors_name_the_path_too(tmp_path, capsys):
+    def run(_):
+        with atomic_path(tmp_path / "x.safetensors"):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    assert exit_code(run, ArgumentParser(), []) == 2
+    assert f"the disk is full: {tmp_path / 'x.safetensors'} could" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- compiled kernels

@@ -288,6 +288,11 @@ def test_training_on_photographs(folder, tmp_path):
             "no camera pose",
         ),
         ({"frames": [{}]}, "file_path"),
+        ({"w": math.nan, "h": math.nan}, "impossible lens"),
+        ({"camera_model": ["OPENCV"]}, "distortion"),
+        ({"frames": [{"file_path": "../../000"}]}, "which is no file in its folder or one beside it"),
+        ({"frames": [{"file_path": "/etc/passwd"}]}, "which is no file in its folder or one beside it"),
+        ({"frames": [{"file_path": "0\0"}]}, "which is no file in its folder or one beside it"),
     ],
 )
 def test_unusable_cameras_are_one_sentence(folder, change, message):
@@ -296,6 +301,32 @@ def test_unusable_cameras_are_one_sentence(folder, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         photos.read_photos(folder / "changed.json")
     one_sentence(error)
+
+
+def test_a_mask_lies_in_the_folder_too(folder, tmp_path):
+    scene = json.loads((folder / "transforms.json").read_text())
+    for mask in ("/etc/hostname", "../../mask.png", 5):
+        scene["frames"][3]["mask_path"] = mask
+        (folder / "changed.json").write_text(json.dumps(scene))
+        with pytest.raises(ValueError, match="which is no file in its folder or one beside it") as error:
+            photos.read_photos(folder / "changed.json")
+        one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--views", "1000000000"], "WebP's pictures have at most"),
+        (["--size", "1000000"], "WebP's pictures have at most"),
+        (["--center", "nan", "0", "0", "--radius", "1"], "--center is a place"),
+    ],
+)
+def test_options_that_no_object_can_have_are_said_first(folder, tmp_path, capsys, options, sentence):
+    assert photos.main([str(folder), "--out", str(tmp_path), *options]) == 2
+    assert sentence in capsys.readouterr().err
+    for text in ("-5", "0"):
+        with pytest.raises(SystemExit, match="2"):
+            photos.main([str(folder), "--out", str(tmp_path), "--size", text])
 
 
 def test_too_few_photographs_or_only_one_side(folder, read, tmp_path, capsys):

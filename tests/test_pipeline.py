@@ -608,6 +608,28 @@ def test_the_truth_is_read_as_it_was_written(tmp_path):
     assert ev.load_truth(tmp_path, "other") is None and ev.mesh_scores(None, None) == {}
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"points": np.full((5000, 3), np.nan, "f2")}, "points holds values that are not finite"),
+        ({"points": np.full((5000, 3), 40, "f4")}, "points holds 40, outside of -1.01 to 1.01"),
+        ({"points": np.zeros((4095, 3), "f2")}, "it holds 4095 points, fewer than 4096"),
+        ({"points": np.zeros((5000, 2), "f2")}, r"points has the shape \[5000, 2\]"),
+        ({"occupancy": np.zeros(100, "u1")}, r"occupancy has the shape \[100\], not \[32768\]"),
+        ({"occupancy": np.zeros((64, 64, 64), bool)}, "occupancy has the shape"),
+        ({"occupancy_resolution": 32}, "occupancy_resolution holds 32"),
+    ],
+)
+def test_a_truth_with_wrong_numbers_is_one_sentence(tmp_path, change, sentence):
+    write_geometry(tmp_path, "balls")
+    with np.load(tmp_path / "balls.geometry.npz") as arrays:
+        arrays = dict(arrays) | change
+    np.savez(tmp_path / "balls.geometry.npz", **arrays)
+    with pytest.raises(ValueError, match=f"balls.geometry.npz cannot be read .*{sentence}") as error:
+        ev.load_truth(tmp_path, "balls")
+    one_sentence(error)
+
+
 def test_a_result_is_turned_into_the_world_of_the_truth(tmp_path):
     """Opaque Gaussians on the true surface, seen from azimuth 270: turned by it they fit, and not otherwise."""
     points = write_geometry(tmp_path, "balls").astype("f4") @ ev._turn(-270.0).T

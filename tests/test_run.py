@@ -128,6 +128,18 @@ def test_a_killed_run_keeps_what_it_had(notebook, tmp_path, signal_, state):
     assert [path.name for path in out.glob("*.ipynb")] == ["02_small.stopped.ipynb"]
 
 
+@pytest.mark.parametrize("record", ["", "[1]", '{"state": "running"}', "{", None])
+def test_a_damaged_record_is_one_of_a_stopped_run(tmp_path, record):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "02_small.ipynb").write_text("{")  # written by half
+    if record is not None:
+        (out / "run.json").write_text(record)
+    assert run.collected_metrics(out / "02_small.ipynb") == {} == run.collected_metrics(out / "none.ipynb")
+    run.keep_stopped(tmp_path / "02_small.ipynb", out)
+    assert (out / "02_small.stopped.ipynb").is_file() and not (out / "02_small.ipynb").exists()
+
+
 def within(seconds: float, happened) -> bool:
     end = time.monotonic() + seconds
     while not happened() and time.monotonic() < end:

@@ -1,12 +1,17 @@
 """Training data on disk: the same numbers as in memory, written once, read in part, and damage is named."""
 
 import copy
+import io
 import json
+import math
 import sys
+import zlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_world import object_views, one_sentence, tiny_config
 
 from gsv3d_lib import stages as table
@@ -292,6 +297,70 @@ def test_a_broken_index_is_one_sentence(broken):
     (broken / "index.json").write_text('{"format": 9, "shards": []}')
     with pytest.raises(ValueError, match="format is not 2"):
         shards.open_shards(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"views": 8}, "its number of views 8"),
+        ({"size": "32"}, "its numbers are no whole numbers"),
+        ({"copies": 0}, "its numbers are no whole numbers"),
+        ({"latent_scale": float("nan")}, "its latent_scale is nan"),
+        ({"latents": 5}, "cannot be read as shards"),
+        ({"objects": 6}, "it names 5 objects of 6"),
+        ({"file": "../00000.safetensors"}, "its file 0 is called '../00000.safetensors'"),
+        ({"file": 5}, "its file 0 is called '5'"),
+        ({"ids": ["balls_0", "balls_0"]}, "the id 'balls_0' is there twice"),
+        ({"ids": ["balls_0", "../x"]}, "'../x' is no id"),
+        ({"ids": 5}, "cannot be read as shards"),
+    ],
+)
+def test_an_index_with_wrong_numbers_is_one_sentence(broken, change, sentence):
+    index = json.loads((broken / "index.json").read_text())
+    (index["shards"][0] if set(change) & {"file", "ids"} else index).update(change)
+    (broken / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"index.json cannot be read as shards.*{sentence}|{sentence}") as error:
+        shards.open_shards(broken)
+    one_sentence(error)
+
+
+def as_bytes(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def png(size: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (size, size), (1, 2, 3, 4)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+SMALL = torch.zeros(8, 8, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rgba.0", as_bytes(png(32))),
+        ("rgba.0", as_bytes(shards.pack_picture(SMALL[..., :3], SMALL[..., 3:]))),
+        ("depth.0", as_bytes(shards.pack_depth(torch.zeros(8, 8)))),
+        ("depth.0", as_bytes(shards.pack_depth(torch.full((32, 32), math.nan)))),
+        ("depth.0", as_bytes(zlib.compress(bytes(100_000_000)))),
+        ("azimuths", torch.full((24,), math.nan)),
+        ("azimuths", torch.zeros(5)),
+        ("latents", torch.full((COPIES, 16, 4, 4, 4), math.nan)),
+        ("latents", torch.zeros(COPIES, 16, 4, 2, 2)),
+    ],
+)
+def test_a_shard_with_wrong_numbers_is_damaged(broken, name, value):
+    path = broken / "00000.safetensors"
+    save_file(load_file(path) | {f"0.{name}": value}, path)
+    index = json.loads((broken / "index.json").read_text())
+    index["shards"][0]["bytes"] = path.stat().st_size
+    (broken / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="Shard .*00000.safetensors is damaged.*delete it and run") as error:
+        orbits = shards.open_shards(broken).orbits()
+        orbits.scene(0).rgb[0], orbits.scene(0).depth[0], orbits.orbit(0, 0, 4)
+    one_sentence(error)
 
 
 # ---------------------------------------------------------------- order

@@ -117,6 +117,44 @@ def test_licences_and_sizes_are_stated_before_anything_is_fetched(tmp_path, caps
         sources.read_catalogue(path)
 
 
+@pytest.mark.parametrize("key", ["../../escape", "/tmp/escape", "a/b", ".."])
+def test_a_catalogue_does_not_choose_where_is_written(tmp_path, key):
+    trimesh.creation.box().export(tmp_path / "b.glb")
+    sources.write_catalogue(tmp_path / "c.json", {key: row("CC0", path=str(tmp_path / "b.glb"))})
+    out = tmp_path / "a" / "b" / "set"
+    assert md.main(["--objaverse", str(tmp_path / "c.json"), "--size", "16", "--out", str(out)]) == 0
+    (made,) = list_objects(out)
+    assert made["id"] == sources.plain_id(key)
+    written = {path for path in tmp_path.rglob("*") if path.suffix in (".webp", ".npz")}
+    assert written == {out / f"{made['id']}.webp", out / f"{made['id']}.npz"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"author": 5}, {"bytes": "5"}, {"bytes": float("nan")}, {"bytes": -1}, {"path": 5}, {"licence": None}]
+)
+def test_a_row_that_is_none_is_one_sentence(tmp_path, change):
+    sources.write_catalogue(tmp_path / "c.json", {"u": row("CC0") | change})
+    with pytest.raises(ValueError, match="c.json is no catalogue .the row 'u'.*make it again"):
+        sources.read_catalogue(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("option", ["--limit", "--processes"])
+@pytest.mark.parametrize("value", ["-1", "0", "x"])
+def test_options_that_count_are_1_or_more(tmp_path, capsys, option, value):
+    sources.write_catalogue(tmp_path / "c.json", CATALOGUE)
+    with pytest.raises(SystemExit, match="2"):
+        sources.main(["--catalogue", str(tmp_path / "c.json"), option, value])
+    assert option in capsys.readouterr().err
+
+
+def test_a_list_of_ids_that_is_no_text_is_one_sentence(tmp_path):
+    (tmp_path / "ids.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="ids.txt is no list of ids"):
+        sources.read_ids(tmp_path / "ids.txt")
+    (tmp_path / "ids.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")  # as Windows' editor saves it
+    assert sources.read_ids(tmp_path / "ids.txt") == ["one", "two"]
+
+
 def test_downloaded_objects_become_jobs_with_their_licence(tmp_path):
     trimesh.creation.box(extents=(1, 3, 1)).export(tmp_path / "b.glb")
     path = tmp_path / "objaverse.json"

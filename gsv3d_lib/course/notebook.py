@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
+from nbformat.reader import NotJSONError
 
 from ..system.command import check_writable, fault
 from ..system.errors import UserError
@@ -128,9 +129,10 @@ def plain(value):
 
 def collected_metrics(executed: Path) -> dict:
     """What `record` showed in an executed notebook, so far as it went."""
-    if not executed.is_file():
+    try:
+        cells = nbformat.read(executed, as_version=4).cells
+    except (OSError, NotJSONError):  # nothing was executed, or the disk was full before it was written in full
         return {}
-    cells = nbformat.read(executed, as_version=4).cells
     shown = [
         out["data"][METRICS] for cell in cells for out in cell.get("outputs", []) if METRICS in out.get("data", {})
     ]

@@ -202,14 +202,15 @@ def check_cameras(arrays: dict[str, np.ndarray], side: int) -> None:
     bent = np.abs(rotation @ rotation.swapaxes(1, 2) - np.eye(3)).max((1, 2))
     bent += np.abs(np.linalg.det(rotation) - 1) + np.abs(c2w[:, 3] - [0, 0, 0, 1]).max(1)
     if bent.max() > TOLERANCE:
-        raise UserError(f"c2w of view {bent.argmax()} does not only turn and move: it scales, bends or mirrors")
+        first = int((bent > TOLERANCE).argmax())
+        raise UserError(f"c2w of view {first} does not only turn and move: it scales, bends or mirrors")
     expected = orbit_cameras(azimuths, torch.from_numpy(arrays["el"].astype("f8")), side)
     off = np.abs(expected.c2w().numpy() - c2w).max((1, 2))
     if off.max() > TOLERANCE:
-        worst = int(off.argmax())
+        first = int((off > TOLERANCE).argmax())
         raise UserError(
-            f"c2w of view {worst} is not the camera at azimuth {azimuths[worst]:g} and elevation "
-            f"{arrays['el'][worst]:g}: another place, direction, or other axes (it is off by {off[worst]:.2g})"
+            f"c2w of view {first} is not the camera at azimuth {azimuths[first]:g} and elevation "
+            f"{arrays['el'][first]:g}: another place, direction, or other axes (it is off by {off[first]:.2g})"
         )
     if np.abs(intrinsics(side).numpy() - arrays["K"]).max() > TOLERANCE * side:
         raise UserError(

@@ -258,7 +258,8 @@ def _in_processes(work: partial, jobs: list[Job], workers: int) -> Iterator[dict
     count = min(workers, len(jobs), MAX_WORKERS)
     with ProcessPoolExecutor(count, get_context("spawn"), end_with_parent) as pool:
         try:
-            yield from pool.map(work, jobs)
+            for future in [pool.submit(work, job) for job in jobs]:
+                yield future.result()
         except BaseException:  # Ctrl-C, or a caller that wants no more: nobody waits for what they are at
             for process in set(active_children()) - others:
                 process.terminate()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..system.errors import MissingFile, UserError
 from ..system.files import UNREADABLE, read_plain
@@ -37,6 +37,7 @@ MAX_FILE = 1 << 29  # bytes of a mesh file, and of each file that it names
 MAX_TEXELS = 1 << 26  # pixels of a texture: 8192 x 8192
 MAX_TRIANGLES = 20_000_000  # of a scene, every copy counted
 MAX_NODES = 10_000  # of a glTF's tree, and parts of a scene
+ROUNDING = 1e-3  # of colours, above 1
 MAX_UV = 1e5  # texture coordinates beyond repeat the texture more often than float32 can tell
 
 # Extensions of glTF that a file may require: those that change nothing of what is drawn here,
@@ -133,7 +134,13 @@ def _candidates(path: Path, name: str, places: tuple[Path, ...]) -> list[Path]:
 
 def check_picture(data: bytes) -> None:
     """Raises UserError, or another error of `UNREADABLE`, where a texture cannot be decoded."""
-    with Image.open(io.BytesIO(data), formats=PICTURES) as picture:
+    try:
+        picture = Image.open(io.BytesIO(data), formats=PICTURES)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"a texture has more than {MAX_TEXELS:,} pixels") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"it is no picture of a kind known here: {', '.join(PICTURES)}") from error
+    with picture:
         if picture.width * picture.height > MAX_TEXELS:
             raise UserError(f"a texture has {picture.width} x {picture.height} pixels, above {MAX_TEXELS:,}")
         if picture.mode not in MODES:
@@ -180,7 +187,7 @@ def _check_color(color, count: int, name: str) -> None:
     """Raises UserError unless a colour is `count` numbers from 0 to 1."""
     if not isinstance(color, list) or len(color) != count:
         raise UserError(f"{name} is not {count} numbers")
-    if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in color):
+    if not all(isinstance(value, int | float) and 0 <= value <= 1 + ROUNDING for value in color):
         raise UserError(f"{name} is {color}, not from 0 to 1")
 
 
@@ -208,7 +215,7 @@ def check_off(data: bytes, companions) -> None:
 
 def check_glb(data: bytes, companions) -> None:
     """The chunks of a binary glTF, and what they hold."""
-    magic, version, length = struct.unpack_from("<4sII", data)
+    magic, version, length = struct.unpack_from("<4sII", data.ljust(12, b"\0"))
     if magic != b"glTF" or version != 2:
         raise UserError("it is no glTF 2.0")
     if length > len(data):
@@ -436,6 +443,8 @@ def check_part(part: trimesh.Trimesh) -> None:
     faces, count = part.faces, len(part.vertices)
     if not len(faces):
         return
+    if part.vertices.shape[1:] != (3,):
+        raise UserError("a vertex has not three coordinates")
     if faces.min() < 0 or faces.max() >= count:
         raise UserError(f"a triangle names vertex {faces.max()} of {count}")
     if not np.isfinite(part.vertices[faces]).all():

@@ -68,9 +68,8 @@ def normalized(mesh: trimesh.Trimesh | trimesh.Scene, turn: np.ndarray | None = 
     radius = np.linalg.norm(points - center, axis=1).max()
     if not radius > 0 or not np.isfinite(radius):
         raise UserError(f"The mesh cannot be scaled into the unit ball: its radius is {radius}.")
-    for part in parts:
-        part.apply_translation(-center)
-        part.apply_scale(1 / radius)
+    for part in parts:  # not by trimesh's own moves, which take a move by less than 1e-8 for none
+        part.vertices = (part.vertices - center) / radius
     return trimesh.Scene(parts)
 
 

@@ -117,11 +117,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_writable(args.out)  # first: a folder has no suffix to change
     beside = args.out.with_suffix(".md"), args.out.with_suffix(".png")
     if args.out in beside:
         raise UserError(f"--out names the JSON file; the table and the pictures go beside it, so {args.out} is taken.")
-    for path in (args.out, *beside):
+    for path in beside:
         check_writable(path)
+        if path.exists() and not args.out.exists():  # no earlier run's: that would have written its JSON first
+            raise UserError(
+                f"{path} is there already and goes beside --out {args.out}: choose another --out, or move it."
+            )
     nets = [load_lpips(path) for path in args.lpips]
     pipe = GSV3DPipeline.from_pretrained(args.weights, lora=not args.no_lora)
     views = load_views([args.objects], pipe.config.image_size, limit=args.limit)

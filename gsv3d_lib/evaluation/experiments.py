@@ -33,6 +33,7 @@ from ..data.examples import Orbits, load_orbits, relative_cameras, ring_frames
 from ..pipeline import GSV3DPipeline
 from ..stages import build_stage, initial, starting_models
 from ..system.command import (
+    batch,
     check_writable,
     command_parser,
     exit_code,
@@ -501,7 +502,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=training_seed, default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, help="training steps of every arm")
-    parser.add_argument("--batch", type=positive)
+    parser.add_argument("--batch", type=batch)
     parser.add_argument("--sampling-steps", type=sampler_steps, default=10)
     parser.add_argument("--guidance", type=guidance, default=1.0, help="1 = none, which halves the time")
     parser.add_argument("--limit", type=positive, help="use only the first training objects")

@@ -114,6 +114,8 @@ def check_writable(path: Path) -> None:
         place = place.parent
     if path.is_dir():
         raise UserError(f"{path} cannot be written: it is a folder; name a file in it.")
+    if path.exists() and not path.is_file():  # to replace /dev/null would harm every program
+        raise UserError(f"{path} cannot be written: it is no ordinary file; name another place.")
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise UserError(f"{path} cannot be written: {place} is no folder that you may write to.")
 
@@ -167,7 +169,8 @@ positive = whole(1, MANY)  # counts something
 pixels = whole(8, 4096)  # the side of a picture
 sampler_steps = whole(1, 1000)
 seed = whole(0, 2**63 - 1)
-training_seed = whole(0, 10**8)  # the random numbers of an example are seeded by seed, step and place together
+training_seed = whole(0, 10**8)  # `training.example_generator` multiplies it
+batch = whole(1, 65_535)  # it leaves so much room
 guidance = number(0.0, 100.0)
 
 ELEVATION_HELP = "of the camera that took the image (default 15); auto estimates it"
@@ -186,6 +189,17 @@ def degrees(text: str) -> float | None:
     return value
 
 
-# the types of paths: `paths` states the rule
-input_path = find
-output_path = output
+def input_path(text: str | Path) -> Path:
+    """What a command reads, by the rule that `paths` states."""
+    return find(named(text))
+
+
+def output_path(text: str | Path) -> Path:
+    """What a command writes, by the same rule."""
+    return output(named(text))
+
+
+def named(text: str | Path) -> str | Path:
+    if not str(text):
+        raise argparse.ArgumentTypeError("must name a file or folder, got ''")
+    return text

@@ -193,7 +193,7 @@ def kernels_finding() -> Finding:
         return Finding(
             "fallback",
             "No folder can be written to keep the numba rasteriser's compiled kernels, so every start compiles them again, "
-            "for about a minute; set NUMBA_CACHE_DIR to a folder of yours.",
+            "about half a minute; set NUMBA_CACHE_DIR to a folder of yours.",
         )
     folder = kernels.project_gaussians.stats.cache_path
     return Finding("good", f"The numba rasteriser's compiled kernels are kept in {folder}.")
