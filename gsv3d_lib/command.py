@@ -6,10 +6,11 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import UserError, machine_fault
+from .errors import Doubt, UserError, machine_fault
 
 
 def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
@@ -21,6 +22,10 @@ def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespac
     for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 must not end a command at its first umlaut
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda what, kind, *rest: (
+        f"gsv3d: {what}\n" if issubclass(kind, Doubt) else usual(what, kind, *rest)
+    )
     try:
         run(args)
     except UserError as error:
@@ -35,6 +40,8 @@ def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespac
             raise
         print(f"gsv3d: {sentence}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = usual
     return 0
 
 

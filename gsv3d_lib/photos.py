@@ -31,7 +31,7 @@ from torch import Tensor
 from .cameras import DISTANCE, intrinsics, look_at, opengl_to_opencv, orbit_cameras
 from .command import check_writable, exit_code
 from .dataset import FRONT, RING, ObjectViews, write_index, write_object
-from .errors import MissingFile, UserError
+from .errors import Doubt, MissingFile, UserError
 from .images import MAX_SIDE, cut_out, load_image
 from .make_dataset import RANDOM_VIEWS, check_alike, existing_rows
 from .sources import plain_id
@@ -119,8 +119,8 @@ def _masked(image: Image.Image, folder: Path, frame: dict, background: str) -> I
         image.putalpha(mask)
         return image
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a background was removed by colour is said once, not per photograph
-        return cut_out(image, background)
+        warnings.filterwarnings("ignore", message=".* removed by colour", category=Doubt)  # of every photograph
+        return cut_out(image, background, frame["file_path"])
 
 
 def frame_intrinsics(frame: dict, width: int, height: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny_world import one_sentence
 
-from gsv3d_lib import images
+from gsv3d_lib import cutout, images
 from gsv3d_lib.images import cut_out, load_image, prepare_condition
 
 
@@ -213,7 +213,7 @@ def test_plain_background_is_cut_out_with_a_warning(backdrop):
     assert (alpha & truth).sum() / (alpha | truth).sum() > 0.93
 
 
-@pytest.mark.filterwarnings("ignore:The picture has no transparency")
+@pytest.mark.filterwarnings("ignore:.*removed by colour")
 def test_shaded_backdrop_second_object_and_hole():
     shade = np.linspace(120, 220, 128)[:, None, None] * np.ones((1, 128, 3))
     backdrop = Image.fromarray(shade.astype(np.uint8)).convert("RGBA")
@@ -226,7 +226,7 @@ def test_shaded_backdrop_second_object_and_hole():
     assert (alpha & truth).sum() / (alpha | truth).sum() > 0.95
 
 
-@pytest.mark.filterwarnings("ignore:The picture has no transparency")
+@pytest.mark.filterwarnings("ignore:.*removed by colour")
 def test_nothing_to_find():
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     cases = [
@@ -242,7 +242,7 @@ def test_nothing_to_find():
         cut_out(disc(), "magic")
 
 
-@pytest.mark.skipif(images._has_rembg(), reason="rembg is installed")
+@pytest.mark.skipif(cutout._has_rembg(), reason="rembg is installed")
 def test_rembg_that_is_not_there_is_one_sentence():
     with pytest.raises(ValueError, match="rembg is not installed: pip install 'rembg"):
         cut_out(Image.new("RGBA", (8, 8)), "rembg")
