@@ -25,8 +25,10 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PY) -m pip install $(PIP_QUIET) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
 	@touch $@
 
+# By the environment, so that no character of a file's name means anything to make or the shell.
+demo: export DEMO_IMAGE := $(value IMAGE)
 demo: $(INSTALLED) ## one image -> 3D Gaussians; IMAGE=my.png for your own picture, ELEVATION=auto or degrees
-	$(PY) -m gsv3d_lib.demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(ELEVATION),--elevation $(ELEVATION))
+	$(PY) -m gsv3d_lib demo $(if $(value IMAGE),--image="$$DEMO_IMAGE") $(if $(ELEVATION),--elevation=$(ELEVATION))
 
 test: $(INSTALLED) ## every test and every notebook, offline
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadscope \
@@ -36,23 +38,23 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_from_one_image_to_3d.ipynb
 
 notebooks: $(INSTALLED) ## run every notebook in place: outputs, time and memory; and the picture of the README
-	$(PY) -m gsv3d_lib.refresh
-	$(PY) -m gsv3d_lib.refresh --hero docs/images/hero.png
+	$(PY) -m gsv3d_lib refresh
+	$(PY) -m gsv3d_lib refresh --hero docs/images/hero.png
 
 full: $(INSTALLED) ## one notebook with a parameter set: make full NB=05 PARAMS=paper
 	$(if $(NB),,$(error say which notebook and parameter set, such as: make full NB=05 PARAMS=tiny))
-	$(PY) -m gsv3d_lib.run $(NB) --params $(or $(PARAMS),tiny) $(ARGS)
+	$(PY) -m gsv3d_lib run $(NB) --params $(or $(PARAMS),tiny) $(ARGS)
 
 train-tiny: $(INSTALLED) ## train all stages at tiny scale on procedural objects, into runs/tiny
-	$(PY) -m gsv3d_lib.make_dataset --procedural 300 --seed 0 --out data/cache/procedural
-	$(PY) -m gsv3d_lib.train --preset tiny --data data/cache/procedural --out runs/tiny
+	$(PY) -m gsv3d_lib make_dataset --procedural 300 --seed 0 --out data/cache/procedural
+	$(PY) -m gsv3d_lib train --preset tiny --data data/cache/procedural --out runs/tiny
 
 bench: $(INSTALLED) ## speed of the rasterisers, then of training steps and generation, on this machine
 	$(PY) benchmarks/rasterizer.py
 	$(PY) benchmarks/chain.py
 
 doctor: $(INSTALLED) ## what this machine has, what falls back, and how to fix it
-	$(PY) -m gsv3d_lib.doctor
+	$(PY) -m gsv3d_lib doctor
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -32,22 +32,24 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gsv3d_lib.cameras import batch_cameras
 from gsv3d_lib.config import Config
-from gsv3d_lib.dataset import COLUMN_NAMES, ObjectViews, ViewTensors, resize_views
+from gsv3d_lib.data.dataset import COLUMN_NAMES, ObjectViews, ViewTensors, resize_views
+from gsv3d_lib.data.examples import Orbits, load_orbits
 from gsv3d_lib.decoder import plane_sweep
-from gsv3d_lib.diffusion import Condition, guided_v, predict_v
+from gsv3d_lib.diffusion import Condition, diffusion_draws, guided_v, predict_v
 from gsv3d_lib.distillation import DistillationStage
-from gsv3d_lib.encoders import image_features
+from gsv3d_lib.encoders import image_features, orbit_condition
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.lora import add_lora, load_lora, merged_lora
-from gsv3d_lib.orbits import Orbits, batch_cameras, load_orbits
 from gsv3d_lib.pipeline import GSV3DPipeline
+from gsv3d_lib.pretraining import DiffusionStage
 from gsv3d_lib.rendering import render
-from gsv3d_lib.stages import DecoderStage, DiffusionStage, diffusion_draws, orbit_condition
-from gsv3d_lib.train import load_model
+from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.training import Stage, draw_batch, update_average
 from gsv3d_lib.unet import FrameConv
 from gsv3d_lib.vae import encode
+from gsv3d_lib.weights.checkpoint import load_model
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "data" / "checkpoints" / "tiny"
@@ -59,9 +61,9 @@ SECTIONS = ("steps", "generation", "comparisons")
 def make_orbits(config: Config, vae) -> Orbits:
     """Two procedural objects, rendered here and encoded."""
     from gsv3d_lib.cameras import orbit_cameras
-    from gsv3d_lib.make_dataset import dataset_angles
-    from gsv3d_lib.objects import procedural_object
-    from gsv3d_lib.raycast import render_mesh
+    from gsv3d_lib.data.make_dataset import dataset_angles
+    from gsv3d_lib.data.procedural.objects import procedural_object
+    from gsv3d_lib.data.raycast import render_mesh
 
     parts = []
     for seed in OBJECTS:
@@ -317,10 +319,15 @@ def guided_by_two(unet, noisy: Tensor, sigma: Tensor, condition: Condition, weig
     return null + weight * (v - null)
 
 
+def lora_apart(unet, scale: float | None = None):
+    """In place of `lora.merged_lora`: the U-Net with its LoRA beside the weights."""
+    return unet
+
+
 @contextmanager
 def plain_code() -> Iterator[None]:
     """Within the block: the LoRA apart, two passes for guidance, and torch's `std` in the plane sweep."""
-    ways = {"pipeline.merged_lora": nullcontext, "diffusion.guided_v": guided_by_two, "decoder.deviation": std_of_views}
+    ways = {"pipeline.merged_lora": lora_apart, "diffusion.guided_v": guided_by_two, "decoder.deviation": std_of_views}
     with ExitStack() as stack:
         for name, way in ways.items():
             stack.enter_context(patch(f"gsv3d_lib.{name}", way))
@@ -471,12 +478,12 @@ class Workbench:
 
 def sampling_comparisons(bench: Workbench) -> Iterator[Comparison]:
     work, sample = "U-Net, one guided step", bench.sample
-    base, apart, lora = load_model(WEIGHTS, "unet"), lora_unet(), lora_unet()
+    base, apart = load_model(WEIGHTS, "unet"), lora_unet()
+    lora = merged_lora(apart)
     full = without_token_attention(copy.deepcopy(base))
     slow = without_frame_conv(copy.deepcopy(base))
     token, frame = "attention to one token without queries and keys", "frame convolution in 2-D"
-    with merged_lora(lora):
-        yield Comparison(work, "LoRA merged", "yes", lambda: sample(apart), lambda: sample(lora))
+    yield Comparison(work, "LoRA merged", "yes", lambda: sample(apart), lambda: sample(lora))
     yield Comparison(work, token, "yes", lambda: sample(full), lambda: sample(base))
     yield Comparison(work, frame, "yes", lambda: sample(slow), lambda: sample(base))
     last = channels_last(base)
@@ -590,8 +597,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error(f"--rounds is at least 1; got {args.rounds}.")
-    from gsv3d_lib.evaluate import commit, hardware
-    from gsv3d_lib.pipeline import load_config
+    from gsv3d_lib.system.provenance import commit, hardware
+    from gsv3d_lib.weights.checkpoint import load_config
 
     torch.set_num_threads(1)
     config = load_config(WEIGHTS)

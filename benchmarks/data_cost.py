@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 
+from gsv3d_lib.cluster.shards import pack_depth, pack_picture
 from gsv3d_lib.config import preset
-from gsv3d_lib.dataset import RING, read_object, resize_views
-from gsv3d_lib.evaluate import commit, hardware
-from gsv3d_lib.make_dataset import make_dataset
-from gsv3d_lib.paths import atomic_path
-from gsv3d_lib.shards import pack_depth, pack_picture
-from gsv3d_lib.sources import Job, mesh_jobs, procedural_jobs
+from gsv3d_lib.data.dataset import RING, read_object, resize_views
+from gsv3d_lib.data.make_dataset import make_dataset
+from gsv3d_lib.data.sources import Job, mesh_jobs, procedural_jobs
+from gsv3d_lib.system.paths import atomic_path
+from gsv3d_lib.system.provenance import commit, hardware
 from gsv3d_lib.vae import build_vae, encode
 
 RENDERED = {"tiny": 128, "small": 128, "paper": 576}  # pixels of the dataset; a multiple of the preset's

@@ -1,4 +1,4 @@
-"""Is the plan right? Peak memory of training steps and of an inference, measured, beside what `gsv3d_lib.plan` says.
+"""Is the plan right? Peak memory of training steps and of an inference, measured, beside what `gsv3d_lib.cluster.plan` says.
 
 The file also gets the plan of stage 2 at paper scale, which nothing here can measure.
 
@@ -26,9 +26,10 @@ from pathlib import Path
 
 import torch
 
-from gsv3d_lib.config import Config, preset, schedule_field
-from gsv3d_lib.paths import atomic_path
-from gsv3d_lib.plan import build_stage, plan, plan_inference, shapes, without_data
+from gsv3d_lib.cluster.plan import plan, plan_inference, shapes, stage_on_meta, without_data
+from gsv3d_lib.config import Config, preset
+from gsv3d_lib.stages import schedule_of
+from gsv3d_lib.system.paths import atomic_path
 from gsv3d_lib.training import update_average
 
 MB = 1e6
@@ -77,8 +78,8 @@ def with_numbers(model: torch.nn.Module) -> torch.nn.Module:
 def training(case: dict) -> tuple[Callable[[], None], Callable[[], int]]:
     """Functions that make one step as `training.train` does, and that count the bytes of the tensors that stay."""
     config, batch = config_of(case), batch_of(case)
-    stage = with_numbers(build_stage(config, case["work"]))
-    schedule = getattr(config, schedule_field(case["work"]))
+    stage = with_numbers(stage_on_meta(config, case["work"]))
+    schedule = schedule_of(config, case["work"])
     parameters = [p for p in stage.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     average = {name: p.detach().clone() for name, p in stage.training_state().items()} if schedule.ema else {}
@@ -103,9 +104,9 @@ def training(case: dict) -> tuple[Callable[[], None], Callable[[], int]]:
 
 def inference(case: dict) -> tuple[Callable[[], object], Callable[[], int]]:
     """Functions that turn one image into Gaussians, and that count the weights."""
+    from gsv3d_lib.cluster.plan import NETWORKS, models_on_meta
     from gsv3d_lib.lora import add_lora
     from gsv3d_lib.pipeline import GSV3DPipeline
-    from gsv3d_lib.plan import NETWORKS, models_on_meta
 
     config = config_of(case)
     models = models_on_meta(config, *NETWORKS)
@@ -224,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scales", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    from gsv3d_lib.evaluate import commit, hardware
+    from gsv3d_lib.system.provenance import commit, hardware
 
     prepare()
     report = {

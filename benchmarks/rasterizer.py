@@ -27,8 +27,8 @@ from torch import Tensor
 
 from gsv3d_lib.cameras import Cameras, orbit_cameras
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.reference import ALPHA_MAX, ALPHA_MIN, TILE, TRANSMITTANCE_MIN
 from gsv3d_lib.rendering import Rendering, render
+from gsv3d_lib.rendering.plain import ALPHA_MAX, ALPHA_MIN, TILE, TRANSMITTANCE_MIN
 
 # name: (image size, Gaussians, views); ours in PyTorch is left out of C, where autograd would remember too many GB
 WORKLOADS = {"A": (64, 4_096, 8), "B": (128, 16_384, 8), "C": (256, 65_536, 4)}

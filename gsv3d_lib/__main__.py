@@ -1,8 +1,25 @@
-"""One image -> a 3D object, from the command line.
+"""One image -> a 3D object, from the command line; and the door to all other commands.
 
     python -m gsv3d_lib my.png --out runs/my
 
-writes object.ply, object.glb, turntable.mp4, turntable.gif and viewer.html into the folder.
+writes object.ply, object.glb, turntable.mp4, turntable.gif and viewer.html into the folder,
+or, where it holds such files already, into runs/my-2, runs/my-3, ...: nothing is overwritten.
+
+    python -m gsv3d_lib COMMAND ...        each explains itself with --help
+
+    demo          notebook 00 on one image
+    run           a notebook with other parameters
+    train         the stages of one preset, in order
+    make_dataset  objects to train on: procedural ones, or your meshes
+    photos        photographs of one object as training data
+    sources       objects of Objaverse by licence
+    shards        training data that streams from disk
+    plan          memory and time of a training before it starts
+    evaluate      a checkpoint measured on a dataset
+    experiments   the paper's claims, trained and compared
+    elevation     the estimate of the camera's elevation, fitted
+    sv3d          SV3D's published weights, converted
+    doctor        what this machine has, and what falls back
 """
 
 from __future__ import annotations
@@ -10,43 +27,88 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
+from importlib import import_module
 
-from .command import ELEVATION_HELP, check_writable, degrees, exit_code, positive
-from .paths import BEST, resolve
+from .system.command import (
+    ELEVATION_HELP,
+    check_writable,
+    command_parser,
+    degrees,
+    exit_code,
+    guidance,
+    input_path,
+    output_path,
+    results_folder,
+    sampler_steps,
+    seed,
+)
+from .system.paths import BEST, folder_name
+
+COMMANDS = {  # where each lives
+    "demo": "course.demo",
+    "run": "course.run",
+    "train": "train",
+    "make_dataset": "data.make_dataset",
+    "photos": "data.photos",
+    "sources": "data.sources",
+    "shards": "cluster.shards",
+    "plan": "cluster.plan",
+    "evaluate": "evaluation.evaluate",
+    "experiments": "evaluation.experiments",
+    "elevation": "elevation",
+    "sv3d": "weights.sv3d",
+    "doctor": "system.doctor",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("", __doc__)
+    parser.add_argument("image", type=input_path, help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask")
+    parser.add_argument("--out", type=output_path, help="folder (default: runs/object/ and the image's name)")
+    parser.add_argument("--weights", type=input_path, default=BEST, help="checkpoint folder (default: %(default)s)")
+    parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
+    parser.add_argument("--steps", type=sampler_steps, help="of the sampler")
+    parser.add_argument("--guidance", type=guidance, help="peak of the triangular guidance; 1 = none")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--no-lora", action="store_true", help="without the geometric distillation")
+    parser.add_argument(
+        "--no-back-projection",
+        action="store_true",
+        help="without the input's own outline and colours where its camera sees the object",
+    )
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m gsv3d_lib", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("image", type=Path, help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask")
-    parser.add_argument("--out", type=Path, default=Path("runs/object"))
-    parser.add_argument("--weights", default=BEST, help="checkpoint folder (default: %(default)s)")
-    parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
-    parser.add_argument("--steps", type=positive, help="of the sampler")
-    parser.add_argument("--guidance", type=float, help="peak of the triangular guidance; 1 = none")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-lora", action="store_true", help="without the geometric distillation")
-    return exit_code(run, parser.parse_args(arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in COMMANDS:
+        return import_module(f"gsv3d_lib.{COMMANDS[given[0]]}").main(given[1:])
+    return exit_code(run, build_parser(), given)
 
 
 def run(args: argparse.Namespace) -> None:
-    from .export import save_object
+    from .export import FILES, save_object
     from .images import prepare_condition
-    from .pipeline import GSV3DPipeline, load_config
+    from .pipeline import GSV3DPipeline, settings_for
+    from .weights.checkpoint import load_config
 
-    check_writable(args.out / "object.ply")
-    weights = resolve(args.weights)
-    rgb, mask = prepare_condition(args.image, load_config(weights).image_size)  # a bad image fails before models load
-    pipe = GSV3DPipeline.from_pretrained(weights, lora=not args.no_lora)
+    out = args.out or output_path("runs/object") / folder_name(args.image)
+    check_writable(out / "object.ply")
+    config = load_config(args.weights)
+    options = {"elevation": args.elevation, "steps": args.steps}
+    options |= {"guidance": args.guidance, "seed": args.seed}
+    settings_for(config, **options)  # bad options and a bad image fail before models load
+    rgb, mask = prepare_condition(args.image, config.image_size)
+    pipe = GSV3DPipeline.from_pretrained(args.weights, lora=not args.no_lora)
     started = time.perf_counter()
-    options = {"steps": args.steps, "guidance": args.guidance, "seed": args.seed}
-    made = pipe.generate(rgb, mask=mask, elevation=args.elevation, **options)
+    options["back_projection"] = not args.no_back_projection
+    made = pipe.generate(rgb, mask=mask, **options)
     seconds = time.perf_counter() - started
     print(f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s")
-    for kind, path in save_object(made.gaussians, args.out).items():
-        print(f"{kind:>7}  {path}")
+    with results_folder(out, FILES.values()) as folder:
+        for kind, path in save_object(made.gaussians, folder).items():
+            print(f"{kind:>7}  {path}")
 
 
 if __name__ == "__main__":

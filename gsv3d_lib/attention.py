@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +12,36 @@ from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: queries [B, heads, T, d], keys and values [B, heads, S, d] -> [B, heads, T, d].
+    """softmax(q k^T / sqrt(d)) v: the one door to attention in the U-Net and decoder.
 
-    On a CPU torch's attention in bfloat16 has a backward pass ten times slower than in float32, so it is done in float32.
+    Queries [B, heads, T, d], keys and values [B, heads, S, d] -> [B, heads, T, d].
+    """
+    return _attention.get()(q, k, v)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` by torch's own function.
+
+    On a CPU its backward pass in bfloat16 is ten times slower than in float32, so there
+    it is done in float32.
     """
     if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v)
     with full_precision(q.device):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+_attention: ContextVar[Callable] = ContextVar("attention", default=fused_attention)
+
+
+@contextmanager
+def attending_with(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Within the block `attend` is this function, for example another implementation."""
+    token = _attention.set(function)
+    try:
+        yield
+    finally:
+        _attention.reset(token)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -16,8 +16,7 @@ from torch import Tensor
 from .cameras import Cameras, read_at
 from .gaussians import Gaussians
 from .images import VISIBLE_ALPHA
-from .mesh import SURFACE_ALPHA
-from .rendering import render
+from .rendering import SURFACE_ALPHA, render
 
 SHOWS = 0.01  # a Gaussian is seen where its weights sum to this many pixels or more
 BEHIND = 0.05  # and it is no further than this behind the surface, in world units; chosen on unseen procedural objects

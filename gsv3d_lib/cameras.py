@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .system.errors import UserError
 
 FOV_DEG = 33.8
 DISTANCE = 3.509
-# SV3D leaves the direction of a growing azimuth undocumented; here the camera moves counter-clockwise seen from above.
+# A growing azimuth moves the camera counter-clockwise seen from above, as in SV3D's own videos.
 AZIMUTH_SIGN = 1.0
 
 
@@ -90,12 +90,22 @@ def intrinsics(size: int, fov_deg: float = FOV_DEG) -> Tensor:
 
 
 def look_at(positions: Tensor) -> Tensor:
-    """World-to-camera matrices [V, 4, 4] of cameras at `positions` [V, 3] that look at the origin, +z up."""
+    """World-to-camera matrices [V, 4, 4] of cameras at `positions` [V, 3].
+
+    They look at the origin and have +z up. Raises UserError for a position straight above
+    or below it, where up has no meaning.
+    """
+    sideways = positions[:, :2].norm(dim=-1) / positions.norm(dim=-1)
+    if not (sideways > 1e-6).all():
+        raise UserError("A camera straight above or below the object has no defined up; keep |elevation| < 90 degrees.")
+    return _facing_origin(positions)
+
+
+def _facing_origin(positions: Tensor) -> Tensor:
+    """`look_at` without a look at the numbers."""
     forward = -torch.nn.functional.normalize(positions, dim=-1)
     up = positions.new_tensor([0.0, 0.0, 1.0]).expand_as(forward)
     right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=-1)
-    if not torch.isfinite(right).all() or (right.norm(dim=-1) < 0.5).any():
-        raise UserError("A camera straight above or below the object has no defined up; keep |elevation| < 90 degrees.")
     down = torch.linalg.cross(forward, right)
     rotation = torch.stack([right, down, forward], dim=-2)  # rows: camera axes in the world
     viewmats = torch.zeros(len(positions), 4, 4, dtype=positions.dtype)
@@ -108,19 +118,46 @@ def look_at(positions: Tensor) -> Tensor:
 def orbit_cameras(
     azimuths_deg, elevations_deg, size: int, distance: float = DISTANCE, fov_deg: float = FOV_DEG
 ) -> Cameras:
-    """Cameras on a sphere. `azimuths_deg` [V] and `elevations_deg` [V] or a number; square images of `size` pixels.
+    """Cameras on a sphere around the origin; square images of `size` pixels.
 
-    Raises ValueError for elevations that are not between -90 and 90 degrees.
+    azimuths_deg: [V].  elevations_deg: [V] or one number.
+    Raises UserError for elevations that are not between -90 and 90 degrees.
     """
-    azimuth = torch.deg2rad(AZIMUTH_SIGN * torch.as_tensor(azimuths_deg, dtype=torch.float64).reshape(-1))
-    elevation = torch.deg2rad(torch.as_tensor(elevations_deg, dtype=torch.float64)).expand_as(azimuth)
-    if not (elevation.abs() < math.pi / 2).all():
+    azimuths = torch.as_tensor(azimuths_deg, dtype=torch.float64).reshape(-1)
+    elevations = torch.as_tensor(elevations_deg, dtype=torch.float64).expand_as(azimuths)
+    if not (elevations.abs() < 90).all():
         raise UserError(f"Elevations lie between -90 and 90 degrees, both excluded; got {elevations_deg}.")
-    directions = torch.stack(
-        [elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], dim=-1
-    )
-    viewmats = look_at(distance * directions).float()
+    return sphere_cameras(azimuths, elevations, size, distance, fov_deg)
+
+
+def sphere_cameras(
+    azimuths: Tensor,
+    elevations: Tensor,
+    size: int,
+    distance: float = DISTANCE,
+    fov_deg: float = FOV_DEG,
+) -> Cameras:
+    """`orbit_cameras` of angles [V] in degrees that were checked where they were read.
+
+    It never looks at the numbers, so it also runs on tensors that have none (`cluster/plan.py`).
+    """
+    azimuth = torch.deg2rad(AZIMUTH_SIGN * azimuths.double())
+    elevation = torch.deg2rad(elevations.double())
+    horizontal = elevation.cos()
+    directions = [horizontal * azimuth.cos(), horizontal * azimuth.sin(), elevation.sin()]
+    viewmats = _facing_origin(distance * torch.stack(directions, dim=-1)).float()
     return Cameras(viewmats, intrinsics(size, fov_deg).repeat(len(viewmats), 1, 1), size, size)
+
+
+def batch_cameras(azimuth: Tensor, elevation: Tensor, size: int) -> list[Cameras]:
+    """Angles [B, V] in degrees -> B batches of V cameras, on the angles' device."""
+    pairs = zip(azimuth.cpu(), elevation.cpu())
+    return [sphere_cameras(a, e, size).to(azimuth.device) for a, e in pairs]
+
+
+def sv3d_angles(azimuth: Tensor, elevation: Tensor) -> tuple[Tensor, Tensor]:
+    """SV3D's polar angle, 90 degrees minus elevation, and azimuth: degrees to radians."""
+    return torch.deg2rad(90 - elevation), torch.deg2rad(azimuth)
 
 
 def sv3d_azimuths(num_frames: int) -> Tensor:

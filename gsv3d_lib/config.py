@@ -9,8 +9,116 @@ from __future__ import annotations
 import ast
 import dataclasses
 from dataclasses import dataclass
+from numbers import Integral, Real
 
-from .errors import UserError
+from .system.errors import UserError
+
+NAMES = ("tiny", "small", "paper")
+RING_VIEWS = 16  # of `dataset.RING`: what training orbits are made of
+VAE_LEVELS = 4  # 8 = 2^3 pixels to a latent
+DIFFUSERS_GROUPS = 32  # of the normalisation layers that diffusers builds
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What values a field takes: numbers from `low` to `high`, whole ones or any; of a tuple, every entry."""
+
+    low: float
+    high: float
+    whole: bool = False
+    above: bool = False  # `low` itself is too low
+
+    def __contains__(self, value) -> bool:
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+            return False
+        return self.low <= value <= self.high and not (self.above and value == self.low)  # NaN is in no range
+
+    def __str__(self) -> str:
+        kind = "whole numbers" if self.whole else "numbers"
+        return f"{kind} {'above' if self.above else 'from'} {self.low:g} {'up ' * self.above}to {self.high:g}"
+
+
+class Choice(tuple):
+    """What values a field takes: one of these."""
+
+    def __contains__(self, value) -> bool:
+        return any(type(value) is type(one) and value == one for one in self)  # 1 is not True
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(map(repr, self))
+
+
+def counts(low: int, high: int) -> Numbers:
+    return Numbers(low, high, whole=True)
+
+
+LAYERS, WIDTH, HEADS, SIDE, WEIGHT = counts(1, 128), counts(1, 16384), counts(1, 256), counts(8, 4096), Numbers(0, 1e6)
+SWITCH = Choice((True, False))
+
+SCHEDULE_VALUES = dict(
+    steps=counts(1, 9_999_999),  # seven digits in the names of checkpoints
+    batch=counts(1, 65_535),  # `training.example_generator` leaves so much room
+    lr=Numbers(0, 10),
+    warmup=counts(0, 9_999_999),
+    weight_decay=Numbers(0, 10),
+    ema=Numbers(0, 0.999999),
+    micro_batch=counts(0, 65_535),
+)
+
+VALUES = (
+    dict.fromkeys(("vae_layers", "clip_layers", "unet_layers", "dino_layers", "decoder_layers"), LAYERS)
+    | dict.fromkeys(("vae_channels", "unet_channels"), counts(32, 16384))
+    | dict.fromkeys(("clip_width", "clip_mlp", "clip_dim", "dino_width", "decoder_width"), WIDTH)
+    | dict.fromkeys(("clip_heads", "unet_heads", "dino_heads", "decoder_heads"), HEADS)
+    | dict.fromkeys(("image_size", "clip_size", "dino_size"), SIDE)
+    | dict.fromkeys(("vae_anchor", "lambda_rgb", "lambda_depth", "lambda_pixel", "lambda_3d"), WEIGHT)
+    | dict.fromkeys(("lambda_alpha", "lambda_alpha_stage2", "lambda_ssim", "lambda_lpips", "lambda_solid"), WEIGHT)
+    | dict.fromkeys(("unet_attention", "checkpointing"), SWITCH)
+    | dict.fromkeys(("cond_dropout", "roll_frames"), Numbers(0, 1))
+    | dict.fromkeys(("num_frames", "target_views"), counts(1, 1024))
+    | dict.fromkeys(("clip_patch", "dino_patch"), counts(1, 4096))
+    | dict(
+        name=Choice(NAMES),
+        vae_norm_groups=WIDTH,
+        vae_clip=counts(1, RING_VIEWS),
+        decoder_patch=counts(1, 512),
+        decoder_upsample=counts(1, 64),
+        decoder_planes=counts(0, 256),
+        dino=Choice(("dinov2", "none")),
+        clip_resize=Choice(("antialias", "blur")),
+        latent_scale=Numbers(0, 100, above=True),
+        cond_aug=Numbers(0, 100),
+        log_sigma_mean=Numbers(-10, 10),
+        log_sigma_std=Numbers(0, 10),
+        sigma_min=Numbers(0, 1e5, above=True),
+        sigma_max=Numbers(0, 1e5, above=True),
+        sampling_steps=counts(1, 1000),
+        guidance=Numbers(0, 100),
+        object_radius=Numbers(0, 3, above=True),  # the cameras stand 3.5 away: `cameras.DISTANCE`
+        scale_range=Numbers(0, 1, above=True),
+        copies=counts(1, 64),
+        view_counts=counts(1, RING_VIEWS),
+        sigma_weighting=Choice(("none", "snr")),
+        lora_rank=counts(1, 1024),
+        seed=counts(0, 10**8),  # `training.example_generator` multiplies it
+    )
+)
+
+
+def check_values(record, values: dict) -> None:
+    """Raises UserError for the first field of `record` that holds what the table `values` does not allow."""
+    tuples = {field.name for field in dataclasses.fields(record) if field.type.startswith("tuple")}
+    for name, allowed in values.items():
+        value = getattr(record, name)
+        entries = value if name in tuples and isinstance(value, tuple) else (value,)
+        if not entries or not all(entry in allowed for entry in entries):
+            raise UserError(f"{type(record).__name__}.{name} takes {allowed}; got {shown(value)}.")
+
+
+def shown(value) -> str:
+    """A value in a sentence, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True)
@@ -26,11 +134,7 @@ class Schedule:
     micro_batch: int = 0  # examples on a device at once, gradients are accumulated; 0 = all of its share
 
     def __post_init__(self):
-        if self.steps < 1 or self.batch < 1 or self.micro_batch < 0:
-            raise UserError(
-                f"A schedule has 1 step or more, a batch of 1 or more, and a micro_batch of 0 or more; got {self.steps}, "
-                f"{self.batch}, {self.micro_batch}."
-            )
+        check_values(self, SCHEDULE_VALUES)
 
 
 @dataclass(frozen=True)
@@ -80,7 +184,10 @@ class Config:
     stage1: Schedule
     stage2: Schedule
     # ---- fields with one value at every scale
+    decoder_refiner: tuple[int, ...] = ()  # channels per doubling of a convolutional upsampler; () = linear [ours]
     dino: str = "dinov2"  # "none" removes the cross-attention's image features (the paper's ablation)
+    clip_resize: str = "antialias"  # how pictures are made smaller for CLIP; see `encoders.RESIZES`
+    resnet_eps: float = 0.0  # in the U-Net's residual blocks; 0 = diffusers' [code: 1e-5]
     latent_scale: float = 0.18215  # SD's latent scaling factor [code]
     cond_aug: float = 1e-5  # noise on the condition image [code]
     cond_dropout: float = 0.1  # joint dropout of CLIP token and concatenated latent [ours]
@@ -99,22 +206,78 @@ class Config:
     target_views: int = 4  # views rendered per object and step, input and novel
     lambda_rgb: float = 1.0
     lambda_depth: float = 0.5
-    lambda_alpha: float = 0.0  # not in the paper; on in `tiny`
+    lambda_alpha: float = 0.0  # of stage 1; not in the paper; on in `tiny`
     lambda_pixel: float = 0.0  # each Gaussian against its own pixel's colour, depth, alpha; not in the paper
+    lambda_ssim: float = 0.0  # structure of the renderings; not in the paper
+    lambda_lpips: float = 0.0  # needs lpips_weights; not in the paper
+    lambda_solid: float = 0.0  # surfaces instead of fog; not in the paper
+    lpips_weights: str = "data/cache/lpips/alex.safetensors"  # of others, made by tools/convert_lpips.py
     lambda_3d: float = 1.0
+    lambda_alpha_stage2: float = 0.0  # alpha in stage 2's L_3D; not in the paper, and it does harm: notebook 06
     sigma_weighting: str = "none"  # w(sigma) of L_3D: "none", or "snr" = 1 / (1 + sigma^2)
     lora_rank: int = 16
     checkpointing: bool = False  # recompute blocks in the backward pass: a third more time, a fraction of the memory
     seed: int = 0
 
     def __post_init__(self):
-        if self.image_size < 8 or self.image_size % 8:
-            raise UserError(f"image_size is a multiple of 8, the side of a latent's block; got {self.image_size}.")
-        for name in ("num_frames", "vae_clip", "copies", "sampling_steps", "target_views", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is 1 or more; got {getattr(self, name)}.")
-        if self.dino not in ("dinov2", "none"):
-            raise UserError(f'dino is "dinov2" or "none"; got {self.dino!r}.')
+        check_values(self, VALUES)
+        levels = len(self.unet_channels)
+        self._need(self.image_size % 8 == 0, "image_size is a multiple of 8, the side of a latent's block")
+        self._need(
+            self.latent_size % 2 ** (levels - 1) == 0,
+            f"image_size / 8 is a multiple of {2 ** (levels - 1)}, so that it can be halved between {levels} U-Net levels",
+        )
+        self._need(
+            len(self.unet_attention) == len(self.unet_heads) == levels,
+            "unet_channels, unet_attention and unet_heads have an entry for each level",
+        )
+        self._need(len(self.vae_channels) == VAE_LEVELS, f"vae_channels has {VAE_LEVELS} entries: 8 pixels to a latent")
+        for name in ("vae_channels", "unet_channels"):
+            self._divides(DIFFUSERS_GROUPS, name, "the groups in which diffusers normalises")
+        self._divides(self.vae_norm_groups, "vae_channels", "vae_norm_groups")
+        heads = zip(self.unet_heads, self.unet_channels, strict=True)
+        self._need(
+            all(width % number == 0 for number, width in heads),
+            "each entry of unet_channels is a multiple of that of unet_heads",
+        )
+        for part in ("clip", "dino", "decoder"):
+            self._divides(getattr(self, f"{part}_heads"), f"{part}_width", f"{part}_heads")
+        for part in ("clip", "dino"):
+            self._divides(getattr(self, f"{part}_patch"), f"{part}_size", f"{part}_patch")
+        self._need(self.latent_size % self.decoder_patch == 0, "image_size / 8 is a multiple of decoder_patch")
+        self._need(
+            self.lambda_pixel == 0 or 8 * self.decoder_patch % self.decoder_upsample == 0,
+            "with lambda_pixel a Gaussian has whole pixels: 8 decoder_patch is a multiple of decoder_upsample",
+        )
+        self._need(
+            not self.decoder_refiner or 2 ** len(self.decoder_refiner) == self.decoder_upsample,
+            "decoder_refiner has one entry for each doubling of decoder_upsample",
+        )
+        self._divides(8, "decoder_refiner", "the groups in which it normalises")
+        self._need(
+            all(RING_VIEWS % count == 0 for count in self.view_counts),
+            f"view_counts are 1, 2, 4, 8 or 16 of the {RING_VIEWS} views of a ring",
+        )
+        self._need(self.sigma_min < self.sigma_max, "sigma_min is below sigma_max")
+        self._need(
+            len(self.scale_range) == 2 and self.scale_range[0] <= self.scale_range[-1],
+            "scale_range is the smallest and the largest scale",
+        )
+
+    def _need(self, holds: bool, rule: str) -> None:
+        """Raises UserError where a rule between fields does not hold, with the values of those that it names."""
+        if not holds:
+            named = [
+                f.name for f in dataclasses.fields(self) if f.name in rule.replace(",", " ").replace(":", " ").split()
+            ]
+            raise UserError(f"{rule}; got {', '.join(f'{n} = {shown(getattr(self, n))}' for n in named)}.")
+
+    def _divides(self, number: int, name: str, what: str) -> None:
+        """Raises UserError where a field, or an entry of it, is no multiple of `number`, which is `what`."""
+        value = getattr(self, name)
+        entries = value if isinstance(value, tuple) else (value,)
+        if any(entry % number for entry in entries):
+            raise UserError(f"{name} takes multiples of {number}, {what}; got {shown(value)}.")
 
     @property
     def latent_size(self) -> int:
@@ -140,14 +303,14 @@ class Config:
 
 def checked_replace(record, changes: dict):
     """`dataclasses.replace` that refuses unknown names and values of another type in one sentence (ValueError)."""
-    kind, names = type(record).__name__, [f.name for f in dataclasses.fields(record)]
+    kind, names = type(record).__name__, {f.name: f.type for f in dataclasses.fields(record)}
     for name, value in changes.items():
         if name not in names:
-            raise UserError(f"{kind} has no field {name!r}; it has: {', '.join(names)}.")
+            raise UserError(f"{kind} has no field {shown(name)}; it has: {', '.join(names)}.")
         old = getattr(record, name)
-        number = isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool)
+        number = names[name] == "float" and type(value) in (int, float)
         if type(value) is not type(old) and not number:
-            raise UserError(f"{kind}.{name} is a {type(old).__name__}; got {value!r} ({type(value).__name__}).")
+            raise UserError(f"{kind}.{name} is a {type(old).__name__}; got {shown(value)} ({type(value).__name__}).")
     return dataclasses.replace(record, **changes)
 
 
@@ -218,7 +381,7 @@ PAPER = TINY.replace(
     vae_layers=2,
     vae_norm_groups=32,
     vae_anchor=0.0,
-    vae_clip=16,
+    vae_clip=1,  # SV3D's decoder has no layers over time [code], so more at once is only more memory
     clip_size=224,
     clip_patch=14,
     clip_width=1280,
@@ -226,6 +389,8 @@ PAPER = TINY.replace(
     clip_heads=16,
     clip_mlp=5120,
     clip_dim=1024,
+    clip_resize="blur",  # [code]
+    resnet_eps=1e-5,  # [code]
     unet_channels=(320, 640, 1280, 1280),
     unet_attention=(True, True, True, False),
     unet_heads=(5, 10, 20, 20),
@@ -250,12 +415,11 @@ PAPER = TINY.replace(
     view_counts=(16,),
     lambda_alpha=0.0,
     lambda_pixel=0.0,
-    # SVD's VAE, SV3D's U-Net and DINOv2 come trained; these are for who starts without them [ours];
-    # one clip of 16 views keeps 155 GB in a step of the VAE [calc], so that stage needs a smaller vae_clip
+    # SVD's VAE, SV3D's U-Net and DINOv2 come trained; these are for who starts without them [ours]
     vae_schedule=Schedule(steps=20000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
     dino_schedule=Schedule(steps=10000, batch=128, lr=5e-4),
     diffusion_schedule=Schedule(steps=40000, batch=16, lr=2e-4, ema=0.9995),
-    # 8 and 2 orbits at once, with checkpointing, fit 80 GB (`python -m gsv3d_lib.plan`) [calc]
+    # 8 and 2 orbits at once, with checkpointing, fit 80 GB (`python -m gsv3d_lib plan`) [calc]
     checkpointing=True,
     stage1=Schedule(steps=80000, batch=128, lr=1e-5, warmup=1000, micro_batch=8),  # [paper]
     stage2=Schedule(steps=40000, batch=32, lr=1e-5, warmup=1000, micro_batch=2),  # [paper]
@@ -271,17 +435,12 @@ def preset(name: str = "tiny", **changes) -> Config:
     return PRESETS[name].replace(**changes)
 
 
-def schedule_field(stage: str) -> str:
-    """The field of `Config` that holds a stage's `Schedule`."""
-    return stage if stage in ("stage1", "stage2") else f"{stage}_schedule"
-
-
 def parse_setting(text: str) -> tuple[str, object]:
-    """ "steps=200" -> ("steps", 200); what is no literal is text. Raises ValueError without "="."""
+    """ "steps=200" -> ("steps", 200); what is no literal is text. Raises UserError without a name and "="."""
     name, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--set takes NAME=VALUE; got {text!r}.")
+    if not (equals and name):
+        raise UserError(f"--set takes NAME=VALUE; got {shown(text)}.")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last three of odd nested brackets
         return name, value

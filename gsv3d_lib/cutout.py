@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 
-from .errors import Doubt, UserError
+from .system.errors import Doubt, UserError
 
 VISIBLE_ALPHA = 0.1  # fainter pixels (halos, compression noise) do not count when the object is measured
 MAX_NOISE = 0.06  # median distance of a backdrop's colours from their fit; above, it is not plain
@@ -186,32 +186,35 @@ def _inside_frame(rgb: np.ndarray) -> tuple[slice, slice]:
     turned = rgb.swapaxes(0, 1)
     sides = [rgb, rgb[::-1], turned, turned[::-1]]  # each has its bar on top
     depths = [_bar_depth(side) for side in sides]
-    for _ in range(4):
-        height, width = rgb.shape[:2]
-        rows = slice(depths[0], height - depths[1])
-        columns = slice(depths[2], width - depths[3])
-        if min(len(range(height)[rows]), len(range(width)[columns])) < 8:
-            break
+    for _ in sides:  # a side without a bar can make the others' lines longer
+        rows = slice(depths[0], len(rgb) - depths[1])
+        columns = slice(depths[2], len(turned) - depths[3])
         across = [columns, columns, rows, rows]
-        ends = [_ends_straight(*item) for item in zip(sides, depths, across)]
-        if all(ends):
-            return rows, columns
-        depths = [depth * end for depth, end in zip(depths, ends)]
-    return slice(None), slice(None)
+        starts = [_start_below(*bar) for bar in zip(sides, depths, across)]
+        depths = [depth if start else 0 for depth, start in zip(depths, starts)]
+    rows = slice(starts[0], len(rgb) - starts[1])
+    columns = slice(starts[2], len(turned) - starts[3])
+    return (rows, columns) if min(rgb[rows, columns].shape[:2]) >= 8 else (slice(None), slice(None))
 
 
 def _bar_depth(rgb: np.ndarray) -> int:
     """How many rows from the top have, throughout, the colour of the first."""
     some = rgb[:, :: max(1, rgb.shape[1] // 300)]
     far = _distance(some, np.median(rgb[0], axis=0)) > MIN_CONTRAST
-    rows = np.flatnonzero(far.mean(-1) > 0.01)
+    rows = np.flatnonzero(far.mean(-1) > 0.05)
     return int(rows[0]) if len(rows) else 0
 
 
-def _ends_straight(rgb: np.ndarray, depth: int, across: slice) -> bool:
-    """Whether the picture below a bar of this depth begins with a jump, all along."""
-    last, first = rgb[max(depth - 2, 0), across], rgb[min(depth + 5, len(rgb) - 1), across]
-    return depth == 0 or bool((_distance(last, first) > MIN_CONTRAST).mean() > 0.95)
+def _start_below(rgb: np.ndarray, depth: int, across: slice) -> int:
+    """The row in which the picture begins below a bar of about this depth; 0 where no jump is all along it."""
+    jpeg = 10  # rows in which a jump may echo
+    inside = rgb[min(depth + jpeg, len(rgb) - 1), across]
+    jump = _distance(rgb[max(depth - 2, 0), across], inside)
+    if depth == 0 or jump.size == 0 or (jump > MIN_CONTRAST).mean() < 0.95:
+        return 0
+    rows = rgb[depth : depth + jpeg + 1, across]
+    arrived = (_distance(rows, inside) < 0.5 * jump).mean(-1) > 0.5
+    return depth + int(arrived.argmax())
 
 
 def _on_backdrop(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -81,6 +81,7 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         object_radius: float = 1.0,
         scale_range: tuple[float, float] = (5e-4, 2e-2),
         planes: int = 0,
+        refiner_channels: tuple[int, ...] = (),
     ):
         super().__init__()
         self.gradient_checkpointing = False
@@ -92,8 +93,11 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         self.context_norm = nn.LayerNorm(context_width) if context_width is not None else None
         self.blocks = nn.ModuleList(Block(width, heads, context_width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.upsampler = nn.Sequential(nn.Linear(width, HIDDEN * upsample**2), nn.Unflatten(-1, (HIDDEN, -1)))
-        self.to_maps = nn.Conv2d(HIDDEN, OUTPUTS, 3, padding=1)
+        if refiner_channels:
+            self.refiner = Refiner(width, refiner_channels)
+        else:
+            self.upsampler = nn.Sequential(nn.Linear(width, HIDDEN * upsample**2), nn.Unflatten(-1, (HIDDEN, -1)))
+        self.to_maps = nn.Conv2d(refiner_channels[-1] if refiner_channels else HIDDEN, OUTPUTS, 3, padding=1)
         self._start_as_faint_plane()
 
     @torch.no_grad()
@@ -132,13 +136,22 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
                 tokens = self._gradient_checkpointing_func(block, tokens, context)
             else:
                 tokens = block(tokens, context)
-        x = self.upsampler(self.norm(tokens)).flatten(2).reshape(batch * frames, rows, columns, -1).movedim(-1, 1)
+        x = self._upsampled(self.norm(tokens), latents.flatten(0, 1), rows, columns)
         with full_precision(latents.device):
             x = x.to(self.to_maps.weight.dtype)
-            maps = self.to_maps(F.silu(F.pixel_shuffle(x, self.config.upsample)))  # [B * N, 12, H, W]
+            maps = self.to_maps(F.silu(x))  # [B * N, 12, H, W]
             maps = maps.unflatten(0, (batch, frames)).movedim(2, -1)
             grids = [ray_grid(c, *maps.shape[2:4]) for c in cameras]
         return maps, *(torch.stack(parts).to(maps) for parts in zip(*grids))
+
+    def _upsampled(self, tokens: Tensor, latents: Tensor, rows: int, columns: int) -> Tensor:
+        """Tokens [B, N h' w', C] and latents [B * N, 4, h, w] -> features [B * N, F, H, W]."""
+        if self.config.refiner_channels:
+            grid = tokens.reshape(len(latents), rows, columns, -1).movedim(-1, 1)
+            return self.refiner(grid, latents)
+        cells = self.upsampler(tokens).flatten(2)
+        grid = cells.reshape(len(latents), rows, columns, -1).movedim(-1, 1)
+        return F.pixel_shuffle(grid, self.config.upsample)
 
     def to_gaussians(self, maps: Tensor, origins: Tensor, directions: Tensor) -> Gaussians:
         """Activations, one scene: maps [N, H, W, 12], rays [N, H, W, 3] -> Gaussians of N * H * W splats."""
@@ -152,6 +165,23 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
             colors=maps[..., RGB].sigmoid().reshape(-1, 3),
         )
 
+    @torch.no_grad()
+    def grown_to(self, config: Config) -> GaussianDecoder:
+        """This decoder where it fits `config`, else a larger one that begins with its weights.
+
+        Pictures may have twice the side (`doubled`), and a refiner may take the place of
+        the linear upsampler; that is new.
+        """
+        grown = doubled(self) if config.decoder_patch == 2 * self.config.patch else self
+        if config.decoder_refiner and not self.config.refiner_channels:
+            new = build_decoder(config)
+            kept = grown.state_dict()
+            for name in [n for n in kept if n.startswith(("upsampler", "to_maps"))]:
+                del kept[name]
+            new.load_state_dict(kept, strict=False)
+            return new
+        return grown
+
     def _check(self, latents: Tensor, cameras: list[Cameras], features: Tensor | None) -> None:
         if latents.ndim != 5 or latents.shape[2] != 4:
             raise ValueError(f"latents are [B, N, 4, h, w]; got {tuple(latents.shape)}.")
@@ -163,6 +193,44 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         if width is not None and (features is None or features.shape[0] != len(latents) or features.shape[-1] != width):
             got = None if features is None else tuple(features.shape)
             raise ValueError(f"This decoder needs DINO features [{len(latents)}, T, {width}]; got {got}.")
+
+
+class Refiner(nn.Module):
+    """An upsampler of convolutions: the grid of tokens is doubled once per level.
+
+    Tokens hold what attention found out about the object, one for 16 x 16 pixels or so.
+    Fine detail is in the latents themselves, so each level sees them again beside its own
+    features. tokens [M, C, h', w'], latents [M, 4, h, w] -> [M, channels[-1], 2^L h', 2^L w'].
+    """
+
+    def __init__(self, width: int, channels: tuple[int, ...]):
+        super().__init__()
+        inputs = [width, *channels[:-1]]
+        self.doubles = nn.ModuleList(nn.Conv2d(i, 4 * c, 1) for i, c in zip(inputs, channels))
+        self.blocks = nn.ModuleList(RefinerBlock(c + 4, c) for c in channels)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        for double, block in zip(self.doubles, self.blocks):
+            x = F.pixel_shuffle(double(x), 2)
+            beside = F.interpolate(latents.to(x), size=x.shape[-2:], mode="nearest")
+            x = block(torch.cat([x, beside], dim=1))
+        return x
+
+
+class RefinerBlock(nn.Module):
+    """Two convolutions, of which the second adds nothing at first. [M, inputs, H, W] -> [M, C, H, W]"""
+
+    def __init__(self, inputs: int, channels: int):
+        super().__init__()
+        self.inner = nn.Conv2d(inputs, channels, 3, padding=1)
+        self.norm = nn.GroupNorm(8, channels)
+        self.outer = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return x + self.outer(F.silu(self.norm(x)))
 
 
 def plane_sweep(latents: Tensor, cameras: Cameras, grid: tuple[int, int], config) -> Tensor:
@@ -230,4 +298,5 @@ def build_decoder(config: Config) -> GaussianDecoder:
         object_radius=config.object_radius,
         scale_range=config.scale_range,
         planes=config.decoder_planes,
+        refiner_channels=config.decoder_refiner,
     )

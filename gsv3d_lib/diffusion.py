@@ -18,7 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Config
-from .errors import UserError
+from .system.arguments import real, whole
+
+MAX_STEPS = 1000  # of the sampler
+MAX_GUIDANCE = 100.0  # far beyond what any picture survives
 
 
 @dataclass
@@ -100,6 +103,15 @@ def draw_sigma(generator: torch.Generator, config: Config) -> Tensor:
     return (config.log_sigma_mean + config.log_sigma_std * torch.randn((), generator=generator)).exp()
 
 
+def diffusion_draws(latents: Tensor, generator: torch.Generator, config: Config) -> dict[str, Tensor]:
+    """The random numbers of one example: noise, one sigma, and whether the condition is kept."""
+    return {
+        "noise": torch.randn(latents.shape, generator=generator),
+        "sigma": draw_sigma(generator, config),
+        "keep": (torch.rand((), generator=generator) >= config.cond_dropout).float(),
+    }
+
+
 def triangular_guidance(num_frames: int, peak: float) -> Tensor:
     """Guidance scale per frame [N] as Stability's code spreads it: 1 at the first and the last frame, up to `peak` between.
 
@@ -137,6 +149,16 @@ def build_scheduler(config: Config):
     )
 
 
+def sampler_settings(config: Config, steps: int | None, guidance: float | None) -> tuple[int, float]:
+    """Steps and peak of the guidance: what is given, else the configuration's.
+
+    Raises UserError for steps not from 1 to 1000 and for guidance not from 0 to 100.
+    """
+    steps = whole("steps", config.sampling_steps if steps is None else steps, 1, MAX_STEPS)
+    peak = real("guidance", config.guidance if guidance is None else guidance, 0.0, MAX_GUIDANCE)
+    return steps, peak
+
+
 @torch.no_grad()
 def sample(
     unet,
@@ -152,13 +174,10 @@ def sample(
     """Latents [B, N, 4, h, w] of orbits around the object in the condition image, by Euler's method from pure noise.
 
     guidance: peak of the triangular guidance; 1 switches it off and halves the cost.
-    callback(i, z, z_hat), if given, sees every step.  Raises ValueError for less than one step.
+    callback(i, z, z_hat), if given, sees every step.  Raises UserError as `sampler_settings`.
     """
+    steps, peak = sampler_settings(config, steps, guidance)
     scheduler = build_scheduler(config)
-    steps = config.sampling_steps if steps is None else steps
-    peak = config.guidance if guidance is None else guidance
-    if steps < 1:
-        raise UserError(f"The sampler takes 1 step or more; got {steps}.")
     scheduler.set_timesteps(steps, device=condition.token.device)
     scheduler.is_scale_input_called = True  # `predict_v` multiplies by c_in itself
     (batch, frames), (channels, height, width) = condition.polar.shape, condition.latent.shape[1:]

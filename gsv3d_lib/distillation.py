@@ -13,12 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cameras import batch_cameras
 from .config import Config
-from .dataset import RING
-from .diffusion import diffusion_loss
-from .errors import UserError
-from .orbits import Orbits, batch_cameras
-from .stages import condition_features, diffusion_draws, draw, orbit_condition, target_loss
+from .data.dataset import RING
+from .data.examples import Orbits, draw
+from .diffusion import diffusion_draws, diffusion_loss
+from .encoders import condition_features, orbit_condition
+from .losses import target_loss
+from .system.errors import UserError
 from .training import Stage
 
 
@@ -32,9 +34,22 @@ def sigma_weight(sigma: Tensor, kind: str) -> Tensor:
 class DistillationStage(Stage):
     """Only the LoRA of `unet` (see `lora.add_lora`) is trained; CLIP, DINO and the decoder are frozen."""
 
+    FIELDS = (
+        "image_size",
+        "num_frames",
+        "lora_rank",
+        "cond_*",
+        "log_sigma_*",
+        "sigma_weighting",
+        "copies",
+        "target_views",
+    )
+    FIELDS += ("lambda_rgb", "lambda_depth", "lambda_alpha", "lambda_3d")
+
     def __init__(self, unet, clip, decoder, dino, orbits: Orbits, config: Config):
         super().__init__()
-        self.unet, self.orbits, self.config = unet, orbits, config
+        self.unet, self.orbits = unet, orbits
+        self.config = config.replace(lambda_alpha=config.lambda_alpha_stage2)  # `lambda_alpha` is stage 1's
         self.clip, self.decoder = clip.requires_grad_(False), decoder.requires_grad_(False)
         self.dino = dino.requires_grad_(False) if dino is not None else None
 
@@ -60,3 +75,7 @@ class DistillationStage(Stage):
         scenes = self.decoder(z_hat, cameras, condition_features(self.dino, batch))
         weight = sigma_weight(batch["sigma"], self.config.sigma_weighting)
         return target_loss(scenes, batch, self.config, weight)
+
+    def products(self):
+        """The LoRA, which lies in the U-Net that carries it."""
+        return {"lora": self.unet}

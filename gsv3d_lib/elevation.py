@@ -1,6 +1,6 @@
 """The elevation of the camera that took a picture: ridge regression, in closed form, on histograms of its edges.
 
-    python -m gsv3d_lib.elevation --weights data/checkpoints/tiny --data ../shared/objects/train data/cache/orbits
+    python -m gsv3d_lib elevation --weights data/checkpoints/tiny --data ../shared/objects/train data/cache/orbits
 
 fits it on the views of the datasets and writes `elevation/elevation.safetensors`, a few kB, into the checkpoint folder.
 
@@ -13,26 +13,34 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .command import exit_code
-from .dataset import RING, ViewTensors, load_views
-from .errors import MissingFile, UserError
+from .data.dataset import RING, ViewTensors, load_views
 from .images import DEFAULT_FILL, prepare_condition
-from .paths import atomic_path, resolve
+from .system.command import check_writable, command_parser, exit_code, input_path
+from .system.errors import MissingFile, UserError
+from .system.files import UNREADABLE, Field, Table, read_tensors
+from .system.paths import atomic_path, check_readable, from_repository, reason
 
 SIZE, CELLS, BINS = 64, 8, 9  # pixels of the picture, histograms per side, directions of an edge
 RANGE = (-10.0, 40.0)  # degrees, of the free views of `make_dataset`: nothing else is ever answered
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of the squared weights, per example
 INK = 0.05  # a pixel that is darker than white by this belongs to the object
+FEATURES = CELLS * CELLS * BINS
+# What the file of an estimator holds.
+ESTIMATOR: Table = {
+    "weights": Field((FEATURES,), "f4"),
+    "mean": Field((FEATURES,), "f4"),
+    "bias": Field((), "f4"),
+}
 RING_VIEWS = (0, 5, 10)  # of a ring, beside all free views: more would only say its one elevation again
 
 
@@ -111,12 +119,13 @@ def estimator_path(folder: str | Path) -> Path:
 def load_elevation(folder: str | Path) -> Elevation | None:
     """The estimator of a checkpoint folder; None where it has none. Raises ValueError where it is damaged."""
     path = estimator_path(folder)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    check_readable(path)
     try:
-        return Elevation(**load_file(path))
-    except (SafetensorError, TypeError) as error:
-        raise UserError(f"The estimator {path} cannot be read ({error}); copy or fit it again.") from error
+        return Elevation(**read_tensors(path, ESTIMATOR))
+    except UNREADABLE as error:
+        raise UserError(f"The estimator {path} cannot be read ({reason(error)}); copy or fit it again.") from error
 
 
 def estimate(image, folder: str | Path) -> float:
@@ -127,7 +136,7 @@ def estimate(image, folder: str | Path) -> float:
     estimator = load_elevation(folder)
     if estimator is None:
         raise UserError(
-            f"{folder} has no estimator of elevations: give one in degrees, or fit it with `python -m gsv3d_lib.elevation`."
+            f"{folder} has no estimator of elevations: give one in degrees, or fit it with `python -m gsv3d_lib elevation`."
         )
     rgb = image if isinstance(image, Tensor) else prepare_condition(image, SIZE)[0]
     return float(estimator(rgb[None])[0])
@@ -178,18 +187,27 @@ def _stacked(objects: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return features.flatten(0, 1), elevations.repeat_interleave(2)
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("elevation", __doc__)
+    parser.add_argument(
+        "--weights", type=input_path, default="data/checkpoints/tiny", help="the checkpoint folder to write into"
+    )
+    parser.add_argument("--data", nargs="+", type=input_path, required=True, help="dataset folders to learn from")
+    parser.add_argument("--test", nargs="+", type=input_path, default=[], help="dataset folders to be measured on")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gsv3d_lib.elevation", description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", default="data/checkpoints/tiny", help="the checkpoint folder to write into")
-    parser.add_argument("--data", nargs="+", required=True, help="dataset folders to learn from")
-    parser.add_argument("--test", nargs="+", default=[], help="dataset folders to be measured on")
-    return exit_code(run, parser.parse_args(arguments))
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:
-    weights = resolve(args.weights)
-    if not (weights / "gsv3d.json").is_file():
-        raise MissingFile(f"{weights} is no GSV3D checkpoint: gsv3d.json is missing.")
+    if not (args.weights / "gsv3d.json").is_file():
+        raise MissingFile(
+            f"{args.weights} is no GSV3D checkpoint: gsv3d.json is missing.{from_repository(args.weights)}"
+        )
+    check_writable(estimator_path(args.weights))
     tests = {folder: view_features(load_views([folder], SIZE), ring=()) for folder in args.test}
     for folder, objects in tests.items():
         if not objects:
@@ -205,8 +223,8 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"{folder}, free views: {mean_error(estimator, objects):.2f} degrees off; the mean elevation {constant:.2f}"
         )
-    estimator.save(weights)
-    print(f"wrote {estimator_path(weights)}")
+    estimator.save(args.weights)
+    print(f"wrote {estimator_path(args.weights)}")
 
 
 if __name__ == "__main__":

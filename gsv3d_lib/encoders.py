@@ -3,13 +3,19 @@ the decoder what the input image shows where. Both are transformers' own classes
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cameras import sv3d_angles
 from .config import Config
 from .diffusion import Condition
 from .vae import encode, to_network
+
+if TYPE_CHECKING:
+    from .data.examples import Example
 
 # the published normalisation constants of the two models
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -49,17 +55,49 @@ def build_dino(config: Config):
     )
 
 
-def normalised(images: Tensor, size: int, mean: tuple, std: tuple) -> Tensor:
-    """Images [B, H, W, 3] in [0, 1] -> [B, 3, size, size], resized with antialiasing and normalised per channel."""
+def antialiased(x: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, 3, size, size] by torch's bicubic filter, which widens where pictures
+    shrink."""
+    return F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+
+
+def blurred(x: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, 3, size, size] as Stability's code does for CLIP, by kornia's `resize` with
+    antialias=True: where a side shrinks by a factor f > 1, a Gaussian blur of sigma (f - 1) / 2
+    pixels, cut off at about 2 sigma; then cubic interpolation with aligned corners."""
+    for axis in (-1, -2):
+        x = blurred_along(x, axis, (x.shape[axis] / size - 1) / 2)
+    return F.interpolate(x, size=(size, size), mode="bicubic", align_corners=True)
+
+
+def blurred_along(x: Tensor, axis: int, sigma: float) -> Tensor:
+    """A Gaussian blur of [B, C, H, W] along one axis, mirrored at the borders; none for sigma <= 0."""
+    if sigma <= 0:
+        return x
+    radius = max(int(4 * sigma), 3) // 2
+    taps = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
+    kernel = (-(taps**2) / (2 * sigma**2)).exp()
+    rows = x.movedim(axis, -1)
+    padded = F.pad(rows.flatten(0, -2)[:, None], (radius, radius), mode="reflect")
+    smooth = F.conv1d(padded, (kernel / kernel.sum())[None, None])
+    return smooth.reshape(rows.shape).movedim(-1, axis)
+
+
+RESIZES = {"antialias": antialiased, "blur": blurred}  # `Config.clip_resize`
+
+
+def normalised(images: Tensor, size: int, mean: tuple, std: tuple, resize=antialiased) -> Tensor:
+    """Images [B, H, W, 3] in [0, 1] -> [B, 3, size, size], resized and normalised per channel."""
     x = to_network(images) / 2 + 0.5
-    if x.shape[-1] != size:
-        x = F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    if x.shape[-2:] != (size, size):
+        x = resize(x, size)
     return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
 
 
-def clip_token(clip, images: Tensor) -> Tensor:
-    """Condition images [B, H, W, 3] -> token [B, 1, D]."""
-    pixels = normalised(images, clip.config.image_size, CLIP_MEAN, CLIP_STD)
+def clip_token(clip, images: Tensor, resize: str = "antialias") -> Tensor:
+    """Condition images [B, H, W, 3] -> token [B, 1, D]. resize: `Config.clip_resize`."""
+    size = clip.config.image_size
+    pixels = normalised(images, size, CLIP_MEAN, CLIP_STD, RESIZES[resize])
     return clip(pixel_values=pixels).image_embeds[:, None]
 
 
@@ -79,4 +117,23 @@ def condition_from(images: Tensor, polar: Tensor, azimuth: Tensor, vae, clip, co
     """SV3D's `Condition` of condition images [B, H, W, 3]; polar and azimuth [B, N] in radians."""
     with torch.no_grad():
         latent = encode(vae, images)
-    return Condition(clip_token(clip, images), latent, polar, azimuth, config.cond_aug)
+    token = clip_token(clip, images, config.clip_resize)
+    return Condition(token, latent, polar, azimuth, config.cond_aug)
+
+
+def orbit_condition(batch: Example, clip, config: Config) -> Condition:
+    """The `Condition` of a batch of orbits, with the joint dropout that guidance needs."""
+    token = clip_token(clip, batch["image"], config.clip_resize)
+    polar, azimuth = sv3d_angles(batch["azimuth"], batch["elevation"])
+    condition = Condition(token, batch["image_latent"], polar, azimuth, config.cond_aug)
+    return condition.dropped(batch["keep"])
+
+
+def condition_features(dino, batch: Example) -> Tensor | None:
+    """DINO's features of the condition views.
+
+    Those that came with the orbits (from shards) where there are any, else computed here.
+    """
+    if "features" in batch:
+        return batch["features"]
+    return image_features(dino, batch["image"])

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .cutout import VISIBLE_ALPHA, box_of, cut_out
-from .errors import Doubt, MissingFile, UserError
+from .system.errors import Doubt, MissingFile, UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows 40 more, each with its faults
 MAX_PIXELS = 100_000_000  # 400 MB once decoded, which is where a "decompression bomb" begins to hurt

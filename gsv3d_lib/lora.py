@@ -8,21 +8,27 @@ is rounding; they are there because the choice is "all attention layers", as too
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import copy
+import json
+from collections import OrderedDict
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
 
-from .errors import MissingFile, UserError
-from .paths import reason
+from .system.errors import MissingFile, UserError
+from .system.paths import atomic_path, check_readable, reason
 
 IDLE = (".attn2.to_q.", ".attn2.to_k.")  # in the names of layers that cannot change any result
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+REFUSED = (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError)  # by safetensors, peft and torch
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def add_lora(unet, rank: int, seed: int = 0):
     """Freeze `unet` and add trainable LoRA layers in place, starting as the identity. Returns `unet`."""
-    import torch
     from peft import LoraConfig
 
     unet.requires_grad_(False)
@@ -39,8 +45,21 @@ def lora_parameters(unet) -> dict:
 
 
 def save_lora(unet, folder: str | Path) -> None:
-    """Write the adapter in diffusers' format (`pytorch_lora_weights.safetensors`), readable by its loaders."""
-    unet.save_lora_adapter(folder, safe_serialization=True)
+    """Write the adapter in diffusers' format (`pytorch_lora_weights.safetensors`), readable by its loaders.
+
+    diffusers' own `save_lora_adapter` writes sets, and several entries of metadata, in an order that changes from process
+    to process. Here the same adapter gives the same bytes.
+    """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft.utils import get_peft_model_state_dict
+
+    adapter = unet.peft_config["default"].to_dict()
+    facts = {name: sorted(value) if isinstance(value, set) else value for name, value in adapter.items()}
+    tensors = get_peft_model_state_dict(unet, adapter_name="default")
+    tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(facts, indent=2, sort_keys=True)}
+    with atomic_path(Path(folder) / LORA_FILE) as path:
+        save_file(tensors, path, metadata)
 
 
 def load_lora(unet, folder: str | Path):
@@ -48,20 +67,23 @@ def load_lora(unet, folder: str | Path):
 
     Raises FileNotFoundError or ValueError, with what to do, where it is missing, damaged, or made for another U-Net.
     """
-    path = Path(folder) / "pytorch_lora_weights.safetensors"
+    path = Path(folder) / LORA_FILE
     if not path.is_file():
         raise MissingFile(f"No LoRA at {path}; train one with `make train-tiny` or pass lora=False (--no-lora).")
+    check_readable(path)
     try:
         with safe_open(path, "pt") as file:
             stored = len(file.keys())
         unet.load_lora_adapter(str(folder), prefix=None, weight_name=path.name, adapter_name="default")
-        if stored != len(lora_parameters(unet)):
-            raise UserError(f"it has {stored} tensors, this U-Net's LoRA {len(lora_parameters(unet))}")
-    except Exception as error:  # safetensors, peft and torch each raise their own kinds, some of many lines
-        raise UserError(
-            f"The LoRA at {path} cannot be read or does not fit ({reason(error)}); copy or train it again."
-        ) from error
+    except REFUSED as error:
+        raise misfit(path, reason(error)) from error
+    if stored != len(lora_parameters(unet)):
+        raise misfit(path, f"it has {stored} tensors, this U-Net's LoRA {len(lora_parameters(unet))}")
     return unet
+
+
+def misfit(path: Path, why: str) -> UserError:
+    return UserError(f"The LoRA at {path} cannot be read or does not fit ({why}); copy or train it again.")
 
 
 def set_lora_scale(unet, scale: float) -> None:
@@ -74,23 +96,48 @@ def set_lora_scale(unet, scale: float) -> None:
                 module.set_scale(name, scale)
 
 
-@contextmanager
-def merged_lora(unet):
-    """Within the block W + scale (alpha / r) B A is one matrix at every layer: the same results for less work, without
-    gradients for the LoRA. Afterwards the weights are, bit for bit, those of before. Nothing happens without a LoRA.
+def merged_lora(unet, scale: float | None = None):
+    """A U-Net with the same answers for less work: W + scale (alpha / r) B A is one
+    matrix at every layer. No gradients for the LoRA.
+
+    `unet` itself is not touched, so any number of these may be at work at once.
+    scale: as of `set_lora_scale`, for the returned U-Net alone; None takes what is set.
+    Without a LoRA it is `unet` itself. Raises ValueError for a scale where the weights
+    of `unet` have been merged for good (`fuse_lora`).
     """
     if not lora_parameters(unet):
-        yield unet
-        return
+        return unet
     from peft.tuners.lora import LoraLayer
 
-    layers = [module for module in unet.modules() if isinstance(module, LoraLayer) and not module.merged]
-    kept = [layer.get_base_layer().weight.data for layer in layers]
-    try:
-        for layer in layers:
-            layer.merge(safe_merge=True)  # puts a new tensor in place; `kept` holds the old ones
-        yield unet
-    finally:
-        for layer, weight in zip(layers, kept):
-            layer.get_base_layer().weight.data = weight
-            layer.merged_adapters.clear()
+    merged = twin_of(unet)
+    layers = [module for module in merged.modules() if isinstance(module, LoraLayer)]
+    if scale is not None:
+        if any(layer.merged for layer in layers):
+            raise UserError("The LoRA is part of the U-Net's weights and has no scale: call `unfuse_lora()` first.")
+        set_lora_scale(merged, scale)
+    for layer in layers:
+        if not layer.merged and not layer.disable_adapters:
+            layer.merge(safe_merge=True)  # puts a new tensor in the place of the twin's own
+    return merged
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    """The module again, on the memory of its weights: what is set, switched or put in
+    place in the twin stays there.
+
+    Every module, parameter, list and dictionary of the twin is its own; the tensors'
+    memory and all else are shared. Unlike `torch.func.functional_call`, which swaps the
+    parameters of the module for a while, this is safe with several threads.
+    """
+    twin = copy.copy(module)
+    own = vars(twin)
+    for name, value in own.items():
+        if type(value) in (dict, OrderedDict, list, set):  # frozen ones are not copied
+            own[name] = value.copy()
+    for name, parameter in twin._parameters.items():
+        if parameter is not None:
+            twin._parameters[name] = nn.Parameter(parameter.data, parameter.requires_grad)
+    for name, child in twin._modules.items():
+        if child is not None:
+            twin._modules[name] = twin_of(child)
+    return twin

@@ -8,8 +8,6 @@ The world of the result is z up and turned so that the input was seen from azimu
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +16,18 @@ from torch import Tensor
 
 from .backprojection import back_project
 from .cameras import Cameras, orbit_cameras, sv3d_azimuths
-from .config import Config, preset
-from .diffusion import Condition, sample
+from .config import Config
+from .diffusion import Condition, sample, sampler_settings
 from .elevation import Elevation, load_elevation
 from .encoders import condition_from, image_features
-from .errors import MissingFile, UserError
 from .gaussians import Gaussians
 from .images import VISIBLE_ALPHA, prepare_condition
-from .lora import load_lora, merged_lora, set_lora_scale
-from .train import load_model
+from .lora import load_lora, merged_lora
+from .system.arguments import real, whole
+from .system.errors import UserError
+from .system.paths import find
 from .vae import decode_scaled
+from .weights.checkpoint import load_config, load_model
 
 
 @dataclass
@@ -45,6 +45,54 @@ class Generation:
     gaussians: Gaussians
 
 
+MAX_FRAMES = 360  # views of an orbit, one a degree
+MAX_LORA_SCALE = 10.0
+MAX_SEED = 2**64 - 1  # torch's generators take 64 bits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of one call of `GSV3DPipeline.generate`, checked; see `settings_for`."""
+
+    elevation: float | None
+    num_frames: int
+    steps: int
+    guidance: float
+    lora_scale: float | None
+    seed: int
+
+
+def settings_for(
+    config: Config,
+    *,
+    elevation: float | None = None,
+    num_frames: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    lora_scale: float | None = None,
+    seed: int = 0,
+) -> Settings:
+    """What is given, and the configuration's numbers for what is not.
+
+    Raises UserError, one sentence, for a number that cannot be used. It needs no weights,
+    so a command can ask before it opens any.
+    """
+    steps, guidance = sampler_settings(config, steps, guidance)
+    frames = config.num_frames if num_frames is None else num_frames
+    if elevation is not None:
+        elevation = real("elevation", elevation, -90.0, 90.0, ends=False)
+    if lora_scale is not None:
+        lora_scale = real("lora_scale", lora_scale, -MAX_LORA_SCALE, MAX_LORA_SCALE)
+    return Settings(
+        elevation=elevation,
+        num_frames=whole("num_frames", frames, 1, MAX_FRAMES),
+        steps=steps,
+        guidance=guidance,
+        lora_scale=lora_scale,
+        seed=whole("seed", seed, 0, MAX_SEED),
+    )
+
+
 class GSV3DPipeline:
     """The models of one checkpoint and the two ways to use them: `pipe(image)` and `pipe.generate(image)`."""
 
@@ -58,6 +106,7 @@ class GSV3DPipeline:
 
         Raises FileNotFoundError with what to do when the folder or one of its models is missing.
         """
+        folder = find(folder)
         config = load_config(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         names = ["vae", "clip", "unet", "decoder"] + ([] if config.dino == "none" else ["dino"])
@@ -83,7 +132,7 @@ class GSV3DPipeline:
         config: default, the checkpoint's or the preset `paper`.  options: lora, svd, dino, download of `sv3d.load_sv3d`.
         Raises FileNotFoundError or ValueError with what to do.
         """
-        from .sv3d import load_sv3d
+        from .weights.sv3d import load_sv3d
 
         if config is None and checkpoint is not None:
             config = load_config(checkpoint)
@@ -115,38 +164,43 @@ class GSV3DPipeline:
     ) -> Generation:
         """Run the chain and keep its intermediates.
 
+        A call depends on its arguments alone and leaves the pipeline as it was: several may run
+        at once, in threads or inside a callback.
+
         image: a path, PIL image or array; or the condition image itself, see `condition_image`.
         mask: the alpha [S, S, 1] of a condition image; a picture brings its own.
         elevation: degrees, of the camera that took the input; None estimates it, where the checkpoint has an estimator.
         num_frames: N, views of the orbit.
-        steps, guidance: of the sampler; defaults from the configuration.  lora_scale: 0 = without the distillation.
+        steps, guidance: of the sampler; defaults from the configuration.
+        lora_scale: 0 = without the distillation; None = as set in the U-Net, 1 unless changed.
         back_projection: the input's own outline and colours where its camera sees the object, see `backprojection.py`.
         callback(i, z, z_hat): sees every step of the sampler, batches of one orbit [1, N, 4, h, w].
+        Raises UserError, before any model runs, for numbers that cannot be used (`settings_for`).
         """
+        asked = settings_for(
+            self.config,
+            elevation=elevation,
+            num_frames=num_frames,
+            steps=steps,
+            guidance=guidance,
+            lora_scale=lora_scale,
+            seed=seed,
+        )
         rgb, mask = self.condition_image(image, mask)
-        frames = self.config.num_frames if num_frames is None else num_frames
-        if frames < 1:
-            raise UserError(f"An orbit has 1 view or more; got num_frames = {frames}.")
-        elevation = self.elevation_of(rgb) if elevation is None else float(elevation)
-        if lora_scale is not None:
-            set_lora_scale(self.unet, lora_scale)
-        cameras = orbit_cameras(sv3d_azimuths(frames), elevation, self.config.image_size)
-        try:
-            with merged_lora(self.unet):
-                latents = sample(
-                    self.unet,
-                    self.condition(rgb, elevation, frames),
-                    self.config,
-                    generator=torch.Generator().manual_seed(seed),
-                    steps=steps,
-                    guidance=guidance,
-                    progress=progress,
-                    callback=callback,
-                )[0]
-        finally:
-            if lora_scale is not None:
-                set_lora_scale(self.unet, 1.0)  # the next call is the distilled model again
-        gaussians = self.gaussians_from(latents, cameras, rgb)
+        elevation = self.elevation_of(rgb) if asked.elevation is None else asked.elevation
+        azimuths = sv3d_azimuths(asked.num_frames)
+        cameras = orbit_cameras(azimuths, elevation, self.config.image_size)
+        latents = sample(
+            merged_lora(self.unet, asked.lora_scale),
+            self.condition(rgb, elevation, asked.num_frames),
+            self.config,
+            generator=torch.Generator().manual_seed(asked.seed),
+            steps=asked.steps,
+            guidance=asked.guidance,
+            progress=progress,
+            callback=callback,
+        )[0]
+        gaussians = self.gaussians_from(latents, cameras, rgb).check_finite("the object")
         if back_projection:
             gaussians = back_project(gaussians, cameras[-1], rgb, mask)  # the last view of an orbit is the input's
         return Generation(rgb, elevation, latents, cameras, gaussians)
@@ -180,7 +234,7 @@ class GSV3DPipeline:
         if self.estimator is None:
             raise UserError(
                 "This checkpoint cannot estimate elevations: give one in degrees, or fit an estimator with "
-                "`python -m gsv3d_lib.elevation`."
+                "`python -m gsv3d_lib elevation`."
             )
         return float(self.estimator(rgb[None])[0])
 
@@ -202,30 +256,3 @@ class GSV3DPipeline:
     def views_from(self, latents: Tensor) -> Tensor:
         """The VAE's own multi-view images [N, S, S, 3] of latents [N, 4, h, w], scaled."""
         return decode_scaled(self.vae, latents, chunk=self.config.vae_clip)
-
-
-def load_config(folder: str | Path) -> Config:
-    """The configuration stored in a checkpoint folder (`gsv3d.json`).
-
-    Raises FileNotFoundError or ValueError, with what to do, where there is none or it is damaged.
-    """
-    path = Path(folder) / "gsv3d.json"
-    if not path.is_file():
-        raise MissingFile(
-            f"{folder} is no GSV3D checkpoint: gsv3d.json is missing. The shipped one is data/checkpoints/tiny; "
-            "`make train-tiny` makes your own."
-        )
-    try:
-        stored = json.loads(path.read_text())
-        base, fields = preset(stored["name"]), {f.name: f for f in dataclasses.fields(Config)}
-        values = {name: _typed(getattr(base, name), value) for name, value in stored.items() if name in fields}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy it again from a whole checkpoint.") from error
-    return dataclasses.replace(base, **values)
-
-
-def _typed(like, value):
-    """JSON lists and dicts back into the tuples and `Schedule`s of the configuration."""
-    if dataclasses.is_dataclass(like):
-        return type(like)(**value)
-    return tuple(value) if isinstance(like, tuple) else value

@@ -1,233 +1,196 @@
-"""What each training stage draws and minimises. The loop that runs them is `training.train`."""
+"""The five stages: what each trains, what it needs, and how it is put together. One table.
+
+    vae -> diffusion -> stage2          dino -> stage1 -> stage2          vae -> stage1
+
+`run_stage` trains one of them in a run folder. The loop is `training.train`; what a stage
+draws and minimises is in `pretraining.py`, `stage1.py` and `distillation.py`.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from .config import Config
-from .dataset import RING, ViewTensors
-from .diffusion import Condition, diffusion_loss, draw_sigma
-from .encoders import clip_token, dino_features, image_features
-from .gaussians import Gaussians
-from .losses import pixel_loss, rendering_loss
-from .orbits import PALETTES, Orbits, batch_cameras, radians, ring_frames
-from .training import Stage, mean_over_processes
-from .vae import to_network
-
-
-def draw(generator: torch.Generator, high: int, *shape: int) -> Tensor:
-    """Integers in [0, high)."""
-    return torch.randint(high, shape, generator=generator)
+from .cluster.shards import ShardViews
+from .config import Config, Schedule
+from .data.dataset import ViewTensors
+from .data.examples import Orbits, load_orbits
+from .distillation import DistillationStage
+from .lora import add_lora
+from .pretraining import DiffusionStage, DINOStage, VAEStage
+from .stage1 import DecoderStage
+from .system.errors import MissingFile, UserError
+from .system.paths import place_whole
+from .training import Stage, train
+from .weights.checkpoint import builders, load_dino, load_model, model_classes, save_config, save_model, trained_steps
 
 
-class VAEStage(Stage):
-    """Reconstruction of clips of neighbouring views: L1 + MSE, a very small KL, and an anchor for three of the channels.
+@dataclass(frozen=True)
+class StageSpec:
+    """One row of the table."""
 
-    The anchor asks the first three latent channels to be the picture's thumbnail, 1 - x averaged over 8 x 8 pixels, so that
-    white is 0. At 64 px the best *linear* code of 8 x 8 pixels in four numbers spends all four on luminance, and a short
-    training stays in that grey solution for thousands of steps; with the anchor there is colour after a hundred. It also
-    makes latents that vary smoothly over an object, which the small U-Net and decoder learn faster.
+    make: type[Stage]  # called with the models, the data and the configuration
+    models: tuple[str, ...]  # in the order in which `make` takes them
+    trains: tuple[str, ...]  # the folders of a checkpoint that it makes
+    schedule: str  # the field of `Config` that says how long and how fast
+    needs: tuple[str, ...] = ()  # the stages whose weights it reads
+
+
+STAGES = {
+    "vae": StageSpec(VAEStage, ("vae",), ("vae",), "vae_schedule"),
+    "dino": StageSpec(DINOStage, ("dino",), ("dino",), "dino_schedule"),
+    "diffusion": StageSpec(DiffusionStage, ("unet", "clip"), ("unet", "clip"), "diffusion_schedule", ("vae",)),
+    "stage1": StageSpec(DecoderStage, ("decoder", "dino"), ("decoder",), "stage1", ("vae", "dino")),
+    "stage2": StageSpec(
+        DistillationStage,
+        ("unet", "clip", "decoder", "dino"),
+        ("lora",),
+        "stage2",
+        ("vae", "dino", "diffusion", "stage1"),
+    ),
+}
+
+
+def schedule_of(config: Config, stage: str) -> Schedule:
+    """How a stage is trained."""
+    return getattr(config, STAGES[stage].schedule)
+
+
+def with_steps(config: Config, stage: str, steps: int | None) -> Config:
+    """The configuration with another number of steps for one stage."""
+    if steps is None:
+        return config
+    schedule = dataclasses.replace(schedule_of(config, stage), steps=steps)
+    return config.replace(**{STAGES[stage].schedule: schedule})
+
+
+def is_trained(stage: str, weights: Path) -> bool:
+    """Whether all that a stage makes lies in a checkpoint folder."""
+    return all((weights / name).is_dir() for name in STAGES[stage].trains)
+
+
+def build_stage(
+    name: str, config: Config, models: Mapping[str, nn.Module | None], data: ViewTensors | Orbits | None
+) -> Stage:
+    """A stage from its models and data; with `checkpointing`, U-Net and decoder recompute."""
+    for part in ("unet", "decoder"):
+        if config.checkpointing and part in models:
+            models[part].enable_gradient_checkpointing()
+    spec = STAGES[name]
+    return spec.make(*(models[part] for part in spec.models), data, config)
+
+
+def run_stage(
+    name: str, config: Config, views: ViewTensors, run: Path, init: Path | None = None, **options
+) -> list[dict]:
+    """Train one stage in the folder `run` and put its weights into run/weights.
+
+    init: a checkpoint folder to start from.  options: of `training.train`.
+    Returns the metrics.
     """
-
-    KL_WEIGHT = 1e-6
-
-    def __init__(self, vae, views: ViewTensors, config: Config):
-        super().__init__()
-        self.vae, self.views, self.clip, self.anchor_weight = vae, views, config.vae_clip, config.vae_anchor
-
-    def example(self, generator, shared, place):
-        index = int(draw(generator, len(self.views)))
-        frames = (draw(generator, RING, 1) + torch.arange(self.clip)) % RING
-        palette = PALETTES[int(draw(generator, len(PALETTES)))]  # another palette: colours generalise
-        rgb = self.views.rgb[index][frames].float()[..., list(palette)] / 255
-        size = rgb.shape[-2] // 8
-        return {"rgb": rgb, "noise": torch.randn(self.clip, 4, size, size, generator=generator)}
-
-    def forward(self, batch):
-        images = to_network(batch["rgb"])  # [B * T, 3, H, W]
-        posterior = self.vae.encode(images).latent_dist
-        latents = posterior.mean + posterior.std * batch["noise"].flatten(0, 1)
-        decoded = self.vae.decode(latents, num_frames=self.clip).sample
-        error, kl = decoded - images, posterior.kl().mean()
-        thumbnail = F.avg_pool2d(1 - images, 8)
-        anchor = F.mse_loss(posterior.mean[:, :3], thumbnail)
-        mse = error.pow(2).mean()
-        loss = mse + error.abs().mean() + self.KL_WEIGHT * kl + self.anchor_weight * anchor
-        return loss, {"psnr": -10 * torch.log10(mse.detach() / 4), "kl": kl.detach(), "anchor": anchor.detach()}
+    spec, weights = STAGES[name], Path(run) / "weights"
+    torch.manual_seed(config.seed)
+    models = starting_models(name, config, weights, init)
+    data = orbits_for(config, views, run, models.get("dino")) if "vae" in spec.needs else views
+    stage = build_stage(name, config, models, data)
+    history = train(stage, schedule_of(config, name), Path(run) / name, seed=config.seed, **options)
+    begun = trained_steps(init).get(name, 0) if init is not None else 0
+    steps = {name: begun + schedule_of(config, name).steps}
+    for product, model in stage.products().items():
+        save_model(model, weights, product, config, steps)
+    return history
 
 
-class DINOStage(Stage):
-    """Self-distillation with no labels (DINO, Caron et al. 2021), with two *views of one object* as the two crops.
+def starting_models(name: str, config: Config, weights: Path, init: Path | None) -> dict[str, nn.Module | None]:
+    """The models of a stage: those that it trains new or from `init`, the others as trained.
 
-    The student, given one view, predicts what the teacher (an average of past students) says of the other. Centring and a
-    low teacher temperature keep the answer from collapsing to one constant.
+    A LoRA is always new: `init` has only given the models below it.
     """
-
-    PROTOTYPES, STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 1024, 0.1, 0.05
-
-    def __init__(self, dino, views: ViewTensors, config: Config):
-        super().__init__()
-        self.dino, self.views = dino, views
-        self.head = DINOHead(config.dino_width, self.PROTOTYPES)
-        self.teacher = copy.deepcopy(nn.ModuleList([dino, self.head])).requires_grad_(False)
-        self.register_buffer("center", torch.zeros(self.PROTOTYPES))
-
-    def training_state(self):
-        teacher = {f"teacher.{name}": p for name, p in self.teacher.named_parameters()}
-        return super().training_state() | teacher | {"center": self.center}
-
-    def example(self, generator, shared, place):
-        index = int(draw(generator, len(self.views)))
-        pair = draw(generator, len(self.views.azimuths[index]), 2)
-        crops = [random_crop(self.views.rgb[index, k].float() / 255, generator) for k in pair.tolist()]
-        return {"crops": torch.stack(crops)}
-
-    def forward(self, batch):
-        crops = batch["crops"].transpose(0, 1)  # [2, B, S, S, 3]
-        student = [self.head(dino_features(self.dino, x)) / self.STUDENT_TEMPERATURE for x in crops]
-        with torch.no_grad():
-            backbone, head = self.teacher
-            logits = [head(dino_features(backbone, x)) for x in crops]
-            targets = [((t - self.center) / self.TEACHER_TEMPERATURE).softmax(-1) for t in logits]
-            if self.training:
-                self.center.lerp_(mean_over_processes(torch.cat(logits).float().mean(0)), 0.1)  # of the whole batch
-        loss = sum(F.cross_entropy(student[a], targets[1 - a]) for a in (0, 1)) / 2
-        return loss, {"target_entropy": torch.distributions.Categorical(probs=targets[0]).entropy().mean()}
-
-    @torch.no_grad()
-    def after_step(self, step: int, steps: int) -> None:
-        momentum = 1 - 0.01 * (1 + math.cos(math.pi * step / steps)) / 2
-        for teacher, student in zip(self.teacher.parameters(), [*self.dino.parameters(), *self.head.parameters()]):
-            teacher.lerp_(student.detach(), 1 - momentum)
+    spec = STAGES[name]
+    models = {}
+    for part in spec.models:
+        if part in spec.trains:
+            models[part] = initial(part, config, init)
+        elif part == "dino":
+            models[part] = load_dino(config, weights)
+        else:
+            models[part] = load_model(weights, part)
+    if "lora" in spec.trains:
+        add_lora(models["unet"], config.lora_rank, config.seed)
+    return models
 
 
-class DINOHead(nn.Module):
-    """Class token and mean patch -> logits over prototypes on the unit sphere. [B, T, C] -> [B, K]"""
+def initial(name: str, config: Config, init: Path | None) -> nn.Module:
+    """What a stage starts from: a new model, or that of the checkpoint `init`.
 
-    def __init__(self, width: int, prototypes: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * width, 256), nn.GELU(), nn.Linear(256, 64))
-        self.prototypes = nn.Linear(64, prototypes, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        x = self.mlp(torch.cat([features[:, 0], features[:, 1:].mean(1)], dim=-1))
-        return F.linear(F.normalize(x, dim=-1), F.normalize(self.prototypes.weight, dim=-1))
-
-
-def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
-    """A random square of 60-100 % of the side, resized back, with a random mirror and brightness. [S, S, 3]"""
-    size = image.shape[0]
-    side = int(size * (0.6 + 0.4 * torch.rand((), generator=generator)))
-    top, left = draw(generator, size - side + 1, 2).tolist()
-    crop = image[top : top + side, left : left + side].movedim(-1, 0)[None]
-    crop = F.interpolate(crop, size=(size, size), mode="bilinear", antialias=True)[0].movedim(0, -1)
-    mirror, brightness = torch.rand(2, generator=generator).tolist()
-    return (crop.flip(1) if mirror < 0.5 else crop) * (0.8 + 0.4 * brightness)
-
-
-class DiffusionStage(Stage):
-    """Multi-view latent diffusion: L_2D on whole orbits. A CLIP tower without pretrained weights learns along with it."""
-
-    def __init__(self, unet, clip, orbits: Orbits, config: Config):
-        super().__init__()
-        self.unet, self.clip, self.orbits, self.config = unet, clip, orbits, config
-
-    def example(self, generator, shared, place):
-        item, start = self.orbits.item(generator, place), int(draw(generator, RING))
-        orbit = self.orbits.orbit(item, start, self.config.num_frames)
-        if torch.rand((), generator=generator) < self.config.roll_frames:
-            orbit = rolled(orbit, int(draw(generator, self.config.num_frames)))
-        return orbit | diffusion_draws(orbit["latents"], generator, self.config)
-
-    def forward(self, batch):
-        loss, _ = diffusion_loss(
-            self.unet, batch["latents"], batch["noise"], batch["sigma"], orbit_condition(batch, self.clip, self.config)
-        )
-        return loss, {}
-
-
-def rolled(orbit: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
-    """The same orbit begun elsewhere: its N frames moved on by `frames`, their angles with them.
-
-    In SV3D's order frame number and azimuth say the same, so a network may learn either; in a rolled orbit only the azimuth
-    is right.
+    A model with a method `grown_to` may be smaller than asked for. Raises UserError where
+    the sizes are not those of `config` otherwise.
     """
-    return orbit | {name: orbit[name].roll(frames, 0) for name in ("latents", "azimuth", "elevation")}
+    build = builders()[name]
+    if init is None:
+        return build(config)
+    model = load_model(init, name)
+    if hasattr(model, "grown_to"):
+        model = model.grown_to(config)
+    with torch.device("meta"):
+        wanted = traits(build(config))
+    for key, value in traits(model).items():
+        if wanted.get(key) != value:
+            raise UserError(
+                f"The {name} in {init} is not of this configuration ({key} is {value}, not "
+                f"{wanted.get(key)}); train without --init, or without the settings that changed it."
+            )
+    return model
 
 
-def diffusion_draws(latents: Tensor, generator: torch.Generator, config: Config) -> dict[str, Tensor]:
-    """The random numbers of one diffusion example: noise, one sigma, and whether the condition is kept."""
-    return {
-        "noise": torch.randn(latents.shape, generator=generator),
-        "sigma": draw_sigma(generator, config),
-        "keep": (torch.rand((), generator=generator) >= config.cond_dropout).float(),
-    }
+def traits(model: nn.Module) -> dict[str, list]:
+    """What two models must share so that one's weights mean the same in the other.
+
+    The shapes, and what no shape shows.
+    """
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    unseen = ("heads", "num_attention_heads", "scale_range", "resnet_eps")
+    hidden = {key: getattr(model.config, key, None) for key in unseen}
+    return shapes | {key: list(v) if isinstance(v, tuple) else v for key, v in hidden.items()}
 
 
-def orbit_condition(batch: dict[str, Tensor], clip, config: Config) -> Condition:
-    """The `Condition` of a batch of orbits, with the joint dropout that guidance needs."""
-    condition = Condition(clip_token(clip, batch["image"]), batch["image_latent"], *radians(batch), config.cond_aug)
-    return condition.dropped(batch["keep"])
+def orbits_for(config: Config, views: ViewTensors, run: Path, dino: nn.Module | None = None) -> Orbits:
+    """Orbits of all objects and their variants, encoded once by this run's VAE.
+
+    From shards they come with the features of `dino`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = load_model(Path(run) / "weights", "vae").to(device)
+    if isinstance(views, ShardViews):
+        return views.orbits(vae, dino, config.seed)
+    cache = Path(run) / f"latents-{config.copies}.safetensors"
+    return load_orbits(views, vae, config.copies, cache=cache, seed=config.seed)
 
 
-class DecoderStage(Stage):
-    """Stage 1: the decoder alone, on ground-truth latents, scored on rendered input and novel views."""
+def take_over(init: Path, run: Path, stages: Sequence[str], config: Config) -> None:
+    """Copy into run/weights the models of `init` that `stages` do not train.
 
-    def __init__(self, decoder, dino, orbits: Orbits, config: Config):
-        super().__init__()
-        self.decoder, self.orbits, self.config = decoder, orbits, config
-        self.dino = dino.requires_grad_(False) if dino is not None else None
-
-    def example(self, generator, shared, place):
-        config = self.config
-        frames = config.view_counts[int(draw(shared, len(config.view_counts)))]
-        item, start = self.orbits.item(generator, place), int(draw(generator, RING))
-        chosen = torch.randperm(self.orbits.views.rgb.shape[1], generator=generator)[: config.target_views]
-        orbit = self.orbits.orbit(item, start, frames) | self.orbits.targets(item, start, chosen)
-        return orbit | (self._own_pixels(item, start, frames) if config.lambda_pixel else {})
-
-    def _own_pixels(self, item: int, start: int, frames: int) -> dict[str, Tensor]:
-        """The truth at the decoder's output pixels of the input views, for `pixel_loss`."""
-        scene, ring = self.orbits.scene(item), ring_frames(start, frames)
-        block = scene.rgb.shape[1] // (self.orbits.latents.shape[-1] * self.config.decoder_upsample)
-        block *= self.config.decoder_patch
-        pooled = [avg_pool(t[ring], block) for t in (scene.rgb, scene.alpha)]
-        return {"own_rgb": pooled[0], "own_alpha": pooled[1], "own_depth": scene.depth[ring][:, ::block, ::block]}
-
-    def forward(self, batch):
-        size = self.config.image_size
-        cameras = batch_cameras(batch["azimuth"], batch["elevation"], size)
-        scenes = self.decoder(batch["latents"], cameras, condition_features(self.dino, batch))
-        loss, metrics = target_loss(scenes, batch, self.config)
-        if self.config.lambda_pixel:
-            own = zip(scenes, cameras, batch["own_rgb"], batch["own_depth"], batch["own_alpha"])
-            pixel = torch.stack([pixel_loss(*parts) for parts in own]).mean()
-            loss, metrics = loss + self.config.lambda_pixel * pixel, metrics | {"pixel": pixel.detach()}
-        return loss, metrics
-
-
-def condition_features(dino, batch: dict[str, Tensor]) -> Tensor | None:
-    """DINO's features of the condition views: those that came with the orbits (from shards), else computed here."""
-    return batch["features"] if "features" in batch else image_features(dino, batch["image"])
-
-
-def avg_pool(images: Tensor, block: int) -> Tensor:
-    """Mean over blocks: [N, H, W, C] -> [N, H / block, W / block, C]."""
-    return F.avg_pool2d(images.movedim(-1, 1), block).movedim(1, -1)
-
-
-def target_loss(
-    scenes: list[Gaussians], batch: dict[str, Tensor], config: Config, weight: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_3D averaged over the B objects of a batch, each times `weight` [B] if given, and the averaged metrics."""
-    cameras = batch_cameras(batch["target_azimuth"], batch["target_elevation"], config.image_size)
-    truth = zip(scenes, cameras, batch["target_rgb"], batch["target_depth"], batch["target_alpha"])
-    losses, metrics = zip(*(rendering_loss(*parts, config) for parts in truth))
-    means = {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
-    losses = torch.stack(losses)
-    return (losses if weight is None else losses * weight).mean(), means
+    Those that are there already stay. How many steps they were trained goes into their
+    gsv3d.json. Raises MissingFile where `init` is no checkpoint, UserError where its
+    weights are damaged.
+    """
+    if not (init / "gsv3d.json").is_file():
+        raise MissingFile(f"--init {init} is no GSV3D checkpoint: gsv3d.json is missing. Try data/checkpoints/tiny.")
+    trained = {name for stage in stages for name in STAGES[stage].trains} | {"lora"}
+    folders = (path for path in init.iterdir() if path.is_dir() and not path.name.startswith("."))
+    record = trained_steps(init)
+    for source in sorted(path for path in folders if path.name not in trained):
+        if (run / "weights" / source.name).exists():
+            continue
+        if source.name in model_classes():
+            load_model(init, source.name)  # damaged weights are named now, not hours later
+        place_whole(run / "weights" / source.name, partial(shutil.copytree, source))
+        taken = {s: n for s, n in record.items() if s in STAGES and source.name in STAGES[s].trains}
+        save_config(config, run / "weights", taken)

@@ -8,31 +8,45 @@ A stage is an `nn.Module` with two methods (see `stages.py` and `distillation.py
 The generator of an example is seeded by (seed, step, index in the global batch), and its place is the number of examples
 before it. So a run that was killed at step k and resumed draws what the uninterrupted run draws, and two processes draw
 what one process would.
+
+Checkpoints and metrics are those of `weights/run_folder.py`. One training at a time works in a run folder; Ctrl-C and
+SIGTERM end it after the step, with a checkpoint (`system/process.py`).
 """
 
 from __future__ import annotations
 
-import json
 import math
+import platform
 import time
 from contextlib import nullcontext
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Schedule
-from .errors import UserError
-from .paths import atomic_path
+from .config import VALUES, Schedule, shown
+from .data.examples import digest
+from .system.errors import UserError
+from .system.process import Signals, leave, only_training
+from .weights.run_folder import (
+    append_metrics,
+    load_checkpoint,
+    read_metrics,
+    run_identity,
+    save_checkpoint,
+    write_metrics,
+)
 
 PRECISIONS = ("auto", "fp32", "bf16")
+CLIP_NORM = 1.0  # gradients longer than this are shortened to it
 
 
 class Stage(nn.Module):
     """Base of all stages: what the loop needs to know beyond `example` and `forward`."""
+
+    FIELDS: tuple[str, ...] = ()  # patterns of the names of what a run takes from `config`, beside its schedule
 
     def example(self, generator: torch.Generator, shared: torch.Generator, place: int) -> dict[str, Tensor]:
         """One training example; `shared` gives the draws that all examples of a step have in common.
@@ -44,6 +58,22 @@ class Stage(nn.Module):
     def training_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by name: here every trainable parameter."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def identity(self) -> dict[str, object]:
+        """What makes a run of this stage this run, by name: configuration, data, frozen models. JSON values."""
+        config, data = getattr(self, "config", None), getattr(self, "orbits", getattr(self, "views", None))
+        fields = vars(config).items() if self.FIELDS else ()
+        matters = [pair for pair in fields if any(fnmatch(pair[0], pattern) for pattern in self.FIELDS)]
+        facts = {name: value for name, value in matters if not isinstance(value, Schedule)}
+        own = self.training_state()
+        frozen = {n: p for n, p in self.named_parameters() if not p.requires_grad and n not in own}
+        facts |= {"data": data.fingerprint()} if data is not None else {}
+        facts |= {"frozen models": digest(frozen)[:12]} if frozen else {}
+        return facts
+
+    def products(self) -> dict[str, nn.Module]:
+        """The trained models by the name of their folder in a checkpoint; asked for once, after the last step."""
+        raise NotImplementedError
 
     def after_step(self, step: int, steps: int) -> None:
         """Called after every optimiser step, for example to move a teacher towards its student."""
@@ -95,44 +125,77 @@ def train(
     progress: bool = True,
     processes: int = 1,
     precision: str = "auto",
+    force_resume: bool = False,
 ) -> list[dict]:
     """Train `stage` for `schedule.steps` steps, resuming from the last checkpoint in `run_dir` if there is one.
 
+    Raises UserError where that checkpoint is of another run, see `check_identity`, and where another process trains in
+    `run_dir`. After Ctrl-C and SIGTERM there is a checkpoint of the last step, and KeyboardInterrupt or SystemExit (143)
+    is raised.
+
     stop_at: leave after this step with a checkpoint (the schedule stays that of the full run).
     precision: of matrix products, "fp32" or "bf16"; "auto" is bf16 on a GPU. Weights and sums stay in float32.
+    force_resume: go on from a checkpoint of another run all the same, as far as its tensors fit.
     processes: how many processes were asked for; a ValueError is raised if accelerate sees another number.
     Returns the metrics, one dict per logged step, which are also appended to `run_dir`/metrics.jsonl.
     The averaged weights (if `schedule.ema`) are in the stage when the function returns.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
 
     use_cuda = torch.cuda.is_available()
     idle = DistributedDataParallelKwargs(find_unused_parameters=True)  # DINO's mask token, the VAE's middle attention
     if precision not in PRECISIONS:
         raise UserError(f"The precision is one of {', '.join(PRECISIONS)}; got {precision!r}.")
+    if seed not in VALUES["seed"]:
+        raise UserError(f"The seed takes {VALUES['seed']}; got {shown(seed)}.")
     mixed = "bf16" if precision == "bf16" or (precision == "auto" and use_cuda) else "no"
+    AcceleratorState._reset_state()  # a notebook's next training may take another precision
     accelerator = Accelerator(cpu=not use_cuda, mixed_precision=mixed, kwargs_handlers=[idle])
     if accelerator.num_processes != processes:
         raise UserError(
             f"{processes} processes were asked for, but {accelerator.num_processes} are running; start them with "
-            f"`torchrun --standalone --nproc_per_node {processes} -m gsv3d_lib.train --processes {processes} ...`."
+            f"`torchrun --standalone --nproc_per_node {processes} -m gsv3d_lib train --processes {processes} ...`."
         )
     if schedule.batch % processes:
         raise UserError(f"A batch of {schedule.batch} cannot be shared equally by {processes} processes.")
-    run_dir = Path(run_dir)
+    if mixed == "bf16" and not use_cuda and accelerator.is_main_process and is_slow_in_bf16():
+        print(
+            "This CPU has no instructions for bfloat16, in which it trains tens of times slower: take fp32.", flush=True
+        )
+    with only_training(Path(run_dir), accelerator.is_main_process), Signals() as signals:
+        options = (seed, stop_at, checkpoint_minutes, log_every, progress, force_resume)
+        return _train(stage, schedule, Path(run_dir), accelerator, signals, *options)
+
+
+def _train(
+    stage: Stage,
+    schedule: Schedule,
+    run_dir: Path,
+    accelerator,
+    signals: Signals,
+    seed: int,
+    stop_at: int | None,
+    checkpoint_minutes: float,
+    log_every: int,
+    progress: bool,
+    force_resume: bool,
+) -> list[dict]:
+    """`train` once the machine is known to be ready for it."""
     stage.to(accelerator.device)
     parameters = [p for p in stage.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.99), weight_decay=schedule.weight_decay)
     wrapped, optimizer = accelerator.prepare(stage, optimizer)
     average = {name: p.detach().clone() for name, p in stage.training_state().items()} if schedule.ema else {}
-    start = load_checkpoint(run_dir, stage, optimizer, average)
+    identity = run_identity(stage, schedule, seed, accelerator.mixed_precision)
+    start = load_checkpoint(run_dir, stage, optimizer, average, identity, force_resume, accelerator.is_main_process)
     check_same_start(accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist(), run_dir)
     history = read_metrics(run_dir, before=start)
     if accelerator.is_main_process:
         write_metrics(run_dir, history)
 
     last = min(schedule.steps, stop_at or schedule.steps)
-    saved = time.monotonic()
+    saved, done, stopped = time.monotonic(), start, 0
     quiet = not (progress and accelerator.is_main_process)
     bar = tqdm(range(start, last), initial=start, total=last, desc=run_dir.name, disable=quiet, mininterval=5)
     for step in bar:
@@ -151,12 +214,13 @@ def train(
                 accelerator.backward(share * loss)
             for name, value in {"loss": loss, **metrics}.items():
                 values[name] = values.get(name, 0) + share * value.detach()
-        norm = accelerator.clip_grad_norm_(parameters, 1.0)
+        norm = accelerator.clip_grad_norm_(parameters, CLIP_NORM)
         if not torch.isfinite(norm):  # a step with it would ruin the weights, and the next checkpoint with them
             raise UserError(f"The gradient of step {step} is {float(norm)}; lower the learning rate and resume.")
         optimizer.step()
         stage.after_step(step, schedule.steps)
         update_average(average, stage.training_state(), schedule.ema, step)
+        done = step + 1
         if step % log_every == 0 or step == last - 1:
             values = {"loss": values.pop("loss"), "grad_norm": norm, **values}
             names = list(values)
@@ -166,11 +230,17 @@ def train(
             bar.set_postfix_str(" ".join(f"{n} {v:.4g}" for n, v in zip(names, means)))
             if accelerator.is_main_process:
                 append_metrics(run_dir, history[-1])
+        stopped = signals.of_any_process(accelerator)
+        if stopped:
+            break
         if time.monotonic() - saved > 60 * checkpoint_minutes and accelerator.is_main_process:
-            save_checkpoint(run_dir, step + 1, stage, optimizer, average)
+            save_checkpoint(run_dir, done, stage, optimizer, average, identity)
             saved = time.monotonic()
-    if accelerator.is_main_process and last > start:
-        save_checkpoint(run_dir, last, stage, optimizer, average)
+    if accelerator.is_main_process and done > start:
+        save_checkpoint(run_dir, done, stage, optimizer, average, identity)
+    stopped = stopped or signals.of_any_process(accelerator)
+    if stopped:
+        leave(stopped, run_dir, done, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     with torch.no_grad():
         for name, p in stage.training_state().items():
@@ -206,98 +276,7 @@ def update_average(average: dict[str, Tensor], state: dict[str, Tensor], decay: 
         mean.lerp_(state[name].detach(), 1 - decay)
 
 
-# ---------------------------------------------------------------- checkpoints: one safetensors file and one JSON each
-
-
-def save_checkpoint(run_dir: Path, step: int, stage: Stage, optimizer, average: dict[str, Tensor]) -> None:
-    """Write `run_dir`/checkpoint-STEP in full, then make it visible by one rename; keep the last two."""
-    tensors = {f"state.{name}": value for name, value in stage.training_state().items()}
-    tensors |= {f"average.{name}": value for name, value in average.items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / f"checkpoint-{step:07d}.safetensors"
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step)})
-    for old in list_checkpoints(run_dir)[:-2]:
-        old.unlink()
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    return sorted(Path(run_dir).glob("checkpoint-*.safetensors"))
-
-
-def load_checkpoint(run_dir: Path, stage: Stage, optimizer=None, average: dict[str, Tensor] | None = None) -> int:
-    """Restore the newest readable checkpoint of `run_dir`; returns the step to go on from, 0 if there is none.
-
-    A truncated file (a full disk, a copy that broke off) is passed over for the one before it, with one line that says so.
-    """
-    for path in reversed(list_checkpoints(run_dir)):
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                step = int(file.metadata()["step"])
-        except Exception as error:  # safetensors raises its own type for a damaged header
-            tqdm.write(f"{path} cannot be read ({error}); trying the checkpoint before it.")
-            continue
-        restore(tensors, "state.", stage.training_state(), path)
-        restore(tensors, "average.", average or {}, path)
-        if optimizer is not None:
-            restore_optimizer(tensors, optimizer)
-        return step
-    return 0
-
-
-@torch.no_grad()
-def restore(tensors: dict[str, Tensor], prefix: str, targets: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors[prefix + name] into targets[name], with one clear sentence when they do not fit."""
-    for name, target in targets.items():
-        value = tensors.get(prefix + name)
-        if value is None or value.shape != target.shape:
-            have = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
-            raise UserError(
-                f"{path} does not fit this model: {name} should be {tuple(target.shape)}, the file has {have}. "
-                "Use the configuration it was trained with, or another run folder."
-            )
-        target.copy_(value)
-
-
-def restore_optimizer(tensors: dict[str, Tensor], optimizer) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, slot = name.split(".", 2)
-            state.setdefault(int(index), {})[slot] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-# ---------------------------------------------------------------- metrics
-
-
-def read_metrics(run_dir: Path, before: int | None = None) -> list[dict]:
-    """The logged rows of a run, in order; with `before`, only those of earlier steps."""
-    path = Path(run_dir) / "metrics.jsonl"
-    rows = read_rows(path) if path.is_file() else []
-    return [row for row in rows if before is None or row["step"] < before]
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # the last line of a killed run may be half written
-    return rows
-
-
-def write_metrics(run_dir: Path, rows: list[dict]) -> None:
-    with atomic_path(Path(run_dir) / "metrics.jsonl") as path:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def append_metrics(run_dir: Path, row: dict) -> None:
-    with open(Path(run_dir) / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+def is_slow_in_bf16() -> bool:
+    """Whether this CPU has to imitate bfloat16: measured 60 times slower than float32 with AVX2 alone."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return platform.machine().lower() in ("x86_64", "amd64") and not fast

@@ -9,20 +9,24 @@ results, `TokenAttention` and `FrameConv`, save time, and `TemporalBlock` saves 
 from __future__ import annotations
 
 import re
-from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import TemporalBasicTransformerBlock
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.models.resnet import SpatioTemporalResBlock, TemporalResnetBlock
+from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalResnetBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, join_heads, split_heads
 from .config import Config
+
+# diffusers' names of its blocks, with attention and without
+DOWN, DOWN_PLAIN = "CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"
+UP, UP_PLAIN = "CrossAttnUpBlockSpatioTemporal", "UpBlockSpatioTemporal"
 
 
 class TokenAttention:
@@ -72,13 +76,52 @@ class TemporalBlock(TemporalBasicTransformerBlock):
 
 
 class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
-    """The multi-view denoiser F(c_in z, c_noise; condition) whose output is v."""
+    """The multi-view denoiser F(c_in z, c_noise; condition) whose output is v.
 
-    @wraps(UNetSpatioTemporalConditionModel.__init__)  # diffusers reads the signature to restore a saved model
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    The settings are diffusers', and one more. resnet_eps: of the normalisations in the
+    residual blocks. Stability's code has 1e-5 in all of them; diffusers' class has 1e-6 in
+    all blocks but those of the middle and of levels without attention on the way down. 0
+    keeps diffusers'.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | None = None,
+        in_channels: int = 8,
+        out_channels: int = 4,
+        down_block_types: tuple[str, ...] = (DOWN, DOWN, DOWN, DOWN_PLAIN),
+        up_block_types: tuple[str, ...] = (UP_PLAIN, UP, UP, UP),
+        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+        addition_time_embed_dim: int = 256,
+        projection_class_embeddings_input_dim: int = 1280,
+        layers_per_block: int = 2,
+        cross_attention_dim: int = 1024,
+        transformer_layers_per_block: int = 1,
+        num_attention_heads: tuple[int, ...] = (5, 10, 20, 20),
+        num_frames: int = 21,
+        resnet_eps: float = 0.0,
+    ):
+        super().__init__(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            addition_time_embed_dim=addition_time_embed_dim,
+            projection_class_embeddings_input_dim=projection_class_embeddings_input_dim,
+            layers_per_block=layers_per_block,
+            cross_attention_dim=cross_attention_dim,
+            transformer_layers_per_block=transformer_layers_per_block,
+            num_attention_heads=num_attention_heads,
+            num_frames=num_frames,
+        )
         self.set_attn_processor(TokenAttention())
         for module in self.modules():
+            if resnet_eps and isinstance(module, ResnetBlock2D | TemporalResnetBlock):
+                module.norm1.eps = resnet_eps
+                module.norm2.eps = resnet_eps
             if isinstance(module, TemporalResnetBlock):
                 module.conv1, module.conv2 = FrameConv(module.conv1), FrameConv(module.conv2)
             elif isinstance(module, TemporalBasicTransformerBlock):
@@ -114,6 +157,10 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
             hidden = block(hidden, res_hidden_states_tuple=residuals, **shared, **_attend(block, context))
         hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         return hidden.unflatten(0, (batch, frames))
+
+    def grown_to(self, config: Config) -> SV3DUNet:
+        """This U-Net, or one with one layer more per level that begins as it (`deepened`)."""
+        return deepened(self) if config.unet_layers == self.config.layers_per_block + 1 else self
 
     def _embed(self, timestep: Tensor, polar: Tensor, azimuth: Tensor, cond_aug: float, dtype) -> Tensor:
         """Time embedding plus the per-frame camera embedding, [B * N, E]."""
@@ -185,8 +232,8 @@ def _silence(resnet: SpatioTemporalResBlock) -> None:
 
 def build_unet(config: Config) -> SV3DUNet:
     """A freshly initialised U-Net."""
-    down = ["CrossAttnDownBlockSpatioTemporal" if a else "DownBlockSpatioTemporal" for a in config.unet_attention]
-    up = ["CrossAttnUpBlockSpatioTemporal" if a else "UpBlockSpatioTemporal" for a in config.unet_attention[::-1]]
+    down = [DOWN if attends else DOWN_PLAIN for attends in config.unet_attention]
+    up = [UP if attends else UP_PLAIN for attends in config.unet_attention[::-1]]
     return SV3DUNet(
         sample_size=config.latent_size,
         in_channels=8,
@@ -200,4 +247,5 @@ def build_unet(config: Config) -> SV3DUNet:
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=256 + 512 + 512,
         num_frames=config.num_frames,
+        resnet_eps=config.resnet_eps,
     )

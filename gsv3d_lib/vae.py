@@ -16,10 +16,12 @@ from .config import Config
 
 
 class GroupedVAE(AutoencoderKLTemporalDecoder):
-    """diffusers' `AutoencoderKLTemporalDecoder` with the number of normalisation groups as a setting.
+    """diffusers' `AutoencoderKLTemporalDecoder` with two more settings.
 
-    diffusers fixes 32 groups, which suits SVD's 128 to 512 channels. With the 32 channels of `tiny` every channel
-    would be its own group, instance normalisation, which erases the strength of a channel and with it colour.
+    norm_groups: of the normalisation. diffusers fixes 32, which suits SVD's 128 to 512 channels.
+    With the 32 channels of `tiny` every channel would be its own group, instance
+    normalisation, which erases the strength of a channel and with it colour.
+    post_quant: a 1x1 convolution of the latents before the decoder, as `AutoencoderKL` has it.
     """
 
     @register_to_config
@@ -35,6 +37,7 @@ class GroupedVAE(AutoencoderKLTemporalDecoder):
         scaling_factor: float = 0.18215,
         force_upcast: bool = True,
         norm_groups: int = 32,
+        post_quant: bool = False,
     ):
         super().__init__(
             in_channels=in_channels,
@@ -50,9 +53,15 @@ class GroupedVAE(AutoencoderKLTemporalDecoder):
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
                 module.num_groups = norm_groups
+        conv = nn.Conv2d(latent_channels, latent_channels, 1) if post_quant else nn.Identity()
+        self.post_quant_conv = conv
+
+    def decode(self, z: Tensor, num_frames: int, return_dict: bool = True):
+        """Latents [B * N, 4, h, w] -> diffusers' `DecoderOutput` of [B * N, 3, 8h, 8w] in [-1, 1]."""
+        return super().decode(self.post_quant_conv(z), num_frames, return_dict)
 
 
-def build_vae(config: Config) -> GroupedVAE:
+def build_vae(config: Config, post_quant: bool = False) -> GroupedVAE:
     """A freshly initialised autoencoder."""
     levels = len(config.vae_channels)
     vae = GroupedVAE(
@@ -63,6 +72,7 @@ def build_vae(config: Config) -> GroupedVAE:
         sample_size=config.image_size,
         scaling_factor=config.latent_scale,
         norm_groups=config.vae_norm_groups,
+        post_quant=post_quant,
     )
     start_linear(vae)
     return vae

@@ -21,7 +21,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from gsv3d_lib.doctor import BROWSERS
+from gsv3d_lib.system.doctor import BROWSERS
 
 FLAGS = (
     "--disable-gpu --enable-unsafe-swiftshader --disable-quic --no-first-run --disable-background-networking"

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from gsv3d_lib.exercises import Wrong
+from gsv3d_lib.course.exercises import Wrong
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 

@@ -18,8 +18,8 @@ from gsv3d_lib.decoder import build_decoder, deviation
 from gsv3d_lib.diffusion import Condition, guided_v, predict_v
 from gsv3d_lib.distillation import DistillationStage
 from gsv3d_lib.encoders import build_clip, build_dino
-from gsv3d_lib.lora import add_lora, lora_parameters, merged_lora, set_lora_scale
-from gsv3d_lib.stages import DecoderStage
+from gsv3d_lib.lora import add_lora, lora_parameters, merged_lora, set_lora_scale, twin_of
+from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.training import draw_batch
 from gsv3d_lib.unet import FrameConv
 
@@ -171,23 +171,60 @@ def test_explicit_attention_is_attention(chain):
 
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
-def test_a_merged_lora_gives_the_same_and_comes_apart_bit_for_bit(scale):
+def test_a_merged_lora_gives_the_same_and_leaves_the_u_net_alone(scale):
     unet, inputs = lora_unet(), unet_inputs()
-    set_lora_scale(unet, scale)
-    apart, state = unet(*inputs), {name: t.clone() for name, t in unet.state_dict().items()}
-    with pytest.raises(RuntimeError, match="inside"), merged_lora(unet):
-        assert torch.allclose(unet(*inputs), apart, atol=1e-5)
-        changed = [name for name, t in unet.state_dict().items() if not torch.equal(t, state[name])]
-        assert len(changed) == (0 if scale == 0 else len(lora_parameters(unet)) // 2)
-        raise RuntimeError("inside")
+    trained, state = unet(*inputs), {name: t.clone() for name, t in unet.state_dict().items()}
+    merged, plain = merged_lora(unet, scale), merged_lora(unet)
+    assert torch.equal(unet(*inputs), trained)
+    assert torch.allclose(plain(*inputs), trained, atol=1e-5)
+    changed = [name for name, t in merged.state_dict().items() if not torch.equal(t, state[name])]
+    assert len(changed) == (0 if scale == 0 else len(lora_parameters(unet)) // 2)
     assert all(torch.equal(t, state[name]) for name, t in unet.state_dict().items())
-    assert torch.equal(unet(*inputs), apart)
+    set_lora_scale(unet, scale)
+    assert torch.allclose(merged(*inputs), unet(*inputs), atol=1e-5)
+    assert torch.equal(merged_lora(unet)(*inputs), merged(*inputs))  # the scale that is set is the default
+
+
+@torch.no_grad()
+def test_a_merged_lora_shares_the_memory_of_all_other_weights():
+    unet = lora_unet()
+    there, merged = dict(unet.named_parameters()), dict(merged_lora(unet).named_parameters())
+    assert list(there) == list(merged)
+    own = [name for name in merged if merged[name].data_ptr() != there[name].data_ptr()]
+    assert len(own) == len(lora_parameters(unet)) // 2 and all(name.endswith("base_layer.weight") for name in own)
+
+
+def test_what_is_set_in_a_twin_stays_there():
+    unet = lora_unet()
+    twin = twin_of(unet.eval())
+    set_lora_scale(twin, 0.0)
+    twin.train()
+    twin.conv_in.weight = nn.Parameter(torch.zeros_like(twin.conv_in.weight))
+    twin.down_blocks.append(nn.Identity())
+    twin.register_forward_hook(lambda *_: 1 / 0)
+    again = lora_unet()
+    with torch.no_grad():
+        assert torch.equal(unet(*unet_inputs()), again(*unet_inputs()))
+    assert not any(module.training for module in unet.modules())
+    assert len(unet.down_blocks) == len(again.down_blocks)
+
+
+@torch.no_grad()
+def test_adapters_that_are_switched_off_or_merged_for_good_stay_so():
+    unet, inputs, base = lora_unet(), unet_inputs(), base_unet()
+    unet.disable_lora()
+    assert torch.allclose(merged_lora(unet)(*inputs), base(*inputs), atol=1e-6)
+    assert not any(layer.merged for layer in merged_lora(unet).modules() if hasattr(layer, "merged"))
+    unet.enable_lora()
+    unet.fuse_lora()
+    assert torch.equal(merged_lora(unet)(*inputs), unet(*inputs))
+    with pytest.raises(ValueError, match="part of the U-Net's weights and has no scale.*unfuse_lora"):
+        merged_lora(unet, 0.5)
 
 
 def test_merging_without_a_lora_does_nothing():
     layer = nn.Linear(2, 2)
-    with merged_lora(layer) as same:
-        assert same is layer
+    assert merged_lora(layer) is layer
 
 
 def test_the_deviation_is_torch_s_with_its_gradient():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import trimesh
 
-from gsv3d_lib.blender import check_python, render_cycles
 from gsv3d_lib.cameras import orbit_cameras
-from gsv3d_lib.dataset import read_object
-from gsv3d_lib.make_dataset import main
-from gsv3d_lib.raycast import normalized, render_mesh
+from gsv3d_lib.data.blender import check_python, render_cycles
+from gsv3d_lib.data.dataset import read_object
+from gsv3d_lib.data.make_dataset import main
+from gsv3d_lib.data.raycast import normalized, render_mesh
 
 
 @pytest.fixture

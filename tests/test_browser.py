@@ -21,9 +21,9 @@ FRAMES = 10  # a second, while a slider is dragged on a quiet machine
 EXPLORERS = {
     "explorer": """
 import torch
-from gsv3d_lib.figures import plotly_gaussians
+from gsv3d_lib.course.figures import plotly_gaussians
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.widgets import explorer, orbit_explorer, splat_viewer
+from gsv3d_lib.course.widgets import explorer, orbit_explorer, splat_viewer
 def plain(brightness):
     return torch.full((32, 32, 3), brightness)
 explorer(plain, brightness=(0.0, 1.0, 0.5))""",

@@ -25,7 +25,7 @@ from gsv3d_lib.cameras import (
     to_blender,
     to_opengl_view,
 )
-from gsv3d_lib.dataset import list_objects, read_object
+from gsv3d_lib.data.dataset import list_objects, read_object
 
 SIZE = 64
 
@@ -56,7 +56,7 @@ def test_azimuth_0_is_on_plus_x_and_elevation_lifts():
 
 
 def test_the_sign_of_the_azimuth_is_one_constant():
-    """SV3D does not document it. Ours: the camera moves counter-clockwise seen from above, from +x to +y."""
+    """As in SV3D: the camera moves counter-clockwise seen from above, from +x to +y."""
     assert AZIMUTH_SIGN == 1.0
     position = orbit_cameras([90], 0.0, SIZE).positions()[0]
     assert torch.allclose(position, torch.tensor([0, AZIMUTH_SIGN * DISTANCE, 0]), atol=1e-5)

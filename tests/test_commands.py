@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from tiny_world import object_views, tiny_config
 
-from gsv3d_lib import evaluate, experiments, train
+from gsv3d_lib import train
 from gsv3d_lib.config import preset
-from gsv3d_lib.dataset import write_index, write_object
+from gsv3d_lib.data.dataset import write_index, write_object
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.encoders import build_clip, build_dino
+from gsv3d_lib.evaluation import evaluate, experiments
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import build_vae
 
@@ -124,5 +125,5 @@ def test_evaluate_goes_on_without_geometry_and_with_few_objects(place, capsys):
         and "chamfer" not in record["mean"]["generated"]
     )
     assert "| generated |" in (place / "out/e.md").read_text() and (place / "out/e.png").is_file()
-    assert record["command"].startswith("python -m gsv3d_lib.evaluate --weights")
+    assert record["command"].startswith("python -m gsv3d_lib evaluate --weights")
     shutil.rmtree(place / "out")

@@ -7,7 +7,7 @@ import torch
 from tiny_world import BALLS, ball_pictures
 
 from gsv3d_lib.cameras import orbit_cameras
-from gsv3d_lib.consistency import (
+from gsv3d_lib.evaluation.consistency import (
     detail,
     ghost_map,
     ghosting,

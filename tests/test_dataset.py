@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, object_views, one_sentence, turned
 
-from gsv3d_lib import dataset
-from gsv3d_lib.dataset import (
+from gsv3d_lib.cameras import batch_cameras
+from gsv3d_lib.data import dataset
+from gsv3d_lib.data.dataset import (
     ObjectViews,
     atomic_path,
     decode_depth,
@@ -24,7 +25,7 @@ from gsv3d_lib.dataset import (
     write_index,
     write_object,
 )
-from gsv3d_lib.orbits import Orbits, batch_cameras, make_variants, ring_frames
+from gsv3d_lib.data.examples import Orbits, make_variants, ring_frames
 
 
 @pytest.fixture(scope="module")

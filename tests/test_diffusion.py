@@ -13,6 +13,7 @@ from gsv3d_lib.diffusion import (
     Condition,
     build_scheduler,
     denoise,
+    diffusion_draws,
     diffusion_loss,
     draw_sigma,
     frames_like,
@@ -22,7 +23,6 @@ from gsv3d_lib.diffusion import (
     triangular_guidance,
     v_target,
 )
-from gsv3d_lib.stages import diffusion_draws
 from gsv3d_lib.unet import angle_features
 
 BATCH, FRAMES, SIDE = 2, 3, 4

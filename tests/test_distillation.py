@@ -1,5 +1,10 @@
 """Stage 2: the 3D loss reaches the LoRA through the frozen decoder, and nothing else moves."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
@@ -7,15 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_world import ball_views, descend, randn, random_orbits, shake, tiny_config
 
+from gsv3d_lib.config import preset
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.distillation import DistillationStage, sigma_weight
 from gsv3d_lib.encoders import build_clip, build_dino
-from gsv3d_lib.lora import IDLE, add_lora, load_lora, lora_parameters, save_lora, set_lora_scale
-from gsv3d_lib.stages import DecoderStage, DiffusionStage
+from gsv3d_lib.lora import IDLE, LORA_FILE, add_lora, load_lora, lora_parameters, save_lora, set_lora_scale
+from gsv3d_lib.pretraining import DiffusionStage
+from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.training import draw_batch
 from gsv3d_lib.unet import SV3DUNet, build_unet
 
-CONFIG = tiny_config(lambda_alpha=0.5, lambda_pixel=0.0, view_counts=(4,), num_frames=4)
+CONFIG = tiny_config(lambda_alpha_stage2=0.5, lambda_pixel=0.0, view_counts=(4,), num_frames=4)
 
 
 def base_unet() -> SV3DUNet:
@@ -193,6 +200,43 @@ def test_gradients_reach_the_lora_and_nothing_else(parts):
             assert p.grad is None and not p.requires_grad, name
     assert {"loss_2d", "loss_3d", "psnr", "depth_l1", "alpha_mse"} == set(metrics)
     assert set(stage.training_state()) == {f"unet.{name}" for name in lora_parameters(stage.unet)}
+
+
+def test_stage_1_s_alpha_term_is_not_stage_2_s(parts):
+    """Notebook 06 found that it does harm there: it needs a field of its own."""
+    batch = kept_batch(build_stage(parts))
+    with torch.no_grad():
+        (plain, scores), (same, _), (with_alpha, _) = (
+            build_stage(parts, **changes)(batch)
+            for changes in (
+                {"lambda_alpha_stage2": 0.0},
+                {"lambda_alpha_stage2": 0.0, "lambda_alpha": 7.0},
+                {"lambda_alpha_stage2": 2.0},
+            )
+        )
+    assert plain == same and with_alpha - plain == pytest.approx(2 * float(scores["alpha_mse"]), rel=1e-3)
+    assert all(preset(name).lambda_alpha_stage2 == 0 for name in ("tiny", "small", "paper"))
+
+
+LORA_BYTES = """
+import hashlib, sys, torch
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from test_distillation import CONFIG, add_lora, base_unet, load_lora, save_lora
+folder = Path(sys.argv[1])
+save_lora(add_lora(base_unet(), 2), folder / "first")
+save_lora(load_lora(base_unet(), folder / "first"), folder / "again")
+"""
+
+
+def test_a_lora_has_the_same_bytes_in_every_process(tmp_path):
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    for seed in ("1", "2"):  # of the order in which Python goes through sets
+        command = [sys.executable, "-c", LORA_BYTES.format(paths=paths), tmp_path / seed]
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+    for name in ("first", "again"):
+        one, other = ((tmp_path / seed / name / LORA_FILE).read_bytes() for seed in ("1", "2"))
+        assert one == other
 
 
 def test_the_3d_loss_alone_reaches_every_lora_b(parts):

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from gsv3d_lib.exercises import Wrong, ask, checker, expect_close, expect_shape
-from gsv3d_lib.exercises.full_scale import check_accumulate
+from gsv3d_lib.course.exercises import Wrong, ask, checker, expect_close, expect_shape
+from gsv3d_lib.course.exercises.full_scale import check_accumulate
 
 
 @checker

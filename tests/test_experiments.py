@@ -10,11 +10,11 @@ import torch
 from test_pipeline import write_geometry
 from tiny_world import ball_views, object_views, tiny_config
 
-from gsv3d_lib import experiments as ex
-from gsv3d_lib import train as recipes
+from gsv3d_lib import stages
 from gsv3d_lib.config import Schedule, preset
-from gsv3d_lib.dataset import write_index, write_object
-from gsv3d_lib.metrics import bootstrap_interval
+from gsv3d_lib.data.dataset import write_index, write_object
+from gsv3d_lib.evaluation import experiments as ex
+from gsv3d_lib.evaluation.metrics import bootstrap_interval
 
 # Two steps must move what four digits show, hence the learning rate.
 CONFIG = tiny_config(lambda_pixel=0.0, stage2=Schedule(steps=2, batch=2, lr=0.3, warmup=0))
@@ -25,7 +25,7 @@ def place(tmp_path_factory):
     """A checkpoint folder and a dataset folder of two objects, one with its true shape."""
     folder = tmp_path_factory.mktemp("place")
     for stage in ("vae", "dino", "diffusion", "stage1"):
-        recipes.RECIPES[stage](CONFIG, ball_views(), folder, progress=False)
+        stages.run_stage(stage, CONFIG, ball_views(), folder, progress=False)
     for id, turn in (("balls", 0.0), ("others", 60.0)):
         write_object(folder / "objects", object_views(id, turn))
     write_index(folder / "objects", [{"id": "balls"}, {"id": "others"}])

@@ -7,8 +7,8 @@ import plotly.io
 import pytest
 import torch
 
-from gsv3d_lib import figures
 from gsv3d_lib.cameras import orbit_cameras
+from gsv3d_lib.course import figures
 from gsv3d_lib.gaussians import Gaussians
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from gsv3d_lib import make_dataset as md
-from gsv3d_lib.dataset import list_objects, load_views, read_object
+from gsv3d_lib.data import make_dataset as md
+from gsv3d_lib.data.dataset import list_objects, load_views, read_object
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 import trimesh
 
 from gsv3d_lib.cameras import orbit_cameras, ray_grid
+from gsv3d_lib.evaluation.metrics import chamfer_distance, occupancy_grid, surface_points, volume_iou
+from gsv3d_lib.export.mesh import front_depth, fuse_depth_maps, fuse_mesh, save_mesh, sphere_cameras
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.mesh import front_depth, fuse_depth_maps, fuse_mesh, save_mesh, sphere_cameras
-from gsv3d_lib.metrics import chamfer_distance, occupancy_grid, surface_points, volume_iou
 from gsv3d_lib.rendering import render
 
 VIEWS, SIZE = 32, 128  # the defaults of fuse_mesh
@@ -202,14 +202,66 @@ def test_glb_is_y_up_unlit_and_linear(colored_box, tmp_path):
     low, high = colored_box.bounds
     assert np.allclose(loaded.bounds, [[low[0], low[2], -high[1]], [high[0], high[2], -low[1]]], atol=1e-6)
     assert loaded.volume > 0
-    data = path.read_bytes()
-    magic, version, length, json_length = struct.unpack("<4sIII", data[:16])
-    tree = json.loads(data[20 : 20 + json_length])
-    assert (magic, version, length) == (b"glTF", 2, len(data))
+    tree, arrays = read_glb(path)
     assert "KHR_materials_unlit" in tree["materials"][0]["extensions"]
     linear = ((np.array([200, 100, 50]) / 255 + 0.055) / 1.055) ** 2.4
-    stored = tree["accessors"][tree["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"]]
-    assert stored["min"][:3] == stored["max"][:3] == np.round(255 * linear).tolist()
+    assert np.allclose(arrays["COLOR_0"], linear, rtol=1e-6)
+
+
+WIDTHS = {5126: "<f4", 5125: "<u4"}  # glTF's componentType
+LENGTHS = {"SCALAR": 1, "VEC3": 3}
+
+
+def read_glb(path) -> tuple[dict, dict[str, np.ndarray]]:
+    """A GLB of one primitive, held to the rules of glTF 2.0: its JSON, and its attributes and indices by name."""
+    data = path.read_bytes()
+    magic, version, length, json_length, json_type = struct.unpack("<4sIII4s", data[:20])
+    assert (magic, version, length, json_type) == (b"glTF", 2, len(data), b"JSON")
+    tree = json.loads(data[20 : 20 + json_length])
+    binary_length, binary_type = struct.unpack("<I4s", data[20 + json_length : 28 + json_length])
+    binary = data[28 + json_length :]
+    assert binary_type == b"BIN\0" and binary_length == len(binary) and not json_length % 4 and not len(binary) % 4
+    assert tree["asset"]["version"] == "2.0" and tree["buffers"] == [{"byteLength": len(binary)}]
+    assert set(tree["extensionsUsed"]) == set(tree["materials"][0]["extensions"])
+    (primitive,) = tree["meshes"][tree["nodes"][tree["scenes"][tree["scene"]]["nodes"][0]]["mesh"]]["primitives"]
+    assert primitive["material"] == 0 and len(tree["materials"]) == 1
+    arrays, end = {}, 0
+    for name, index in (primitive["attributes"] | {"indices": primitive["indices"]}).items():
+        accessor = tree["accessors"][index]
+        view = tree["bufferViews"][accessor["bufferView"]]
+        record = np.dtype((WIDTHS[accessor["componentType"]], LENGTHS[accessor["type"]]))
+        start, stop = view["byteOffset"], view["byteOffset"] + view["byteLength"]
+        assert start == end and stop <= len(binary) and start % 4 == 0  # aligned, none overlaps
+        assert accessor["count"] > 0 and accessor["count"] * record.itemsize == view["byteLength"]
+        assert view["target"] == (34963 if name == "indices" else 34962)
+        arrays[name], end = np.frombuffer(binary[start:stop], record), stop
+        if name == "POSITION":
+            assert accessor["min"] == arrays[name].min(0).tolist() and accessor["max"] == arrays[name].max(0).tolist()
+    assert end == len(binary)
+    assert len(arrays["POSITION"]) == len(arrays["COLOR_0"]) > arrays["indices"].max()
+    return tree, arrays
+
+
+def test_every_level_of_dark_survives_in_a_glb(tmp_path):
+    """8 bits of linear light would leave 14 of the darkest 64."""
+    mesh = trimesh.creation.icosphere(subdivisions=3)
+    levels = np.arange(len(mesh.vertices)) % 256
+    mesh.visual.vertex_colors = np.column_stack([levels, levels, levels, np.full_like(levels, 255)]).astype(np.uint8)
+    save_mesh(mesh, tmp_path / "a.glb")
+    stored = read_glb(tmp_path / "a.glb")[1]["COLOR_0"]
+    assert stored.min() == 0 and stored.max() == 1
+    srgb = np.where(stored <= 0.0031308, 12.92 * stored, 1.055 * stored ** (1 / 2.4) - 0.055)
+    assert np.array_equal(np.round(255 * srgb), np.stack([levels] * 3, -1))
+    assert len(np.unique(stored[levels < 64], axis=0)) == 64
+    (other,) = trimesh.load_scene(tmp_path / "a.glb", process=False).geometry.values()  # by another reader
+    assert np.array_equal(np.asarray(other.visual.vertex_attributes["color"]), stored)
+
+
+def test_a_mesh_of_nothing_is_not_saved(tmp_path):
+    for vertices, faces in ((np.zeros((0, 3)), []), ([[0, 0, 0], [1, 0, 0], [0, np.nan, 0]], [[0, 1, 2]])):
+        with pytest.raises(ValueError, match="no mesh to save as a.glb"):
+            save_mesh(trimesh.Trimesh(vertices, faces, process=False), tmp_path / "a.glb")
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_suffix(colored_box, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import trimesh
 
-from gsv3d_lib.metrics import (
+from gsv3d_lib.evaluation.metrics import (
     bootstrap_interval,
     chamfer_distance,
     depth_l1,

@@ -8,7 +8,7 @@ from notebook_world import accepts, definitions, rejects
 from tiny_world import tiny_config
 
 from gsv3d_lib import diffusion, vae
-from gsv3d_lib.exercises import diffusion as checks
+from gsv3d_lib.course.exercises import diffusion as checks
 
 
 @pytest.fixture(scope="module")

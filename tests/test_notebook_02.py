@@ -6,12 +6,13 @@ import pytest
 import torch
 from notebook_world import accepts, definitions, rejects
 
-from gsv3d_lib import reference
 from gsv3d_lib.cameras import orbit_cameras
-from gsv3d_lib.exercises import splatting
-from gsv3d_lib.figures import plot_ellipsoids, plot_rays
-from gsv3d_lib.gaussians import Gaussians, rotation_matrices
+from gsv3d_lib.course.exercises import splatting
+from gsv3d_lib.course.figures import plot_ellipsoids, plot_rays
+from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.rendering import plain as reference
 from gsv3d_lib.rendering import render
+from gsv3d_lib.rotations import rotation_matrices
 
 SIZE = 32
 

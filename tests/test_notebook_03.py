@@ -5,8 +5,9 @@ import torch
 from notebook_world import accepts, definitions, rejects
 
 from gsv3d_lib import cameras as cam
-from gsv3d_lib import reference, unet
-from gsv3d_lib.exercises import multiview as checks
+from gsv3d_lib import unet
+from gsv3d_lib.course.exercises import multiview as checks
+from gsv3d_lib.rendering import plain as reference
 
 SIZE = 32
 FLIP = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))

@@ -9,10 +9,10 @@ from notebook_world import accepts, definitions, rejects
 
 from gsv3d_lib.cameras import orbit_cameras, pluecker_rays, ray_grid, sv3d_azimuths
 from gsv3d_lib.config import preset
+from gsv3d_lib.course.exercises import decoder as checks
 from gsv3d_lib.decoder import Block, GaussianDecoder, build_decoder, plane_sweep, ray_distance
 from gsv3d_lib.encoders import build_dino, dino_features
-from gsv3d_lib.exercises import decoder as checks
-from gsv3d_lib.stages import DINOStage
+from gsv3d_lib.pretraining import DINOStage
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 

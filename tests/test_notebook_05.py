@@ -10,9 +10,9 @@ from tiny_world import randn, tiny_config
 from gsv3d_lib import diffusion
 from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.config import preset
+from gsv3d_lib.course.exercises import Wrong
+from gsv3d_lib.course.exercises import distillation as checks
 from gsv3d_lib.distillation import sigma_weight
-from gsv3d_lib.exercises import Wrong
-from gsv3d_lib.exercises import distillation as checks
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.lora import add_lora, lora_parameters
 from gsv3d_lib.losses import rendering_loss

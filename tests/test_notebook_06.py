@@ -11,24 +11,16 @@ import torch
 import trimesh
 from notebook_world import accepts, definitions, rejects
 
-from gsv3d_lib import (
-    backprojection,
-    baselines,
-    cameras,
-    consistency,
-    dataset,
-    evaluate,
-    experiments,
-    make_dataset,
-    mesh,
-    metrics,
-)
+from gsv3d_lib import backprojection, cameras
 from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.config import preset
-from gsv3d_lib.exercises import evaluation as exercises
+from gsv3d_lib.course.exercises import evaluation as exercises
+from gsv3d_lib.data import dataset, make_dataset
+from gsv3d_lib.data.raycast import render_mesh
+from gsv3d_lib.evaluation import baselines, consistency, evaluate, experiments, metrics
+from gsv3d_lib.export import mesh
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.pipeline import load_config
-from gsv3d_lib.raycast import render_mesh
+from gsv3d_lib.weights.checkpoint import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = json.loads((ROOT / "data" / "results" / "protocol.json").read_text())

@@ -4,8 +4,8 @@ import torch
 from notebook_world import accepts, definitions, rejects
 from torch import nn
 
-from gsv3d_lib.exercises import full_scale
-from gsv3d_lib.plan import Ledger
+from gsv3d_lib.cluster.plan import Ledger
+from gsv3d_lib.course.exercises import full_scale
 from gsv3d_lib.training import Stage, draw_batch, micro_batches
 
 

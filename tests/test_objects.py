@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from gsv3d_lib import textures as tx
 from gsv3d_lib.cameras import orbit_cameras
-from gsv3d_lib.objects import FAMILIES, car, family_of, lamp, mug, procedural_object, touching_point
-from gsv3d_lib.raycast import render_mesh
-from gsv3d_lib.shapes import (
+from gsv3d_lib.data.procedural import textures as tx
+from gsv3d_lib.data.procedural.objects import FAMILIES, car, family_of, lamp, mug, procedural_object, touching_point
+from gsv3d_lib.data.procedural.shapes import (
     TEXTURE_EDGE,
     ball,
     box,
@@ -24,6 +23,7 @@ from gsv3d_lib.shapes import (
     torus,
     twisted,
 )
+from gsv3d_lib.data.raycast import render_mesh
 
 POINTS = np.random.default_rng(0).uniform(-1, 1, (2000, 3))
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, one_sentence, tiny_config
 
-from gsv3d_lib import photos
-from gsv3d_lib import train as recipes
+from gsv3d_lib import stages
 from gsv3d_lib.cameras import Cameras, intrinsics, look_at, opencv_to_opengl, orbit_cameras
 from gsv3d_lib.config import Schedule
-from gsv3d_lib.dataset import ViewTensors, load_views, read_object, resize_views
+from gsv3d_lib.data import photos
+from gsv3d_lib.data.dataset import ViewTensors, load_views, read_object, resize_views
 
 SHIFT, SCALE = torch.tensor([3.0, -2.0, 1.0]), 2.7  # of the world that the photographs' cameras are given in
 WIDTH, HEIGHT = 120, 96
@@ -259,8 +259,8 @@ def test_training_on_photographs(folder, tmp_path):
         stage2=Schedule(steps=3, batch=1, lr=1e-2, warmup=0),
         copies=2,
     )
-    for stage in recipes.STAGES:
-        history = recipes.RECIPES[stage](config, views, tmp_path / "run", progress=False, log_every=1)
+    for stage in stages.STAGES:
+        history = stages.run_stage(stage, config, views, tmp_path / "run", progress=False, log_every=1)
         assert all(math.isfinite(value) for row in history for value in row.values())
     from safetensors.torch import load_file
 

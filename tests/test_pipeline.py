@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +16,27 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_world import BALLS, SIZE, ball_pictures, ball_views, object_views, one_sentence, tiny_config, turned
 
-from gsv3d_lib import evaluate as ev
-from gsv3d_lib import train as recipes
+from gsv3d_lib import __main__ as command
+from gsv3d_lib import stages, train
 from gsv3d_lib.backprojection import back_project
-from gsv3d_lib.baselines import AverageObject, flat_card
 from gsv3d_lib.cameras import orbit_cameras, sv3d_azimuths
 from gsv3d_lib.config import Schedule, preset
-from gsv3d_lib.dataset import write_index, write_object
+from gsv3d_lib.data.dataset import write_index, write_object
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.diffusion import sample
+from gsv3d_lib.evaluation import evaluate as ev
+from gsv3d_lib.evaluation.baselines import AverageObject, flat_card
+from gsv3d_lib.evaluation.lpips import LPIPS
+from gsv3d_lib.evaluation.metrics import psnr
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.images import prepare_condition
-from gsv3d_lib.lpips import LPIPS
-from gsv3d_lib.metrics import psnr
-from gsv3d_lib.pipeline import GSV3DPipeline, load_config
+from gsv3d_lib.lora import set_lora_scale
+from gsv3d_lib.pipeline import Generation, GSV3DPipeline, settings_for
 from gsv3d_lib.rendering import render
-from gsv3d_lib.unet import build_unet
+from gsv3d_lib.system.errors import UserError
 from gsv3d_lib.vae import encode, encode_scaled
+from gsv3d_lib.weights import checkpoint
+from gsv3d_lib.weights.checkpoint import load_config
 
 CONFIG = tiny_config(
     vae_schedule=Schedule(steps=1, batch=1, lr=1e-3, warmup=0),
@@ -40,15 +47,14 @@ CONFIG = tiny_config(
 )
 SIDE = SIZE // 8 * CONFIG.decoder_upsample  # Gaussians a view, squared
 QUICK = dict(steps=2, progress=False)
-SHIPPED = sorted((Path(__file__).parents[1] / "data/checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run folder as `train.py` makes it: all five stages, one or two steps each."""
     folder = tmp_path_factory.mktemp("run")
-    for stage in recipes.STAGES:
-        history = recipes.RECIPES[stage](CONFIG, ball_views(), folder, progress=False)
+    for stage in stages.STAGES:
+        history = stages.run_stage(stage, CONFIG, ball_views(), folder, progress=False)
         assert history[-1]["step"] == len(history) - 1 and math.isfinite(history[-1]["loss"])
     return folder
 
@@ -73,59 +79,61 @@ def picture() -> torch.Tensor:
 
 
 def test_init_takes_over_what_is_not_trained_and_starts_from_the_rest(weights, tmp_path):
-    recipes.take_over(weights, tmp_path, ["diffusion"])
-    assert {path.name for path in (tmp_path / "weights").iterdir()} == {"vae", "dino", "decoder"}
+    stages.take_over(weights, tmp_path, ["diffusion"], CONFIG)
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == {"vae", "dino", "decoder", "gsv3d.json"}
     still = CONFIG.replace(diffusion_schedule=Schedule(steps=1, batch=1, lr=0.0, warmup=0))
-    recipes.RECIPES["diffusion"](still, ball_views(), tmp_path, init=weights, progress=False)
-    before, after = (recipes.load_model(folder, "unet").state_dict() for folder in (weights, tmp_path / "weights"))
+    stages.run_stage("diffusion", still, ball_views(), tmp_path, init=weights, progress=False)
+    before, after = (checkpoint.load_model(folder, "unet").state_dict() for folder in (weights, tmp_path / "weights"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+    done = {name: stages.schedule_of(CONFIG, name).steps for name in ("vae", "dino", "diffusion", "stage1")}
+    assert checkpoint.trained_steps(tmp_path / "weights") == done | {"diffusion": done["diffusion"] + 1}
 
 
 def test_init_from_half_the_side_doubles_the_decoder(weights, tmp_path):
     config = CONFIG.replace(image_size=2 * SIZE, decoder_patch=2, decoder_upsample=2 * CONFIG.decoder_upsample)
     config = config.replace(stage1=Schedule(steps=1, batch=1, lr=0.0, warmup=0))
-    recipes.take_over(weights, tmp_path, ["stage1"])
-    recipes.RECIPES["stage1"](config, ball_views(1, 2 * SIZE), tmp_path, init=weights, progress=False)
-    trained, fresh = recipes.load_model(weights, "decoder"), build_decoder(config).state_dict()
-    started = recipes.load_model(tmp_path / "weights", "decoder").state_dict()
+    stages.take_over(weights, tmp_path, ["stage1"], config)
+    stages.run_stage("stage1", config, ball_views(1, 2 * SIZE), tmp_path, init=weights, progress=False)
+    trained, fresh = checkpoint.load_model(weights, "decoder"), build_decoder(config).state_dict()
+    started = checkpoint.load_model(tmp_path / "weights", "decoder").state_dict()
     assert {k: v.shape for k, v in started.items()} == {k: v.shape for k, v in fresh.items()}
     assert torch.equal(started["blocks.0.mlp.0.weight"], trained.blocks[0].mlp[0].weight)
 
 
 def test_init_with_one_layer_more_deepens_the_unet(weights):
     config = CONFIG.replace(unet_layers=CONFIG.unet_layers + 1)
-    started = recipes.initial("unet", build_unet, config, weights)
-    trained = recipes.load_model(weights, "unet").state_dict()
+    started = stages.initial("unet", config, weights)
+    trained = checkpoint.load_model(weights, "unet").state_dict()
     assert started.config.layers_per_block == config.unet_layers
     kept = "mid_block.resnets.0.spatial_res_block.conv1.weight"
     assert torch.equal(started.state_dict()[kept], trained[kept])
     with pytest.raises(ValueError, match="The unet in .* is not of this configuration"):
-        recipes.initial("unet", build_unet, CONFIG.replace(unet_layers=CONFIG.unet_layers + 2), weights)
+        stages.initial("unet", CONFIG.replace(unet_layers=CONFIG.unet_layers + 2), weights)
 
 
 def test_init_names_damaged_weights_before_it_copies_them(weights, tmp_path):
     shutil.copytree(weights, tmp_path / "init")
     (tmp_path / "init/vae/diffusion_pytorch_model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match="The vae weights in .* cannot be read") as error:
-        recipes.take_over(tmp_path / "init", tmp_path / "run", ["stage2"])
+        stages.take_over(tmp_path / "init", tmp_path / "run", ["stage2"], CONFIG)
     one_sentence(error)
     assert not (tmp_path / "run/weights/vae").exists()
 
 
 def test_init_of_another_size_is_one_sentence(weights):
-    for name, build, changes in (
-        ("decoder", build_decoder, {"decoder_width": 2 * CONFIG.decoder_width}),
-        ("decoder", build_decoder, {"scale_range": (1e-3, 1e-1)}),  # the same shapes, another meaning
-        ("unet", build_unet, {"unet_heads": tuple(2 * heads for heads in CONFIG.unet_heads)}),
+    for name, changes in (
+        ("decoder", {"decoder_width": 2 * CONFIG.decoder_width}),
+        ("decoder", {"scale_range": (1e-3, 1e-1)}),  # the same shapes, another meaning
+        ("unet", {"unet_heads": tuple(2 * heads for heads in CONFIG.unet_heads)}),
     ):
         with pytest.raises(ValueError, match=f"The {name} in .* is not of this configuration") as error:
-            recipes.initial(name, build, CONFIG.replace(**changes), weights)
+            stages.initial(name, CONFIG.replace(**changes), weights)
         one_sentence(error)
 
 
 def test_init_needs_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="no GSV3D checkpoint") as error:
-        recipes.take_over(tmp_path, tmp_path / "run", ["stage2"])
+        stages.take_over(tmp_path, tmp_path / "run", ["stage2"], CONFIG)
     one_sentence(error)
 
 
@@ -142,10 +150,43 @@ def test_every_stage_leaves_its_product(run, weights):
         "lora",
         "gsv3d.json",
     }
-    assert all((weights / name).is_dir() for name in recipes.PRODUCTS.values())
-    assert all((run / stage / "metrics.jsonl").is_file() for stage in recipes.STAGES)
+    assert all(stages.is_trained(stage, weights) for stage in stages.STAGES)
+    assert all((run / stage / "metrics.jsonl").is_file() for stage in stages.STAGES)
     formats = {p.suffix for p in run.rglob("*") if p.is_file()}
-    assert formats == {".json", ".jsonl", ".safetensors"}  # nothing pickled
+    assert formats == {".json", ".jsonl", ".safetensors", ".lock"}  # nothing pickled
+    steps = {stage: stages.schedule_of(CONFIG, stage).steps for stage in stages.STAGES}
+    assert checkpoint.trained_steps(weights) == steps  # of all stages, not of the last alone
+
+
+def test_every_file_follows_the_umask(run, weights):
+    probe = weights / "probe"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    assert {path.stat().st_mode for path in run.rglob("*.safetensors")} == {mode}
+
+
+class Payload:
+    """What a pickle does when it is opened: here it leaves a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_refused_and_not_opened(weights, tmp_path):
+    for name in ("unet", "dino"):
+        shutil.copytree(weights / name, tmp_path / name)
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        pickled = {"model.safetensors": "pytorch_model.bin"}.get(file.name, file.with_suffix(".bin").name)
+        torch.save({"weight": Payload(tmp_path / "opened")}, tmp_path / name / pickled)
+        file.unlink()
+        with pytest.raises(ValueError, match=f"The {name} weights in .* cannot be read") as error:
+            checkpoint.load_model(tmp_path, name)
+        one_sentence(error)
+    assert not (tmp_path / "opened").exists()
 
 
 def test_the_shipped_vae_has_latents_of_unit_variance(pipe):
@@ -156,16 +197,16 @@ def test_the_shipped_vae_has_latents_of_unit_variance(pipe):
 def test_the_configuration_survives_its_file(weights, tmp_path):
     assert load_config(weights) == CONFIG
     for name in ("tiny", "small", "paper"):
-        recipes.save_config(preset(name), tmp_path)
+        checkpoint.save_config(preset(name), tmp_path)
         assert load_config(tmp_path) == preset(name)
 
 
 def test_finished_stages_are_not_trained_again(run, tmp_path, monkeypatch, capsys):
     write_object(tmp_path / "data", object_views("balls", size=SIZE))
     write_index(tmp_path / "data", [{"id": "balls"}])
-    monkeypatch.setattr(recipes, "preset", lambda name: CONFIG)
+    monkeypatch.setattr(train, "preset", lambda name: CONFIG)
     before = {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
-    recipes.main(["--data", str(tmp_path / "data"), "--out", str(run), "--stages", "vae", "diffusion"])
+    train.main(["--data", str(tmp_path / "data"), "--out", str(run), "--stages", "vae", "diffusion"])
     assert capsys.readouterr().out.count("to train again delete it") == 2
     assert before == {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
     for path in run.glob("views-*"):
@@ -173,14 +214,14 @@ def test_finished_stages_are_not_trained_again(run, tmp_path, monkeypatch, capsy
 
 
 def test_steps_override_one_stage():
-    changed = recipes.with_steps(CONFIG, "vae", 9)
+    changed = stages.with_steps(CONFIG, "vae", 9)
     assert changed.vae_schedule == dataclasses.replace(CONFIG.vae_schedule, steps=9)
-    assert recipes.with_steps(CONFIG, "stage2", 5).stage2.steps == 5
-    assert recipes.with_steps(CONFIG, "dino", None) == CONFIG
+    assert stages.with_steps(CONFIG, "stage2", 5).stage2.steps == 5
+    assert stages.with_steps(CONFIG, "dino", None) == CONFIG
 
 
 def test_exported_weights_are_half_the_size_and_nearly_the_same(run, weights, pipe, picture, tmp_path):
-    recipes.main(["--out", str(run), "--export", str(tmp_path)])
+    train.main(["--out", str(run), "--export", str(tmp_path)])
     sizes = [sum(f.stat().st_size for f in p.rglob("*.safetensors")) for p in (weights, tmp_path)]
     assert 0.48 < sizes[1] / sizes[0] < 0.6
     shipped = GSV3DPipeline.from_pretrained(tmp_path, device="cpu")
@@ -188,7 +229,7 @@ def test_exported_weights_are_half_the_size_and_nearly_the_same(run, weights, pi
     assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}  # the LoRA's too
     ours, theirs = pipe(picture, **QUICK), shipped(picture, **QUICK)
     assert (ours.means - theirs.means).abs().max() < 0.02 and (ours.colors - theirs.colors).abs().max() < 0.02
-    assert set(json.loads((tmp_path / "curves.json").read_text())) == set(recipes.STAGES)
+    assert set(json.loads((tmp_path / "curves.json").read_text())) == set(stages.STAGES)
     assert all(str(run) not in path.read_text() for path in tmp_path.rglob("*.json"))  # nor any path of a machine
 
 
@@ -196,15 +237,15 @@ def test_an_export_keeps_what_the_run_took_over(tmp_path):
     estimator = tmp_path / "run/weights/elevation/elevation.safetensors"
     estimator.parent.mkdir(parents=True)
     estimator.write_bytes(b"as it was")
-    recipes.save_config(CONFIG, tmp_path / "run/weights")
-    recipes.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
+    checkpoint.save_config(CONFIG, tmp_path / "run/weights")
+    train.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
     assert (tmp_path / "shipped/elevation/elevation.safetensors").read_bytes() == b"as it was"
 
 
 def test_an_export_does_not_keep_the_lora_of_another_run(tmp_path):
-    recipes.save_config(CONFIG, tmp_path / "run/weights")
+    checkpoint.save_config(CONFIG, tmp_path / "run/weights")
     (tmp_path / "shipped/lora").mkdir(parents=True)
-    recipes.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
+    train.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
     assert not (tmp_path / "shipped/lora").exists()
 
 
@@ -289,26 +330,88 @@ def test_the_lora_can_be_left_out_or_scaled(weights, picture):
     assert not any("lora" in name for name, _ in plain.unet.named_parameters())
 
 
+def weights_of(pipe: GSV3DPipeline) -> dict[str, torch.Tensor]:
+    """Every tensor of every model, copied."""
+    models = {"vae": pipe.vae, "clip": pipe.clip, "unet": pipe.unet, "decoder": pipe.decoder}
+    models["dino"] = pipe.dino
+    return {
+        f"{name}.{key}": tensor.clone() for name, model in models.items() for key, tensor in model.state_dict().items()
+    }
+
+
+def same(one: Generation, other: Generation) -> bool:
+    """Whether two results agree bit for bit."""
+    pairs = zip(one.gaussians.tensors(), other.gaussians.tensors(), strict=True)
+    return torch.equal(one.latents, other.latents) and all(torch.equal(a, b) for a, b in pairs)
+
+
+# what differs between two calls: a call must see nothing of the other's
+CALLS = (
+    dict(seed=1, lora_scale=0.0, steps=3, num_frames=4),
+    dict(seed=2, guidance=2.0, steps=3, num_frames=2, elevation=3.0),
+    dict(seed=2, lora_scale=0.5, steps=3, back_projection=False),
+)
+
+
+@pytest.mark.parametrize("other", CALLS[1:])
+def test_two_calls_at_once_give_what_each_gives_alone(weights, picture, other):
+    pipe = GSV3DPipeline.from_pretrained(weights, device="cpu")
+    before, calls = weights_of(pipe), (CALLS[0], other)
+    alone = [pipe.generate(picture, progress=False, **options) for options in calls]
+    abreast = threading.Barrier(2, timeout=300)
+
+    def call(options: dict) -> Generation:
+        return pipe.generate(picture, progress=False, callback=lambda *_: abreast.wait(), **options)
+
+    with ThreadPoolExecutor(2) as threads:  # both are inside of the sampler at every step
+        together = list(threads.map(call, calls))
+    assert all(same(*pair) for pair in zip(alone, together, strict=True))
+    assert not same(*alone)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(pipe).items())
+    assert same(pipe.generate(picture, progress=False, **other), alone[1])
+
+
+def test_a_call_inside_a_callback_is_a_call_like_any_other(weights, picture):
+    pipe = GSV3DPipeline.from_pretrained(weights, device="cpu")
+    before, inner = weights_of(pipe), []
+    alone = [pipe.generate(picture, progress=False, **options) for options in CALLS]
+
+    def nested(*_) -> None:
+        inner.append(pipe.generate(picture, progress=False, **CALLS[2]))
+
+    outer = pipe.generate(picture, progress=False, callback=nested, **CALLS[0])
+    assert same(outer, alone[0]) and len(inner) == 3
+    assert all(same(made, alone[2]) for made in inner) and not same(alone[0], alone[2])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(pipe).items())
+
+
+def test_an_error_in_a_callback_leaves_the_pipeline_as_it_was(weights, picture):
+    pipe = GSV3DPipeline.from_pretrained(weights, device="cpu")
+    before, alone = weights_of(pipe), pipe.generate(picture, **QUICK)
+    with pytest.raises(ZeroDivisionError):
+        pipe.generate(picture, lora_scale=0.0, callback=lambda *_: 1 / 0, **QUICK)
+    assert torch.is_grad_enabled()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(pipe).items())
+    assert same(pipe.generate(picture, **QUICK), alone)
+
+
+def test_the_scale_that_a_user_sets_stays(weights, picture):
+    pipe = GSV3DPipeline.from_pretrained(weights, device="cpu")
+    given = {scale: pipe.generate(picture, lora_scale=scale, **QUICK) for scale in (0.0, 0.5, 1.0)}
+    assert same(pipe.generate(picture, **QUICK), given[1.0])
+    set_lora_scale(pipe.unet, 0.5)
+    assert same(pipe.generate(picture, **QUICK), given[0.5])
+    assert all(same(pipe.generate(picture, lora_scale=s, **QUICK), made) for s, made in given.items())
+    assert same(pipe.generate(picture, **QUICK), given[0.5]) and not same(given[0.5], given[1.0])
+
+
 def test_a_checkpoint_without_dino_needs_none(weights, picture, tmp_path):
     shutil.copytree(weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights/dino")
     config = CONFIG.replace(dino="none")
-    recipes.save_model(build_decoder(config), tmp_path, "decoder", config)
+    checkpoint.save_model(build_decoder(config), tmp_path / "weights", "decoder", config)
     pipe = GSV3DPipeline.from_pretrained(tmp_path / "weights", device="cpu")
     assert pipe.dino is None and len(pipe(picture, **QUICK)) == CONFIG.num_frames * SIDE**2
-
-
-@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
-def test_the_shipped_weights_fit_the_library(folder):
-    """They open, and two steps of sampling give finite Gaussians: a change of names or shapes would show here."""
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 40e6
-    pipe = GSV3DPipeline.from_pretrained(folder, device="cpu")
-    assert pipe.config.name == folder.name and pipe.estimator is not None
-    picture = ball_views(1, size=pipe.config.image_size).scene(0).rgb[ev.FRONT]
-    scene = pipe(picture, num_frames=2, **QUICK)
-    side = pipe.config.latent_size * pipe.config.decoder_upsample // pipe.config.decoder_patch
-    assert len(scene) == 2 * side**2
-    assert all(torch.isfinite(t).all() for t in scene.tensors())
 
 
 # ---------------------------------------------------------------- what a person may do wrong
@@ -364,11 +467,52 @@ def test_a_mask_goes_with_a_condition_image(pipe, picture):
         one_sentence(error)
 
 
-@pytest.mark.parametrize("options", [{"num_frames": 0}, {"steps": 0}, {"elevation": 95.0}])
-def test_options_out_of_range_are_one_sentence(pipe, picture, options):
-    with pytest.raises(ValueError, match="1 view or more|1 step or more|between -90 and 90") as error:
-        pipe(picture, **QUICK | options)
-    one_sentence(error)
+BAD_NUMBERS = {
+    "seed": (-1, 2**64, 10**5000, 1.5, "3", None, True, math.nan),
+    "steps": (0, -1, 1001, 10**9, 2.5, math.nan, "4"),
+    "num_frames": (0, -3, 361, 10**6, 2.0, math.inf),
+    "guidance": (math.nan, math.inf, -0.1, 1e9, "2"),
+    "elevation": (math.nan, math.inf, -math.inf, 90, -90.0, 10**400, "15"),
+    "lora_scale": (math.nan, math.inf, -math.inf, 1e9, "1"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_NUMBERS))
+def test_numbers_that_cannot_be_used_are_one_sentence_before_anything_runs(pipe, picture, name):
+    for value in BAD_NUMBERS[name]:
+        with pytest.raises(UserError, match=f"^{name} is a (whole )?number (from|between) ") as error:
+            pipe(None, **{name: value})  # no image: it is not even looked at
+        one_sentence(error)
+
+
+def test_numbers_at_their_ends_are_used():
+    good = {
+        "seed": (0, 2**64 - 1, np.int64(3), torch.tensor(4)),
+        "steps": (1, 1000, np.int32(5)),
+        "num_frames": (1, 360),
+        "guidance": (0, 1, 2.5, np.float32(1.5)),
+        "elevation": (None, 0, -89.9, np.float64(89.9), torch.tensor(5.0)),
+        "lora_scale": (None, -1, 0, 0.5),
+    }
+    for name, values in good.items():
+        for value in values:
+            found = getattr(settings_for(CONFIG, **{name: value}), name)
+            assert found == value and type(found) in (int, float, type(None))
+    assert torch.Generator().manual_seed(settings_for(CONFIG, seed=2**64 - 1).seed)
+    left = settings_for(CONFIG)
+    given = (CONFIG.num_frames, CONFIG.sampling_steps, CONFIG.guidance)
+    assert (left.num_frames, left.steps, left.guidance) == given
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seed", str(2**64)), ("--guidance", "nan"), ("--steps", "5000")])
+def test_the_command_refuses_numbers_before_it_opens_weights(weights, tmp_path, capsys, option, value):
+    shutil.copytree(weights, tmp_path / "weights")
+    for file in (tmp_path / "weights").rglob("*.safetensors"):
+        file.unlink()
+    words = ["no image", "--out", str(tmp_path / "out"), "--weights", str(tmp_path / "weights")]
+    assert command.main([*words, option, value]) == 2
+    assert re.fullmatch(rf"gsv3d: {option[2:]} is a .*; got .*\.\n", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- baselines

@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny_world import ball_views, randn, random_orbits, tiny_config
 
+from gsv3d_lib.cluster.plan import Ledger, Meter, advise, main, plan, plan_inference, rehearse, shapes, stage_on_meta
 from gsv3d_lib.config import preset
-from gsv3d_lib.plan import Ledger, Meter, advise, build_stage, main, plan, plan_inference, rehearse, shapes
-from gsv3d_lib.stages import DecoderStage, DiffusionStage
+from gsv3d_lib.pretraining import DiffusionStage
+from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.training import draw_batch
 
 # ---------------------------------------------------------------- the meter
@@ -64,7 +65,7 @@ def test_a_rehearsal_keeps_what_the_real_step_keeps(stage):
 
 
 def test_parameters_of_the_paper_preset():
-    stage = build_stage(preset("paper"), "stage2")
+    stage = stage_on_meta(preset("paper"), "stage2")
     unet, clip, decoder, dino = (
         [p.numel() for p in getattr(stage, name).parameters()] for name in ("unet", "clip", "decoder", "dino")
     )
@@ -72,7 +73,7 @@ def test_parameters_of_the_paper_preset():
     assert (sum(unet) - trained, trained) == (1_525_278_442, 6_639_616)
     assert (sum(clip), sum(decoder), sum(dino)) == (632_076_800, 113_557_772, 86_580_480)
     with pytest.raises(ValueError, match="plan knows the stages diffusion, stage1, stage2; got 'vae'"):
-        build_stage(preset("tiny"), "vae")
+        stage_on_meta(preset("tiny"), "vae")
 
 
 def test_flops_follow_the_views():
@@ -140,10 +141,10 @@ def test_the_command_prints_what_fits(capsys):
     ):
         assert words in report
     for wrong, sentence in (
-        ("--scale huge", "There is no preset 'huge'"),
+        ("--scale huge", "invalid choice: 'huge'"),
         ("--gpus 0", "--gpus: must be 1 or more, got 0"),
         ("--frames 0", "--frames: must be 1 or more, got 0"),
-        ("--tflops 0", "--tflops is more than 0; got 0"),
+        ("--tflops 0", "--tflops: must be a number from 0.001"),
     ):
         with pytest.raises(SystemExit, match="2"):  # some are argparse's own, which ends by itself
             sys.exit(main(wrong.split()))

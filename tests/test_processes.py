@@ -19,17 +19,19 @@ from safetensors import safe_open
 from tiny_world import ball_views, random_orbits, shake, tiny_config
 from torch.distributed.run import get_args_parser
 
-from gsv3d_lib.config import Schedule, preset, schedule_field
+from gsv3d_lib.config import Schedule, preset
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.distillation import DistillationStage
 from gsv3d_lib.encoders import build_clip, build_dino
 from gsv3d_lib.lora import add_lora
-from gsv3d_lib.stages import DINOStage
+from gsv3d_lib.pretraining import DINOStage
+from gsv3d_lib.stages import schedule_of
 from gsv3d_lib.train import build_parser
-from gsv3d_lib.training import check_same_start, list_checkpoints, mean_over_processes, read_metrics, train
+from gsv3d_lib.training import check_same_start, mean_over_processes, train
 from gsv3d_lib.unet import build_unet
+from gsv3d_lib.weights.run_folder import list_checkpoints, read_metrics
 
-CONFIG = tiny_config(lambda_alpha=0.5)
+CONFIG = tiny_config(lambda_alpha_stage2=0.5)
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 SCHEDULE = Schedule(steps=5, batch=2, lr=1e-3, warmup=2, ema=0.9)
 DEATH = 3  # the step after which a worker is killed
@@ -187,7 +189,7 @@ def check_torchrun(arguments: list[str], nodes: int, gpus: int):
     assert (int(options.nnodes), int(options.nproc_per_node)) == (nodes, gpus)
     assert training.processes == nodes * gpus
     config = preset(training.preset)
-    assert all(getattr(config, schedule_field(stage)).batch % training.processes == 0 for stage in training.stages)
+    assert all(schedule_of(config, stage).batch % training.processes == 0 for stage in training.stages)
     return options
 
 

@@ -9,8 +9,8 @@ import trimesh
 from PIL import Image
 
 from gsv3d_lib.cameras import DISTANCE, orbit_cameras, ray_grid
-from gsv3d_lib.dataset import read_object
-from gsv3d_lib.raycast import AMBIENT, SKY, Target, brightness, load_mesh, normalized, render_mesh
+from gsv3d_lib.data.dataset import read_object
+from gsv3d_lib.data.raycast import AMBIENT, SKY, Target, brightness, load_mesh, normalized, render_mesh
 
 
 def colored_box(size=(1.0, 1.0, 1.0)) -> trimesh.Trimesh:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from gsv3d_lib import rasterizer, rasterizer_kernels
 from gsv3d_lib.cameras import Cameras, orbit_cameras, ray_grid
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.rendering import render
+from gsv3d_lib.rendering import kernels as rasterizer_kernels
+from gsv3d_lib.rendering import rasterizer, render
 
 NAMES = ("means", "quats", "scales", "opacities", "colors")
 CPU_BACKENDS = ("numba", "torch")

@@ -16,9 +16,12 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 from tiny_world import object_views
 
-from gsv3d_lib import demo, launch, refresh, run, train
-from gsv3d_lib.config import parse_setting, preset, schedule_field
-from gsv3d_lib.dataset import write_index, write_object
+from gsv3d_lib import train
+from gsv3d_lib.cluster import launch
+from gsv3d_lib.config import parse_setting, preset
+from gsv3d_lib.course import demo, refresh, run
+from gsv3d_lib.data.dataset import write_index, write_object
+from gsv3d_lib.stages import schedule_of
 
 ROOT = run.ROOT
 
@@ -70,7 +73,9 @@ def test_lists_are_checked_item_by_item():
 
 def test_a_run_is_recorded(notebook, tmp_path):
     cells = nbformat.read(notebook, as_version=4)
-    cells.cells.append(new_code_cell("from gsv3d_lib.run import record\nrecord(third=1 / 3, of={'steps': steps})"))
+    cells.cells.append(
+        new_code_cell("from gsv3d_lib.course.run import record\nrecord(third=1 / 3, of={'steps': steps})")
+    )
     nbformat.write(cells, notebook)
     run.run_notebook(notebook, {"steps": 5}, tmp_path / "out")
     executed = nbformat.read(tmp_path / "out" / notebook.name, as_version=4)
@@ -88,7 +93,7 @@ def test_a_run_is_recorded(notebook, tmp_path):
 SLOW = """
 import sys
 from pathlib import Path
-from gsv3d_lib import run
+from gsv3d_lib.course import run
 run.find_notebooks = lambda _: [Path(sys.argv[1])]
 sys.exit(run.main(["02", "--out", sys.argv[2]]))
 """
@@ -191,7 +196,7 @@ def test_every_training_notebook_has_three_scales(number, scale):
     command = launch.train_command(scale, values["full_stages"], values["full_data"], processes)
     options = train.build_parser().parse_args(command[command.index("gsv3d_lib.train") + 1 :])
     config = preset(options.preset)
-    assert all(getattr(config, schedule_field(s)).batch % options.processes == 0 for s in options.stages)
+    assert all(schedule_of(config, s).batch % options.processes == 0 for s in options.stages)
     if scale == "paper" and "stage1" in options.stages:
         assert (config.stage1.steps, config.stage1.batch, config.stage1.lr) == (80_000, 128, 1e-5)
     if scale == "paper" and "stage2" in options.stages:
@@ -245,7 +250,7 @@ def test_a_training_is_planned_and_not_started(folders, capsys):
     text = capsys.readouterr().out
     assert re.search(r"stage1 +6,000 x 2 .*\d", text) and "not counted" in text
     assert (
-        f"torchrun --standalone --nproc_per_node 2 -m gsv3d_lib.train --preset tiny --stages vae stage1 --data {data}"
+        f"torchrun --standalone --nproc_per_node 2 -m gsv3d_lib train --preset tiny --stages vae stage1 --data {data}"
         in text
     )
     assert "Not started: set full_run = True" in text and not out.exists()
@@ -294,7 +299,7 @@ def test_of_a_progress_bar_a_line_a_minute_and_the_last_are_shown():
 
 def test_make_full_runs_a_parameter_set():
     shown = subprocess.run(["make", "-n", "full", "NB=05", "PARAMS=paper"], cwd=ROOT, capture_output=True, text=True)
-    assert "-m gsv3d_lib.run 05 --params paper" in shown.stdout
+    assert "-m gsv3d_lib run 05 --params paper" in shown.stdout
     empty = subprocess.run(["make", "-n", "full"], cwd=ROOT, capture_output=True, text=True)
     assert empty.returncode and "say which notebook" in empty.stderr
 
@@ -350,7 +355,7 @@ def test_the_picture_of_the_readme_is_one_row_per_input(tmp_path):
 
 def test_the_demo_gives_notebook_00_what_it_knows(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(demo, "run_notebook", lambda path, parameters, out: asked.update(parameters | {"path": path}))
+    monkeypatch.setattr(demo, "execute", lambda path, parameters, out: asked.update(parameters | {"path": path}) or 0)
     assert demo.main(["--image", "data/images/mug.png", "--elevation", "auto", "--out", str(tmp_path)]) == 0
     run.check_parameters(asked, run.declared_parameters(asked.pop("path")))  # raises for a name it does not have
     assert (ROOT / asked["weights"] / "gsv3d.json").is_file() and -10 <= asked["elevation"] <= 40
@@ -371,7 +376,7 @@ def test_training_takes_fields_of_the_preset(tmp_path, monkeypatch, capsys):
     """`--set lambda_pixel=0.0` reaches the configuration; a wrong name is one sentence."""
     seen = []
     monkeypatch.setattr(train, "load_views", lambda *_, **__: None)
-    monkeypatch.setitem(train.RECIPES, "vae", lambda config, *_, **__: seen.append(config))
+    monkeypatch.setattr(train, "run_stage", lambda name, config, *_, **__: seen.append(config))
     train.main(
         ["--out", str(tmp_path), "--stages", "vae", "--steps", "7", "--set", "lambda_pixel=0.0", "--set", "dino=none"]
     )

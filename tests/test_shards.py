@@ -9,19 +9,22 @@ import pytest
 import torch
 from tiny_world import object_views, one_sentence, tiny_config
 
-from gsv3d_lib import launch, shards
-from gsv3d_lib import train as recipes
+from gsv3d_lib import stages as table
+from gsv3d_lib import train as command_line
+from gsv3d_lib.cluster import launch, shards
 from gsv3d_lib.config import Schedule
-from gsv3d_lib.dataset import list_objects, load_views, write_index, write_object
+from gsv3d_lib.data.dataset import list_objects, load_views, write_index, write_object
+from gsv3d_lib.data.examples import Orbits, ShuffledOrder, latent_fingerprint, load_orbits, make_variants
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.distillation import DistillationStage
 from gsv3d_lib.encoders import build_clip, build_dino, image_features
 from gsv3d_lib.lora import add_lora
-from gsv3d_lib.orbits import Orbits, ShuffledOrder, latent_fingerprint, load_orbits, make_variants
-from gsv3d_lib.stages import DecoderStage, DiffusionStage, DINOStage, VAEStage
+from gsv3d_lib.pretraining import DiffusionStage, DINOStage, VAEStage
+from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.training import draw_batch, train
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import build_vae, calibrate
+from gsv3d_lib.weights import checkpoint
 
 CONFIG = tiny_config(lambda_alpha=0.5, lambda_pixel=0.5)
 OBJECTS, COPIES = 5, 2
@@ -177,7 +180,7 @@ def test_a_stopped_writing_goes_on_and_finished_shards_stay(data, tmp_path, monk
     monkeypatch.setattr(shards, "encode_object", counting)
     with pytest.raises(KeyboardInterrupt):
         write(data, tmp_path)
-    with pytest.raises(FileNotFoundError, match="no finished shards.*run `python -m gsv3d_lib.shards` again"):
+    with pytest.raises(FileNotFoundError, match="no finished shards.*run `python -m gsv3d_lib shards` again"):
         shards.open_shards(tmp_path)
     fail_at = None
     index = write(data, tmp_path)
@@ -342,7 +345,7 @@ def test_the_command_writes_checks_and_explains(data, tmp_path, capsys):
     weights = tmp_path / "weights"
     data.vae.save_pretrained(weights / "vae")
     data.dino.save_pretrained(weights / "dino")
-    recipes.save_config(CONFIG, weights)
+    checkpoint.save_config(CONFIG, weights)
     out = str(tmp_path / "out")
     shards.main(["--weights", str(weights), "--data", str(data.folder), "--out", out, "--features"])
     assert "5 objects, 1 shards" in capsys.readouterr().out
@@ -369,24 +372,24 @@ def test_the_command_writes_checks_and_explains(data, tmp_path, capsys):
 
 def test_train_reads_shards(data, folder, tmp_path, monkeypatch):
     """All stages from the command line; encoders that would not fit what is stored are refused before anything starts."""
-    monkeypatch.setattr(recipes, "preset", lambda *_, **__: CONFIG)
+    monkeypatch.setattr(command_line, "preset", lambda *_, **__: CONFIG)
     out = tmp_path / "run"
 
     def command(*stages: str, more=()) -> None:
         arguments = ["--shards", str(folder), "--out", str(out), "--steps", "1", *more, "--stages", *stages]
-        recipes.run(recipes.build_parser().parse_args(arguments))
+        command_line.run(command_line.build_parser().parse_args(arguments))
 
     with pytest.raises(ValueError, match="an earlier vae made.*train vae and dino first"):
-        command(*recipes.STAGES)
+        command(*table.STAGES)
     with pytest.raises(ValueError, match="--limit counts the objects of --data"):
         command("vae", more=["--limit", "1"])
     command("vae", "dino")  # from the pictures
     with pytest.raises(ValueError, match="made by another VAE"):
         command("diffusion")
-    recipes.save_model(data.vae, out, "vae", CONFIG)
-    recipes.save_model(data.dino, out, "dino", CONFIG)
-    command(*recipes.STAGES)
-    assert all((out / "weights" / recipes.PRODUCTS[stage]).is_dir() for stage in recipes.STAGES)
+    checkpoint.save_model(data.vae, out / "weights", "vae", CONFIG)
+    checkpoint.save_model(data.dino, out / "weights", "dino", CONFIG)
+    command(*table.STAGES)
+    assert all(table.is_trained(stage, out / "weights") for stage in table.STAGES)
     assert not list(out.glob("*.safetensors"))  # nothing was read into memory and kept
 
 

@@ -10,9 +10,9 @@ import pytest
 import trimesh
 from PIL import Image
 
-from gsv3d_lib import make_dataset as md
-from gsv3d_lib import sources
-from gsv3d_lib.dataset import list_objects, read_object
+from gsv3d_lib.data import make_dataset as md
+from gsv3d_lib.data import sources
+from gsv3d_lib.data.dataset import list_objects, read_object
 
 RED = (200, 30, 20)
 

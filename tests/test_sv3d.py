@@ -16,23 +16,25 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from safetensors.torch import load_file, save_file
 from tiny_world import ball_views, randn, shake, tiny_config
 from torch import nn
 from transformers import CLIPImageProcessor
 
-from gsv3d_lib import diffusion, sv3d
+from gsv3d_lib import diffusion
 from gsv3d_lib.cameras import sv3d_azimuths
-from gsv3d_lib.config import preset
+from gsv3d_lib.config import CHOICES, preset
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.diffusion import build_scheduler, sample
-from gsv3d_lib.encoders import build_clip, build_dino, condition_from
+from gsv3d_lib.encoders import RESIZES, antialiased, blurred, build_clip, build_dino, clip_token, condition_from
 from gsv3d_lib.lora import add_lora, save_lora
 from gsv3d_lib.pipeline import GSV3DPipeline
-from gsv3d_lib.sv3d import FOLDERS, SINGLE, SVD, convert, downloads, fetch, load_backbone
-from gsv3d_lib.train import load_model, save_config
-from gsv3d_lib.unet import build_unet
+from gsv3d_lib.unet import SV3DUNet, build_unet
 from gsv3d_lib.vae import build_vae, decode_scaled, encode
+from gsv3d_lib.weights import sv3d
+from gsv3d_lib.weights.checkpoint import load_model, save_config, save_model
+from gsv3d_lib.weights.sv3d import FOLDERS, SINGLE, SVD, convert, downloads, fetch, load_backbone
 
 # three levels, the last without attention, and shortcuts in the VAE: every kind of name that SV3D has
 CONFIG = tiny_config(
@@ -43,6 +45,8 @@ CONFIG = tiny_config(
     vae_layers=2,  # with one, diffusers' decoder has a smaller middle than Stability's
     vae_norm_groups=32,
     clip_layers=2,
+    clip_resize="blur",
+    resnet_eps=1e-5,
     sampling_steps=2,
 )
 UNET, FIRST, SECOND = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders.1.encoder."
@@ -439,28 +443,24 @@ def test_a_decoder_without_time_becomes_one_that_leaves_frames_alone(models, din
         layers_per_block=CONFIG.vae_layers,
     ).eval()
     shake(plain)
-    plain.post_quant_conv.bias.zero_()
+    plain.post_quant_conv.bias.copy_(torch.tensor([3.0, -2.0, 5.0, 1.0]))
     write_folder(tmp_path, models)
     for file in (tmp_path / "vae").iterdir():
         file.unlink()
     plain.save_pretrained(tmp_path / "vae")
-    _, loaded = load_backbone(tmp_path, CONFIG, dino=dino)
+    config, loaded = load_backbone(tmp_path, CONFIG, dino=dino)
     images = ball_views(1).rgb[0, :3].float() / 255
     latents = encode(loaded["vae"], images)
     assert torch.equal(latents, encode(plain, images))
+    exact, without = plain.decode(latents).sample, plain.decoder(latents)
+    assert (without - exact).abs().max() > 0.1  # the convolution before the decoder matters
     seen = loaded["vae"].decode(latents, num_frames=3).sample
-    assert torch.allclose(seen, plain.decode(latents).sample, atol=1e-5)
+    assert torch.allclose(seen, exact, atol=1e-5)  # at the borders too
     assert torch.allclose(seen[1:2], loaded["vae"].decode(latents[1:2], num_frames=1).sample, atol=1e-5)
 
-    bias = torch.tensor([0.3, -0.2, 0.5, 0.1])  # folded exactly, but for the pixels that see the zero padding
-    state = load_file(tmp_path / FOLDERS["vae"]) | {"post_quant_conv.bias": bias}
-    save_file(state, tmp_path / FOLDERS["vae"])
-    plain.post_quant_conv.bias.copy_(bias)
-    _, loaded = load_backbone(tmp_path, CONFIG, dino=dino)
-    first = loaded["vae"].decoder.conv_in(latents)
-    exact = plain.decoder.conv_in(plain.post_quant_conv(latents))
-    assert torch.allclose(first[..., 1:-1, 1:-1], exact[..., 1:-1, 1:-1], atol=1e-6)
-    assert not torch.allclose(first, exact, atol=1e-3)
+    save_model(loaded["vae"], tmp_path / "weights", "vae", config)
+    again = load_model(tmp_path / "weights", "vae")
+    assert torch.equal(again.decode(latents, num_frames=3).sample, seen)
 
 
 @torch.no_grad()
@@ -473,6 +473,70 @@ def test_a_single_file_with_a_plain_decoder_uses_the_first_stage(models, dino, t
     seen = loaded["vae"].decode(latents, num_frames=3).sample
     alone = [loaded["vae"].decode(latent[None], num_frames=1).sample for latent in latents]
     assert torch.allclose(seen, torch.cat(alone), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_second_convolution_that_is_not_whole_is_refused(models, dino, tmp_path):
+    write_folder(tmp_path, models)
+    extra = {"post_quant_conv.weight": randn(4, 4, 1, 1)}
+    save_file(load_file(tmp_path / FOLDERS["vae"]) | extra, tmp_path / FOLDERS["vae"])
+    refuse(tmp_path, "post_quant_conv.bias is missing", dino=dino)
+
+
+# ---------------------------------------------------------------- where Stability's code and diffusers differ
+
+
+def eps_of(model, kind: str) -> set[float]:
+    """The eps of the normalisations in modules whose name contains `kind`."""
+    norms = (nn.GroupNorm, nn.LayerNorm)
+    return {m.eps for name, m in model.named_modules() if isinstance(m, norms) and kind in name}
+
+
+def test_normalisations_have_the_eps_of_stabilitys_code(models, tmp_path):
+    """`normalization` there is 1e-5, in residual blocks of the U-Net and before its last layer;
+    `Normalize` is 1e-6, before transformers and in the VAE; the VAE's blocks over time have the former."""
+    unet, vae = (sv3d.empty(part, preset("paper")) for part in ("unet", "vae"))
+    assert eps_of(unet, ".resnets.") == {1e-5} and unet.conv_norm_out.eps == 1e-5
+    assert {m.norm.eps for m in unet.modules() if hasattr(m, "temporal_transformer_blocks")} == {1e-6}
+    assert eps_of(unet, "transformer_blocks") == {1e-5}
+    assert eps_of(vae, "temporal_res_block") == {1e-5}
+    assert eps_of(vae, "spatial_res_block") | eps_of(vae, "encoder") | eps_of(vae, "norm_out") == {1e-6}
+
+    models["unet"].save_pretrained(tmp_path)  # and a saved model keeps it
+    again = SV3DUNet.from_pretrained(tmp_path, local_files_only=True)
+    assert eps_of(again, ".resnets.") == {1e-5}
+    assert eps_of(build_unet(CONFIG.replace(resnet_eps=0.0)), ".resnets.") == {1e-5, 1e-6}
+
+
+@pytest.mark.parametrize("side", [225, 256, 576, 1000])
+def test_clips_pictures_are_made_smaller_as_stabilitys_code_does(side):
+    """diffusers' own pipeline has the same function, written after kornia's."""
+    pictures = randn(2, 3, side, side, seed=side).sigmoid()
+    expected = _resize_with_antialiasing(pictures, (224, 224))
+    assert torch.allclose(blurred(pictures, 224), expected, atol=1e-5)
+    assert (antialiased(pictures, 224) - expected).abs().max() > 0.05
+
+
+def test_a_picture_that_grows_is_not_blurred():
+    """Aligned corners: the outermost pixels stay where they are, and a constant stays constant."""
+    picture = randn(1, 3, 9, 9)
+    larger = blurred(picture, 17)
+    assert torch.allclose(larger[..., ::2, ::2], picture, atol=1e-5)
+    assert torch.allclose(blurred(torch.full((1, 3, 40, 40), 0.3), 16), torch.tensor(0.3), atol=1e-6)
+
+
+def test_the_configuration_chooses_how_clip_sees(models):
+    assert preset("paper").clip_resize == "blur" and set(RESIZES) == set(CHOICES["clip_resize"])
+    assert {preset(name).clip_resize for name in ("tiny", "small")} == {"antialias"}
+    images, angles = randn(1, 64, 64, 3).sigmoid(), torch.zeros(1, 2)
+    seen = [
+        condition_from(images, angles, angles, models["vae"], models["clip"], config).token
+        for config in (CONFIG, CONFIG.replace(clip_resize="antialias"))
+    ]
+    assert torch.equal(seen[0], clip_token(models["clip"], images, "blur"))
+    assert torch.equal(seen[1], clip_token(models["clip"], images)) and not torch.equal(*seen)
+    with pytest.raises(ValueError, match='clip_resize is "antialias" or "blur"; got \'crop\''):
+        CONFIG.replace(clip_resize="crop")
 
 
 # ---------------------------------------------------------------- the pipeline and the checkpoint folder

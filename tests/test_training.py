@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,29 +13,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_world import SCALE, ball_views, descend, randn, random_orbits, shake, tiny_config
+from safetensors.torch import save_file
+from tiny_world import SCALE, ball_views, descend, one_sentence, randn, random_orbits, shake, tiny_config
 from torch import nn
 
 from gsv3d_lib.cameras import orbit_cameras, ray_grid
 from gsv3d_lib.config import Schedule, preset
+from gsv3d_lib.data.examples import load_orbits
 from gsv3d_lib.decoder import build_decoder
-from gsv3d_lib.encoders import build_clip, build_dino
+from gsv3d_lib.encoders import build_clip, build_dino, orbit_condition
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.losses import foreground_l1, pixel_loss, rendering_loss
-from gsv3d_lib.orbits import load_orbits
+from gsv3d_lib.pretraining import DiffusionStage, DINOStage, VAEStage, rolled
 from gsv3d_lib.rendering import render
-from gsv3d_lib.stages import DecoderStage, DiffusionStage, DINOStage, VAEStage, orbit_condition, rolled
-from gsv3d_lib.training import (
-    Stage,
-    draw_batch,
-    learning_rate,
-    list_checkpoints,
-    read_metrics,
-    train,
-    update_average,
-)
+from gsv3d_lib.stage1 import DecoderStage
+from gsv3d_lib.system.errors import UserError
+from gsv3d_lib.training import Stage, draw_batch, learning_rate, train, update_average
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import build_vae, encode
+from gsv3d_lib.weights.run_folder import list_checkpoints, read_metrics, run_identity
 
 CONFIG = tiny_config(lambda_alpha=0.5, lambda_pixel=0.5)
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for processes of their own
@@ -160,6 +157,212 @@ def test_a_stage_with_teacher_and_centre_resumes_exactly(tmp_path):
     assert_same_weights(resumed, whole)
 
 
+# ---------------------------------------------------------------- the same run, or none
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"precision": "bf16"}, "precision 'fp32' -> 'bf16'"),
+        ({"batch": 4, "lr": 0.1}, "batch 3 -> 4, lr 0.05 -> 0.1"),
+        ({"ema": 0.0}, "ema 0.9 -> 0.0"),
+        ({"warmup": 3, "weight_decay": 0.0}, "warmup 2 -> 3, weight_decay 0.01 -> 0.0"),
+        ({"steps": 6}, "steps 8 -> 6"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, change, sentence, capsys):
+    run(LineStage(), tmp_path, stop_at=5)
+    schedule = replace(LINE, **{name: value for name, value in change.items() if hasattr(LINE, name)})
+    options = {name: value for name, value in change.items() if not hasattr(LINE, name)}
+    with pytest.raises(UserError, match=f"another run: {sentence}\\. .*--force-resume") as error:
+        run(LineStage(), tmp_path, schedule, **options)
+    one_sentence(error)
+    run(LineStage(), tmp_path, schedule, **options, force_resume=True)
+    assert f"all the same: {sentence}." in capsys.readouterr().out
+    assert read_metrics(tmp_path)[-1]["step"] == schedule.steps - 1
+
+
+def test_more_steps_than_planned_are_another_schedule_of_the_same_run(tmp_path, capsys):
+    run(LineStage(), tmp_path)
+    rows = run(LineStage(), tmp_path, replace(LINE, steps=12))
+    assert [row["step"] for row in rows] == list(range(12))
+    assert "planned with 8 steps; the learning rate now follows 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_checkpoint_beyond_the_steps_is_refused(whole, force):
+    with pytest.raises(UserError, match="holds step 8, beyond the 5 steps asked for: ask for 8 or more"):
+        run(LineStage(), whole[2], replace(LINE, steps=5), force_resume=force)
+
+
+def identity(stage: Stage) -> dict:
+    return run_identity(stage, LINE, 0, "no")
+
+
+def test_the_identity_names_configuration_data_and_frozen_models():
+    views, orbits, config = ball_views(), random_orbits(ball_views()), CONFIG
+    vae, decoder, dino = build_vae(config), build_decoder(config), build_dino(config)
+
+    def differs(one: Stage, other: Stage) -> set[str]:
+        a, b = identity(one), identity(other)
+        assert a.keys() == b.keys()
+        return {name for name in a if a[name] != b[name]}
+
+    plain = VAEStage(vae, views, config)
+    assert differs(plain, VAEStage(vae, ball_views(), config)) == set()
+    assert differs(plain, VAEStage(vae, ball_views(1), config)) == {"data"}
+    assert differs(plain, VAEStage(vae, views, config.replace(vae_anchor=0.5, lambda_rgb=2.0))) == {"vae_anchor"}
+    plain = DecoderStage(decoder, dino, orbits, config)
+    assert differs(plain, DecoderStage(decoder, shake(build_dino(config)), orbits, config)) == {"frozen models"}
+    assert differs(plain, DecoderStage(decoder, dino, orbits, config.replace(lambda_alpha=0.1, vae_anchor=0.5))) == {
+        "lambda_alpha"
+    }
+    other = random_orbits(ball_views(), seed=1)
+    assert differs(plain, DecoderStage(decoder, dino, other, config)) == {"data"}
+
+
+def tampered(folder: Path, change) -> Path:
+    """The newest checkpoint of a run with its tensors and metadata changed in place by `change(tensors, metadata)`."""
+    path = list_checkpoints(folder)[-1]
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+    return path
+
+
+NONSENSE = {
+    "numbers that are not finite": lambda t, m: t["state.net.0.weight"].fill_(torch.nan),
+    "says that it holds step -7": lambda t, m: m.update(step="-7"),
+    "says that it holds step 6": lambda t, m: m.update(step="6"),
+    "no such statement": lambda t, m: m.update(run='{"format": 1}'),
+    "tensors, not": lambda t, m: t.pop("optimizer.0.exp_avg"),
+}
+
+
+@pytest.mark.parametrize("said", NONSENSE)
+def test_a_checkpoint_that_holds_nonsense_is_passed_over(whole, tmp_path, said, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run(LineStage(die_at=5), tmp_path, checkpoint_minutes=0)
+    damaged = tampered(tmp_path, NONSENSE[said])
+    resumed = LineStage()
+    assert curve(run(resumed, tmp_path)) == curve(whole[1])
+    assert_same_weights(resumed, whole[0])
+    assert said in capsys.readouterr().out and not damaged.exists()
+
+
+def test_where_no_checkpoint_can_be_read_nothing_begins_again(tmp_path):
+    run(LineStage(), tmp_path, stop_at=3)
+    before = tampered(tmp_path, NONSENSE["says that it holds step -7"]).read_bytes()
+    with pytest.raises(
+        UserError, match="No checkpoint in .* can be read: delete them to train from the start"
+    ) as error:
+        run(LineStage(), tmp_path)
+    one_sentence(error)
+    assert list_checkpoints(tmp_path)[0].read_bytes() == before
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_warning(whole, tmp_path, capsys):
+    run(LineStage(), tmp_path, stop_at=3)
+    tampered(tmp_path, lambda t, m: (m.pop("run"), m.pop("tensors")))
+    assert curve(run(LineStage(), tmp_path)) == curve(whole[1])
+    assert "does not state its settings" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(tmp_path):
+    run(LineStage(), tmp_path, stop_at=3)
+    tampered(tmp_path, lambda t, m: m.update(run=m["run"].replace('"format": 1', '"format": 2')))
+    with pytest.raises(UserError, match="later version"):
+        run(LineStage(), tmp_path, force_resume=True)
+
+
+def test_an_optimizer_state_of_another_parameter_is_refused(tmp_path):
+    run(LineStage(), tmp_path, stop_at=3)
+    tampered(tmp_path, lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(7)}))
+    with pytest.raises(UserError, match="optimizer state 0 is another parameter's") as error:
+        run(LineStage(), tmp_path)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("seed", [-1, 10**12, 0.5])
+def test_a_seed_that_the_generators_cannot_take_is_refused(tmp_path, seed):
+    with pytest.raises(UserError, match="The seed takes whole numbers"):
+        run(LineStage(), tmp_path, seed=seed)
+
+
+# ---------------------------------------------------------------- one training in a folder, and how it is stopped
+
+
+class SignallingStage(LineStage):
+    """Sends its own process a signal in the middle of a step."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+    def after_step(self, step, steps):
+        if step == 4:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint(whole, tmp_path, number, capsys):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as stopped:
+        run(SignallingStage(number), tmp_path)
+    sentence = str(stopped.value) if number == signal.SIGINT else capsys.readouterr().err
+    assert "holds its 5 steps, and the same command goes on" in sentence
+    assert number == signal.SIGINT or stopped.value.code == 143
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-0000005.safetensors"]
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert curve(run(LineStage(), tmp_path)) == curve(whole[1])
+
+
+def test_a_training_in_another_thread_leaves_signals_alone(whole, tmp_path):
+    before, rows = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: rows.extend(run(LineStage(), tmp_path)))
+    thread.start()
+    thread.join()
+    assert curve(rows) == curve(whole[1]) and signal.getsignal(signal.SIGTERM) is before
+
+
+HOLD = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from gsv3d_lib.training import only_training
+
+with only_training(Path(sys.argv[1]), first=True):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_training_in_the_folder_is_refused_until_the_first_is_dead(whole, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD.format(paths=PATHS), run_dir]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"Another training works in .* \\(process {other.pid} on ") as error:
+            run(LineStage(), run_dir)
+        one_sentence(error)
+        other.kill()
+    left = run_dir / ".checkpoint-0000009.safetensors.0badcafe-1.tmp"  # of a node that is gone
+    left.write_bytes(b"a full-sized file")
+    assert curve(run(LineStage(), run_dir)) == curve(whole[1])
+    assert not left.exists()
+
+
+def test_imitated_bfloat16_is_said(tmp_path, monkeypatch, capsys):
+    from gsv3d_lib import training
+
+    for slow, precision, said in ((True, "bf16", True), (False, "bf16", False), (True, "fp32", False)):
+        monkeypatch.setattr(training, "is_slow_in_bf16", lambda slow=slow: slow)
+        run(LineStage(), tmp_path / f"{slow}{precision}", precision=precision, stop_at=1)
+        assert ("has no instructions for bfloat16" in capsys.readouterr().out) == said
+
+
 # ---------------------------------------------------------------- checkpoints and metrics
 
 
@@ -254,6 +457,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weigh
     with pytest.raises(ValueError, match="gradient of step 0 is nan; lower the learning rate"):
         run(stage, tmp_path)
     assert all(p.isfinite().all() for p in stage.parameters())
+
+
+@pytest.mark.parametrize(("scale", "clipped"), [(1e3, True), (1e-3, False)])
+def test_gradients_longer_than_1_are_shortened_to_1(tmp_path, scale, clipped):
+    class Scaled(LineStage):
+        def forward(self, batch):
+            loss, metrics = super().forward(batch)
+            return scale * loss, metrics
+
+    stage = Scaled()
+    (row,) = run(stage, tmp_path, stop_at=1)
+    norm = torch.cat([p.grad.flatten() for p in stage.parameters()]).norm()  # as the optimiser saw them
+    assert (row["grad_norm"] > 1) == clipped
+    assert norm == pytest.approx(1.0 if clipped else row["grad_norm"], rel=1e-3)
 
 
 def test_the_number_of_processes_is_checked(tmp_path):
@@ -505,7 +722,7 @@ def test_rendering_loss_of_the_truth_is_zero_and_its_terms_add_up(splats):
 
 
 def test_depth_counts_only_where_the_object_is():
-    depth, target = torch.zeros(1, 2, 2, 1), torch.tensor([3.0, 3, 0, 3]).reshape(1, 2, 2, 1)
+    depth, target = torch.zeros(1, 2, 2, 1), torch.tensor([3.0, 9, 0, 3]).reshape(1, 2, 2, 1)
     alpha = torch.tensor([1.0, 0.4, 1, 0.9]).reshape(1, 2, 2, 1)
     assert foreground_l1(depth, target, alpha) == 3  # half-covered and unknown pixels are left out
     assert foreground_l1(depth, target, torch.zeros_like(alpha)) == 0

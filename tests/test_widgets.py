@@ -8,8 +8,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from gsv3d_lib.course.widgets import explorer, orbit_explorer, orbit_frame, png, splat_viewer
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.widgets import explorer, orbit_explorer, orbit_frame, png, splat_viewer
 
 
 def picture_of(box) -> ipywidgets.Image:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from gsv3d_lib.cameras import Cameras, orbit_cameras, ray_grid
+from gsv3d_lib.cluster.plan import Ledger
 from gsv3d_lib.config import Config, Schedule, preset
-from gsv3d_lib.dataset import ObjectViews, ViewTensors
-from gsv3d_lib.orbits import Orbits, make_variants
-from gsv3d_lib.plan import Ledger
+from gsv3d_lib.data.dataset import ObjectViews, ViewTensors
+from gsv3d_lib.data.examples import Orbits, make_variants
 
 SIZE = 32
 SCALE = 0.18215

@@ -1,0 +1,120 @@
+"""A whole training from a notebook: planned, and, if asked for, started on several processes and watched to its end.
+
+The notebooks' section "Full run" is one call of `launch`. It starts `gsv3d_lib.train` in processes of its own, because a
+notebook's kernel can neither become several processes nor be killed and resumed as a job can.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+import torch
+
+from ..config import Config, preset
+from ..stages import schedule_of
+from ..system.paths import base
+from ..weights.run_folder import read_metrics
+from .job import check, check_request, run_folder, shown, train_command
+from .plan import GB, PLANNED, plan
+
+BAR_SECONDS = 60.0  # a progress bar that is redrawn all the time becomes a line a minute
+
+
+def launch(
+    scale: str, stages: list[str], data: list[str], processes: int = 1, steps: int = 0, start: bool = False
+) -> dict[str, dict]:
+    """Print the plan and the command of a training; with `start`, run it -> the last metrics of every stage.
+
+    data: dataset folders, or one folder of shards.
+    steps: of each stage; 0 is the preset's schedule. Another number is a trial, in a folder of its own.
+    Raises ValueError or FileNotFoundError, in one sentence, for what could not be trained, before anything starts;
+    RuntimeError where the training ends with an error.
+    """
+    check_request(scale, stages, data, processes)
+    command = train_command(scale, stages, data, processes, steps)
+    print(report(preset(scale), stages, processes))
+    print("\n" + shown(command))
+    if not start:
+        print("Not started: set full_run = True, or give the runner a parameter set.")
+        return {}
+    out = run_folder(scale, steps)
+    check(scale, stages, data, processes, out)
+    watch(command)
+    return {stage: read_metrics(out / stage)[-1] for stage in stages if read_metrics(out / stage)}
+
+
+def report(config: Config, stages: list[str], processes: int = 1) -> str:
+    """Steps, memory per process in both precisions, and arithmetic of every stage, as a table."""
+    lines = [f"{'stage':10}{'steps x batch':>16}{'GB bf16':>9}{'float32':>9}{'TFLOP/step':>12}{'PFLOP in all':>14}"]
+    for stage in stages:
+        schedule = schedule_of(config, stage)
+        line = f"{stage:10}{f'{schedule.steps:,} x {schedule.batch}':>16}"
+        if stage in PLANNED:
+            micro = schedule.micro_batch or max(1, schedule.batch // processes)
+            options = dict(gpus=processes, micro_batch=micro, checkpointing=config.checkpointing)
+            with torch.enable_grad():  # notebook 01 switches it off
+                half, whole = (plan(config, stage, half=half, **options) for half in (True, False))
+            total = half.flops * schedule.steps / 1e15
+            line += f"{half.memory / GB:9.1f}{whole.memory / GB:9.1f}{half.flops / 1e12:12.3g}{total:14.3g}"
+        lines.append(line if stage in PLANNED else line + "   (not counted by plan.py)")
+    lines.append(f"(GB per process, of {processes}; a device that sustains 100 TFLOP/s does 360 PFLOP in an hour)")
+    return "\n".join(lines)
+
+
+def watch(command: list[str]) -> None:
+    """Run `python COMMAND` in the repository's root and print its lines. Raises RuntimeError where it fails.
+
+    When this process is interrupted the training is told to end; it resumes from its checkpoints when started again.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=base(),
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    last = ""
+    try:
+        for last in thinned(line.rstrip() for line in process.stdout):
+            print(last, flush=True)
+        process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                said, _ = process.communicate(timeout=60)
+                print(*thinned(line.rstrip() for line in said.splitlines()), sep="\n", flush=True)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    if process.returncode:
+        raise RuntimeError(
+            f"The training ended with code {process.returncode} ({last[:200]}); "
+            "once that is mended the same call resumes it."
+        )
+
+
+def thinned(lines: Iterable[str]) -> Iterable[str]:
+    """The lines without empty ones, and of progress bars one a minute and the last."""
+    shown_at, waiting = 0.0, None
+    for line in lines:
+        if not line:
+            continue
+        if "%|" not in line:
+            if waiting is not None:
+                yield waiting
+            waiting = None
+            yield line
+        elif time.monotonic() - shown_at >= BAR_SECONDS:
+            shown_at, waiting = time.monotonic(), None
+            yield line
+        else:
+            waiting = line
+    if waiting is not None:
+        yield waiting

@@ -1,0 +1,89 @@
+"""`make demo`: notebook 00 through papermill on one image, then where the results lie.
+
+python -m gsv3d_lib demo [--image my.png] [--elevation auto] [--out FOLDER]
+
+Every run has a folder of its own: runs/demo/my, then runs/demo/my-2, ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from ..system.command import (
+    ELEVATION_HELP,
+    check_writable,
+    command_parser,
+    degrees,
+    exit_code,
+    input_path,
+    output_path,
+    results_folder,
+)
+from ..system.errors import MissingFile, UserError
+from ..system.paths import BEST, ROOT, find, folder_name, from_repository
+from .notebook import execute
+
+NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("demo", __doc__)
+    parser.add_argument("--image", type=input_path, default="data/images/demo.png")
+    parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
+    parser.add_argument("--out", type=output_path, help="folder (default: runs/demo/ and the image's name)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..elevation import estimate
+    from ..export import FILES
+    from ..images import prepare_condition
+    from ..weights.checkpoint import load_config
+
+    if not NOTEBOOK.is_file():
+        raise MissingFile(f"There is no {NOTEBOOK.name} here.{from_repository('notebooks')}")
+    image, weights = args.image.absolute(), find(BEST).absolute()
+    wanted = (args.out or ROOT / "runs/demo" / folder_name(image)).absolute()
+    config = load_config(weights)
+    check_text(image)
+    check_text(wanted)
+    check_writable(wanted / "run.json")
+    prepare_condition(image, config.image_size)  # fails here, in one sentence, and not inside a notebook
+    elevation = estimate(image, weights) if args.elevation is None else args.elevation
+    started = time.perf_counter()
+    parameters = {
+        "weights": BEST,
+        "steps": config.sampling_steps,
+        "elevation": elevation,
+        "image_path": str(image),
+    }
+    with results_folder(wanted, ["run.json", NOTEBOOK.name, *FILES.values()]) as out:
+        status = execute(NOTEBOOK, parameters | {"out_dir": str(out)}, out)
+    if status != 0:
+        return status
+    seconds = time.perf_counter() - started
+    print(f"\nDone in {seconds:.0f} s. The results lie in {out}:")
+    for path in sorted(p for p in out.iterdir() if p.is_file()):
+        print(f"  {path.name:<32}{path.stat().st_size / 1e6:6.1f} MB")
+    print(f"Open {out / 'viewer.html'} in a browser to turn the object.")
+    return 0
+
+
+def check_text(path: Path) -> None:
+    """Raises ValueError where the name is no text: a notebook is, and could not hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{ascii(str(path))} is not valid UTF-8: rename it, or set a locale of UTF-8.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Checkers of notebook 02: how far a splat reaches, expected depth, and the gradient of depth."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...rendering.plain import ALPHA_MIN, composite
+from . import ask, checker, expect, expect_close, expect_not, expect_shape
+
+_expect_not = partial(expect_not, atol=1e-3)
+
+
+# ---------------------------------------------------------------- exercise 1
+
+
+def extents(covariances: Tensor, opacities: Tensor) -> Tensor:
+    """What `rasterizer_kernels.project_one` computes for one splat, for all of them."""
+    cutoff = torch.log(opacities / ALPHA_MIN).clamp(min=0)
+    return (2 * cutoff[:, None] * covariances.diagonal(dim1=-2, dim2=-1)).sqrt()
+
+
+@checker
+def check_splat_extent(solution) -> None:
+    """covariances [G, 2, 2] in pixels^2, opacities [G] -> half width and half height [G, 2] of the visible box."""
+    upright, opaque, farthest = torch.tensor([[[4.0, 0.0], [0.0, 9.0]]]), torch.ones(1), math.sqrt(2 * math.log(255))
+    sigmas = torch.tensor([[2.0, 3.0]])
+    truth = extents(upright, opaque)
+    answer = ask(solution, upright, opaque)
+    expect_shape(answer, (1, 2), "the half width and half height")
+    mistakes = {
+        "Width and height are exchanged: Sigma_xx, entry [0, 0], gives the width.": truth.flip(-1),
+        "You used the variances, in pixels^2, where standard deviations belong: take the root.": farthest * sigmas**2,
+        "You cut at 3 standard deviations; alpha is still above 1/255 there. Solve for its edge.": 3 * sigmas,
+        "The exponent is -d^2 / (2 Sigma_xx): you forgot the 2, so alpha is above 1/255 at your edge.": (
+            math.sqrt(math.log(255)) * sigmas
+        ),
+        "That is the whole width; asked for is the half, from the centre to the edge.": 2 * truth,
+    }
+    _expect_not(answer, mistakes)
+    expect_close(answer, truth, "At the edge of the box, opacity * exp(-d^2 / (2 Sigma_xx)) should be 1/255.")
+
+    faint = torch.tensor([0.1])
+    answer = ask(solution, upright, faint)
+    _expect_not(answer, {"Your extent ignores the opacity: a faint splat falls below 1/255 earlier.": truth})
+    expect_close(
+        answer, extents(upright, faint), "Right for opacity 1, wrong for 0.1: the logarithm is of 255 * opacity."
+    )
+
+    turned = torch.tensor([[[6.5, 2.5], [2.5, 6.5]]])  # the same ellipse, turned by 45 degrees
+    answer = ask(solution, turned, opaque)
+    own_axes = (
+        "You used the eigenvalues, the ellipse's own axes; a box along the image's axes needs Sigma_xx and Sigma_yy."
+    )
+    _expect_not(answer, {own_axes: truth, f"{own_axes} ": truth.flip(-1)})
+    expect_close(
+        answer, extents(turned, opaque), "The box of a turned ellipse follows from Sigma_xx and Sigma_yy alone."
+    )
+
+    answer = ask(solution, upright, torch.tensor([0.5 * ALPHA_MIN]))
+    invisible = "A splat that is fainter than 1/255 everywhere has extent 0"
+    expect(torch.isfinite(answer).all(), f"{invisible}; the root of a negative logarithm is not a number.")
+    expect_close(answer, torch.zeros(1, 2), f"{invisible}.")
+
+
+# ---------------------------------------------------------------- exercise 2
+
+
+def depth_of(alphas: Tensor, depths: Tensor) -> Tensor:
+    """Expected depth through the library's `composite`: alphas and depths [..., K], near to far -> [...]."""
+    features = torch.stack([depths, torch.ones_like(depths)], -1)
+    sums = composite(alphas[..., None, :], features)[..., 0, :]
+    return torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1].clamp(min=1e-12), 0)
+
+
+@checker
+def check_expected_depth(solution) -> None:
+    """alphas [..., K] and depths [..., K], near to far -> expected depth [...]; 0 where nothing is."""
+    alphas, depths = torch.tensor([0.4, 0.5, 0.8]), torch.tensor([2.0, 3.0, 5.0])
+    answer = ask(solution, alphas, depths)
+    expect_shape(answer, (), "the depth of one ray")
+    weights, late = alphas * torch.tensor([1.0, 0.6, 0.3]), alphas * torch.tensor([0.6, 0.3, 0.06])
+    off_by_one = "The cumulative product is off by one: T_i holds the Gaussians in front of i, not i itself."
+    mistakes = {
+        "You divided by the sum of alphas; expected depth divides by the sum of the weights.": (
+            (weights * depths).sum() / alphas.sum()
+        ),
+        "You forgot the transmittance: alpha says how opaque a Gaussian is, not how much of it is seen.": (
+            (alphas * depths).sum() / alphas.sum()
+        ),
+        "You did not divide by the sum of the weights: half-covered pixels come out too near.": (
+            weights * depths
+        ).sum(),
+        off_by_one: (late * depths).sum() / late.sum(),
+        f"{off_by_one} And the division by the sum of the weights is missing.": (late * depths).sum(),
+        "That is the plain mean of the depths; nearer and more opaque Gaussians count more.": depths.mean(),
+    }
+    _expect_not(answer, mistakes)
+    expect_close(answer, depth_of(alphas, depths), "Expected depth is sum w z / sum w with w = alpha T.")
+
+    alphas = torch.linspace(0.05, 0.9, 24).reshape(2, 3, 4)
+    depths = 3 + torch.arange(24.0).reshape(2, 3, 4) / 10
+    answer = ask(solution, alphas, depths)
+    expect_shape(answer, (2, 3), "the depths of 2 x 3 rays")
+    expect_close(
+        answer, depth_of(alphas, depths), "Right for one ray, wrong for several: work along the last axis only."
+    )
+
+    answer = ask(solution, torch.zeros(2, 3), torch.ones(2, 3))
+    expect(torch.isfinite(answer).all(), "Where nothing covers the pixel you divided 0 by 0; the depth is 0 there.")
+    expect_close(answer, torch.zeros(2), "Where nothing covers the pixel the depth is 0.")
+
+
+# ---------------------------------------------------------------- exercise 3
+
+
+def depth_gradient_of(alphas: Tensor, depths: Tensor) -> Tensor:
+    """Autograd through `depth_of`: alphas [K] and depths [K] -> dD/dalpha [K]."""
+    alphas = alphas.detach().clone().requires_grad_()
+    return torch.autograd.grad(depth_of(alphas, depths), alphas)[0]
+
+
+@checker
+def check_depth_gradient(solution) -> None:
+    """alphas [K] and depths [K], near to far -> dD/dalpha [K] of the expected depth D."""
+    alphas, depths = torch.tensor([[0.4, 0.5, 0.8], [2.0, 3.0, 5.0]], dtype=torch.float64)
+    answer = ask(solution, alphas, depths)
+    expect_shape(answer, (3,), "the gradient")
+    _expect_not(answer, _gradient_mistakes(alphas, depths))
+    expect_close(answer, depth_gradient_of(alphas, depths), "Autograd through the library's compositing disagrees.")
+
+    draw = partial(torch.rand, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alphas, depths = 0.05 + 0.8 * draw(), 3 + draw().sort().values
+    answer = ask(solution, alphas, depths)
+    expect_close(answer, depth_gradient_of(alphas, depths), "Right for 3 Gaussians, wrong for 7.")
+    answer = ask(solution, alphas, torch.full_like(depths, 3.0))
+    expect_close(answer, torch.zeros(7), "Where all depths are equal, no alpha can change the expected depth.")
+
+
+def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
+    before = torch.cat([torch.ones_like(alphas[:1]), torch.cumprod(1 - alphas, 0)[:-1]])
+    weights = alphas * before
+    total, depth = weights.sum(), (weights * depths).sum() / weights.sum()
+
+    def sum_gradient(features: Tensor) -> Tensor:  # of sum w f, equation (2.12)
+        from_i_on = (weights * features).flip(0).cumsum(0).flip(0)
+        return before * features - (from_i_on - weights * features) / (1 - alphas)
+
+    direct, from_i_on = before * (depths - depth), (weights * (depths - depth)).flip(0).cumsum(0).flip(0)
+    behind = from_i_on - weights * (depths - depth)
+    return {
+        "The sign is reversed: a near Gaussian that grows more opaque pulls the depth down, towards itself.": (
+            -depth_gradient_of(alphas, depths)
+        ),
+        "You differentiated sum w z alone; D is a quotient, and sum w depends on alpha too.": sum_gradient(depths),
+        "You treated sum w as a constant; it depends on alpha too, so the quotient rule has a second term.": (
+            sum_gradient(depths) / total
+        ),
+        "The quotient rule ends with a division: by sum w.": sum_gradient(depths) - depth * sum_gradient(depths**0),
+        "You forgot 1 / (1 - alpha_i): the weights behind i hold that factor, and the derivative takes it away.": (
+            (direct - behind) / total
+        ),
+        "The sum of what lies behind begins at i + 1; yours counts Gaussian i itself.": (
+            (direct - from_i_on / (1 - alphas)) / total
+        ),
+        "You kept only Gaussian i's own term; it also dims everything behind it.": direct / total,
+    }

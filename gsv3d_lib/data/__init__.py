@@ -1,0 +1,1 @@
+"""Objects to train on: read, made, rendered, fetched."""

@@ -1,0 +1,1 @@
+"""Objects that are made by rules: shapes, textures, families."""

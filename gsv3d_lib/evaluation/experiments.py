@@ -1,0 +1,536 @@
+"""The paper's claims as experiments: train each arm with several seeds, score it object by object, compare it in pairs.
+
+    python -m gsv3d_lib experiments distillation --data ../shared/objects/train data/cache/procedural \
+        --objects ../shared/objects/gso --out data/results/distillation.json
+
+Every (arm, seed) is one run. Runs are resumable; finished ones are found under --work and in the results file itself, and
+not repeated. A run from other weights, on other data or of another length is another run. The results file is written
+again after each. All arms of a seed see the same examples, the same noise and the same sampler seed, so their differences
+are paired twice: by seed and by object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..config import Config
+from ..data.dataset import FRONT, Scene, ViewTensors, load_views
+from ..data.examples import Orbits, digest, load_orbits, relative_cameras, ring_frames
+from ..pipeline import GSV3DPipeline
+from ..stages import build_stage, initial, starting_models
+from ..system.command import (
+    check_writable,
+    command_parser,
+    exit_code,
+    guidance,
+    input_path,
+    output_path,
+    positive,
+    sampler_steps,
+    training_seed,
+)
+from ..system.errors import UserError
+from ..system.paths import atomic_path, reason
+from ..system.provenance import commit, hardware
+from ..training import train
+from ..vae import encode_scaled
+from ..weights.checkpoint import load_config, load_dino, load_model, model_classes
+from .metrics import bootstrap_interval
+from .protocol import Judge, Truth, free_views, generate, image_scores, load_truth, mesh_scores
+from .report import finite_mean, without_nan
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of an experiment: what it changes in the configuration, in words and in fields."""
+
+    name: str
+    label: str
+    changes: dict = field(default_factory=dict)
+    trained: bool = True
+    warm: bool = False  # start from the shipped weights where the others start from scratch
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms that are compared with one of them. `run` trains and scores one arm with one seed."""
+
+    question: str
+    reference: str
+    arms: tuple[Arm, ...]
+    run: Callable
+    defaults: dict  # steps, batch and so on, unless the command says otherwise
+
+    def arm(self, name: str) -> Arm:
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise UserError(f"There is no arm {name!r}; choose from {', '.join(a.name for a in self.arms)}.")
+
+
+Rows = list[dict[str, float]]  # one per object
+
+
+@dataclass
+class World:
+    """What all runs of one command share: the shipped weights, the training orbits, and the objects to score."""
+
+    weights: Path
+    config: Config
+    orbits: Orbits
+    views: ViewTensors
+    objects: Path
+    work: Path
+    sampler: dict  # steps and guidance
+    fingerprint: str  # of the weights
+    start: str  # eight digits that change with the weights, the training data, the objects or the sampler
+    true_rows: dict[int, Rows] = field(default_factory=dict)  # scores of the shipped decoder on N true views, once made
+
+
+# ---------------------------------------------------------------- what one run does
+
+
+def run_distillation(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
+    """Stage 2 from the shipped weights, then image -> 3D of every object with N = config.num_frames."""
+    models = starting_models("stage2", config, world.weights, None)
+    cost = {}
+    if arm.trained:
+        stage = build_stage("stage2", config, models, world.orbits)
+        cost = timed_training(stage, config.stage2, folder, config.seed)
+    models["unet"].requires_grad_(False)
+    pipe = GSV3DPipeline(config, vae=load_model(world.weights, "vae"), **models)
+    frames = config.num_frames
+    if frames not in world.true_rows:  # the decoder is frozen: all arms share its own scores
+        world.true_rows[frames] = score_decoder(world, pipe, frames)
+    made = score_generations(world, pipe, config.seed)
+    return [true | row for true, row in zip(world.true_rows[frames], made, strict=True)], cost
+
+
+def run_decoder(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
+    """Stage 1 from scratch on the shipped VAE's latents, then 16 true views -> 3D of every object."""
+    torch.manual_seed(config.seed)
+    models = starting_models("stage1", config, world.weights, None)
+    stage = build_stage("stage1", config, models, world.orbits)
+    cost = timed_training(stage, config.stage1, folder, config.seed)
+    decoder = stage.decoder.requires_grad_(False).eval()
+    pipe = decoder_alone(config, load_model(world.weights, "vae"), decoder, models["dino"])
+    return score_decoder(world, pipe, config.num_frames), cost
+
+
+def run_overfit(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
+    """Stage 1 on a single object, for each object anew: what the decoder can represent, learning aside."""
+    dino, vae = load_dino(config, world.weights), load_model(world.weights, "vae")
+    rows, costs = [], {}
+    for index, id in enumerate(world.views.ids):
+        torch.manual_seed(config.seed)
+        decoder = initial("decoder", config, world.weights if arm.warm else None)
+        orbits = load_orbits(world.views.subset([index]), vae, progress=False)
+        stage = build_stage("stage1", config, {"decoder": decoder, "dino": dino}, orbits)
+        costs[id] = timed_training(stage, config.stage1, folder / id, config.seed)
+        pipe = decoder_alone(config, vae, decoder.requires_grad_(False).eval(), dino)
+        truth = load_truth(world.objects, id)
+        rows.append(score_inputs(pipe, world.views.scene(index), config.view_counts[0], truth))
+    return rows, costs
+
+
+def decoder_alone(config: Config, vae, decoder, dino) -> GSV3DPipeline:
+    """A pipeline that can only decode latents of true views."""
+    return GSV3DPipeline(config, vae=vae, clip=None, unet=None, decoder=decoder, dino=dino)
+
+
+@torch.no_grad()
+def score_inputs(pipe: GSV3DPipeline, scene: Scene, num_frames: int, truth: Truth | None) -> dict[str, float]:
+    """A decoder on N true ring views, scored on those same views, on the free views, and by its mesh."""
+    frames, free = ring_frames(FRONT, num_frames), free_views(scene)
+    cameras = relative_cameras(scene, FRONT, frames)
+    gaussians = pipe.gaussians_from(encode_scaled(pipe.vae, scene.rgb[frames]), cameras, scene.rgb[FRONT])
+    scores = image_scores(gaussians, scene, FRONT, frames) | mesh_scores(gaussians, truth, float(scene.azimuths[FRONT]))
+    return scores | {f"free_{k}": v for k, v in image_scores(gaussians, scene, FRONT, free).items()}
+
+
+def timed_training(stage, schedule, folder: Path, seed: int) -> dict:
+    """Train to the end; what it cost is kept in `folder`, so that a resumed run knows it too."""
+    started, first = time.process_time(), len(list(folder.glob("checkpoint-*")))
+    history = train(stage, schedule, folder, seed=seed)
+    stage.cpu()  # where everything is measured
+    stored = folder / "cost.json"
+    if not first:  # a resumed run would only know its own part
+        cost = {"cpu_seconds_per_step": round((time.process_time() - started) / schedule.steps, 3)}
+        with atomic_path(stored) as path:
+            path.write_text(json.dumps(cost))
+    cost = read_json(stored) if stored.is_file() else {}
+    return cost | {"last": {k: round(v, 4) for k, v in history[-1].items() if k not in ("time", "step")}}
+
+
+def score_decoder(world: World, pipe: GSV3DPipeline, num_frames: int) -> Rows:
+    """The decoder's own scores on N true views, called true_..., one row per object."""
+    scenes = (world.views.scene(index) for index in range(len(world.views.ids)))
+    return [{f"true_{k}": v for k, v in Judge().decoder(pipe, scene, num_frames).items()} for scene in scenes]
+
+
+def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
+    """Image -> 3D of every object: its scores and what it cost, one row per object."""
+    rows = []
+    for index, id in enumerate(tqdm(world.views.ids, desc="scoring", mininterval=10)):
+        scene, truth = world.views.scene(index), load_truth(world.objects, id)
+        started = time.process_time()
+        made = generate(pipe, scene, seed, back_projection=False, **world.sampler)  # the models themselves are compared
+        seconds = time.process_time() - started
+        rows.append({"cpu_seconds": seconds} | Judge().generation(pipe, scene, truth, made))
+    return rows
+
+
+# ---------------------------------------------------------------- the experiments
+
+ALPHA = {"lambda_alpha_stage2": 0.5}  # ours; stage 2 goes without by default, because of what this experiment found
+BOTH = Arm("lambda_1", "λ = 1: RGB, depth and alpha", ALPHA)
+
+STAGE2 = {"stage": "stage2", "steps": 120, "batch": 2}  # the same for all, so that common arms are one run
+PICTURE = {"lambda_pixel": 0.0, "lambda_depth": 0.05, "lambda_alpha": 0.1, "view_counts": (8,), "target_views": 8}
+
+EXPERIMENTS = {
+    "overfit": Experiment(
+        "Can the decoder represent one object: 30 dB on its input views, Chamfer distance 0.03?",
+        "scratch",
+        (Arm("scratch", "from scratch", PICTURE), Arm("warm", "from the shipped decoder", PICTURE, warm=True)),
+        run_overfit,
+        {"stage": "stage1", "steps": 2000, "batch": 1, "lr": 1e-3},
+    ),
+    "distillation": Experiment(
+        "Does geometric distillation lower the Chamfer distance, and what does it cost in texture?",
+        "lambda_0",
+        (
+            Arm("none", "no LoRA", trained=False),
+            Arm("lambda_0", "λ = 0, the LoRA on L_2D alone", {"lambda_3d": 0.0}),
+            Arm("lambda_0.1", "λ = 0.1", {"lambda_3d": 0.1} | ALPHA),
+            Arm("lambda_0.3", "λ = 0.3", {"lambda_3d": 0.3} | ALPHA),
+            BOTH,
+            Arm("lambda_3", "λ = 3", {"lambda_3d": 3.0} | ALPHA),
+            Arm("rgbd", "λ = 1, RGB and depth"),
+            Arm("rgb", "λ = 1, RGB only", {"lambda_depth": 0.0}),
+            Arm("depth", "λ = 1, depth only", {"lambda_rgb": 0.0}),
+            Arm("snr", "λ = 1, w = 1 / (1 + σ²)", {"sigma_weighting": "snr"} | ALPHA),
+        ),
+        run_distillation,
+        STAGE2,
+    ),
+    "frames": Experiment(
+        "Is N = 16 better than fewer views, for the decoder on true views and for the whole chain?",
+        "n_16",
+        (
+            Arm("n_2", "N = 2", {"num_frames": 2}),
+            Arm("n_4", "N = 4", {"num_frames": 4}),
+            Arm("n_8", "N = 8", {"num_frames": 8}),
+            Arm("n_16", "N = 16"),
+        ),
+        run_distillation,
+        STAGE2,
+    ),
+    "rank": Experiment(
+        "How much does the rank of the LoRA matter?",
+        "rank_16",
+        (
+            Arm("rank_4", "r = 4", {"lora_rank": 4}),
+            Arm("rank_16", "r = 16"),
+            Arm("rank_64", "r = 64", {"lora_rank": 64}),
+        ),
+        run_distillation,
+        STAGE2,
+    ),
+    "dino": Experiment(
+        "Does the decoder need DINO features of the input image?",
+        "dino",
+        (Arm("dino", "with DINO"), Arm("no_dino", "without", {"dino": "none"})),
+        run_decoder,
+        {"stage": "stage1", "steps": 500, "batch": 2},
+    ),
+}
+
+
+def configure(base: Config, experiment: Experiment, arm: Arm, seed: int, steps: int, batch: int) -> Config:
+    """The checkpoint's configuration with the arm's changes, a seed, and a schedule of `steps`."""
+    stage = experiment.defaults["stage"]
+    schedule = getattr(base, stage)
+    lr = experiment.defaults.get("lr", schedule.lr)
+    schedule = dataclasses.replace(schedule, steps=steps, batch=batch, lr=lr, warmup=min(20, steps))
+    return base.replace(**arm.changes, **{stage: schedule}, seed=seed)
+
+
+def run_once(world: World, experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int]) -> None:
+    """One (arm, seed): leaves `scores.json` in its folder, or finds it there."""
+    folder = world.work / run_name(experiment, arm, seed, size, world.start)
+    if (folder / "scores.json").is_file():
+        return
+    print(f"{arm.label}, seed {seed}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, cost = experiment.run(world, configure(world.config, experiment, arm, seed, *size), arm, folder)
+    write_scores(folder, rows, cost)
+    for checkpoint in folder.rglob("checkpoint-*"):  # the scores are what is kept
+        checkpoint.unlink()
+
+
+def write_scores(folder: Path, rows: Rows, cost: dict) -> None:
+    with atomic_path(folder / "scores.json") as path:
+        path.write_text(json.dumps(without_nan({"cost": cost, "rows": rows})))
+
+
+def run_name(experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int], start: str) -> str:
+    """Says what is run, so that experiments share common arms: `distillation-120x2-lambda_3d=0.1-seed0-1f0c77ab`."""
+    changes = "-".join(f"{k}={v}" for k, v in arm.changes.items()).replace(" ", "") or "default"
+    steps, batch = size
+    what = (
+        f"{experiment.run.__name__.removeprefix('run_')}-{steps}x{batch}-{changes}{'-warm' * arm.warm}"
+        if arm.trained
+        else "untrained"
+    )
+    return f"{what}-seed{seed}-{start}"
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Sixteen digits that change with what arms start from: a checkpoint's configuration and models, not its LoRA."""
+    files = [folder / "gsv3d.json"] + [f for name in model_classes() for f in (folder / name).glob("*.safetensors")]
+    total = hashlib.sha256()
+    for path in sorted(files):
+        total.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- results
+
+
+def restore_runs(out: Path, world: World, experiment: Experiment, size: tuple[int, int]) -> set[int]:
+    """Put the runs of a results file that this command would repeat into --work; returns their seeds.
+
+    Says how many there are of other weights, data or steps, or without a fingerprint. Raises ValueError for another file.
+    """
+    if not out.is_file():
+        return set()
+    runs = stored_runs(out)
+    arms, seeds = {arm.name: arm for arm in experiment.arms}, []
+    for name, seed, run, columns, cost in runs:
+        if name in arms and run == run_name(experiment, arms[name], seed, size, world.start):
+            seeds.append(seed)
+            if not (world.work / run / "scores.json").is_file():
+                rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+                write_scores(world.work / run, rows, cost)
+    if len(seeds) < len(runs):
+        left = f"{len(runs) - len(seeds)} of {len(runs)} runs"
+        print(f"{out}: {left} are of other weights, data or steps, or do not say of which; they are left out.")
+    return set(seeds)
+
+
+def stored_runs(out: Path) -> list[tuple[str, int, str | None, dict[str, list], dict]]:
+    """Every run of a results file: arm, seed, name of the run (older files have none), scores by metric, and cost.
+
+    Raises UserError for another file.
+    """
+    try:
+        arms = json.loads(out.read_text(encoding="utf-8"))["arms"]
+        return [
+            (name, int(seed), entry.get("runs", {}).get(seed), dict(columns), dict(entry["cost"][seed]))
+            for name, entry in arms.items()
+            for seed, columns in entry["scores"].items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{out} is no results file of experiments; choose another --out.") from error
+
+
+def read_json(path: Path) -> dict:
+    """A file that an earlier run left in --work. Raises UserError where it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({reason(error)}); delete its folder, and the run is made again."
+        ) from error
+
+
+def collect(world: World, experiment: Experiment, seeds: list[int], size: tuple[int, int]) -> dict:
+    """Every finished run: {"ids", "arms": {arm: {"label", "runs", "cost", "scores": {seed: {metric: [O]}}}}}."""
+    arms: dict[str, dict] = {}
+    for arm, seed in itertools.product(experiment.arms, seeds):
+        name = run_name(experiment, arm, seed, size, world.start)
+        path = world.work / name / "scores.json"
+        if path.is_file():
+            stored = read_json(path)
+            entry = arms.setdefault(arm.name, {"label": arm.label, "runs": {}, "cost": {}, "scores": {}})
+            metrics = dict.fromkeys(metric for row in stored["rows"] for metric in row)
+            columns = {k: [_rounded(row.get(k)) for row in stored["rows"]] for k in metrics}
+            for key, value in (("runs", name), ("cost", stored["cost"]), ("scores", columns)):
+                entry[key][str(seed)] = value
+    return {"ids": world.views.ids, "arms": arms}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def values(arm: dict, metric: str, seeds: list[str] | None = None) -> np.ndarray:
+    """One metric of a collected arm as [S, O], NaN where there is no number."""
+    chosen = [scores for seed, scores in arm["scores"].items() if seeds is None or seed in seeds]
+    return np.array([scores.get(metric, [None] * len(next(iter(scores.values())))) for scores in chosen], dtype=float)
+
+
+def compare(arm: dict, reference: dict, metric: str) -> dict:
+    """Arm minus reference over the seeds that both have: each object's mean over seeds, its mean and interval over objects.
+
+    "mean", "low", "high": the difference and its 95 % interval (paired bootstrap over objects). "seeds": the mean
+    difference of each seed, which shows how much another training moves it.
+    """
+    seeds = [s for s in arm["scores"] if s in reference["scores"]]
+    if not seeds:
+        return {"mean": math.nan, "low": math.nan, "high": math.nan, "seeds": []}
+    difference = values(arm, metric, seeds) - values(reference, metric, seeds)  # [S, O]
+    per_object = difference.mean(axis=0)
+    low, high = bootstrap_interval(per_object)
+    by_seed = [finite_mean(row) for row in difference]
+    return {"mean": finite_mean(per_object), "low": low, "high": high, "seeds": by_seed}
+
+
+def table(results: dict, reference: str, metrics: list[str]) -> str:
+    """Markdown: the reference's means, and every other arm's mean difference to them with its 95 % interval.
+
+    Differences are over common seeds; means of arms with other seeds would not compare.
+    """
+    lines = ["| arm | seeds | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
+    for name, arm in results["arms"].items():
+        cells = [f"{finite_mean(values(arm, metric)):.3f}" for metric in metrics]
+        if name != reference and reference in results["arms"]:
+            found = [compare(arm, results["arms"][reference], metric) for metric in metrics]
+            cells = ["{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference) for difference in found]
+        lines.append(f"| {arm['label']} | {len(arm['scores'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+CLAIMS = (  # what is expected, the experiment, the arm that is compared with its reference, the number, and its sign then
+    ("distillation lowers the Chamfer distance", "distillation_long", "rgbd", "chamfer", -1),
+    ("its price is texture (detail, 1 = the truth's)", "distillation_long", "rgbd", "detail", -1),
+    ("it makes the views agree (reprojection error)", "distillation_long", "rgbd", "reprojection", -1),
+    ("few views ghost (share of pixels)", "frames", "n_4", "ghosting", 1),
+    ("N = 16 is best (PSNR)", "frames", "n_8", "psnr", -1),
+    ("DINO helps (PSNR, true views)", "dino", "no_dino", "true_psnr", -1),
+    ("DINO helps (depth L1, true views)", "dino", "no_dino", "true_depth_l1", 1),
+)
+
+
+def claims(folder: str | Path) -> str:
+    """Markdown: what is expected of the method beside the differences in the results files of `folder`."""
+    lines = ["| expected | compared | difference | 95 % interval | seeds | holds here |", "|---" * 6 + "|"]
+    for claim, name, arm, metric, sign in CLAIMS:
+        results = json.loads((Path(folder) / f"{name}.json").read_text())
+        labels = [results["arms"][k]["label"] for k in (arm, results["reference"])]
+        d = results["differences"][arm][metric]
+        cells = [claim, " minus ".join(labels), f"{d['mean']:+.4f}", f"[{d['low']:+.4f}, {d['high']:+.4f}]"]
+        lines.append("| " + " | ".join([*cells, str(len(d["seeds"])), holds(d, sign)]) + " |")
+    return "\n".join(lines)
+
+
+def holds(difference: dict, sign: int) -> str:
+    """Whether a difference has the expected sign: "yes" or "no" if its interval and every seed say so, else "not shown"."""
+    numbers = [sign * number for number in (difference["low"], difference["high"], *difference["seeds"])]
+    return "yes" if min(numbers) > 0 else "no" if max(numbers) < 0 else "not shown"
+
+
+def write_results(experiment: Experiment, results: dict, out: Path, settings: dict) -> dict:
+    """Write the results file of one experiment: settings, every score, and every arm's difference to the reference."""
+    arms, reference = results["arms"], results["arms"].get(experiment.reference)
+    differences = {}
+    for name, arm in arms.items():
+        if reference is not None and arm is not reference:
+            metrics = next(iter(arm["scores"].values()))
+            differences[name] = {metric: _round_all(compare(arm, reference, metric)) for metric in metrics}
+    record = {"question": experiment.question, "reference": experiment.reference, **settings, "commit": commit()}
+    record |= {"hardware": hardware(), "objects": len(results["ids"]), **results, "differences": differences}
+    with atomic_path(out) as path:
+        path.write_text(json.dumps(without_nan(record), separators=(",", ":"), allow_nan=False))
+    return record
+
+
+def _round_all(value):
+    if isinstance(value, dict):
+        return {key: _round_all(item) for key, item in value.items()}
+    return [_round_all(item) for item in value] if isinstance(value, list) else round(value, 5)
+
+
+def open_world(args: argparse.Namespace) -> World:
+    """Weights, orbits and objects of a command; latents and views are kept under --work."""
+    config = load_config(args.weights)
+    training = load_views(args.data, config.image_size, limit=args.limit, cache=args.work)
+    vae = load_model(args.weights, "vae")
+    orbits = load_orbits(training, vae, config.copies, cache=args.work / "latents.safetensors", seed=config.seed)
+    views = load_views([args.objects], config.image_size)
+    unknown = set(args.ids or []) - set(views.ids)
+    if unknown:
+        raise UserError(f"{args.objects} has no object {', '.join(sorted(unknown))}.")
+    views = views.subset([views.ids.index(id) for id in args.ids or views.ids])
+    sampler = {"steps": args.sampling_steps, "guidance": args.guidance}
+    fingerprint = weights_fingerprint(args.weights)
+    seen = [[v.ids, digest({"rgb": v.rgb[:, ::8, ::8, ::8]})] for v in (training, views)]
+    start = hashlib.sha256(json.dumps([fingerprint, seen, sampler]).encode()).hexdigest()[:8]
+    return World(args.weights, config, orbits, views, args.objects, args.work, sampler, fingerprint, start)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
+    parser = command_parser("experiments", __doc__)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--weights", type=input_path, default="data/checkpoints/tiny", help="where every arm starts")
+    parser.add_argument(
+        "--data", nargs="+", type=input_path, default=[input_path("data/cache/procedural")], help="training folders"
+    )
+    parser.add_argument("--objects", type=input_path, required=True, help="dataset folder to score on")
+    parser.add_argument(
+        "--out", type=output_path, required=True, help="JSON file to write; its own finished runs are kept"
+    )
+    parser.add_argument("--work", type=output_path, default="runs/experiments", help="checkpoints and finished runs")
+    parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument("--seeds", nargs="+", type=training_seed, default=[0, 1, 2])
+    parser.add_argument("--steps", type=positive, help="training steps of every arm")
+    parser.add_argument("--batch", type=positive)
+    parser.add_argument("--sampling-steps", type=sampler_steps, default=10)
+    parser.add_argument("--guidance", type=guidance, default=1.0, help="1 = none, which halves the time")
+    parser.add_argument("--limit", type=positive, help="use only the first training objects")
+    parser.add_argument("--ids", nargs="+", help="score only these objects")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = build_parser()
+    given = sys.argv[1:] if arguments is None else arguments
+    parser.set_defaults(command="python -m gsv3d_lib experiments " + " ".join(given))
+    return exit_code(run, parser, arguments)
+
+
+def run(args: argparse.Namespace) -> None:
+    experiment = EXPERIMENTS[args.experiment]
+    size = args.steps or experiment.defaults["steps"], args.batch or experiment.defaults["batch"]
+    arms = [experiment.arm(name) for name in args.arms or [arm.name for arm in experiment.arms]]
+    for path in (args.out, args.work / "latents.safetensors"):
+        check_writable(path)
+    world = open_world(args)
+    seeds = sorted({*args.seeds, *restore_runs(args.out, world, experiment, size)})
+    settings = {"command": args.command, "weights": str(args.weights), "fingerprint": world.fingerprint}
+    settings |= {"steps": size[0], "batch": size[1], "sampler": world.sampler}
+    for seed, arm in itertools.product(args.seeds, arms):  # all arms of one seed first: what is there is balanced
+        run_once(world, experiment, arm, seed, size)
+        record = write_results(experiment, collect(world, experiment, seeds, size), args.out, settings)
+    scored = next(iter(next(iter(record["arms"].values()))["scores"].values()))
+    print(table(record, experiment.reference, [m for m in ("psnr", "ssim", "chamfer", "true_psnr") if m in scored]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

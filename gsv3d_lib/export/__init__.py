@@ -1,0 +1,242 @@
+"""What leaves the project: turntable videos, a stand-alone viewer page, .splat files (PLY
+is in `gaussians`, meshes in `mesh`), and all that a person may want at once."""
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..cameras import DISTANCE, FOV_DEG, orbit_cameras
+from ..gaussians import Gaussians, turn_axes
+from ..rendering import render
+from ..system.errors import UserError, machine_fault
+from ..system.paths import atomic_path, reason
+
+SPLAT_BYTES = 32
+FPS = 24  # of a turntable
+# What `save_object` writes.
+FILES = {
+    "splats": "object.ply",
+    "mesh": "object.glb",
+    "video": "turntable.mp4",
+    "gif": "turntable.gif",
+    "page": "viewer.html",
+}
+
+
+# ---------------------------------------------------------------- turntables
+
+
+def save_turntable(
+    gaussians: Gaussians,
+    mp4_path: str | Path | None = None,
+    gif_path: str | Path | None = None,
+    size: int = 256,
+    num_frames: int = 48,
+    elevation: float = 15.0,
+    fps: int = FPS,
+) -> None:
+    """One turn around the object on white, as an H.264 video and / or a GIF that repeats for ever.
+
+    size: pixels a side, even (H.264 halves the colour's resolution).  elevation: degrees.  The first frame looks
+    from azimuth 0, which is the condition view, and azimuth grows. Raises ValueError for an odd size or no path, and,
+    after the other file was written, for one that could not be.
+    """
+    if mp4_path is None and gif_path is None:
+        raise UserError("A turntable needs a path to write to: give mp4_path, gif_path, or both.")
+    if size < 2 or size % 2 or num_frames < 1:
+        raise UserError(
+            f"A turntable needs an even size and at least one frame, got {size} pixels, {num_frames} frames."
+        )
+    frames = turntable_frames(gaussians, size, num_frames, elevation)
+    writers = {}
+    if mp4_path is not None:
+        writers[Path(mp4_path)] = partial(_write_mp4, frames, fps=fps)
+    if gif_path is not None:
+        writers[Path(gif_path)] = partial(_write_gif, frames, fps=fps)
+    write_all(writers)
+
+
+def turntable_frames(
+    gaussians: Gaussians, size: int = 256, num_frames: int = 48, elevation: float = 15.0
+) -> np.ndarray:
+    """uint8 [num_frames, size, size, 3], azimuths 360 k / num_frames."""
+    azimuths = torch.arange(num_frames) * (360 / num_frames)
+    cameras = orbit_cameras(azimuths, elevation, size)
+    with torch.no_grad():
+        views = [render(gaussians, cameras[i : i + 8]).rgb.cpu() for i in range(0, num_frames, 8)]  # 8: bounds memory
+    return (torch.cat(views).clamp(0, 1) * 255).round().byte().numpy()
+
+
+def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
+    with atomic_path(path) as temporary:
+        try:
+            written = _encode_mp4(frames, temporary.absolute(), fps)
+        except (ImportError, OSError, RuntimeError) as error:  # no ffmpeg, or one that gave up
+            raise UserError(
+                f"{path} needs ffmpeg, which failed ({reason(error)}): `pip install imageio-ffmpeg` "
+                "brings one, IMAGEIO_FFMPEG_EXE names another; or the disk is full."
+            ) from error
+        if written != len(frames):
+            raise UserError(f"ffmpeg wrote {written} of the {len(frames)} frames of {path}: is the disk full?")
+
+
+def _encode_mp4(frames: np.ndarray, path: Path, fps: int) -> int:
+    """Returns how many frames the file holds: a full disk need not be an error to ffmpeg.
+
+    path: absolute, or ffmpeg would take the a of "a:b" for a protocol.
+    """
+    import imageio_ffmpeg
+
+    height, width = frames.shape[1:3]
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        (width, height),
+        fps=fps,
+        quality=8,
+        macro_block_size=2,
+        output_params=["-f", "mp4", "-movflags", "+faststart"],  # a name that ends in .tmp says nothing
+    )
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+    try:
+        return imageio_ffmpeg.count_frames_and_secs(path)[0]
+    except RuntimeError:  # what ffmpeg cannot read it has not written
+        return 0
+
+
+def _write_gif(frames: np.ndarray, path: Path, fps: int) -> None:
+    # One palette for all frames, or colours would flicker. No dithering: it adds noise that moves and triples the file.
+    montage = Image.fromarray(np.concatenate(list(frames[:: max(1, len(frames) // 8)])))
+    palette = montage.quantize(255, method=Image.Quantize.MEDIANCUT)
+    images = [_with_palette(frame, palette) for frame in frames]
+    duration = max(20, round(1000 / fps))  # milliseconds; browsers slow down anything shorter
+    data = io.BytesIO()
+    images[0].save(data, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.getvalue())
+
+
+def _with_palette(frame: np.ndarray, palette: Image.Image) -> Image.Image:
+    """uint8 [H, W, 3] -> palette image; the background gets an entry of its own, or its white would turn grey."""
+    indices = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
+    indices[(frame == 255).all(axis=-1)] = 255
+    image = Image.fromarray(indices, "P")
+    image.putpalette([*palette.getpalette(), *[255] * 768][: 255 * 3] + [255, 255, 255])
+    return image
+
+
+# ---------------------------------------------------------------- the viewer page and .splat
+
+
+def save_viewer_page(
+    gaussians: Gaussians,
+    html_path: str | Path,
+    title: str = "GSV3D",
+    azimuth: float = 0.0,
+    elevation: float = 15.0,
+) -> None:
+    """One HTML file that shows the Gaussians in any browser with WebGL 2: drag, wheel, touch, arrow keys.
+
+    It loads nothing, so it works offline and from file://. 43 bytes per Gaussian plus 13 kB; Gaussians that the
+    renderer never draws are left out. azimuth, elevation: of the first view, degrees; page.html#azimuth=90 opens
+    another.
+    """
+    drawn = gaussians.check("the Gaussians to save").prune()
+    splats = base64.b64encode(pack_splats(drawn)).decode()
+    view = {"azimuth": azimuth, "elevation": elevation, "distance": DISTANCE, "fov": FOV_DEG}
+    page = resources.files(__package__).joinpath("viewer.html").read_text(encoding="utf-8")
+    values = {"__TITLE__": html.escape(title), "__VIEW__": json.dumps(view), "__SPLATS__": splats}
+    page = re.sub("|".join(values), lambda match: values[match[0]], page)
+    with atomic_path(html_path) as temporary:
+        temporary.write_bytes(page.encode("utf-8", "replace"))  # a file's name need not be text
+
+
+def save_splat(gaussians: Gaussians, path: str | Path) -> None:
+    """Write a .splat file (32 bytes per Gaussian) as web viewers read it: y down, the most visible ones first."""
+    turned = turn_axes(gaussians, "y-down", to_file=True)
+    visibility = gaussians.opacities * gaussians.scales.prod(dim=-1)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(pack_splats(turned.select(visibility.argsort(descending=True))))
+
+
+def pack_splats(gaussians: Gaussians) -> bytes:
+    """32 bytes per Gaussian, little endian: mean and scale as 3 + 3 float32, RGBA and quaternion as 4 + 4 bytes.
+
+    A byte holds a colour or opacity c as 255 c, and a component q of the unit quaternion (w, x, y, z) as
+    128 q + 128. Raises ValueError for numbers that describe no Gaussians.
+    """
+    tensors = gaussians.check("the Gaussians to save").tensors()
+    means, quats, scales, opacities, colors = (t.detach().cpu().float().numpy() for t in tensors)
+    unit = quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12)
+    rgba = np.round(255 * np.column_stack([colors, opacities]).clip(0, 1)).astype(np.uint8)
+    rotation = np.round(128 * unit + 128).clip(0, 255).astype(np.uint8)
+    return np.hstack(
+        [means.astype("<f4").view(np.uint8), scales.astype("<f4").view(np.uint8), rgba, rotation]
+    ).tobytes()
+
+
+# ---------------------------------------------------------------- everything at once
+
+
+def write_all(writers: dict[Path, Callable[[Path], None]]) -> None:
+    """Call every writer with its path, whatever happens to the others.
+
+    Raises ValueError at the end, in one sentence, for those that the user or the machine
+    kept from writing; a bug of ours stops at once.
+    """
+    faults: dict[str, list[str]] = {}  # why -> what was not written
+    written = []
+    for path, write in writers.items():
+        try:
+            write(path)
+            written.append(str(path))
+        except (UserError, OSError) as error:
+            said = str(error) if isinstance(error, UserError) else machine_fault(error)
+            if said is None:
+                raise
+            faults.setdefault(said.rstrip(".").replace(str(path), "the file"), []).append(str(path))
+    if faults:
+        said = "; ".join(f"not written: {', '.join(paths)}: {why}" for why, paths in faults.items())
+        raise UserError(f"{said}. Written: {', '.join(written) or 'nothing'}.")
+
+
+def save_object(gaussians: Gaussians, folder: str | Path) -> dict[str, Path]:
+    """Write every file a person may want of a generated object; returns the paths by kind.
+
+    Gaussians that no picture shows are left out. object.glb is turned such that the side
+    the input saw, +x here, faces a glTF viewer (+z there). Raises ValueError as
+    `write_all` does, and before it for numbers that describe no Gaussians.
+    """
+    gaussians = gaussians.check("the Gaussians to save").prune()
+    paths = {kind: Path(folder) / name for kind, name in FILES.items()}
+    frames = turntable_frames(gaussians)
+    writers = {
+        "splats": gaussians.save_ply,
+        "mesh": partial(_save_front_mesh, gaussians),
+        "video": partial(_write_mp4, frames, fps=FPS),
+        "gif": partial(_write_gif, frames, fps=FPS),
+        "page": partial(save_viewer_page, gaussians),
+    }
+    write_all({paths[kind]: write for kind, write in writers.items()})
+    return paths
+
+
+def _save_front_mesh(gaussians: Gaussians, path: Path) -> None:
+    from .mesh import fuse_mesh, save_mesh
+
+    mesh = fuse_mesh(gaussians)
+    x, y, z = mesh.vertices.T
+    mesh.vertices = np.column_stack([y, -x, z])  # a quarter turn: `save_mesh` takes -y for the front
+    save_mesh(mesh, path)

@@ -1,0 +1,1 @@
+"""Checkpoint folders: ours, and the published weights of SV3D."""

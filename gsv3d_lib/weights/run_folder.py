@@ -1,0 +1,215 @@
+"""The folder of one training run: its checkpoints, what made them, and its metrics.
+
+    checkpoint-0000400.safetensors   weights, their averages, the optimiser; the last two are kept
+    metrics.jsonl                    one row per logged step
+    training.lock                    held by the process that trains here
+
+A checkpoint states what made it, its `run_identity`. A run that would go on from it with anything else is refused; only
+the number of steps may grow, and then the learning rate follows the new schedule from there on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import Schedule, shown
+from ..system.errors import UserError
+from ..system.paths import atomic_path, check_readable, reason
+
+if TYPE_CHECKING:
+    from ..training import Stage
+
+RUN_FORMAT = 1  # of what a checkpoint states about its run
+
+
+def run_identity(stage: Stage, schedule: Schedule, seed: int, mixed_precision: str) -> dict[str, object]:
+    """What a run is made of, by name, as JSON has it. Not: micro batches and processes, which change no result."""
+    facts = {"steps": schedule.steps, "batch": schedule.batch, "lr": schedule.lr, "warmup": schedule.warmup}
+    facts |= {"weight_decay": schedule.weight_decay, "ema": schedule.ema, "seed": seed}
+    facts |= {"precision": "bf16" if mixed_precision == "bf16" else "fp32"}
+    return json.loads(json.dumps({"format": RUN_FORMAT} | facts | stage.identity()))
+
+
+def check_identity(stored: dict, identity: dict, step: int, path: Path, force: bool, first: bool) -> None:
+    """Raises UserError, with every difference by name, where a checkpoint is of another run than the one that begins.
+
+    The number of steps may be larger than planned before. A checkpoint beyond it is refused whatever `force` says, and so
+    is one of a later version. One that states nothing, of an earlier version, is taken as far as its tensors fit.
+    """
+    steps = identity["steps"]
+    if step > steps:
+        raise UserError(f"{path} holds step {step}, beyond the {steps} steps asked for: ask for {step} or more.")
+    if not stored:
+        if first:
+            tqdm.write(f"{path} is of an earlier version and does not state its settings; they are not compared.")
+        return
+    if stored["format"] > RUN_FORMAT:
+        raise UserError(f"{path} was written by a later version of this program: go on with that one.")
+    unlike = {name: (old, identity[name]) for name, old in stored.items() if identity.get(name, old) != old}
+    if stored["steps"] < steps:
+        del unlike["steps"]
+        if first:
+            tqdm.write(f"{path} was planned with {stored['steps']} steps; the learning rate now follows {steps}.")
+    if not unlike:
+        return
+    listed = [f"{name} {shown(old)} -> {shown(new)}" for name, (old, new) in unlike.items()]
+    more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
+    differences = f"{', '.join(listed[:6])}{more}"
+    if not force:
+        raise UserError(
+            f"{path} is of another run: {differences}. Give its settings, another folder, or --force-resume "
+            "(force_resume=True) to go on all the same."
+        )
+    if first:
+        tqdm.write(f"Going on from {path} all the same: {differences}.")
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, stage: Stage, optimizer, average: dict[str, Tensor], identity: dict
+) -> None:
+    """Write `run_dir`/checkpoint-STEP in full, then make it visible by one rename; keep the last two.
+
+    Checkpoints of later steps than this are damaged ones, which were passed over; they go too.
+    """
+    tensors = {f"state.{name}": value for name, value in stage.training_state().items()}
+    tensors |= {f"average.{name}": value for name, value in average.items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    statement = {"step": str(step), "tensors": str(len(tensors)), "run": json.dumps(identity)}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / f"checkpoint-{step:07d}.safetensors"
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=statement)
+    files = list_checkpoints(run_dir)
+    place = files.index(path)
+    for old in files[: max(0, place - 1)] + files[place + 1 :]:
+        old.unlink()
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    return sorted(Path(run_dir).glob("checkpoint-*.safetensors"))
+
+
+def load_checkpoint(
+    run_dir: Path,
+    stage: Stage,
+    optimizer=None,
+    average: dict[str, Tensor] | None = None,
+    identity: dict | None = None,
+    force: bool = False,
+    first: bool = True,
+) -> int:
+    """Restore the newest readable checkpoint of `run_dir`; returns the step to go on from, 0 if there is none.
+
+    A damaged file (a full disk, a copy that broke off) is passed over for the one before it, with one line that says so.
+    identity: of the run that begins, which the file's must be, see `check_identity`.
+    Raises UserError where none can be read, and where the file is of another run or another model.
+    """
+    paths = list_checkpoints(run_dir)
+    for path in reversed(paths):
+        check_readable(path)
+        try:
+            tensors, step, stored = read_checkpoint(path)
+        except Exception as error:  # safetensors raises its own type for a damaged header
+            tqdm.write(f"{path} cannot be read ({reason(error)}); trying the checkpoint before it.")
+            continue
+        if identity is not None:
+            check_identity(stored, identity, step, path, force, first)
+        restore(tensors, "state.", stage.training_state(), path)
+        restore(tensors, "average.", average or {}, path)
+        if optimizer is not None:
+            restore_optimizer(tensors, optimizer, path)
+        return step
+    if paths:
+        raise UserError(
+            f"No checkpoint in {run_dir} can be read: delete them to train from the start, or copy them again."
+        )
+    return 0
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, dict]:
+    """Tensors, step and `run_identity` ({} where it states none) of a checkpoint. Raises ValueError for nonsense."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
+        metadata = file.metadata()
+    step, stored = int(metadata["step"]), json.loads(metadata.get("run", "{}"))
+    if path.stem != f"checkpoint-{step:07d}" or step < 1:
+        raise UserError(f"it says that it holds step {step}")
+    if int(metadata.get("tensors", len(tensors))) != len(tensors):
+        raise UserError(f"it holds {len(tensors)} tensors, not {metadata['tensors']}")
+    if stored and not all(isinstance(stored.get(name), int) for name in ("format", "steps")):
+        raise UserError("what it states of its run is no such statement")
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise UserError(f"{bad[0]} holds numbers that are not finite")
+    return tensors, step, stored
+
+
+@torch.no_grad()
+def restore(tensors: dict[str, Tensor], prefix: str, targets: dict[str, Tensor], path: Path) -> None:
+    """Copy tensors[prefix + name] into targets[name], with one clear sentence when they do not fit."""
+    for name, target in targets.items():
+        value = tensors.get(prefix + name)
+        if value is None or value.shape != target.shape:
+            have = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
+            raise UserError(
+                f"{path} does not fit this model: {name} should be {tuple(target.shape)}, the file has {have}. "
+                "Use the configuration it was trained with, or another run folder."
+            )
+        target.copy_(value)
+
+
+def restore_optimizer(tensors: dict[str, Tensor], optimizer, path: Path) -> None:
+    """AdamW's averages of every parameter that has had a gradient. Raises UserError where they do not fit."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if found := re.fullmatch(r"optimizer\.(\d+)\.(\w+)", name):
+            state.setdefault(int(found[1]), {})[found[2]] = value
+    for index, slots in state.items():
+        shapes = {slot: value.shape for slot, value in slots.items()}
+        shape = parameters[index].shape if index < len(parameters) else None
+        if shapes != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise UserError(
+                f"{path} does not fit this model: its optimizer state {index} is another parameter's. Use the configuration "
+                "it was trained with, or another run folder."
+            )
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def read_metrics(run_dir: Path, before: int | None = None) -> list[dict]:
+    """The logged rows of a run, in order; with `before`, only those of earlier steps."""
+    path = Path(run_dir) / "metrics.jsonl"
+    rows = read_rows(path) if path.is_file() else []
+    return [row for row in rows if before is None or row["step"] < before]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run may be half written
+    return rows
+
+
+def write_metrics(run_dir: Path, rows: list[dict]) -> None:
+    with atomic_path(Path(run_dir) / "metrics.jsonl") as path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_metrics(run_dir: Path, row: dict) -> None:
+    with open(Path(run_dir) / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,0 +1,191 @@
+"""From Stability's names of SV3D's tensors to those of diffusers and transformers, which this library's models have.
+
+Each function gives, for the names in a file, our name -> (stored name, how to make our tensor of the stored one).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from ..config import Config
+
+Pieces = dict[str, tuple[str, Callable[[Tensor], Tensor]]]  # our name -> stored name, and how to make ours of it
+
+UNET_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+    "nin_shortcut": "conv_shortcut",  # the VAE's word for it
+    "mix_factor": "time_mixer.mix_factor",  # in the VAE; the U-Net says time_mixer.mix_factor itself
+}
+TRANSFORMER = {
+    "time_stack": "temporal_transformer_blocks",
+    "time_pos_embed.0": "time_pos_embed.linear_1",
+    "time_pos_embed.2": "time_pos_embed.linear_2",
+}
+VAE_ENDS = {"norm_out": "conv_norm_out", "conv_out.time_mix_conv": "time_conv_out"}
+VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+CLIP_ENDS = {
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "conv1": "vision_model.embeddings.patch_embedding",
+    "ln_pre": "vision_model.pre_layrnorm",  # spelt so in transformers
+    "ln_post": "vision_model.post_layernorm",
+}
+CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+CONDITIONER_CLIP = r"conditioner\.embedders\.\d+\.open_clip\.model\.visual\."
+CONDITIONER_VAE = r"conditioner\.embedders\.\d+\.encoder\."
+
+
+def rewrite(name: str, table: dict[str, str]) -> str:
+    """`name` with its leading words replaced by the table's first entry that fits, else unchanged."""
+    for old, new in table.items():
+        if name == old or name.startswith(old + "."):
+            return new + name[len(old) :]
+    return name
+
+
+def unet_name(name: str, layers: int) -> str:
+    """diffusers' name of one tensor of Stability's `VideoUNet` with `layers` residual blocks per level.
+
+    input_blocks count conv_in, then per level `layers` blocks and a downsampler; output_blocks `layers + 1` blocks a level.
+    Inside a block 0 is the residual block (or the downsampler), 1 the transformer, and the last may be the upsampler.
+    """
+    match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(?:(\d+)\.)?(\d)\.(.+)", name)
+    if match is None or name.startswith("input_blocks.0."):
+        return rewrite(name, UNET_ENDS)
+    half, block, slot, tail = match[1], int(match[2] or 0), int(match[3]), match[4]
+    if half == "middle_block":
+        place, index = "mid_block", slot // 2
+    else:
+        level, index = divmod(block - (half == "input_blocks"), layers + 1)
+        place = f"{'down' if half == 'input_blocks' else 'up'}_blocks.{level}"
+    if tail.startswith(("op.", "conv.")):
+        return f"{place}.{'downsamplers' if tail[0] == 'o' else 'upsamplers'}.0.conv.{tail.split('.', 1)[1]}"
+    if slot == 1:
+        return f"{place}.attentions.{index}.{rewrite(tail, TRANSFORMER)}"
+    return f"{place}.resnets.{index}.{spatio_temporal(tail)}"
+
+
+def spatio_temporal(tail: str) -> str:
+    """A tensor of a residual block with a temporal twin."""
+    if tail.startswith("time_stack."):
+        return "temporal_res_block." + rewrite(tail.removeprefix("time_stack."), RESNET)
+    mixer = tail.startswith(("mix_factor", "time_mixer"))
+    return ("" if mixer else "spatial_res_block.") + rewrite(tail, RESNET)
+
+
+def vae_name(name: str, levels: int) -> str:
+    """diffusers' name of one tensor of Stability's autoencoder. Its decoder counts levels from the image, diffusers' from
+    the latent."""
+    half, _, rest = name.partition(".")
+    resnet = spatio_temporal if half == "decoder" else partial(rewrite, table=RESNET)
+    if match := re.fullmatch(r"(down|up)\.(\d+)\.block\.(\d+)\.(.+)", rest):
+        return f"{half}.{vae_level(match[1], match[2], levels)}.resnets.{match[3]}.{resnet(match[4])}"
+    if match := re.fullmatch(r"(down|up)\.(\d+)\.(?:down|up)sample\.(.+)", rest):
+        return f"{half}.{vae_level(match[1], match[2], levels)}.{match[1]}samplers.0.{match[3]}"
+    if match := re.fullmatch(r"mid\.block_([12])\.(.+)", rest):
+        return f"{half}.mid_block.resnets.{int(match[1]) - 1}.{resnet(match[2])}"
+    if rest.startswith("mid.attn_1."):
+        return f"{half}.mid_block.attentions.0.{rewrite(rest.removeprefix('mid.attn_1.'), VAE_ATTENTION)}"
+    return f"{half}.{rewrite(rest, VAE_ENDS)}"
+
+
+def vae_level(way: str, level: str, levels: int) -> str:
+    return f"{way}_blocks.{int(level) if way == 'down' else levels - 1 - int(level)}"
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def as_linear(tensor: Tensor) -> Tensor:
+    """A 1x1 convolution [C, D, 1, 1] as the weight of a linear layer; biases stay."""
+    return tensor.flatten(1) if tensor.ndim == 4 else tensor
+
+
+def third(tensor: Tensor, index: int) -> Tensor:
+    """Query, key or value of a projection that holds all three, [3 C, ...]."""
+    return tensor.tensor_split(3)[index]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.t() if tensor.ndim == 2 else tensor
+
+
+def original_unet(names: list[str], config: Config) -> Pieces:
+    prefix = "model.diffusion_model."
+    return {unet_name(n.removeprefix(prefix), config.unet_layers): (n, same) for n in names if n.startswith(prefix)}
+
+
+def original_vae(names: list[str], config: Config) -> Pieces:
+    """Encoder and quant_conv of the conditioner, the decoder of the first stage, as Stability's code uses them; each from
+    the other place where a file has it only there."""
+    conditioner, first = prefixes(names, CONDITIONER_VAE), ["first_stage_model."]
+    halves = {("encoder", "quant_conv"): conditioner + first, ("decoder", "post_quant_conv"): first + conditioner}
+    pieces = {}
+    for parts, places in halves.items():
+        place = next((p for p in places if any(n.startswith(f"{p}{parts[0]}.") for n in names)), None)
+        for name in (n for n in names if place and n.startswith(place)):
+            inner = name.removeprefix(place)
+            if inner.split(".")[0] in parts:
+                how = as_linear if ".attn_1." in inner else same
+                pieces[vae_name(inner, len(config.vae_channels))] = (name, how)
+    return pieces
+
+
+def original_clip(names: list[str], config: Config) -> Pieces:
+    """OpenCLIP's vision tower as transformers' `CLIPVisionModelWithProjection`."""
+    pieces = {}
+    for prefix in prefixes(names, CONDITIONER_CLIP):
+        for name in (n for n in names if n.startswith(prefix)):
+            inner = name.removeprefix(prefix)
+            match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", inner)
+            if inner == "proj":
+                pieces["visual_projection.weight"] = (name, transposed)  # x @ proj there, a linear layer here
+            elif match is None:
+                pieces[rewrite(inner, CLIP_ENDS)] = (name, same)
+            elif match[2].startswith("attn.in_proj_"):
+                for index, letter in enumerate("qkv"):
+                    ours = f"self_attn.{letter}_proj.{match[2].removeprefix('attn.in_proj_')}"
+                    pieces[f"vision_model.encoder.layers.{match[1]}.{ours}"] = (name, partial(third, index=index))
+            else:
+                pieces[f"vision_model.encoder.layers.{match[1]}.{rewrite(match[2], CLIP_LAYER)}"] = (name, same)
+    return pieces
+
+
+ORIGINAL = {"unet": original_unet, "vae": original_vae, "clip": original_clip}
+
+
+def prefixes(names: list[str], pattern: str) -> list[str]:
+    return sorted({match[0] for name in names if (match := re.match(pattern, name))})
+
+
+def diffusers_pieces(part: str, names: list[str]) -> Pieces:
+    """The names as stored; a decoder without time, as of `AutoencoderKL`, gets the names of its spatial half."""
+    if part != "vae":
+        return {n: (n, same) for n in names if not n.endswith("position_ids")}  # old transformers stored a count
+    plain = re.compile(r"(decoder\.\w+\.(?:\d+\.)?resnets\.\d+\.)(?!spatial_res_block|temporal_res_block|time_mixer)")
+    return {plain.sub(r"\1spatial_res_block.", n): (n, same) for n in names}
