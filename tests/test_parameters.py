@@ -5,15 +5,15 @@ import time
 
 import pytest
 
-from gsv3d_lib.course import parameters, refresh, run
+from gsv3d_lib.course import parameters, run
 from gsv3d_lib.course.parameters import RULES, check_parameters, declared_parameters, read_parameters
 from gsv3d_lib.system.errors import MissingFile, UserError
 
-NUMBERS = [path.name[:2] for path in refresh.find_notebooks([])]
+NUMBERS = [path.name[:2] for path in parameters.find_notebooks([])]
 
 
 def declared(number: str) -> dict:
-    (notebook,) = refresh.find_notebooks([number])
+    (notebook,) = parameters.find_notebooks([number])
     return declared_parameters(notebook)
 
 

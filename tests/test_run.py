@@ -11,6 +11,7 @@ import time
 
 import nbformat
 import pytest
+import refresh
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
@@ -19,7 +20,7 @@ from tiny_world import object_views
 from gsv3d_lib import train
 from gsv3d_lib.cluster import launch
 from gsv3d_lib.config import parse_setting, preset
-from gsv3d_lib.course import demo, refresh, run
+from gsv3d_lib.course import demo, parameters, run
 from gsv3d_lib.data.dataset import write_index, write_object
 from gsv3d_lib.stages import schedule_of
 
@@ -179,7 +180,7 @@ def test_settings_are_literals_or_text():
 
 @pytest.mark.parametrize("path", sorted(run.PARAMS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_parameter_file_fits_its_notebook(path):
-    (notebook,) = refresh.find_notebooks([path.stem[:2]])
+    (notebook,) = parameters.find_notebooks([path.stem[:2]])
     values = run.read_parameters(path)
     declared = run.declared_parameters(notebook)
     assert values and run.check_parameters(values, declared) == yaml.safe_load(path.read_text())
@@ -188,7 +189,7 @@ def test_every_parameter_file_fits_its_notebook(path):
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
 @pytest.mark.parametrize("number", ["01", "03", "04", "05", "07"])
 def test_every_training_notebook_has_three_scales(number, scale):
-    (notebook,) = refresh.find_notebooks([number])
+    (notebook,) = parameters.find_notebooks([number])
     values = run.declared_parameters(notebook) | run.read_parameters(run.PARAMS / f"{number}_{scale}.yaml")
     assert values["scale"] == scale
     processes = values.get("full_processes", values.get("gpus"))
@@ -205,7 +206,7 @@ def test_every_training_notebook_has_three_scales(number, scale):
 
 @pytest.mark.parametrize("number", ["01", "03", "04", "05", "07"])
 def test_parameter_sets_in_the_prose_exist(number):
-    (notebook,) = refresh.find_notebooks([number])
+    (notebook,) = parameters.find_notebooks([number])
     prose = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "markdown")
     named = set(re.findall(r"make full NB=(\d\d) PARAMS=(\w+)", prose))
     named |= set(re.findall(r"gsv3d_lib\.run (\d\d) --params (\w+)", prose))
@@ -226,10 +227,10 @@ def test_parameter_sets_in_the_prose_exist(number):
     ],
 )
 def test_a_training_that_would_fail_is_refused_before_the_notebook_runs(changes, message):
-    (notebook,) = refresh.find_notebooks(["04"])
-    parameters = run.declared_parameters(notebook) | {"full_run": True} | changes
+    (notebook,) = parameters.find_notebooks(["04"])
+    everything = run.declared_parameters(notebook) | {"full_run": True} | changes
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run.check_training(parameters)
+        run.check_training(everything)
 
 
 @pytest.fixture
@@ -333,7 +334,7 @@ def test_refresh_leaves_a_failing_notebook_as_it_was(tmp_path, monkeypatch, caps
     path = tmp_path / "03_bad.ipynb"
     nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), path)
     before = path.read_bytes()
-    monkeypatch.setattr(refresh, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(parameters, "NOTEBOOKS", tmp_path)
     assert refresh.main(["03", "--out", str(tmp_path)]) == 1
     assert path.read_bytes() == before and "03_bad failed" in capsys.readouterr().err
 
@@ -369,7 +370,7 @@ def test_refresh_drops_widgets_that_need_a_kernel():
     cell.outputs.append(kept)
     assert refresh.tidy(new_notebook(cells=[cell])).cells[0].outputs == [kept]
     with pytest.raises(FileNotFoundError, match="No notebook begins with '99'"):
-        refresh.find_notebooks(["99"])
+        parameters.find_notebooks(["99"])
 
 
 def test_training_takes_fields_of_the_preset(tmp_path, monkeypatch, capsys):

@@ -21,8 +21,8 @@ from gsv3d_lib.images import prepare_condition
 from gsv3d_lib.lora import load_lora, merged_lora
 from gsv3d_lib.pipeline import GSV3DPipeline
 from gsv3d_lib.rendering import render
-from gsv3d_lib.train import load_model
 from gsv3d_lib.vae import encode
+from gsv3d_lib.weights.checkpoint import load_model
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = ROOT / "tests/shipped.json"

@@ -249,7 +249,8 @@ def test_a_checkpoint_that_holds_nonsense_is_passed_over(whole, tmp_path, said, 
     resumed = LineStage()
     assert curve(run(resumed, tmp_path)) == curve(whole[1])
     assert_same_weights(resumed, whole[0])
-    assert said in capsys.readouterr().out and not damaged.exists()
+    assert said in capsys.readouterr().out and not damaged.exists() and damaged.with_suffix(".damaged").is_file()
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-000000{k}.safetensors" for k in (4, 8)]
 
 
 def test_where_no_checkpoint_can_be_read_nothing_begins_again(tmp_path):

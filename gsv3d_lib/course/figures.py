@@ -29,7 +29,7 @@ BLUE, ORANGE, GREEN, PINK, SKY = PALETTE = ("#0072B2", "#D55E00", "#009E73", "#C
 INK, GREY, FAINT = "#222222", "#777777", "#DDDDDD"
 WIDTH = 9.0  # inches, the width of a notebook's text
 
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
@@ -68,7 +68,7 @@ def image_grid(
         raise UserError("An image grid needs at least one image, got none.")
     columns = min(columns or 8, len(panels))
     rows = -(-len(panels) // columns)
-    with _style() as plt:
+    with style() as plt:
         titled = 0 if titles is None else rows if len(titles) > columns else 1
         height = width / columns * max(p.shape[0] / p.shape[1] for p in panels) * rows + 0.25 * titled
         figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
@@ -81,7 +81,7 @@ def image_grid(
             axis.set_title(title)
         for axis, title in zip(axes[:, 0], row_titles or (), strict=False):
             axis.set_ylabel(title)
-        return _finished(figure)
+        return finished(figure)
 
 
 def show_views(rgb: Tensor, depth: Tensor, alpha: Tensor, max_views: int = 8, width: float = WIDTH) -> Figure:
@@ -144,7 +144,7 @@ def plot_metrics(
         raise UserError("There are no curves to draw: the metrics hold no rows with numbers besides step and time.")
     columns = min(3, len(keys))
     rows = -(-len(keys) // columns)
-    with _style() as plt:
+    with style() as plt:
         size = (width * columns / 3 if columns < 3 else width, 2.3 * rows)
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         for axis in axes.flat[len(keys) :]:
@@ -153,7 +153,7 @@ def plot_metrics(
             _plot_key(axis, tables, key, smoothing)
         if len(tables) > 1:
             axes[0, 0].legend(handlelength=1.2)
-        return _finished(figure)
+        return finished(figure)
 
 
 def _read_rows(source: str | Path | list[dict]) -> list[dict]:
@@ -217,7 +217,7 @@ def plot_ellipsoids(
 
     count, rows = len(gaussians), 1 if len(gaussians) == 1 or not footprints else 2
     columns = 1 + footprints if count == 1 else count
-    with _style() as plt:
+    with style() as plt:
         figure = plt.figure(figsize=(2.3 * columns, 2.3 * rows))
         x, y, z = camera.positions()[0].tolist()
         view = {"elev": np.degrees(np.arctan2(z, np.hypot(x, y))), "azim": np.degrees(np.arctan2(y, x))}
@@ -229,7 +229,7 @@ def plot_ellipsoids(
                 picture = figure.add_subplot(rows, columns, (2 if count == 1 else count + i + 1))
                 _draw_footprint(picture, gaussians.select([i]), camera, project)
         figure.subplots_adjust(0.03, 0.19 / rows, 0.97, 1 - 0.13 / rows, 0.2, 0.22)
-        return _finished(figure)
+        return finished(figure)
 
 
 def _draw_ellipsoid(axis, gaussian: Gaussians, view: dict[str, float]) -> None:
@@ -285,7 +285,7 @@ def plot_rays(depths: Tensor, alphas: Tensor, colors: Tensor, titles: Sequence[s
     from ..rendering.plain import composite
 
     count = len(depths)
-    with _style() as plt:
+    with style() as plt:
         shape = {"figsize": (0.75 * WIDTH, 1.75 * count + 0.35), "width_ratios": [7, 1], "squeeze": False}
         figure, axes = plt.subplots(count, 2, layout="constrained", **shape)
         for r, (ray, swatch) in enumerate(axes):
@@ -307,12 +307,12 @@ def plot_rays(depths: Tensor, alphas: Tensor, colors: Tensor, titles: Sequence[s
             swatch.imshow(pixel.reshape(1, 1, 3).numpy())
             swatch.set_title("pixel")
             _clear(swatch)
-        return _finished(figure)
+        return finished(figure)
 
 
 def plot_stack(parts: dict[str, float], marks: dict[str, float], xlabel: str, limit: float) -> Figure:
     """One bar made of parts, beside marked values: {"activations": 41.9, ...} against {"80 GB": 80, ...}."""
-    with _style() as plt:
+    with style() as plt:
         figure, axis = plt.subplots(figsize=(WIDTH, 1.6), layout="constrained")
         start = 0.0
         for name, size in parts.items():
@@ -325,7 +325,7 @@ def plot_stack(parts: dict[str, float], marks: dict[str, float], xlabel: str, li
             )
         axis.set(yticks=[], ylim=(-0.5, 0.9), xlim=(0, max(limit, 1.05 * start)), xlabel=xlabel.format(total=start))
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-        return _finished(figure)
+        return finished(figure)
 
 
 # ---------------------------------------------------------------- 3D
@@ -411,24 +411,24 @@ def panels(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float 
     """
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(_STYLE)
+    plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", **options)
-    return _finished(figure), axes
+    return finished(figure), axes
 
 
 # ---------------------------------------------------------------- shared
 
 
 @contextmanager
-def _style() -> Iterator[ModuleType]:
+def style() -> Iterator[ModuleType]:
     """Within the block matplotlib.pyplot, which it yields, draws in this module's style."""
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         yield plt
 
 
-def _finished(figure: Figure) -> Figure:
+def finished(figure: Figure) -> Figure:
     """Takes the figure out of pyplot's hands, or a notebook shows it twice: when it is made and when it is returned."""
     import matplotlib.pyplot as plt
 

@@ -16,11 +16,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.dataset import ViewTensors, load_views
+from ..data.dataset import FRONT, ViewTensors, load_views
+from ..data.examples import relative_cameras
 from ..pipeline import GSV3DPipeline
+from ..rendering import render
 from ..system.command import (
     check_writable,
     command_parser,
@@ -37,7 +40,7 @@ from ..system.paths import atomic_path
 from ..system.provenance import commit, hardware
 from .baselines import AverageObject
 from .lpips import load_lpips
-from .protocol import Judge, evaluate_vae, generate, load_truth
+from .protocol import Judge, evaluate_vae, generate, load_truth, recognised, side_views
 from .report import averages, save_sheet, strip, table, without_nan
 
 
@@ -57,12 +60,16 @@ def evaluate(
     """
     for id in views.ids:  # a damaged truth is said now, not minutes later
         load_truth(folder, id)
-    rows, strips = [], []
+    rows, strips, made_sides, true_sides = [], [], [], []
     for index, id in enumerate(tqdm(views.ids, desc="evaluating", mininterval=5)):
         scene = views.scene(index)
         truth = load_truth(folder, id)
         made = generate(pipe, scene, seed, **options)
         strips.append(strip(made.gaussians, scene))
+        sides = side_views(scene)
+        seen = render(made.gaussians, relative_cameras(scene, FRONT, sides))
+        made_sides.append(seen.rgb.clamp(0, 1))
+        true_sides.append(scene.rgb[sides])
         versions = {"generated": made}
         if lora:
             untouched = generate(pipe, scene, seed, lora_scale=0.0, **options)
@@ -73,6 +80,10 @@ def evaluate(
         for name, version in versions.items():
             row[name] = judge.generation(pipe, scene, truth, version)
         rows.append(row | judge.baselines(scene, truth))
+    for net in list(judge.lpips.values())[:1]:
+        shares = recognised(torch.stack(made_sides), torch.stack(true_sides), net)
+        for row, share in zip(rows, shares):
+            row["generated"]["recognised"] = share
     return rows, strips
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ..config import Config
 from ..data.dataset import FRONT, Scene, ViewTensors, load_views
-from ..data.examples import Orbits, digest, load_orbits, relative_cameras, ring_frames
+from ..data.examples import Orbits, load_orbits, relative_cameras, ring_frames
 from ..pipeline import GSV3DPipeline
 from ..stages import build_stage, initial, starting_models
 from ..system.command import (
@@ -479,8 +479,9 @@ def open_world(args: argparse.Namespace) -> World:
     views = views.subset([views.ids.index(id) for id in args.ids or views.ids])
     sampler = {"steps": args.sampling_steps, "guidance": args.guidance}
     fingerprint = weights_fingerprint(args.weights)
-    seen = [[v.ids, digest({"rgb": v.rgb[:, ::8, ::8, ::8]})] for v in (training, views)]
-    start = hashlib.sha256(json.dumps([fingerprint, seen, sampler]).encode()).hexdigest()[:8]
+    seen = [v.fingerprint() for v in (training, views)]
+    start = [fingerprint, seen, sampler, dataclasses.asdict(config)]  # fields of a later version change what an arm is
+    start = hashlib.sha256(json.dumps(start).encode()).hexdigest()[:8]
     return World(args.weights, config, orbits, views, args.objects, args.work, sampler, fingerprint, start)
 
 

@@ -75,6 +75,15 @@ class LPIPS(nn.Module):
         pairs = zip(self.features(a), self.features(b), self.weights)
         return sum(((x - y) ** 2).mean((2, 3)) @ w for x, y, w in pairs)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Pictures [B, H, W, 3] -> vectors [B, D] whose squared distance is the LPIPS."""
+        parts = []
+        for features, weights in zip(self.features(images), self.weights):
+            pixels = features.shape[-2] * features.shape[-1]
+            scaled = features * (weights / pixels).clamp(min=0).sqrt()[:, None, None]
+            parts.append(scaled.flatten(1))
+        return torch.cat(parts, dim=1)
+
     def features(self, images: Tensor) -> list[Tensor]:
         """[B, H, W, 3] -> per compared layer [B, C, h, w], of length 1 over C."""
         mean, std = images.new_tensor(MEAN), images.new_tensor(STD)

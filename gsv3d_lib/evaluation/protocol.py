@@ -158,6 +158,25 @@ def turn_about_z(degrees: float) -> np.ndarray:
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], "f4")
 
 
+def side_views(scene: Scene) -> Tensor:
+    """Indices of the two ring views at 90 and 270 degrees from the input."""
+    return torch.tensor([(FRONT + RING // 4) % RING, (FRONT + 3 * RING // 4) % RING])
+
+
+@torch.no_grad()
+def recognised(made: Tensor, true: Tensor, net: LPIPS) -> list[float]:
+    """How often the side of an object looks most like its own, among those of all objects.
+
+    made, true: [O, 2, S, S, 3], the sides of the results and of the truth. Per object the
+    share of its two sides to which, by the net, its own truth is nearest; 1 / O by chance.
+    """
+    hits = []
+    for side in range(made.shape[1]):
+        distances = torch.cdist(net.embed(made[:, side]), net.embed(true[:, side]))
+        hits.append(distances.argmin(dim=1) == torch.arange(len(made)))
+    return torch.stack(hits).float().mean(0).tolist()
+
+
 def some_views(seen: Rendering, views: Tensor) -> Rendering:
     """A rendering of some of its views."""
     return Rendering(*(image[views] for image in seen))

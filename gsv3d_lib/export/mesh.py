@@ -109,7 +109,7 @@ def fuse_depth_maps(
     import trimesh
 
     rgb, depth, alpha = _check_views(rgb, depth, alpha, cameras)
-    grid = _fuse(depth, alpha, cameras, resolution)
+    grid = fuse(depth, alpha, cameras, resolution)
     vertices, faces = _extract_surface(_keep_large_pieces(grid))
     mesh = trimesh.Trimesh(vertices, faces, process=False)
     if colors:
@@ -133,7 +133,7 @@ def _check_views(rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras) ->
 # ---------------------------------------------------------------- fusion
 
 
-def _fuse(depth: np.ndarray, alpha: np.ndarray, cameras: Cameras, resolution: int) -> np.ndarray:
+def fuse(depth: np.ndarray, alpha: np.ndarray, cameras: Cameras, resolution: int) -> np.ndarray:
     """Depth and alpha [V, H, W] -> truncated signed distance [R, R, R] in units of the truncation, positive outside."""
     if resolution < 8:
         raise UserError(f"The grid needs a resolution of at least 8 points per axis, got {resolution}.")

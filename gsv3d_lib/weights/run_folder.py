@@ -76,10 +76,7 @@ def check_identity(stored: dict, identity: dict, step: int, path: Path, force: b
 def save_checkpoint(
     run_dir: Path, step: int, stage: Stage, optimizer, average: dict[str, Tensor], identity: dict
 ) -> None:
-    """Write `run_dir`/checkpoint-STEP in full, then make it visible by one rename; keep the last two.
-
-    Checkpoints of later steps than this are damaged ones, which were passed over; they go too.
-    """
+    """Write `run_dir`/checkpoint-STEP in full, then make it visible by one rename; keep the last two."""
     tensors = {f"state.{name}": value for name, value in stage.training_state().items()}
     tensors |= {f"average.{name}": value for name, value in average.items()}
     for index, slots in optimizer.state_dict()["state"].items():
@@ -90,9 +87,7 @@ def save_checkpoint(
     path = run_dir / f"checkpoint-{step:07d}.safetensors"
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=statement)
-    files = list_checkpoints(run_dir)
-    place = files.index(path)
-    for old in files[: max(0, place - 1)] + files[place + 1 :]:
+    for old in list_checkpoints(run_dir)[:-2]:
         old.unlink()
 
 
@@ -111,7 +106,8 @@ def load_checkpoint(
 ) -> int:
     """Restore the newest readable checkpoint of `run_dir`; returns the step to go on from, 0 if there is none.
 
-    A damaged file (a full disk, a copy that broke off) is passed over for the one before it, with one line that says so.
+    A damaged file (a full disk, a copy that broke off) is passed over for the one before it, with one line that says so;
+    its name then ends in .damaged.
     identity: of the run that begins, which the file's must be, see `check_identity`.
     Raises UserError where none can be read, and where the file is of another run or another model.
     """
@@ -129,6 +125,8 @@ def load_checkpoint(
         restore(tensors, "average.", average or {}, path)
         if optimizer is not None:
             restore_optimizer(tensors, optimizer, path)
+        for later in paths[paths.index(path) + 1 :] if first else ():  # else they would count as the last two
+            later.rename(later.with_suffix(".damaged"))
         return step
     if paths:
         raise UserError(
