@@ -12,6 +12,7 @@ The paper's chain stands flat, in the order in which the course builds it:
     gaussians.py              the scene: five tensors
     ply.py                    the file that splat viewers open
     images.py                 any picture -> the condition image and its mask
+    cutout.py                 which of its pixels are the object
     config.py                 every number, in three presets
     vae.py                    images <-> latents
     encoders.py               CLIP and DINO, and SV3D's condition from them

@@ -1,69 +1,92 @@
 """From any picture of one object to the square, white-backed condition image the model expects.
 
-The path: decode (`load_image`) -> find the object (`cut_out`) -> centre, scale, put on white (`prepare_condition`).
+The path: decode (`load_image`) -> find the object (`cutout.cut_out`) -> centre, scale, put on white
+(`prepare_condition`).
 """
 
-import importlib.util
 import io
 import os
 import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy import ndimage
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .system.errors import MissingFile, UserError
+from .cutout import VISIBLE_ALPHA, box_of, cut_out
+from .system.errors import Doubt, MissingFile, UserError
 
-MAX_PIXELS = 100_000_000  # refused above: 400 MB once decoded, which is where a "decompression bomb" begins to hurt
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows 40 more, each with its faults
+MAX_PIXELS = 100_000_000  # 400 MB once decoded, which is where a "decompression bomb" begins to hurt
+MAX_BYTES = 4 * MAX_PIXELS  # of the file: the largest picture that we take, not compressed
 MAX_SIDE = 2048  # larger pictures are shrunk to this while loading; conditions are at most 576 px
-# Longer side of the object / side of the frame. Measured as max(bounding box width, height) / 128 of alpha > 127 in
-# the front view (view 12, elevation 15) of the 578 shared training objects: median 0.82, mean 0.79, quartiles 0.73
-# and 0.91. (A ball of radius 1 would touch the frame; most objects reach radius 1 in one direction only.)
+# Longer side of the object / side of the frame. Measured as max(bounding box width, height) / 128
+# of alpha > 127 in the front view (view 12, elevation 15) of the 578 shared training objects:
+# median 0.82, mean 0.79, quartiles 0.73 and 0.91. (A ball of radius 1 would touch the frame; most
+# objects reach radius 1 in one direction only.)
 DEFAULT_FILL = 0.82
-VISIBLE_ALPHA = 0.1  # fainter pixels (halos, compression noise) do not count when the object is measured
 
-_NOT_PLAIN = (
-    "The picture's background is not plain, so the object cannot be cut out by colour: "
-    "give a PNG with a transparent background, or pip install 'rembg[cpu]'."
-)
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+_EIGHT_OF_SIXTEEN = np.round(np.arange(65536) / 257).astype(np.uint8)
+_PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # ICC's colour spaces in PIL's words
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError)
+_BROKEN += (OverflowError, struct.error, zlib.error)  # what PIL's readers raise for damaged files
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Decode a picture of any size and mode into RGBA (straight alpha), upright, at most MAX_SIDE pixels a side.
+    """Decode a picture of any size and mode into RGBA (straight alpha, sRGB), upright.
 
-    source: a path; the bytes of a file; a PIL image; an array or tensor [H, W], [H, W, 1 | 3 | 4] of uint8, uint16
-    or float in [0, 1]. PNG, JPEG, WebP and BMP are tested; 16-bit grey is scaled, not clipped; EXIF rotation is
-    applied; of an animation the first frame is taken; colour profiles are ignored.
-    Raises FileNotFoundError for a missing file and ValueError for anything that is not a usable picture.
+    No side is longer than MAX_SIDE. source: a path; the bytes of a file; a PIL image; an array or
+    tensor [H, W], [H, W, 1 | 3 | 4] of uint8, uint16 or float in [0, 1]. 16-bit grey is scaled, not
+    clipped; EXIF rotation and colour profiles are applied; of an animation the first frame is taken
+    that shows something.
+    Raises MissingFile for a missing file and UserError for anything that is not a usable picture.
     """
     if isinstance(source, Image.Image):
-        return _to_rgba(source, "the given PIL image")
+        return _to_rgba(source, name_of(source))
     if isinstance(source, np.ndarray | Tensor):
-        return _to_rgba(_image_from_array(np.asarray(source)), "the given array")
+        return _to_rgba(_image_from_array(_as_array(source)), name_of(source))
     if isinstance(source, bytes):
-        return _decode(source, "the given bytes")
+        return _decode(io.BytesIO(source), len(source), name_of(source))
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(
+            "An image is given as a path, the bytes of a file, a PIL image, an array or a tensor, "
+            f"got {type(source).__name__}."
+        )
     path = Path(source)
     if not path.is_file():
         raise MissingFile(f"There is no image file at '{path}': check the path.")
-    return _decode(path.read_bytes(), f"'{path}'")
+    with path.open("rb") as file:
+        return _decode(file, path.stat().st_size, name_of(source))
 
 
-def _decode(data: bytes, name: str) -> Image.Image:
-    if not data:
+def name_of(source: ImageSource) -> str:
+    """What sentences call a picture."""
+    if isinstance(source, str | os.PathLike):
+        return f"'{Path(source)}'"
+    if isinstance(source, bytes):
+        return "the given bytes"
+    return "the given PIL image" if isinstance(source, Image.Image) else "the given array"
+
+
+def _decode(file: BinaryIO, size: int, name: str) -> Image.Image:
+    """size: of the file in bytes."""
+    if size == 0:
         raise UserError(f"The image {name} is an empty file: copy or download it again.")
+    if size > MAX_BYTES:
+        limit = f"{MAX_BYTES // 1_000_000} million bytes"
+        raise UserError(f"The image {name} is too large (more than {limit}): shrink it first.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _to_rgba states our own limit
-            image = Image.open(io.BytesIO(data))
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we state our own limit
+            image = Image.open(file, formats=FORMATS)
+        image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a JPEG then decodes at 1/2, 1/4 or 1/8 size
     except Image.DecompressionBombError:
         raise UserError(_too_large(name, "far")) from None
     except UnidentifiedImageError:
@@ -79,14 +102,68 @@ def _to_rgba(image: Image.Image, name: str) -> Image.Image:
         raise UserError(f"The image {name} has size {image.width} x {image.height}: give one with pixels in it.")
     if image.width * image.height > MAX_PIXELS:
         raise UserError(_too_large(name, f"{image.width} x {image.height} ="))
+    start = image.tell()
     try:
-        image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a JPEG then decodes at 1/2, 1/4 or 1/8 size; others ignore it
-        image = ImageOps.exif_transpose(image)  # also reads all pixels, which is where a cut-off file shows
-        image = _eight_bit(image)
+        frame = ImageOps.exif_transpose(_shown_frame(image, name))  # reads all pixels: a cut-off file shows
+        rgba = _eight_bit(frame)
+        rgba.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)  # premultiplies by alpha itself
+        return _in_srgb(rgba, frame, name)
+    except UserError:
+        raise
     except _BROKEN as error:
         raise UserError(_broken(name, error)) from None
-    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)  # premultiplies by alpha itself
+    finally:
+        if image.tell() != start:
+            image.seek(start)  # a PIL image is the caller's, who may go on with it
+
+
+def _shown_frame(image: Image.Image, name: str) -> Image.Image:
+    """Of an animation the first frame from here on that shows something: some begin with a blank one."""
+    start = image.tell()
+    last = min(getattr(image, "n_frames", 1), start + max(1, MAX_PIXELS // (image.width * image.height)))
+    for number in range(start, last if last > start + 1 else start):
+        image.seek(number)
+        if _shows_something(image.convert("RGBA")):
+            if number > start:
+                _say(f"Of the animation {name} frame {number + 1} was taken, the first that shows something.")
+            return image
+    if last > start + 1:
+        image.seek(start)
     return image
+
+
+def _shows_something(frame: Image.Image) -> bool:
+    """Whether some of it is visible, and not all of it the same."""
+    rgba = np.asarray(frame)
+    low, high = np.percentile(rgba.reshape(-1, 4), [0, 100], axis=0)
+    return bool(high[3] > 64 and (high - low).max() > 64)
+
+
+def _in_srgb(rgba: Image.Image, image: Image.Image, name: str) -> Image.Image:
+    """RGBA of an image -> the same in sRGB, where the image has another colour profile."""
+    data = image.info.get("icc_profile")
+    if not data:
+        return rgba
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        mode = _PROFILE_MODES[profile.profile.xcolor_space.strip()]
+        if "sRGB" in (profile.profile.profile_description or ""):
+            return rgba
+        source = rgba.convert(mode)
+        if mode == "CMYK":  # the four inks are in the picture only
+            source = image.resize(rgba.size, Image.Resampling.BOX)
+        srgb = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(source, profile, srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, *_BROKEN):
+        _say(f"The colour profile of {name} cannot be used and was ignored: its colours may be off.")
+        return rgba
+    converted.putalpha(rgba.getchannel("A"))
+    return converted
+
+
+def _say(doubt: str) -> None:
+    # From this one place, so that Python says each sentence once, however often a picture is read.
+    warnings.warn(doubt, Doubt, stacklevel=1)
 
 
 def _too_large(name: str, size: str) -> str:
@@ -95,15 +172,18 @@ def _too_large(name: str, size: str) -> str:
 
 
 def _broken(name: str, error: Exception) -> str:
-    return f"The image {name} is broken or cut off ({error}): copy, download or save it again."
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"The image {name} is broken or cut off ({reason[:200]}): copy, download or save it again."
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> RGBA."""
+    """Any PIL mode -> RGBA, another image."""
     if image.mode in _SIXTEEN_BIT:
         return _from_sixteen_bit(image)
     if image.mode == "F":
         return _image_from_array(np.asarray(image)).convert("RGBA")
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         image = image.convert("RGB")
     return image.convert("RGBA")  # also honours a palette's transparency and a transparent key colour
@@ -111,24 +191,34 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 def _from_sixteen_bit(image: Image.Image) -> Image.Image:
     # PIL's own convert("L") clips at 255, so that a 16-bit picture comes out almost white.
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
-        raise UserError(f"integer pixels must lie in 0..65535, got {values.min()}..{values.max()}")
-    key = image.info.get("transparency")
-    alpha = np.full(values.shape, 255) if key is None else np.where(values == key, 0, 255)
-    grey = np.round(values / 257)
-    return Image.fromarray(np.stack([grey, grey, grey, alpha], axis=-1).astype(np.uint8), "RGBA")
+        raise UserError(f"Integer pixels must lie in 0..65535, got {values.min()}..{values.max()}.")
+    grey = Image.fromarray(_EIGHT_OF_SIXTEEN[values.astype(np.uint16)])
+    alpha = Image.new("L", image.size, 255)
+    if isinstance(image.info.get("transparency"), int):
+        alpha = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
+    return Image.merge("RGBA", [grey, grey, grey, alpha])
+
+
+def _as_array(source: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(source, np.ndarray):
+        return source
+    source = source.detach().cpu()
+    return (source.float() if source.is_floating_point() else source).numpy()
 
 
 def _image_from_array(array: np.ndarray) -> Image.Image:
     """[H, W] or [H, W, 1 | 3 | 4], uint8, uint16 or float in [0, 1] -> PIL image."""
-    shape = array.shape
-    if array.ndim == 3 and shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):
-        raise UserError(f"An image array must be [H, W] or [H, W, 1, 3 or 4], got shape {tuple(shape)}.")
+    shape = tuple(array.shape)
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[-1] not in (1, 3, 4)):
+        raise UserError(f"An image array must be [H, W] or [H, W, 1, 3 or 4], got shape {shape}.")
     if 0 in shape:
-        raise UserError(f"The image array has no pixels (shape {tuple(shape)}): give one with pixels in it.")
+        raise UserError(f"The image array has no pixels (shape {shape}): give one with pixels in it.")
+    if shape[0] * shape[1] > MAX_PIXELS:
+        raise UserError(_too_large("array", f"{shape[1]} x {shape[0]} ="))
+    if len(shape) == 3 and shape[-1] == 1:
+        array = array[..., 0]
     return Image.fromarray(np.ascontiguousarray(_array_to_bytes(array)))
 
 
@@ -136,113 +226,12 @@ def _array_to_bytes(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.uint16:
-        return np.round(array / 257).astype(np.uint8)
+        return _EIGHT_OF_SIXTEEN[array]
     if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+        if not (array.min() >= 0 and array.max() <= 1):  # neither holds for NaN
             raise UserError(f"A float image must be finite and in [0, 1], got {array.min()} to {array.max()}.")
-        return np.round(array.astype(np.float64) * 255).astype(np.uint8)
+        return np.round(array.astype(np.float32) * 255).astype(np.uint8)
     raise UserError(f"An image array must be uint8, uint16 or float in [0, 1], got {array.dtype}.")
-
-
-def cut_out(image: Image.Image, method: str = "auto") -> Image.Image:
-    """RGBA picture -> RGBA picture whose alpha marks the object.
-
-    method "auto": the alpha that came with the picture, if not fully opaque; else rembg, if installed; else "plain".
-    "rembg" and "plain" ignore what the others would do. "plain" floods the background from the border by colour and
-    keeps the largest remaining piece: right for product shots, wrong for clutter, and it warns that it was used.
-    Raises ValueError when the picture holds no object that can be told from its background.
-    """
-    if method not in ("auto", "rembg", "plain"):
-        raise UserError(f"Background removal is 'auto', 'rembg' or 'plain', got {method!r}.")
-    if method == "auto" and np.asarray(image.getchannel("A")).min() < 250:
-        return image
-    if method == "rembg" and not _has_rembg():
-        raise UserError("rembg is not installed: pip install 'rembg[cpu]', or let the background be 'plain'.")
-    if method == "rembg" or (method == "auto" and _has_rembg()):
-        import rembg  # an optional extra; it downloads its network's weights when first used
-
-        return rembg.remove(image)
-    warnings.warn(
-        "The picture has no transparency, so its background was removed by colour, which works for plain backgrounds "
-        "only; look at the result, or give a transparent PNG, or pip install 'rembg[cpu]'.",
-        stacklevel=3,
-    )
-    return _plain_cut_out(image)
-
-
-def _has_rembg() -> bool:
-    # rembg without onnxruntime ends the interpreter on import, so both are looked for first.
-    return all(importlib.util.find_spec(name) is not None for name in ("rembg", "onnxruntime"))
-
-
-def _plain_cut_out(image: Image.Image) -> Image.Image:
-    """Measured on 73 training objects pasted on four plain backdrops (256 px, JPEG 85), IoU with the true mask: median
-    0.97, mean 0.91. The failures are objects in the backdrop's own colour and objects in several separate pieces.
-    """
-    white = Image.new("RGBA", image.size, "white")
-    rgb = np.asarray(Image.alpha_composite(white, image).convert("RGB")).astype(np.float32) / 255
-    backdrop, tolerance = _fit_backdrop(rgb)
-    distance = np.linalg.norm(rgb - backdrop, axis=-1)
-    background = _background_regions(distance / tolerance)
-    if _border_values(background).mean() < 0.5:
-        raise UserError(_NOT_PLAIN)
-    alpha = _soften_edge(_largest_component(~background), distance)[..., None]
-    rgb = (rgb - (1 - alpha) * backdrop) / np.maximum(alpha, 1e-3)  # takes the backdrop's tint out of the edge
-    rgba = np.concatenate([rgb, alpha], axis=-1).clip(0, 1)
-    return Image.fromarray(np.round(rgba * 255).astype(np.uint8), "RGBA")
-
-
-def _border_values(array: np.ndarray) -> np.ndarray:
-    """[H, W, ...] -> [P, ...], the outermost pixels."""
-    return np.concatenate([array[0], array[-1], array[1:-1, 0], array[1:-1, -1]])
-
-
-def _fit_backdrop(rgb: np.ndarray) -> tuple[np.ndarray, float]:
-    """[H, W, 3] -> (a backdrop that may shade linearly [H, W, 3], the colour distance that still counts as backdrop).
-
-    The backdrop a + b x + c y is fitted to the border, twice: each time without the half of the border that fits
-    worst, so that an object cut by the frame does not tint it.
-    """
-    height, width = rgb.shape[:2]
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    basis = np.stack([np.ones_like(x), x, y], axis=-1).astype(np.float32)  # [H, W, 3]
-    border, colours = _border_values(basis), _border_values(rgb)
-    residual = np.linalg.norm(colours - np.median(colours, axis=0), axis=-1)
-    for _ in range(2):
-        keep = residual <= np.median(residual)
-        fit = np.linalg.lstsq(border[keep], colours[keep], rcond=None)[0]
-        residual = np.linalg.norm(colours - border @ fit, axis=-1)
-    noise = float(np.median(residual))
-    if noise > 0.06:
-        raise UserError(_NOT_PLAIN)
-    return basis @ fit, max(0.06, 4 * noise)  # of the RGB cube's side: 0.06 is above JPEG noise
-
-
-def _background_regions(distance: np.ndarray) -> np.ndarray:
-    """[H, W] -> bool [H, W]: background-coloured regions that reach the border, and clear holes (a mug's handle)."""
-    labels, count = ndimage.label(distance < 1)
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    mean = np.bincount(labels.ravel(), weights=distance.ravel(), minlength=count + 1) / np.maximum(sizes, 1)
-    reached = (mean < 0.3) & (sizes > 4)  # an enclosed region counts only if it matches the backdrop closely
-    reached[_border_values(labels)] = True
-    reached[0] = False  # label 0: what does not have the background's colour
-    return reached[labels]
-
-
-def _largest_component(mask: np.ndarray) -> np.ndarray:
-    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    if sizes.max() < 1e-3 * mask.size:
-        raise UserError("No object found: the picture is one plain colour; give a picture that shows the object.")
-    return labels == sizes.argmax()
-
-
-def _soften_edge(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """bool [H, W] -> alpha [H, W]: the outermost pixels mix object and backdrop, in proportion to their colours."""
-    edge = mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), border_value=1)
-    share = distance / np.maximum(ndimage.maximum_filter(distance, 5), 1e-6)
-    return np.where(edge, share, mask).astype(np.float32)
 
 
 def prepare_condition(
@@ -250,28 +239,28 @@ def prepare_condition(
 ) -> tuple[Tensor, Tensor]:
     """Picture -> (rgb [size, size, 3] on white, alpha [size, size, 1]), float32 in [0, 1].
 
-    The object's bounding box is centred in a square frame and its longer side takes `fill` of that frame, as in the
-    training renders. SV3D's public code pads to 0.9 instead; pass fill=0.9 with its weights. fill=None keeps the
-    picture's own framing (it is only padded to a square), for renders that are framed already.
-    background: how the object is found, see `cut_out`. Raises ValueError when there is no object to show.
+    The object's bounding box is centred in a square frame and its longer side takes `fill` of
+    that frame, as in the training renders. SV3D's public code pads to 0.9 instead; pass fill=0.9
+    with its weights. fill=None keeps the picture's own framing (it is only padded to a square),
+    for renders that are framed already. background: how the object is found, see `cut_out`,
+    which warns (`Doubt`) where that is doubtful.
+    Raises UserError when there is no object to show.
     """
-    if size < 1 or (fill is not None and not 0.05 <= fill <= 1):
-        raise UserError(f"The size must be >= 1 and fill in [0.05, 1] (or None), got size {size}, fill {fill}.")
-    rgba = np.asarray(cut_out(load_image(source), background)).astype(np.float32) / 255
+    if not 1 <= size <= MAX_SIDE or (fill is not None and not 0.05 <= fill <= 1):
+        raise UserError(
+            f"The size must be 1 to {MAX_SIDE} and fill in [0.05, 1] (or None), got size {size}, fill {fill}."
+        )
+    image = cut_out(load_image(source), background, name_of(source))
+    rgba = np.asarray(image).astype(np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]  # premultiplied: invisible colours must not bleed in when averaged
-    box = _object_box(rgba[..., 3])
+    visible = rgba[..., 3] > VISIBLE_ALPHA
+    if not visible.any():
+        raise UserError("No object found: nothing of the picture was left; give one with a transparent background.")
     if fill is not None:
-        rgba = rgba[box]
+        rgba = rgba[box_of(visible)]
     square = _fit_in_square(rgba, size, 1.0 if fill is None else fill)
     alpha = square[..., 3:]
     return torch.from_numpy(square[..., :3] + (1 - alpha)).clamp(0, 1), torch.from_numpy(alpha.copy())
-
-
-def _object_box(alpha: np.ndarray) -> tuple[slice, slice]:
-    rows, columns = (np.flatnonzero((alpha > VISIBLE_ALPHA).any(axis=axis)) for axis in (1, 0))
-    if len(rows) == 0:
-        raise UserError("No object found: the picture is fully transparent; give one in which the object is visible.")
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _fit_in_square(rgba: np.ndarray, size: int, fill: float) -> np.ndarray:

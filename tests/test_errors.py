@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from argparse import ArgumentParser
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from gsv3d_lib import __main__ as door
 from gsv3d_lib.system import command
 from gsv3d_lib.system.command import exit_code
-from gsv3d_lib.system.errors import MissingFile, UserError
+from gsv3d_lib.system.errors import Doubt, MissingFile, UserError
 
 
 def raising(error):
@@ -30,6 +31,20 @@ def raising(error):
 def test_what_a_user_can_mend_is_one_sentence(error, capsys):
     assert exit_code(raising(error), ArgumentParser(), []) == 2
     assert capsys.readouterr().err == "gsv3d: mend this\n"
+
+
+def test_a_doubt_is_one_sentence_too_and_ends_nothing(capsys):
+    def run(args):
+        warnings.showwarning("in mug.png a frame was taken off.", Doubt, "images.py", 1)
+        warnings.showwarning("another", UserWarning, "other.py", 2)
+
+    usual, shown = warnings.formatwarning, warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda *said: sys.stderr.write(warnings.formatwarning(*said))
+        assert exit_code(run, ArgumentParser(), []) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("gsv3d: in mug.png a frame was taken off.\nother.py:2: UserWarning: another")
+    assert warnings.formatwarning is usual and warnings.showwarning is shown
 
 
 def test_user_errors_are_the_errors_that_python_programs_expect():

@@ -8,11 +8,15 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
+from scipy import ndimage
 from tiny_world import one_sentence
 
-from gsv3d_lib import images
+from gsv3d_lib import cutout, images
 from gsv3d_lib.images import cut_out, load_image, prepare_condition
+from gsv3d_lib.system.errors import Doubt, UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*removed by colour")
 
 
 def disc(size: int = 64, colour=(200, 40, 30), radius: float = 0.3, at=(0.5, 0.5)) -> Image.Image:
@@ -213,7 +217,7 @@ def test_plain_background_is_cut_out_with_a_warning(backdrop):
     assert (alpha & truth).sum() / (alpha | truth).sum() > 0.93
 
 
-@pytest.mark.filterwarnings("ignore:The picture has no transparency")
+@pytest.mark.filterwarnings("ignore:.*removed by colour")
 def test_shaded_backdrop_second_object_and_hole():
     shade = np.linspace(120, 220, 128)[:, None, None] * np.ones((1, 128, 3))
     backdrop = Image.fromarray(shade.astype(np.uint8)).convert("RGBA")
@@ -226,7 +230,7 @@ def test_shaded_backdrop_second_object_and_hole():
     assert (alpha & truth).sum() / (alpha | truth).sum() > 0.95
 
 
-@pytest.mark.filterwarnings("ignore:The picture has no transparency")
+@pytest.mark.filterwarnings("ignore:.*removed by colour")
 def test_nothing_to_find():
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     cases = [
@@ -242,10 +246,265 @@ def test_nothing_to_find():
         cut_out(disc(), "magic")
 
 
-@pytest.mark.skipif(images._has_rembg(), reason="rembg is installed")
+@pytest.mark.skipif(cutout._has_rembg(), reason="rembg is installed")
 def test_rembg_that_is_not_there_is_one_sentence():
     with pytest.raises(ValueError, match="rembg is not installed: pip install 'rembg"):
         cut_out(Image.new("RGBA", (8, 8)), "rembg")
+
+
+# ---------------------------------------------------------------- a mask, or none, or a doubtful one
+
+
+def photo(size: int = 128, backdrop=(226, 224, 220), **where) -> Image.Image:
+    """A disc on a plain ground, as RGBA without transparency."""
+    return on_colour(disc(size, **where), backdrop).convert("RGBA")
+
+
+def overlap(picture, truth: Image.Image) -> float:
+    """IoU of the framed silhouettes, so that the box counts as well."""
+    masks = [prepare_condition(source, 64)[1] > 0.5 for source in (picture, truth)]
+    return float((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum())
+
+
+def with_alpha(picture: Image.Image, alpha) -> Image.Image:
+    return Image.fromarray(np.dstack([np.asarray(picture)[..., :3], np.asarray(alpha)]).astype(np.uint8), "RGBA")
+
+
+def rounded(size: int, radius: float) -> np.ndarray:
+    """Alpha of a picture with rounded corners."""
+    y, x = np.abs(np.mgrid[:size, :size] + 0.5 - size / 2)
+    reach = np.hypot(np.maximum(x - size / 2 + radius, 0), np.maximum(y - size / 2 + radius, 0))
+    return 255 * (reach <= radius)
+
+
+def opaque_but(*places) -> np.ndarray:
+    alpha = np.full((128, 128), 255)
+    for place in places:
+        alpha[place] = 0
+    return alpha
+
+
+NO_MASKS = {
+    "rounded corners": (rounded(128, 12), "only trims"),
+    "rounder corners": (rounded(128, 28), "only trims"),
+    "a strip": (opaque_but(np.s_[:, :9]), "only trims"),
+    "bars": (opaque_but(np.s_[:20], np.s_[-20:]), "only trims"),
+    "one pixel": (opaque_but(np.s_[70, 3]), "by colour"),
+    "uniform 240": (np.full((128, 128), 240), "by colour"),
+    "uniform 100": (np.full((128, 128), 100), "by colour"),
+    "noise at the top": (np.random.default_rng(0).integers(235, 256, (128, 128)), "by colour"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MASKS)
+def test_alpha_that_is_no_mask_does_not_make_the_picture_the_object(kind):
+    alpha, said = NO_MASKS[kind]
+    with pytest.warns(Doubt, match=said):
+        assert overlap(with_alpha(photo(), alpha), disc(128)) > 0.93
+
+
+def test_what_a_mask_leaves_is_the_object_even_where_it_looks_like_a_picture():
+    circle = with_alpha(photo(), rounded(128, 64))  # a round plate with a disc painted on it, or a cropped photograph
+    with pytest.warns(Doubt, match="all of it was taken"):
+        assert overlap(circle, with_alpha(photo(), rounded(128, 64))) == 1
+    box = np.asarray(photo()).copy()
+    box[:, :8, 3] = box[:, -8:, 3] = box[:8, :, 3] = box[-8:, :, 3] = 0
+    with pytest.warns(Doubt, match="all of it was taken"):
+        assert cut_out(Image.fromarray(box)).tobytes() == box.tobytes()
+
+
+def untouched(picture: Image.Image) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return cut_out(picture).tobytes() == picture.tobytes()
+
+
+def test_boxes_glass_hairs_pieces_and_cut_objects_keep_their_alpha_in_silence():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
+    margin = opaque_but(np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:])
+    assert untouched(with_alpha(noise, margin))  # a printed box that fills its picture
+    assert untouched(with_alpha(disc(128), np.asarray(disc(128))[..., 3] * 0.3))  # glass
+    assert untouched(with_alpha(disc(128, (9, 9, 9)), np.asarray(disc(128))[..., 3] * 0.5))  # smoked glass
+    hair = np.asarray(disc(128))[..., 3].copy()
+    hair[4:40, 64] = 255
+    assert untouched(with_alpha(noise, hair))
+    pieces = (
+        np.asarray(disc(128, radius=0.2, at=(0.3, 0.3)))[..., 3]
+        + np.asarray(disc(128, radius=0.06, at=(0.8, 0.8)))[..., 3]
+    )
+    assert untouched(with_alpha(noise, pieces))
+    assert untouched(disc(128, radius=0.5, at=(0.5, 0.9)))  # cut by the frame
+
+
+def test_specks_haze_and_drop_shadows_do_not_move_the_box():
+    rng = np.random.default_rng(0)
+    own = np.asarray(disc(128))[..., 3]
+    dots = own.copy()
+    dots[rng.integers(0, 128, 30), rng.integers(0, 128, 30)] = 255
+    stray = own.copy()
+    stray[2, 2] = 255
+    veils = [np.full(own.shape, 30), rng.integers(1, 11, own.shape), rng.integers(10, 61, own.shape)]
+    for alpha in (stray, dots, *(np.maximum(own, veil) for veil in veils)):
+        assert overlap(with_alpha(disc(128), alpha), disc(128)) > 0.9
+    shadow = ndimage.gaussian_filter(np.roll(own, (9, 6), (0, 1)).astype(float), 5) * 0.45
+    dark = np.where(own[..., None] > 0, np.asarray(disc(128))[..., :3], 0)
+    with pytest.warns(Doubt, match="shadow"):
+        assert overlap(with_alpha(dark, np.maximum(own, shadow)), disc(128)) > 0.9
+
+
+FRAMES = {  # left, top, right, bottom
+    "letterbox": ("black", (0, 30, 0, 30)),
+    "uneven pillars": ((120, 90, 30), (12, 0, 40, 0)),
+    "one bar": ("white", (0, 0, 0, 25)),
+    "all round": ("black", (25, 25, 25, 25)),
+    "a line": ((30, 20, 10), (1, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_bars_and_frames_are_taken_off(kind, format):
+    colour, (left, top, right, bottom) = FRAMES[kind]
+    place = (128 + left + right, 128 + top + bottom)
+    framed, truth = Image.new("RGB", place, colour), Image.new("RGBA", place)
+    framed.paste(photo().convert("RGB"), (left, top))
+    truth.paste(disc(128), (left, top))
+    with pytest.warns(Doubt, match="bars or a frame"):
+        assert overlap(encoded(framed, format, quality=92), truth) > 0.9
+
+
+def test_a_frame_within_a_frame_and_a_box_that_only_looks_like_one():
+    framed = ImageOps.expand(ImageOps.expand(photo().convert("RGB"), 4, "black"), 20, "white")
+    with pytest.warns(Doubt, match="bars or a frame"):
+        assert overlap(framed, ImageOps.expand(disc(128), 24)) > 0.93
+    box = Image.new("RGBA", (128, 128))
+    box.paste((150, 40, 30, 255), (30, 40, 100, 90))
+    with pytest.warns(Doubt) as said:
+        assert overlap(on_colour(box, "white"), box) > 0.93
+    assert not any("frame" in str(one.message) for one in said)
+
+
+@pytest.mark.parametrize("turn", [0, 90, 180, 270])
+@pytest.mark.parametrize("radius", [0.55, 0.62, 0.7])
+def test_an_object_over_more_than_half_of_the_border_is_not_inverted(turn, radius):
+    y = np.linspace(1.1, 0.6, 128)[:, None, None]
+    truth = disc(128, radius=radius, at=(0.5, 0.75))
+    shaded = Image.fromarray((np.asarray(truth)[..., :3] * y).astype(np.uint8))
+    truth = with_alpha(shaded, np.asarray(truth)[..., 3]).rotate(turn)
+    with pytest.warns(Doubt, match="reach the border"):
+        assert overlap(on_colour(truth, (230, 230, 228)), truth) > 0.95
+
+
+def test_small_and_thin_objects_are_found():
+    small = disc(1500, radius=0.014)
+    with pytest.warns(Doubt, match="very small"):
+        assert overlap(encoded(on_colour(small, (240, 240, 240)), "PNG"), small) > 0.9
+    rod = Image.new("RGBA", (400, 400))
+    rod.paste((60, 40, 120, 255), (199, 30, 201, 370))
+    assert overlap(on_colour(rod, "white"), rod) > 0.9
+
+
+def test_vignettes_dust_and_two_pieces():
+    y, x = np.mgrid[-1:1:128j, -1:1:128j]
+    ground = (220 * (1 - 0.2 * (x**2 + y**2)))[..., None].repeat(3, -1)
+    pair = Image.alpha_composite(disc(128, radius=0.16, at=(0.25, 0.5)), disc(128, radius=0.14, at=(0.75, 0.5)))
+    rows, columns = np.random.default_rng(0).integers(0, 128, (2, 20))
+    ground[rows, columns] = 60
+    backdrop = Image.fromarray(ground.astype(np.uint8)).convert("RGBA")
+    assert overlap(Image.alpha_composite(backdrop, pair).convert("RGB"), pair) > 0.93
+
+
+# ---------------------------------------------------------------- animations and colour profiles
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_that_shows_something(kind):
+    blank, later = Image.new("RGBA", (64, 64)), disc(colour=(30, 60, 200))
+    frames = [blank, disc(), later]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)
+    for source in (data, Image.open(io.BytesIO(data))):
+        with pytest.warns(Doubt, match="frame 2 was taken"):
+            pixel = load_image(source).getpixel((32, 32))
+        assert np.abs(np.array(pixel) - (200, 40, 30, 255)).max() < 12
+    assert source.tell() == 0  # the caller's picture stands where it stood
+
+
+def test_an_animation_of_nothing_is_refused():
+    data = encoded(
+        Image.new("RGBA", (9, 9)), "PNG", save_all=True, append_images=[Image.new("RGBA", (9, 9), (1, 1, 1, 1))]
+    )
+    with pytest.raises(UserError, match="fully transparent"):
+        prepare_condition(data, 32)
+
+
+def swapped_profile() -> bytes:
+    """sRGB's profile with red and green exchanged."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    names = data.replace(b"rXYZ", b"tXYZ").replace(b"gXYZ", b"rXYZ").replace(b"tXYZ", b"gXYZ")
+    return names.replace(b"s\0R\0G\0B", b"o\0d\0d\0 ").replace(b"sRGB", b"odd ")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_colour_profiles_are_converted_to_srgb(kind):
+    picture = Image.new("RGB", (16, 16), (200, 40, 30))
+    red, green, blue, alpha = load_image(encoded(picture, kind, icc_profile=swapped_profile())).getpixel((8, 8))
+    assert abs(red - 40) < 6 and abs(green - 200) < 6 and abs(blue - 30) < 6 and alpha == 255
+    plain = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert load_image(encoded(picture, "PNG", icc_profile=plain)).getpixel((8, 8)) == (200, 40, 30, 255)
+
+
+def test_a_profile_keeps_transparency_and_a_bad_one_is_said():
+    source = load_image(encoded(disc(), "PNG", icc_profile=swapped_profile()))
+    assert np.array_equal(np.asarray(source)[..., 3], np.asarray(disc())[..., 3])
+    for data in (b"junk" * 50, swapped_profile()[:200]):
+        with pytest.warns(Doubt, match="colour profile.*ignored"):
+            assert load_image(encoded(disc(), "PNG", icc_profile=data)).getpixel((32, 32)) == (200, 40, 30, 255)
+
+
+# ---------------------------------------------------------------- bounds
+
+
+def test_files_and_sizes_beyond_the_bounds_are_refused_before_memory_is_taken(tmp_path):
+    path = tmp_path / "sparse.png"
+    with path.open("wb") as file:
+        file.write(encoded(disc(), "PNG")[:60])
+        file.truncate(20_000_000_000)  # takes no room on the disk
+    with pytest.raises(UserError, match="too large.*400 million bytes") as error:
+        load_image(path)
+    one_sentence(error)
+    with pytest.raises(UserError, match="1 to 2048"):
+        prepare_condition(disc(), 100_000)
+
+
+def test_only_the_named_formats_are_opened():
+    for kind in ("PPM", "TGA", "ICO", "PCX"):
+        with pytest.raises(UserError, match="not an image this program can read"):
+            load_image(encoded(disc().convert("RGB"), kind))
+
+
+@pytest.mark.parametrize("source", [None, [[1, 2]], 7, io.BytesIO(b"x"), bytearray(b"x")])
+def test_what_is_no_picture_at_all(source):
+    with pytest.raises(UserError, match="An image is given as a path") as error:
+        load_image(source)
+    one_sentence(error)
+
+
+def test_tensors_with_gradients_and_of_half_precision():
+    array = np.asarray(on_colour(disc(), "white")).astype(np.float32) / 255
+    for tensor in (torch.from_numpy(array).requires_grad_(), torch.from_numpy(array).bfloat16()):
+        assert np.abs(np.asarray(load_image(tensor))[..., :3] / 255 - array).max() < 0.006
+
+
+def test_tiny_pictures_warn_of_nothing_but_doubt():
+    for shape in ((1, 1, 3), (1, 1, 4), (2, 2, 4), (1, 9, 3), (7, 7, 3)):
+        array = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", Doubt)
+            try:
+                prepare_condition(array, 16)
+            except UserError:
+                pass
 
 
 # ---------------------------------------------------------------- framing
@@ -299,8 +558,10 @@ def test_size_and_fill_are_checked(size, fill):
 
 
 def test_extreme_aspect_ratios():
-    for shape in ((1, 500), (500, 1), (1, 1)):
-        rgb, alpha = prepare_condition(np.full((*shape, 4), 128, np.uint8), 32)
+    for shape in ((1, 500), (500, 1), (2, 1)):
+        array = np.full((*shape, 4), 128, np.uint8)
+        array.reshape(-1, 4)[: -(-array[..., 0].size // 10)] = 0  # an end of it is transparent
+        rgb, alpha = prepare_condition(array, 32)
         assert alpha.max() > 0.4 and torch.isfinite(rgb).all()
 
 

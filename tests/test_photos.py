@@ -132,7 +132,7 @@ def test_photographs_that_cut_the_object_or_show_none_are_left_out(folder, tmp_p
     cut[:, : WIDTH // 2] = (9, 9, 9, 255)
     Image.fromarray(cut).save(tmp_path / "005.png")
     pictures, left_out = photos.read_photos(tmp_path)
-    assert len(pictures) == 18 and "002: it shows no object" in left_out[0] and "cuts the object off" in left_out[1]
+    assert len(pictures) == 18 and "002: No object found" in left_out[0] and "cuts the object off" in left_out[1]
 
 
 # ---------------------------------------------------------------- geometry

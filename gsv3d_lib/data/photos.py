@@ -30,7 +30,7 @@ from torch import Tensor
 from ..cameras import DISTANCE, intrinsics, look_at, opengl_to_opencv, orbit_cameras
 from ..images import MAX_SIDE, cut_out, load_image
 from ..system.command import check_writable, command_parser, exit_code, input_path, number, output_path, pixels, whole
-from ..system.errors import MissingFile, UserError
+from ..system.errors import Doubt, MissingFile, UserError
 from ..system.files import UNREADABLE, read_json
 from ..system.paths import named_file, plain_id, reason, remove_leftovers, resolve
 from .dataset import FRONT, MAX_GAP, RING, ObjectViews, check_size, write_index, write_object
@@ -101,7 +101,7 @@ def _read_photo(folder: Path, frame: dict, max_side: int, background: str) -> Ph
     K, c2w = frame_intrinsics(frame, *image.size), _pose(frame)
     mask = _photo_path(folder, frame["mask_path"]) if frame.get("mask_path") else None
     try:
-        rgba = np.array(_masked(image, mask, background))
+        rgba = np.array(_masked(image, mask, background, name))
     except ValueError as error:
         raise LeftOut(f"{name}: {error}") from error
     return _cropped(Photo(name, rgba, K, c2w), max_side)
@@ -124,14 +124,14 @@ def _with_suffix(path: Path) -> Path:
     return next((candidate for candidate in candidates if candidate.is_file()), path)
 
 
-def _masked(image: Image.Image, mask: Path | None, background: str) -> Image.Image:
+def _masked(image: Image.Image, mask: Path | None, background: str, name: str) -> Image.Image:
     """The picture with the object in its alpha channel."""
     if mask is not None:
         image.putalpha(load_image(mask).convert("L").resize(image.size, Image.Resampling.BILINEAR))
         return image
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a background was removed by colour is said once, not per photograph
-        return cut_out(image, background)
+        warnings.filterwarnings("ignore", message=".* removed by colour", category=Doubt)  # of every photograph
+        return cut_out(image, background, name)
 
 
 def frame_intrinsics(frame: dict, width: int, height: int) -> Tensor:

@@ -14,11 +14,12 @@ import math
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UserError, machine_fault
+from .errors import Doubt, UserError, machine_fault
 from .paths import find, output, own_folder
 
 READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
@@ -42,7 +43,8 @@ def exit_code(
     tolerate_consoles()
     try:
         try:
-            return run(parser.parse_args(arguments)) or 0
+            with plain_doubts():
+                return run(parser.parse_args(arguments)) or 0
         finally:
             flush()  # here, where a full disk or a reader that went away still becomes a status
     except UserError as error:
@@ -61,6 +63,21 @@ def exit_code(
             raise
         drop_output()
         return fault(sentence)
+
+
+@contextmanager
+def plain_doubts() -> Iterator[None]:
+    """A `Doubt` is printed like an error, as one sentence without the line of code that gave it."""
+    usual = warnings.formatwarning
+
+    def sentence(message, category, *place):
+        return f"gsv3d: {message}\n" if issubclass(category, Doubt) else usual(message, category, *place)
+
+    warnings.formatwarning = sentence
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def fault(sentence: str) -> int:

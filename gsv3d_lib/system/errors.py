@@ -19,6 +19,10 @@ class MissingFile(UserError, FileNotFoundError):
     """A file or folder that the user named and that is not there."""
 
 
+class Doubt(UserWarning):
+    """What was taken for the user's object or picture, in one sentence, where it might be something else."""
+
+
 # What the machine does to a user, by the number of the OSError; {0} is the file.
 MACHINE = {
     errno.ENOSPC: "the disk is full: {0} could not be written. Free some space and give the command again.",

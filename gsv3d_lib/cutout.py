@@ -1,0 +1,359 @@
+"""Which pixels of a picture are the object: a mask, and where that is doubtful, a sentence.
+
+Two principles. An alpha channel is a mask only if it has an outside, and what it leaves is no
+picture of its own (`_by_own_alpha`). Else the background is what has the colour of the border and
+hangs together with it, and the background is what surrounds the object (`_by_colour`). In both,
+the object is the largest piece with what belongs to it; specks do not count.
+"""
+
+import importlib.util
+import warnings
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+from scipy.spatial import ConvexHull, QhullError
+
+from .system.errors import Doubt, UserError
+
+VISIBLE_ALPHA = 0.1  # fainter pixels (halos, compression noise) do not count when the object is measured
+MAX_NOISE = 0.06  # median distance of a backdrop's colours from their fit; above, it is not plain
+MIN_CONTRAST = 0.06  # of the RGB cube's side: above JPEG noise
+
+_NOT_PLAIN = (
+    "The picture's background is not plain, so the object cannot be cut out by colour: "
+    "give a PNG with a transparent background, or pip install 'rembg[cpu]'."
+)
+_ONE_COLOUR = "No object found: the picture is one plain colour; give a picture that shows the object."
+# Doubts. Each goes on from "In <picture> ".
+_BY_COLOUR = (
+    "the background was removed by colour, for want of a transparent one, which takes shadows for the object "
+    "and works for plain backgrounds only; look at the result, or give a transparent PNG, or pip install 'rembg[cpu]'."
+)
+_TRIMMED = "the transparency only trims the picture, so the object was cut out of the rest, by colour."
+_WHOLE = "what is not transparent may be a picture with a background of its own; all of it was taken for the object."
+_SHADOW = "a soft, dark and half transparent rim was taken for a shadow and left out."
+_APART = "something stands apart from the object and was left out; crop to what you want."
+_FRAME = "bars or a frame of one colour were taken off, and the object was looked for inside."
+_REACHES = (
+    "the object seems to reach the border; of the two sides, the one around the other was taken for the background."
+)
+_SMALL = "the object is very small: crop to it for more detail."
+
+
+def cut_out(image: Image.Image, method: str = "auto", name: str = "the picture") -> Image.Image:
+    """RGBA picture -> RGBA picture whose alpha marks the object.
+
+    method "auto": the alpha that came with the picture, if it can be a mask; else rembg,
+    if installed; else "plain". "rembg" and "plain" ignore what the others would do. "plain"
+    floods the background from the border by colour: right for product shots, wrong for
+    clutter. Wherever it is doubtful what the object is, a warning of the kind `Doubt` says
+    in one sentence, about `name`, what was taken.
+    Raises UserError when the picture holds no object that can be told from its background.
+    """
+    if method not in ("auto", "rembg", "plain"):
+        raise UserError(f"Background removal is 'auto', 'rembg' or 'plain', got {method!r}.")
+    if method == "rembg" and not _has_rembg():
+        raise UserError("rembg is not installed: pip install 'rembg[cpu]', or let the background be 'plain'.")
+    rgba = np.asarray(image).astype(np.float32) / 255
+    if rgba[..., 3].max() < VISIBLE_ALPHA:
+        raise UserError("No object found: the picture is fully transparent; give one in which the object is visible.")
+    cut, doubts = _by_own_alpha(rgba) if method == "auto" else (None, [])
+    if cut is None and (method == "rembg" or (method == "auto" and _has_rembg())):
+        import rembg  # an optional extra; it downloads its network's weights when first used
+
+        return rembg.remove(image)
+    if cut is None:
+        cut, doubts = _by_colour(_opaque(rgba))
+        doubts = [_BY_COLOUR, *doubts]
+    for doubt in doubts:  # each from this line, so that Python says it once, however often a picture is cut out
+        warnings.warn(f"In {name} {doubt}", Doubt, stacklevel=1)
+    if cut is rgba:
+        return image
+    return Image.fromarray(np.round(cut.clip(0, 1) * 255).astype(np.uint8), "RGBA")
+
+
+def _has_rembg() -> bool:
+    # rembg without onnxruntime ends the interpreter on import, so both are looked for first.
+    return all(importlib.util.find_spec(name) is not None for name in ("rembg", "onnxruntime"))
+
+
+# ---------------------------------------------------------------- by the picture's own alpha
+
+
+def _by_own_alpha(rgba: np.ndarray) -> tuple[np.ndarray | None, list[str]]:
+    """[H, W, 4] -> (the same without specks and haze, or None where alpha is no mask; doubts).
+
+    A mask has an inside and an outside. Where its inside is a rectangle (or another shape
+    with both mirror symmetries, as pictures are cropped to), it may be a picture and no object:
+    that is doubtful if there is an object on a plain backdrop in it.
+    """
+    alpha = rgba[..., 3]
+    if np.ptp(alpha) < 0.25:
+        return None, []
+    visible, doubts = _visible(rgba)
+    if (~visible).sum() <= 1e-4 * visible.size:
+        return None, []
+    visible, apart = _with_its_pieces(visible, share=0.01)
+    doubts += apart
+    box = box_of(visible)
+    inside = visible[box]
+    mirrored = max((inside != inside[::-1]).mean(), (inside != inside[:, ::-1]).mean()) < 0.01
+    rectangle = inside.mean() > 0.95
+    cut_by_frame = bool(_border_values(visible).any())
+    if mirrored and (rectangle or cut_by_frame):
+        try:
+            content, said = _by_colour(_opaque(rgba * visible[..., None])[box])
+        except UserError:
+            content = None
+        if content is not None and rectangle and cut_by_frame:
+            cut = np.zeros_like(rgba)
+            cut[box] = content
+            return cut, [_TRIMMED, *said]
+        if content is not None or (rectangle and cut_by_frame):
+            doubts.append(_WHOLE)
+    near = ndimage.binary_dilation(visible, np.ones((5, 5)))  # with the faint rim of its edge
+    if not (alpha > 0)[~near].any():
+        return rgba, doubts
+    return np.where(near[..., None], rgba, 0), doubts
+
+
+def _visible(rgba: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """[H, W, 4] -> (bool [H, W], more than haze and no soft shadow; doubts)."""
+    alpha, level = rgba[..., 3], VISIBLE_ALPHA
+    haze = _border_values(alpha)[_border_values(alpha) < 0.5]
+    if (alpha == 0).mean() < 0.05 and haze.size:  # nowhere clean: the border says how thick it is
+        level = max(level, float(np.percentile(haze, 99)) + 0.04)
+    clear = alpha <= level
+    # A drop shadow is black and fades out in small steps; the rim of dark glass is a large one.
+    step = ndimage.maximum_filter(alpha, 3) - ndimage.minimum_filter(alpha, 3)
+    soft = (alpha < 0.6) & (rgba[..., :3].max(-1) < 0.25) & (step < 0.1)
+    labels, count = ndimage.label(clear | soft)
+    outside = np.zeros(count + 1, bool)
+    outside[labels[clear]] = True
+    outside[0] = False
+    shadow = outside[labels] & ~clear
+    if shadow.sum() < 0.02 * (~clear).sum():
+        return ~clear, []
+    return ~(clear | shadow), [_SHADOW]
+
+
+def _opaque(rgba: np.ndarray) -> np.ndarray:
+    """[H, W, 4] -> rgb [H, W, 3]; transparent pixels take the colour of the nearest visible one."""
+    clear = rgba[..., 3] < min(0.5, 0.5 * rgba[..., 3].max())
+    if not clear.any():
+        return rgba[..., :3]
+    rows, columns = ndimage.distance_transform_edt(clear, return_distances=False, return_indices=True)
+    return rgba[rows, columns, :3]
+
+
+def _with_its_pieces(mask: np.ndarray, share: float) -> tuple[np.ndarray, list[str]]:
+    """bool [H, W] -> (the largest piece with what is near it or at least `share` its size; doubts)."""
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    largest = sizes.max()
+    solid = (sizes > 0.1 * share * largest)[labels]  # the rest is specks
+    reach = 2 * round(0.05 * np.sqrt(largest)) + 1
+    groups, _ = ndimage.label(ndimage.maximum_filter(solid, reach), structure=np.ones((3, 3)))
+    groups = np.where(solid, groups, 0)
+    sizes = np.bincount(groups.ravel())
+    sizes[0] = 0
+    kept = sizes >= share * sizes.max()
+    apart = sizes[~kept].max(initial=0) > 0.002 * sizes.max()
+    return kept[groups], [_APART] if apart else []
+
+
+# ---------------------------------------------------------------- by the colour of a plain background
+
+
+def _by_colour(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """[H, W, 3] -> (rgba [H, W, 4], doubts), after uniform bars and frames are taken off."""
+    inner = _inside_frame(rgb)
+    if rgb[inner].shape != rgb.shape:
+        try:
+            found, doubts = _by_colour(rgb[inner])
+        except UserError:
+            return _on_backdrop(rgb)  # no picture in a frame, but a box on a backdrop
+        cut = np.zeros((*rgb.shape[:2], 4), np.float32)
+        cut[inner] = found
+        return cut, [_FRAME, *(doubt for doubt in doubts if doubt != _FRAME)]
+    return _on_backdrop(rgb)
+
+
+def _inside_frame(rgb: np.ndarray) -> tuple[slice, slice]:
+    """[H, W, 3] -> the rows and columns within uniform bars that end in a straight line."""
+    turned = rgb.swapaxes(0, 1)
+    sides = [rgb, rgb[::-1], turned, turned[::-1]]  # each has its bar on top
+    depths = [_bar_depth(side) for side in sides]
+    for _ in sides:  # a side without a bar can make the others' lines longer
+        rows = slice(depths[0], len(rgb) - depths[1])
+        columns = slice(depths[2], len(turned) - depths[3])
+        across = [columns, columns, rows, rows]
+        starts = [_start_below(*bar) for bar in zip(sides, depths, across)]
+        depths = [depth if start else 0 for depth, start in zip(depths, starts)]
+    rows = slice(starts[0], len(rgb) - starts[1])
+    columns = slice(starts[2], len(turned) - starts[3])
+    return (rows, columns) if min(rgb[rows, columns].shape[:2]) >= 8 else (slice(None), slice(None))
+
+
+def _bar_depth(rgb: np.ndarray) -> int:
+    """How many rows from the top have, throughout, the colour of the first."""
+    some = rgb[:, :: max(1, rgb.shape[1] // 300)]
+    far = _distance(some, np.median(rgb[0], axis=0)) > MIN_CONTRAST
+    rows = np.flatnonzero(far.mean(-1) > 0.05)
+    return int(rows[0]) if len(rows) else 0
+
+
+def _start_below(rgb: np.ndarray, depth: int, across: slice) -> int:
+    """The row in which the picture begins below a bar of about this depth; 0 where no jump is all along it."""
+    jpeg = 10  # rows in which a jump may echo
+    inside = rgb[min(depth + jpeg, len(rgb) - 1), across]
+    jump = _distance(rgb[max(depth - 2, 0), across], inside)
+    if depth == 0 or jump.size == 0 or (jump > MIN_CONTRAST).mean() < 0.95:
+        return 0
+    rows = rgb[depth : depth + jpeg + 1, across]
+    arrived = (_distance(rows, inside) < 0.5 * jump).mean(-1) > 0.5
+    return depth + int(arrived.argmax())
+
+
+def _on_backdrop(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """[H, W, 3] -> (rgba [H, W, 4], doubts).
+
+    The border shows one plain colour, or two, of which one is the object's: that is doubtful,
+    and the background is then the side whose convex hull holds more of the other.
+    """
+    choices, doubts = [], []
+    for backdrop, tolerance in _backdrops(rgb):
+        distance = _distance(rgb, backdrop)
+        background = _background_regions(distance / tolerance)
+        choices.append((backdrop, distance, background))
+    shares = [float(_border_values(background).mean()) for *_, background in choices]
+    two_plain = len(shares) == 2 and sum(shares) > 0.85
+    if not shares or (shares[0] < 0.5 and not two_plain):
+        raise UserError(_NOT_PLAIN)
+    if two_plain:
+        choices.sort(key=lambda choice: _surrounds(choice[2]), reverse=True)
+    if two_plain or shares[0] < 0.7:
+        doubts.append(_REACHES)
+    backdrop, distance, background = choices[0]
+    mask = ~background
+    if not mask.any():
+        raise UserError(_ONE_COLOUR)
+    mask, apart = _with_its_pieces(mask, share=0.1)
+    if mask.sum() < max(4, 1e-5 * mask.size):
+        raise UserError(_ONE_COLOUR)
+    if mask.sum() < 1e-3 * mask.size:
+        doubts.append(_SMALL)
+    cut = np.zeros((*mask.shape, 4), np.float32)
+    box = box_of(mask)
+    alpha = _soften_edge(mask[box], distance[box])[..., None]
+    tint = (1 - alpha) * backdrop[box]  # of the backdrop, in the edge
+    colours = (rgb[box] - tint) / np.maximum(alpha, 1e-3)
+    cut[box] = np.concatenate([colours, alpha], axis=-1).clip(0, 1)
+    return cut, doubts + apart
+
+
+def _surrounds(ground: np.ndarray) -> float:
+    """bool [H, W] -> share of the other pixels that lie within the ground's convex hull."""
+    every = max(1, max(ground.shape) // 64)
+    ground = ground[::every, ::every]
+    inside, other = np.argwhere(ground), np.argwhere(~ground)
+    try:
+        planes = ConvexHull(inside).equations
+    except (QhullError, ValueError):  # a line, or nothing
+        return 0.0
+    return float((other @ planes[:, :2].T + planes[:, 2] < 1e-6).all(-1).mean())
+
+
+def _border_values(array: np.ndarray) -> np.ndarray:
+    """[H, W, ...] -> [P, ...], the outermost pixels."""
+    return np.concatenate([array[0], array[-1], array[1:-1, 0], array[1:-1, -1]])
+
+
+def _backdrops(rgb: np.ndarray) -> list[tuple[np.ndarray, float]]:
+    """[H, W, 3] -> up to two (backdrop [H, W, 3], the colour distance that still counts as it).
+
+    A backdrop shades as a polynomial of second degree in x and y. It grows from a stretch of
+    the border over all of the border that fits; the first is the one that explains the most
+    of the border, the second the most of the rest.
+    """
+    basis = _basis(*rgb.shape[:2])
+    sparse = slice(None, None, max(1, sum(rgb.shape[:2]) // 250))
+    border, colours = _border_values(basis)[sparse], _border_values(rgb)[sparse]
+    free = np.ones(len(border), bool)
+    found = []
+    for _ in range(2):
+        stretches = np.array_split(np.arange(len(border)), min(24, len(border)))
+        grown = [_grown(border, colours, free, s) for s in stretches if free[s].mean() > 0.5]
+        grown = [one for one in grown if one is not None and one[0].mean() > 0.03]
+        if not grown:
+            break
+        fits, coefficients, tolerance = max(grown, key=lambda one: one[0].sum())
+        free &= ~fits
+        found.append((basis @ coefficients, tolerance))
+    return found
+
+
+def _basis(height: int, width: int) -> np.ndarray:
+    """[H, W, 6]: the monomials of second degree in x and y, which go from -1 to 1."""
+    y, x = np.linspace(-1, 1, height), np.linspace(-1, 1, width)
+    y, x = np.meshgrid(y.astype(np.float32), x.astype(np.float32), indexing="ij")
+    return np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], axis=-1)
+
+
+def _fit(basis: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Least squares, [P, 6] and [P, 3] -> [6, 3]; a small penalty keeps flat what is not seen."""
+    penalty = 1e-3 * len(basis) * np.diag([0, 1, 1, 1, 1, 1])
+    return np.linalg.solve(basis.T @ basis + penalty, basis.T @ colours).astype(np.float32)
+
+
+def _grown(
+    basis: np.ndarray, colours: np.ndarray, free: np.ndarray, stretch: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """A backdrop from one stretch (indices) of the border, among its free pixels (bool [P]).
+
+    -> (which of them fit, bool [P]; coefficients [6, 3]; tolerance), or None where it is not plain.
+    """
+    fit = np.zeros((6, 3), np.float32)
+    fit[0] = np.median(colours[stretch][free[stretch]], axis=0)
+    distance = _distance(colours, basis @ fit)
+    noise = float(np.median(distance[stretch]))
+    for _ in range(6):
+        tolerance = max(MIN_CONTRAST, 4 * noise)
+        fits = free & (distance < tolerance)
+        if noise > MAX_NOISE or not fits.any():
+            return None
+        fit = _fit(basis[fits], colours[fits])
+        distance = _distance(colours, basis @ fit)
+        noise = float(np.median(distance[fits]))
+    return free & (distance < tolerance), fit, tolerance
+
+
+def _distance(rgb: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Euclidean, [..., 3] and [..., 3] -> [...]."""
+    return np.sqrt(sum((rgb[..., c] - other[..., c]) ** 2 for c in range(3)))
+
+
+def _background_regions(distance: np.ndarray) -> np.ndarray:
+    """[H, W] -> bool [H, W]: background-coloured regions that reach the border, and clear holes (a mug's handle)."""
+    labels, count = ndimage.label(distance < 1)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    mean = np.bincount(labels.ravel(), weights=distance.ravel(), minlength=count + 1) / np.maximum(sizes, 1)
+    reached = (mean < 0.3) & (sizes > 4)  # an enclosed region counts only if it matches the backdrop closely
+    reached[_border_values(labels)] = True
+    reached[0] = False  # label 0: what does not have the background's colour
+    return reached[labels]
+
+
+def _soften_edge(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """bool [H, W] -> alpha [H, W]: the outermost pixels mix object and backdrop by their colours."""
+    edge = mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), border_value=1)
+    share = distance / np.maximum(ndimage.maximum_filter(distance, 5), 1e-6)
+    return np.where(edge, share, mask).astype(np.float32)
+
+
+def box_of(mask: np.ndarray) -> tuple[slice, slice]:
+    """bool [H, W], not empty -> the rows and columns of what is in it."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
