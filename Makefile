@@ -62,4 +62,4 @@ lint: $(INSTALLED) ## ruff: rules and format
 
 clean: ## remove caches and build leftovers; keeps .venv, runs and data
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .numba_cache
-	find gsv3d_lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	find gsv3d_lib tests tools benchmarks notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

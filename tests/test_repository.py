@@ -132,7 +132,8 @@ def test_environment_yml_is_thin_and_agrees_with_pyproject():
 def test_every_import_is_a_declared_dependency():
     """Of the library, its tests and its notebooks: nothing works only because something else installed it."""
     distributions = {"PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml", "imageio_ffmpeg": "imageio-ffmpeg"}
-    distributions |= {"playwright": "pytest-playwright", "IPython": "ipykernel", "jupyter_client": "ipykernel"}  # each requires the former
+    # each of these distributions requires the package
+    distributions |= {"playwright": "pytest-playwright", "IPython": "ipykernel", "jupyter_client": "ipykernel"}
     declared = {r.name.lower().replace("-", "_") for r in requirements()}
     blender = {"bpy", "mathutils"}  # of Blender's own Python, under which blender.py renders (docs/data.md)
     own = {"gsv3d_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}

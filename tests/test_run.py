@@ -55,9 +55,12 @@ def test_parameters_are_read_without_running(notebook):
         ({"fast": 1}, r"fast is a bool; got 1 \(int\)."),
     ],
 )
-def test_wrong_parameters_are_named_before_anything_runs(notebook, tmp_path, given, message):
-    with pytest.raises(ValueError, match=message):
-        run_notebook(notebook, given, tmp_path / "out")
+def test_wrong_parameters_are_named_before_anything_runs(notebook, tmp_path, monkeypatch, capsys, given, message):
+    monkeypatch.setattr(run, "find_notebooks", lambda _: [notebook])
+    (tmp_path / "given.yaml").write_text(yaml.dump(given))
+    options = ["02", "--params", str(tmp_path / "given.yaml"), "--out", str(tmp_path / "out")]
+    assert run.main(options) == 2
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
@@ -190,12 +193,13 @@ def test_every_parameter_file_fits_its_notebook(path):
 @pytest.mark.parametrize("number", ["01", "03", "04", "05", "07"])
 def test_every_training_notebook_has_three_scales(number, scale):
     (notebook,) = parameters.find_notebooks([number])
-    values = parameters.declared_parameters(notebook) | parameters.read_parameters(parameters.PARAMS / f"{number}_{scale}.yaml")
+    given = parameters.read_parameters(parameters.PARAMS / f"{number}_{scale}.yaml")
+    values = parameters.declared_parameters(notebook) | given
     assert values["scale"] == scale
     processes = values.get("full_processes", values.get("gpus"))
     assert processes == 4 or scale != "paper"
     command = job.train_command(scale, values["full_stages"], values["full_data"], processes)
-    options = train.build_parser().parse_args(command[command.index("gsv3d_lib.train") + 1 :])
+    options = train.build_parser().parse_args(command[command.index("train") + 1 :])
     config = preset(options.preset)
     assert all(schedule_of(config, s).batch % options.processes == 0 for s in options.stages)
     if scale == "paper" and "stage1" in options.stages:
@@ -209,7 +213,7 @@ def test_parameter_sets_in_the_prose_exist(number):
     (notebook,) = parameters.find_notebooks([number])
     prose = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "markdown")
     named = set(re.findall(r"make full NB=(\d\d) PARAMS=(\w+)", prose))
-    named |= set(re.findall(r"gsv3d_lib\.run (\d\d) --params (\w+)", prose))
+    named |= set(re.findall(r"gsv3d_lib run (\d\d) --params (\w+)", prose))
     assert named and all((parameters.PARAMS / f"{nb}_{name}.yaml").is_file() for nb, name in named)
 
 
@@ -358,7 +362,8 @@ def test_the_demo_gives_notebook_00_what_it_knows(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(demo, "execute", lambda path, parameters, out: asked.update(parameters | {"path": path}) or 0)
     assert demo.main(["--image", "data/images/mug.png", "--elevation", "auto", "--out", str(tmp_path)]) == 0
-    parameters.check_parameters(asked, parameters.declared_parameters(asked.pop("path")))  # raises for a name it does not have
+    declared = parameters.declared_parameters(asked.pop("path"))
+    parameters.check_parameters(asked, declared)  # raises for a name it does not have
     assert (ROOT / asked["weights"] / "gsv3d.json").is_file() and -10 <= asked["elevation"] <= 40
 
 
