@@ -38,8 +38,8 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_from_one_image_to_3d.ipynb
 
 notebooks: $(INSTALLED) ## run every notebook in place: outputs, time and memory; and the picture of the README
-	$(PY) -m gsv3d_lib refresh
-	$(PY) -m gsv3d_lib refresh --hero docs/images/hero.png
+	$(PY) tools/refresh.py
+	$(PY) tools/refresh.py --hero docs/images/hero.png
 
 full: $(INSTALLED) ## one notebook with a parameter set: make full NB=05 PARAMS=paper
 	$(if $(NB),,$(error say which notebook and parameter set, such as: make full NB=05 PARAMS=tiny))
@@ -62,4 +62,4 @@ lint: $(INSTALLED) ## ruff: rules and format
 
 clean: ## remove caches and build leftovers; keeps .venv, runs and data
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .numba_cache
-	find gsv3d_lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	find gsv3d_lib tests tools benchmarks notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

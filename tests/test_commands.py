@@ -16,6 +16,7 @@ from gsv3d_lib.encoders import build_clip, build_dino
 from gsv3d_lib.evaluation import evaluate, experiments
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import build_vae
+from gsv3d_lib.weights.checkpoint import save_model
 
 CONFIG = tiny_config()
 BUILDERS = {"vae": build_vae, "clip": build_clip, "dino": build_dino, "unet": build_unet, "decoder": build_decoder}
@@ -26,7 +27,7 @@ def place(tmp_path_factory):
     """Good and bad folders: weights without a LoRA, damaged ones, two objects without geometry, a damaged one, nothing."""
     folder = tmp_path_factory.mktemp("place")
     for name, build in BUILDERS.items():
-        train.save_model(build(CONFIG), folder, name, CONFIG)
+        save_model(build(CONFIG), folder / "weights", name, CONFIG)
     shutil.copytree(folder / "weights", folder / "damaged")
     for file in (folder / "damaged").rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])

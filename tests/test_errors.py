@@ -195,6 +195,6 @@ def test_no_command_is_left_out():
     sources = {path: path.read_text(encoding="utf-8") for path in library.rglob("*.py")}
     mains = {path for path, source in sources.items() if "\ndef main(" in source}
     homes = {library / f"{home.replace('.', '/')}.py" for home in door.COMMANDS.values()}
-    assert mains == homes | {Path(door.__file__)} | {library / "data/blender.py"}
+    assert mains == homes | {Path(door.__file__)}
     assert all("return exit_code(run, " in sources[path] for path in homes)
     assert re.findall(r"^    (\w+) {2,}", door.__doc__, re.M) == list(door.COMMANDS)

@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 import pytest
 from safetensors import SafetensorError
 
-from gsv3d_lib.cluster import launch
+from gsv3d_lib.cluster import job
 from gsv3d_lib.rendering import kernels as rasterizer_kernels
 from gsv3d_lib.system import doctor, paths
 from gsv3d_lib.system.command import exit_code
@@ -58,9 +58,9 @@ def test_an_installed_package_looks_only_where_it_is_told(tmp_path, monkeypatch)
 def test_checkpoints_open_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config(TINY).name == "tiny"
-    assert launch.from_root(TINY) == TINY  # the training starts in the repository's root
+    assert job.from_root(TINY) == TINY  # the training starts in the repository's root
     (tmp_path / "mine").mkdir()
-    assert launch.from_root("mine") == str(tmp_path / "mine")
+    assert job.from_root("mine") == str(tmp_path / "mine")
 
 
 @pytest.mark.parametrize("place", ["folder", "file/x", "n" * 300])
@@ -104,7 +104,7 @@ def test_a_read_only_installation_without_a_home_keeps_kernels_in_a_temporary_fo
     ignore = shutil.ignore_patterns("__pycache__", "exercises")
     shutil.copytree(ROOT / "gsv3d_lib", package / "gsv3d_lib", ignore=ignore)
     (tmp_path / "temporary").mkdir()
-    (package / "gsv3d_lib/__pycache__").touch()  # a file, so that no user, not even root, can write below it
+    (package / "gsv3d_lib/rendering/__pycache__").touch()  # a file, so that no user, not even root, can write below it
     (tmp_path / "home").touch()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "XDG"))}
     environment |= {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}

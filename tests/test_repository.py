@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import gsv3d_lib
+from gsv3d_lib import __main__ as gsv3d_lib_main
+from gsv3d_lib.__main__ import COMMANDS
 from gsv3d_lib.evaluation.experiments import claims
 from gsv3d_lib.evaluation.report import comparison
 from gsv3d_lib.system import doctor
@@ -24,6 +27,9 @@ from gsv3d_lib.system import doctor
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LIBRARY = ROOT / "gsv3d_lib"
+MODULES = sorted(path for path in LIBRARY.rglob("*.py") if "__pycache__" not in path.parts)
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS += sorted(p for p in (ROOT / "data").rglob("*.md") if "cache" not in p.relative_to(ROOT).parts)
 NOT_PINNED = {"rembg"}  # downloads its network when used, so no test ran with it
@@ -47,8 +53,11 @@ def text_of(path: Path) -> str:
 
 @cache
 def names_of(module: Path) -> set[str]:
-    """What a module defines at its top level, and `Class.method` for its classes."""
+    """What a module defines at its top level, and `Class.method` for its classes; of a package its modules too."""
     names = set()
+    if module.name == "__init__.py":
+        below = (path.relative_to(module.parent).with_suffix("") for path in module.parent.rglob("*.py"))
+        names |= {".".join(path.parts).removesuffix(".__init__") for path in below}
     for node in ast.parse(module.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
@@ -59,6 +68,12 @@ def names_of(module: Path) -> set[str]:
         )
         names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
     return names
+
+
+def module_file(name: str) -> Path:
+    """The file of a module of the library: "data.dataset" -> gsv3d_lib/data/dataset.py; of a package its __init__.py."""
+    path = LIBRARY.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 # ---------------------------------------------------------------- installation
@@ -117,16 +132,14 @@ def test_environment_yml_is_thin_and_agrees_with_pyproject():
 def test_every_import_is_a_declared_dependency():
     """Of the library, its tests and its notebooks: nothing works only because something else installed it."""
     distributions = {"PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml", "imageio_ffmpeg": "imageio-ffmpeg"}
-    distributions |= {
-        "playwright": "pytest-playwright",
-        "IPython": "ipykernel",
-        "jupyter_client": "ipykernel",
-    }  # each requires the former
+    # each of these distributions requires the package
+    distributions |= {"playwright": "pytest-playwright", "IPython": "ipykernel", "jupyter_client": "ipykernel"}
     declared = {r.name.lower().replace("-", "_") for r in requirements()}
     blender = {"bpy", "mathutils"}  # of Blender's own Python, under which blender.py renders (docs/data.md)
     own = {"gsv3d_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
-    folders = ("gsv3d_lib", "tests", "benchmarks")
-    for path in [*(path for folder in folders for path in (ROOT / folder).glob("*.py")), *NOTEBOOKS]:
+    own |= {path.stem for path in TOOLS}
+    folders = ("gsv3d_lib", "tests", "benchmarks", "tools")
+    for path in [*(path for folder in folders for path in (ROOT / folder).rglob("*.py")), *NOTEBOOKS]:
         for name in imported_packages(path) - set(sys.stdlib_module_names) - own - {"torchvision"} - blender:
             distribution = distributions.get(name, name).lower().replace("-", "_")
             assert distribution in declared, f"{path.name} imports {name}, which pyproject.toml does not name"
@@ -157,15 +170,15 @@ def test_nothing_installs_or_imports_torchvision():
     for name in ("pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"):
         stated = "\n".join(line.split("#")[0] for line in (ROOT / name).read_text().splitlines())
         assert "torchvision" not in stated, name
-    for path in [*(ROOT / "gsv3d_lib").glob("*.py"), *NOTEBOOKS]:
+    for path in [*MODULES, *TOOLS, *NOTEBOOKS]:
         if path.name != "doctor.py":  # which tells whether an installed one fits
             assert "torchvision" not in imported_packages(path), path.name
 
 
 def test_package_data_is_declared():
     """Every file of the package that is not Python travels with it."""
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["gsv3d_lib"]
-    others = [p for p in (ROOT / "gsv3d_lib").iterdir() if p.is_file() and p.suffix not in (".py", ".pyc")]
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
+    others = [p for p in LIBRARY.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", ".nbi", ".nbc")]
     assert all(any(path.match(pattern) for pattern in patterns) for path in others), others
 
 
@@ -174,8 +187,7 @@ def test_import_is_light_and_public_names_resolve():
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert answer.split() == ["False", "False", "tiny"]
     for name in gsv3d_lib.__all__:
-        module = ROOT / "gsv3d_lib" / f"{gsv3d_lib._HOMES[name]}.py"
-        assert name in names_of(module)
+        assert name in names_of(module_file(gsv3d_lib._HOMES[name]))
     with pytest.raises(AttributeError, match="offers Cameras"):
         _ = gsv3d_lib.no_such_name
 
@@ -185,7 +197,7 @@ def test_import_is_light_and_public_names_resolve():
 
 def test_doctor_finds_nothing_broken_here(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "has_cuda", lambda: False)  # a GPU without a compiler would be a finding
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     report = capsys.readouterr().out
     assert report.startswith("ok    Python 3.") and report.endswith("Everything that GSV3D needs is here.\n")
     assert "render()" in report and "data/checkpoints/tiny" in report and "data/checkpoints/small" in report
@@ -237,9 +249,9 @@ def test_make_help_lists_every_target():
     assert {line.split()[1] for line in help_text.splitlines()} == make_targets()
 
 
-def test_ci_runs_make_test():
+def test_ci_runs_make_lint_and_make_test():
     script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK) and "make test" in script.read_text()
+    assert os.access(script, os.X_OK) and {"make lint", "make test"} <= set(script.read_text().splitlines())
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
@@ -251,33 +263,76 @@ def test_links_lead_somewhere(document):
     assert [t for t in local if not (document.parent / t).exists()] == []
 
 
+def commands_in(document: Path) -> list[tuple[str, str]]:
+    """Every command that a document gives: ("train", "--preset tiny ...") for `python -m gsv3d_lib train ...`, "" as
+    the name where it is an image that follows, and ("tools/X.py", ...) for a file that Python runs.
+    """
+    joined = document.read_text().replace("\\\n", " ")
+    found = []
+    for rest in re.findall(r"-m gsv3d_lib\b([^`\n]*)", joined):
+        assert not rest.startswith("."), f"{document.name}: a command is `python -m gsv3d_lib COMMAND`, not {rest}"
+        name = re.match(r" ([a-z]\w*)(?=\s|$)", rest)
+        found.append((name[1] if name else "", rest))
+    return found + re.findall(r"python ([\w/]+\.py)([^`\n]*)", joined)
+
+
+def command_file(name: str) -> Path:
+    """The file behind a command of `commands_in`."""
+    if name.endswith(".py"):
+        return ROOT / name
+    assert not name or name in COMMANDS, f"there is no command {name}"
+    return module_file(COMMANDS.get(name, "__main__"))
+
+
+@cache
+def options_of(name: str) -> frozenset[str]:
+    """The options that a command of the library, or a tool, declares to its parser."""
+    path = command_file(name)
+    module = import_module(path.stem if path in TOOLS else f"gsv3d_lib.{COMMANDS.get(name, '__main__')}")
+    return frozenset(module.build_parser()._option_string_actions)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_exist(document):
-    text = document.read_text()
-    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M)) <= make_targets()
-    for module in re.findall(r"python -m gsv3d_lib(?:\.(\w+))?", text):
-        assert (ROOT / "gsv3d_lib" / f"{module or '__main__'}.py").is_file(), module
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(), re.M)) <= make_targets()
+    assert [name for name, _ in commands_in(document) if not command_file(name).is_file()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_options_of_commands_exist(document):
-    """Every --option after `python -m gsv3d_lib.X` in a document is one that X declares."""
-    joined = document.read_text().replace("\\\n", " ")
-    for module, options in re.findall(r"python -m gsv3d_lib(?:\.(\w+))?([^`\n]*)", joined):
-        source = (ROOT / "gsv3d_lib" / f"{module or '__main__'}.py").read_text()
-        for option in re.findall(r"--[a-z][a-z-]*", options):
-            assert f'"{option}"' in source, f"{document.name}: {module} has no {option}"
+    """Every --option after `python -m gsv3d_lib X` or `python tools/X.py` in a document is one that X declares."""
+    for name, rest in commands_in(document):
+        options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest))
+        if command_file(name) in (*MODULES, *TOOLS):
+            assert options <= options_of(name), f"{document.name}: {name or 'gsv3d_lib'}"
+        else:  # of the benchmarks, whose parsers are their own affair
+            source = command_file(name).read_text()
+            assert [option for option in options if f'"{option}"' not in source] == []
+
+
+def test_every_command_has_a_parser_and_a_place_in_the_help():
+    text = gsv3d_lib_main.build_parser().format_help()
+    for name in COMMANDS:
+        assert re.search(rf"^    {name} ", text, re.M), name
+        assert "--help" in options_of(name)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_code_that_documents_name_exists(document):
-    """`cameras.py` is a module, and `cameras.orbit_cameras` is defined there."""
-    modules = {path.stem: path for path in (ROOT / "gsv3d_lib").glob("*.py")}
+    """`data/dataset.py` is a module, named with its folder, and `cameras.orbit_cameras` is defined in cameras.py."""
+    own = [path for path in MODULES if "exercises" not in path.parts]
+    modules = {path.parent.name if path.name == "__init__.py" else path.stem: path for path in [*TOOLS, *own]}
+    assert len(modules) == len(TOOLS) + len(own), "two modules of one name: documents could mean either"
     text = document.read_text()
-    assert [m for m in re.findall(r"`(\w+)\.py`", text) if m not in modules] == []
+    files = [name for name in re.findall(r"`([\w/]+\.py)\b[^`]*`", text) if not re.search(r"TOPIC|NN", name)]
+    assert [name for name in files if not ((LIBRARY / name).is_file() or (ROOT / name).is_file())] == []
     for module, name in re.findall(r"`(\w+)\.([A-Za-z_][\w.]*)`", text):
         if module in modules and name not in ("py", "md", "png", "json", "html"):  # file names
             assert name in names_of(modules[module]), f"{document.name}: {module}.{name}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 # ---------------------------------------------------------------- what must not be there
@@ -307,15 +362,18 @@ def test_tracked_files_are_small_and_free_of_pickles():
     assert [f for f in files if f.suffix in (".pt", ".pth", ".pkl", ".pickle", ".ckpt")] == []
 
 
-def test_the_readme_states_what_the_results_files_say():
+def block_of_results(name: str) -> str:
+    """The text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in docs/results.md."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    return re.search(rf"<!-- {name}: begin.*?-->\n(.*?)\n<!-- {name}: end -->", text, re.S).group(1)
+
+
+def test_the_document_of_results_states_what_the_results_files_say():
     """The block of the paper's claims is `experiments.claims` of the committed files, word for word."""
-    block = re.search(r"<!-- claims: begin.*?-->\n(.*?)\n<!-- claims: end -->", (ROOT / "README.md").read_text(), re.S)
-    assert block.group(1) == claims(ROOT / "data" / "results")
+    assert block_of_results("claims") == claims(ROOT / "data" / "results")
 
 
-def test_the_readme_compares_what_the_evaluations_measured():
-    """The block of results is `evaluate.comparison` of the committed files, word for word."""
-    block = re.search(
-        r"<!-- results: begin.*?-->\n(.*?)\n<!-- results: end -->", (ROOT / "README.md").read_text(), re.S
-    )
-    assert block.group(1) == comparison(*(ROOT / "data" / "results" / f"{name}-gso.json" for name in ("small", "tiny")))
+def test_the_document_of_results_compares_what_the_evaluations_measured():
+    """The block of results is `report.comparison` of the committed files, word for word."""
+    measured = comparison(*(ROOT / "data" / "results" / f"{name}-gso.json" for name in ("small", "tiny")))
+    assert block_of_results("results") == measured

@@ -18,13 +18,13 @@ from PIL import Image
 from tiny_world import object_views
 
 from gsv3d_lib import train
-from gsv3d_lib.cluster import launch
+from gsv3d_lib.cluster import job, launch
 from gsv3d_lib.config import parse_setting, preset
 from gsv3d_lib.course import demo, parameters, run
+from gsv3d_lib.course.notebook import keep_stopped, run_notebook
 from gsv3d_lib.data.dataset import write_index, write_object
 from gsv3d_lib.stages import schedule_of
-
-ROOT = run.ROOT
+from gsv3d_lib.system.paths import ROOT
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def notebook(tmp_path):
 
 
 def test_parameters_are_read_without_running(notebook):
-    assert run.declared_parameters(notebook) == dict(steps=3, lr=0.1, name="a", fast=True, divisor=1)
+    assert parameters.declared_parameters(notebook) == dict(steps=3, lr=0.1, name="a", fast=True, divisor=1)
 
 
 @pytest.mark.parametrize(
@@ -55,30 +55,33 @@ def test_parameters_are_read_without_running(notebook):
         ({"fast": 1}, r"fast is a bool; got 1 \(int\)."),
     ],
 )
-def test_wrong_parameters_are_named_before_anything_runs(notebook, tmp_path, given, message):
-    with pytest.raises(ValueError, match=message):
-        run.run_notebook(notebook, given, tmp_path / "out")
+def test_wrong_parameters_are_named_before_anything_runs(notebook, tmp_path, monkeypatch, capsys, given, message):
+    monkeypatch.setattr(run, "find_notebooks", lambda _: [notebook])
+    (tmp_path / "given.yaml").write_text(yaml.dump(given))
+    options = ["02", "--params", str(tmp_path / "given.yaml"), "--out", str(tmp_path / "out")]
+    assert run.main(options) == 2
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_whole_number_may_stand_for_a_float(notebook):
-    assert run.check_parameters({"lr": 1}, run.declared_parameters(notebook)) == {"lr": 1}
+    assert parameters.check_parameters({"lr": 1}, parameters.declared_parameters(notebook)) == {"lr": 1}
 
 
 def test_lists_are_checked_item_by_item():
     declared = {"stages": ["vae"], "data": []}
-    assert run.check_parameters({"stages": ["dino", "stage1"], "data": [1]}, declared)
+    assert parameters.check_parameters({"stages": ["dino", "stage1"], "data": [1]}, declared)
     with pytest.raises(ValueError, match="stages is a list of str; it holds 2"):
-        run.check_parameters({"stages": ["vae", 2]}, declared)
+        parameters.check_parameters({"stages": ["vae", 2]}, declared)
 
 
 def test_a_run_is_recorded(notebook, tmp_path):
     cells = nbformat.read(notebook, as_version=4)
     cells.cells.append(
-        new_code_cell("from gsv3d_lib.course.run import record\nrecord(third=1 / 3, of={'steps': steps})")
+        new_code_cell("from gsv3d_lib.course.notebook import record\nrecord(third=1 / 3, of={'steps': steps})")
     )
     nbformat.write(cells, notebook)
-    run.run_notebook(notebook, {"steps": 5}, tmp_path / "out")
+    run_notebook(notebook, {"steps": 5}, tmp_path / "out")
     executed = nbformat.read(tmp_path / "out" / notebook.name, as_version=4)
     assert "0.5" in "".join(o.get("text", "") for c in executed.cells if c.cell_type == "code" for o in c.outputs)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -124,7 +127,7 @@ def test_a_killed_run_keeps_what_it_had(notebook, tmp_path, signal_, state):
     assert "0.3" in "".join(o.get("text", "") for c in executed.cells if c.cell_type == "code" for o in c.outputs)
     record = json.loads((out / "run.json").read_text())
     assert record["state"] == state and record["parameters"] == {}
-    run.keep_stopped(notebook, out)
+    keep_stopped(notebook, out)
     assert [path.name for path in out.glob("*.ipynb")] == ["02_small.stopped.ipynb"]
 
 
@@ -177,9 +180,9 @@ def test_a_broken_parameter_file_is_one_sentence(tmp_path, text, message):
     path = tmp_path / "p.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        run.read_parameters(path)
+        parameters.read_parameters(path)
     with pytest.raises(FileNotFoundError, match="There is no parameter file"):
-        run.read_parameters(tmp_path / "none.yaml")
+        parameters.read_parameters(tmp_path / "none.yaml")
 
 
 def test_settings_are_literals_or_text():
@@ -190,24 +193,25 @@ def test_settings_are_literals_or_text():
         parse_setting("steps")
 
 
-@pytest.mark.parametrize("path", sorted(run.PARAMS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(parameters.PARAMS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_parameter_file_fits_its_notebook(path):
     (notebook,) = parameters.find_notebooks([path.stem[:2]])
-    values = run.read_parameters(path)
-    declared = run.declared_parameters(notebook)
-    assert values and run.check_parameters(values, declared) == yaml.safe_load(path.read_text())
+    values = parameters.read_parameters(path)
+    declared = parameters.declared_parameters(notebook)
+    assert values and parameters.check_parameters(values, declared) == yaml.safe_load(path.read_text())
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
 @pytest.mark.parametrize("number", ["01", "03", "04", "05", "07"])
 def test_every_training_notebook_has_three_scales(number, scale):
     (notebook,) = parameters.find_notebooks([number])
-    values = run.declared_parameters(notebook) | run.read_parameters(run.PARAMS / f"{number}_{scale}.yaml")
+    given = parameters.read_parameters(parameters.PARAMS / f"{number}_{scale}.yaml")
+    values = parameters.declared_parameters(notebook) | given
     assert values["scale"] == scale
     processes = values.get("full_processes", values.get("gpus"))
     assert processes == 4 or scale != "paper"
-    command = launch.train_command(scale, values["full_stages"], values["full_data"], processes)
-    options = train.build_parser().parse_args(command[command.index("gsv3d_lib.train") + 1 :])
+    command = job.train_command(scale, values["full_stages"], values["full_data"], processes)
+    options = train.build_parser().parse_args(command[command.index("train") + 1 :])
     config = preset(options.preset)
     assert all(schedule_of(config, s).batch % options.processes == 0 for s in options.stages)
     if scale == "paper" and "stage1" in options.stages:
@@ -221,8 +225,8 @@ def test_parameter_sets_in_the_prose_exist(number):
     (notebook,) = parameters.find_notebooks([number])
     prose = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "markdown")
     named = set(re.findall(r"make full NB=(\d\d) PARAMS=(\w+)", prose))
-    named |= set(re.findall(r"gsv3d_lib\.run (\d\d) --params (\w+)", prose))
-    assert named and all((run.PARAMS / f"{nb}_{name}.yaml").is_file() for nb, name in named)
+    named |= set(re.findall(r"gsv3d_lib run (\d\d) --params (\w+)", prose))
+    assert named and all((parameters.PARAMS / f"{nb}_{name}.yaml").is_file() for nb, name in named)
 
 
 # ---------------------------------------------------------------- the training of a notebook
@@ -240,7 +244,7 @@ def test_parameter_sets_in_the_prose_exist(number):
 )
 def test_a_training_that_would_fail_is_refused_before_the_notebook_runs(changes, message):
     (notebook,) = parameters.find_notebooks(["04"])
-    everything = run.declared_parameters(notebook) | {"full_run": True} | changes
+    everything = parameters.declared_parameters(notebook) | {"full_run": True} | changes
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run.check_training(everything)
 
@@ -370,7 +374,8 @@ def test_the_demo_gives_notebook_00_what_it_knows(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(demo, "execute", lambda path, parameters, out: asked.update(parameters | {"path": path}) or 0)
     assert demo.main(["--image", "data/images/mug.png", "--elevation", "auto", "--out", str(tmp_path)]) == 0
-    run.check_parameters(asked, run.declared_parameters(asked.pop("path")))  # raises for a name it does not have
+    declared = parameters.declared_parameters(asked.pop("path"))
+    parameters.check_parameters(asked, declared)  # raises for a name it does not have
     assert (ROOT / asked["weights"] / "gsv3d.json").is_file() and -10 <= asked["elevation"] <= 40
 
 

