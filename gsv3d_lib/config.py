@@ -48,6 +48,16 @@ class Choice(tuple):
         return "one of " + ", ".join(map(repr, self))
 
 
+class Text:
+    """What values a field takes: any text of one line."""
+
+    def __contains__(self, value) -> bool:
+        return isinstance(value, str) and value != "" and value.isprintable()
+
+    def __str__(self) -> str:
+        return "a text of one line"
+
+
 def counts(low: int, high: int) -> Numbers:
     return Numbers(low, high, whole=True)
 
@@ -84,8 +94,10 @@ VALUES = (
         decoder_patch=counts(1, 512),
         decoder_upsample=counts(1, 64),
         decoder_planes=counts(0, 256),
+        decoder_refiner=counts(8, 4096),
         dino=Choice(("dinov2", "none")),
         clip_resize=Choice(("antialias", "blur")),
+        resnet_eps=Numbers(0, 1),
         latent_scale=Numbers(0, 100, above=True),
         cond_aug=Numbers(0, 100),
         log_sigma_mean=Numbers(-10, 10),
@@ -99,6 +111,7 @@ VALUES = (
         copies=counts(1, 64),
         view_counts=counts(1, RING_VIEWS),
         sigma_weighting=Choice(("none", "snr")),
+        lpips_weights=Text(),
         lora_rank=counts(1, 1024),
         seed=counts(0, 10**8),  # `training.example_generator` multiplies it
     )
@@ -106,12 +119,18 @@ VALUES = (
 
 
 def check_values(record, values: dict) -> None:
-    """Raises UserError for the first field of `record` that holds what the table `values` does not allow."""
-    tuples = {field.name for field in dataclasses.fields(record) if field.type.startswith("tuple")}
+    """Raises UserError for the first field of `record` that holds what the table `values` does not allow.
+
+    A tuple may be empty where that is the field's default.
+    """
+    fields = dataclasses.fields(record)
+    tuples = {field.name for field in fields if field.type.startswith("tuple")}
+    may_be_empty = {field.name for field in fields if field.default == ()}
     for name, allowed in values.items():
         value = getattr(record, name)
         entries = value if name in tuples and isinstance(value, tuple) else (value,)
-        if not entries or not all(entry in allowed for entry in entries):
+        missing = not entries and name not in may_be_empty
+        if missing or not all(entry in allowed for entry in entries):
             raise UserError(f"{type(record).__name__}.{name} takes {allowed}; got {shown(value)}.")
 
 
@@ -254,6 +273,10 @@ class Config:
             "decoder_refiner has one entry for each doubling of decoder_upsample",
         )
         self._divides(8, "decoder_refiner", "the groups in which it normalises")
+        self._need(
+            self.lambda_lpips == 0 or self.image_size >= 32,
+            "with lambda_lpips image_size is 32 or more, which leaves its net a pixel in the last layer",
+        )
         self._need(
             all(RING_VIEWS % count == 0 for count in self.view_counts),
             f"view_counts are 1, 2, 4, 8 or 16 of the {RING_VIEWS} views of a ring",

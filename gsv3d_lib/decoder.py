@@ -170,17 +170,20 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         """This decoder where it fits `config`, else a larger one that begins with its weights.
 
         Pictures may have twice the side (`doubled`), and a refiner may take the place of
-        the linear upsampler; that is new.
+        the linear upsampler; that is new. A decoder that has one stays as large as it is.
         """
+        if self.config.refiner_channels:
+            return self
         grown = doubled(self) if config.decoder_patch == 2 * self.config.patch else self
-        if config.decoder_refiner and not self.config.refiner_channels:
-            new = build_decoder(config)
-            kept = grown.state_dict()
-            for name in [n for n in kept if n.startswith(("upsampler", "to_maps"))]:
-                del kept[name]
-            new.load_state_dict(kept, strict=False)
-            return new
-        return grown
+        if not config.decoder_refiner:
+            return grown
+        settings = {**grown.config, "upsample": config.decoder_upsample, "refiner_channels": config.decoder_refiner}
+        new = GaussianDecoder.from_config(settings)
+        kept = grown.state_dict()
+        for name in [n for n in kept if n.startswith(("upsampler", "to_maps"))]:
+            del kept[name]
+        new.load_state_dict(kept, strict=False)
+        return new
 
     def _check(self, latents: Tensor, cameras: list[Cameras], features: Tensor | None) -> None:
         if latents.ndim != 5 or latents.shape[2] != 4:

@@ -19,7 +19,7 @@ from .data.dataset import RING
 from .data.examples import Orbits, draw
 from .diffusion import diffusion_draws, diffusion_loss
 from .encoders import condition_features, orbit_condition
-from .losses import target_loss
+from .losses import LOSS_FIELDS, target_loss
 from .system.errors import UserError
 from .training import Stage
 
@@ -44,7 +44,7 @@ class DistillationStage(Stage):
         "copies",
         "target_views",
     )
-    FIELDS += ("lambda_rgb", "lambda_depth", "lambda_alpha", "lambda_3d")
+    FIELDS += (*LOSS_FIELDS, "lambda_3d")
 
     def __init__(self, unet, clip, decoder, dino, orbits: Orbits, config: Config):
         super().__init__()

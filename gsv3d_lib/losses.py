@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import full_precision
 from .cameras import Cameras, batch_cameras
 from .config import Config
 from .data.examples import Example
 from .gaussians import Gaussians
 from .rendering import render
+from .system.paths import find
 
 
 class Truth(NamedTuple):
@@ -62,7 +64,8 @@ def alpha(seen: Seen, true: Truth) -> Tensor:
 
 def dssim(seen: Seen, true: Truth) -> Tensor:
     """1 - SSIM(I, I*) [ours, as in 3D Gaussian Splatting, eq. 7]: structure, not means."""
-    return 1 - structural_similarity(seen.rgb, true.rgb)
+    with full_precision(true.rgb.device):
+        return 1 - structural_similarity(seen.rgb, true.rgb)
 
 
 def lpips(seen: Seen, true: Truth) -> Tensor:
@@ -75,7 +78,8 @@ def lpips(seen: Seen, true: Truth) -> Tensor:
     down, right = shift_of(true.rgb)
     margin = (0, 0, right, 3 - right, down, 3 - down)
     pair = (F.pad(images, margin, value=1.0) for images in (seen.rgb, true.rgb))
-    return perceptual_net(seen.config.lpips_weights)(*pair).mean()
+    net = perceptual_net(seen.config.lpips_weights, true.rgb.device)
+    return net(*pair).mean()
 
 
 def solid(seen: Seen, true: Truth) -> Tensor:
@@ -95,6 +99,7 @@ TERMS: dict[str, Callable[[Seen, Truth], Tensor]] = {
     "lpips": lpips,
     "solid": solid,
 }
+LOSS_FIELDS = (*(f"lambda_{name}" for name in TERMS), "lpips_weights")  # of `Config`, which equation (1) is made of
 
 
 # ---------------------------------------------------------------- their sum
@@ -185,11 +190,11 @@ def shift_of(images: Tensor) -> tuple[int, int]:
 
 
 @lru_cache(1)
-def perceptual_net(path: str):
+def perceptual_net(path: str, device: torch.device):
     """The LPIPS net of a weights file, opened once."""
     from .evaluation.lpips import load_lpips
 
-    return load_lpips(path)
+    return load_lpips(find(path)).to(device)
 
 
 def pixel_loss(gaussians: Gaussians, cameras: Cameras, rgb: Tensor, depth: Tensor, alpha: Tensor) -> Tensor:

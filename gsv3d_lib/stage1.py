@@ -11,7 +11,7 @@ from .config import Config
 from .data.dataset import RING
 from .data.examples import Orbits, draw, ring_frames
 from .encoders import condition_features
-from .losses import pixel_loss, target_loss
+from .losses import LOSS_FIELDS, pixel_loss, target_loss
 from .training import Stage
 
 
@@ -28,7 +28,7 @@ class DecoderStage(Stage):
         "view_counts",
         "target_views",
     )
-    FIELDS += ("lambda_rgb", "lambda_depth", "lambda_alpha", "lambda_pixel")
+    FIELDS += (*LOSS_FIELDS, "lambda_pixel")
 
     def __init__(self, decoder, dino, orbits: Orbits, config: Config):
         super().__init__()

@@ -21,10 +21,12 @@ from gsv3d_lib import stages, train
 from gsv3d_lib.backprojection import back_project
 from gsv3d_lib.cameras import orbit_cameras, sv3d_azimuths
 from gsv3d_lib.config import Schedule, preset
-from gsv3d_lib.data.dataset import write_index, write_object
+from gsv3d_lib.data.dataset import FRONT, write_index, write_object
+from gsv3d_lib.data.examples import relative_cameras
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.diffusion import sample
 from gsv3d_lib.evaluation import evaluate as ev
+from gsv3d_lib.evaluation import protocol, report
 from gsv3d_lib.evaluation.baselines import AverageObject, flat_card
 from gsv3d_lib.evaluation.lpips import LPIPS
 from gsv3d_lib.evaluation.metrics import psnr
@@ -72,7 +74,7 @@ def pipe(weights) -> GSV3DPipeline:
 @pytest.fixture(scope="module")
 def picture() -> torch.Tensor:
     """The balls from the front [S, S, 3]."""
-    return ball_views(1).scene(0).rgb[ev.FRONT]
+    return ball_views(1).scene(0).rgb[FRONT]
 
 
 # ---------------------------------------------------------------- starting from a checkpoint
@@ -296,7 +298,7 @@ def test_the_chain_is_its_parts(pipe, picture):
 
 
 def test_back_projection_uses_the_mask_of_the_picture(pipe, tmp_path):
-    Image.fromarray(object_views().rgba[ev.FRONT], "RGBA").save(tmp_path / "balls.png")
+    Image.fromarray(object_views().rgba[FRONT], "RGBA").save(tmp_path / "balls.png")
     rgb, mask = prepare_condition(tmp_path / "balls.png", SIZE)
     file, tensors = pipe(tmp_path / "balls.png", **QUICK), pipe(rgb, mask=mask, **QUICK)
     without, plain = pipe(rgb, **QUICK), pipe(rgb, back_projection=False, **QUICK)
@@ -310,7 +312,7 @@ def test_the_number_of_frames_is_free(pipe, picture):
 
 
 def test_files_pictures_and_arrays_come_in(pipe, tmp_path):
-    rgba = object_views().rgba[ev.FRONT]
+    rgba = object_views().rgba[FRONT]
     Image.fromarray(rgba, "RGBA").save(tmp_path / "balls.png")
     results = [pipe.generate(x, **QUICK) for x in (tmp_path / "balls.png", Image.fromarray(rgba, "RGBA"), rgba)]
     assert results[0].image.shape == (SIZE, SIZE, 3)
@@ -459,7 +461,7 @@ def test_a_picture_tensor_must_be_an_image(pipe, picture):
 
 
 def test_a_mask_goes_with_a_condition_image(pipe, picture):
-    whole, rgba = torch.ones(SIZE, SIZE, 1), object_views().rgba[ev.FRONT]
+    whole, rgba = torch.ones(SIZE, SIZE, 1), object_views().rgba[FRONT]
     wrong = (whole[..., 0], whole.numpy(), 255 * whole, 0 * whole, whole * math.nan)
     for image, mask in ((rgba, whole), *((picture, mask) for mask in wrong)):
         with pytest.raises(ValueError, match="A mask, .* goes with a condition image") as error:
@@ -525,13 +527,13 @@ def scene():
 
 
 def test_a_flat_card_is_the_picture_from_the_front(scene):
-    camera = ev.relative_cameras(scene, ev.FRONT, torch.tensor([ev.FRONT]))
-    card = flat_card(scene.rgb[ev.FRONT], scene.alpha[ev.FRONT], camera)
+    camera = relative_cameras(scene, FRONT, torch.tensor([FRONT]))
+    card = flat_card(scene.rgb[FRONT], scene.alpha[FRONT], camera)
     rgb, depth, alpha = render(card, camera)
-    assert psnr(rgb, scene.rgb[[ev.FRONT]]) > 22
-    inside = (alpha[0] > 0.99) & (scene.alpha[ev.FRONT] > 0)
-    assert (rgb[0] - scene.rgb[ev.FRONT]).abs().mean(-1, keepdim=True)[inside].median() < 0.01
-    assert len(card) == int((scene.alpha[ev.FRONT] >= 0.5).sum())
+    assert psnr(rgb, scene.rgb[[FRONT]]) > 22
+    inside = (alpha[0] > 0.99) & (scene.alpha[FRONT] > 0)
+    assert (rgb[0] - scene.rgb[FRONT]).abs().mean(-1, keepdim=True)[inside].median() < 0.01
+    assert len(card) == int((scene.alpha[FRONT] >= 0.5).sum())
     forward = camera.viewmats[0, 2, :3]
     assert (card.means @ forward).abs().max() < 1e-4  # a plane through the centre, facing the camera
     side = orbit_cameras([90.0], 0.0, 64)
@@ -542,9 +544,9 @@ def test_a_flat_card_is_measured_by_as_many_points_as_the_protocol_allows(monkey
     large = ball_views(1, size=128).scene(0)
     half = (torch.arange(128)[:, None, None] < 50).expand_as(large.alpha)  # a card of 6,400 Gaussians
     large = dataclasses.replace(large, alpha=half.float())
-    monkeypatch.setattr(ev, "shape_scores", lambda points, *_: {"points": len(points)})
-    truth = ev.Truth(np.zeros((ev.NUM_POINTS, 3), "f4"), None)
-    assert ev.NUM_POINTS / 2 < ev.evaluate_baselines(large, truth, None)["card"]["points"] <= ev.NUM_POINTS
+    monkeypatch.setattr(protocol, "shape_scores", lambda points, *_: {"points": len(points)})
+    truth = protocol.Truth(np.zeros((protocol.NUM_POINTS, 3), "f4"), None)
+    assert protocol.NUM_POINTS / 2 < protocol.Judge().baselines(large, truth)["card"]["points"] <= protocol.NUM_POINTS
 
 
 def test_the_average_object_is_the_mean_of_each_ring_view():
@@ -570,11 +572,11 @@ def test_the_mesh_of_the_average_of_one_object_is_that_object():
 
 
 def test_targets_are_seen_in_the_world_of_the_input_view(scene):
-    chosen = torch.tensor([ev.FRONT, 3, 19, 22])
-    cameras = ev.relative_cameras(scene, ev.FRONT, chosen)
-    front = orbit_cameras([0.0], scene.elevations[ev.FRONT], 64)
+    chosen = torch.tensor([FRONT, 3, 19, 22])
+    cameras = relative_cameras(scene, FRONT, chosen)
+    front = orbit_cameras([0.0], scene.elevations[FRONT], 64)
     assert torch.allclose(cameras[0].viewmats, front.viewmats, atol=1e-5)
-    rgb, _, depth = ball_pictures(cameras, turned(BALLS, -float(scene.azimuths[ev.FRONT])))
+    rgb, _, depth = ball_pictures(cameras, turned(BALLS, -float(scene.azimuths[FRONT])))
     assert ((rgb - scene.rgb[chosen]).abs().amax(-1) < 0.01).float().mean() > 0.998
     assert ((depth - scene.depth[chosen]).abs() < 1e-3).float().mean() > 0.998
 
@@ -599,13 +601,13 @@ def ball_grid(balls=BALLS) -> np.ndarray:
 
 def test_the_truth_is_read_as_it_was_written(tmp_path):
     write_geometry(tmp_path, "balls")
-    truth = ev.load_truth(tmp_path, "balls")
+    truth = protocol.load_truth(tmp_path, "balls")
     assert truth.points.shape == (4096, 3)
-    assert np.array_equal(truth.points, ev.load_truth(tmp_path, "balls").points)
+    assert np.array_equal(truth.points, protocol.load_truth(tmp_path, "balls").points)
     gaps = [np.abs(np.linalg.norm(truth.points - centre, axis=1) - radius) for centre, radius, _ in BALLS]
     assert np.min(gaps, axis=0).max() < 2e-3  # half precision
     assert np.array_equal(truth.occupancy, ball_grid())
-    assert ev.load_truth(tmp_path, "other") is None and ev.mesh_scores(None, None) == {}
+    assert protocol.load_truth(tmp_path, "other") is None and protocol.mesh_scores(None, None) == {}
 
 
 @pytest.mark.parametrize(
@@ -632,11 +634,11 @@ def test_a_truth_with_wrong_numbers_is_one_sentence(tmp_path, change, sentence):
 
 def test_a_result_is_turned_into_the_world_of_the_truth(tmp_path):
     """Opaque Gaussians on the true surface, seen from azimuth 270: turned by it they fit, and not otherwise."""
-    points = write_geometry(tmp_path, "balls").astype("f4") @ ev._turn(-270.0).T
-    truth, count = ev.load_truth(tmp_path, "balls"), len(points)
+    points = write_geometry(tmp_path, "balls").astype("f4") @ protocol.turn_about_z(-270.0).T
+    truth, count = protocol.load_truth(tmp_path, "balls"), len(points)
     means, quats = torch.from_numpy(points), torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
     surface = Gaussians(means, quats, torch.full((count, 3), 0.015), torch.full((count,), 0.95), means.abs())
-    there, elsewhere = ev.mesh_scores(surface, truth, 270.0), ev.mesh_scores(surface, truth, 0.0)
+    there, elsewhere = protocol.mesh_scores(surface, truth, 270.0), protocol.mesh_scores(surface, truth, 0.0)
     assert there["chamfer"] < 0.05 and there["f_score"] > 0.9 and there["iou"] > 0.75
     assert elsewhere["chamfer"] > 0.1 and elsewhere["f_score"] < 0.6 and elsewhere["iou"] < 0.6
 
@@ -646,22 +648,22 @@ def test_what_has_no_surface_scores_nothing(tmp_path):
     speck = Gaussians(
         torch.zeros(1, 3), torch.eye(4)[:1], torch.full((1, 3), 1e-3), torch.full((1,), 0.1), torch.ones(1, 3)
     )
-    scores = ev.mesh_scores(speck, ev.load_truth(tmp_path, "balls"))
+    scores = protocol.mesh_scores(speck, protocol.load_truth(tmp_path, "balls"))
     assert math.isnan(scores["chamfer"]) and scores["f_score"] == scores["iou"] == 0
 
 
 def test_a_strip_shows_input_truth_result_and_error(scene):
-    camera = ev.relative_cameras(scene, ev.FRONT, torch.tensor([ev.FRONT]))
-    card = flat_card(scene.rgb[ev.FRONT], scene.alpha[ev.FRONT], camera)
-    row = ev.strip(card, scene).unfold(1, 64, 64).permute(1, 0, 3, 2)  # [10, 64, 64, 3]
-    assert torch.equal(row[0], scene.rgb[ev.FRONT]) and torch.equal(row[3], scene.rgb[(ev.FRONT + 8) % 16])
+    camera = relative_cameras(scene, FRONT, torch.tensor([FRONT]))
+    card = flat_card(scene.rgb[FRONT], scene.alpha[FRONT], camera)
+    row = report.strip(card, scene).unfold(1, 64, 64).permute(1, 0, 3, 2)  # [10, 64, 64, 3]
+    assert torch.equal(row[0], scene.rgb[FRONT]) and torch.equal(row[3], scene.rgb[(FRONT + 8) % 16])
     assert torch.allclose(row[7:], 1 - (row[1:4] - row[4:7]).abs(), atol=1e-6)
 
 
 def test_image_scores_of_an_empty_scene_are_those_of_white(scene):
     one = torch.ones(1)
     speck = Gaussians(torch.full((1, 3), 9.0), torch.eye(4)[:1], torch.full((1, 3), 1e-3), one, torch.ones(1, 3))
-    scores = ev.image_scores(speck, scene, ev.FRONT, torch.tensor([0, 5]))
+    scores = protocol.image_scores(speck, scene, FRONT, torch.tensor([0, 5]))
     assert scores["psnr"] == pytest.approx(psnr(torch.ones(2, 64, 64, 3), scene.rgb[[0, 5]]), abs=1e-3)
     assert scores["depth_l1"] == pytest.approx(1.0)  # nothing there costs the object's radius
 
@@ -671,9 +673,9 @@ def test_averages_leave_nan_out_and_make_a_table():
         {"id": "a", "decoder": {"psnr": 20.0, "chamfer": 0.1}, "card": {"psnr": 10.0}},
         {"id": "b", "decoder": {"psnr": 22.0, "chamfer": math.nan}, "card": {"psnr": 11.0}},
     ]
-    means = ev.averages(rows)
+    means = report.averages(rows)
     assert means == {"decoder": {"psnr": 21.0, "chamfer": 0.1}, "card": {"psnr": 10.5}}
-    lines = ev.table(means).split("\n")
+    lines = report.table(means).split("\n")
     assert lines[0] == "| method | psnr | ssim | depth_l1 | chamfer | f_score | iou |" and lines[1] == "|---" * 7 + "|"
     assert lines[2:] == ["| decoder | 21.000 | - | - | 0.100 | - | - |", "| card | 10.500 | - | - | - | - | - |"]
 
@@ -701,7 +703,7 @@ def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys)
     assert record["objects"] == 1 and record["rows"][0]["id"] == "balls"
     ablations = {"generated_without_lora", "generated_without_projection"}
     assert set(record["mean"]) == {"decoder", "generated", "card", "average"} | ablations
-    assert record["lpips"]["net"] == "alex" and "lpips" in record["mean"]["decoder"]
+    assert record["lpips"][0]["net"] == "alex" and "lpips" in record["mean"]["decoder"]
     truthful = {"psnr", "ssim", "lpips", "depth_l1", "chamfer", "f_score", "iou", "front_psnr", "ghosting", "detail"}
     assert truthful | {"reprojection", "split_psnr", "split_depth"} == set(record["mean"]["generated"])
     assert {"psnr", "ssim", "lpips", "chamfer", "f_score", "iou"} == set(record["mean"]["average"])
@@ -710,8 +712,8 @@ def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys)
     )  # it has no volume
     assert 0 < record["mean"]["card"]["chamfer"] < 1 and 5 < record["mean"]["card"]["psnr"] < 40
     assert record["mean"]["generated"] != record["mean"]["generated_without_lora"]
-    assert ev.table(record["mean"]) in capsys.readouterr().out
-    assert ev.table(record["mean"]) in out.with_suffix(".md").read_text()
+    assert report.table(record["mean"]) in capsys.readouterr().out
+    assert report.table(record["mean"]) in out.with_suffix(".md").read_text()
     assert Image.open(out.with_suffix(".png")).size == (10 * SIZE, SIZE)
     assert record["command"].endswith("--steps 1 --guidance 1")
 
@@ -719,10 +721,12 @@ def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys)
 def test_the_decoder_is_scored_on_views_that_it_did_not_get(pipe, monkeypatch):
     scene, seen = ball_views(1).scene(0), {}
 
-    def spy(pictures, scene, chosen, lpips):
+    def spy(judge, pictures, scene, chosen):
         seen["chosen"] = chosen.tolist()
         return {}
 
-    monkeypatch.setattr(ev, "picture_scores", spy)
-    assert set(ev.evaluate_decoder(pipe, scene)) == {"ghosting", "detail"} and seen["chosen"] == list(range(16, 24))
-    assert math.isfinite(ev.evaluate_vae(pipe, scene)["vae_psnr"])
+    monkeypatch.setattr(protocol.Judge, "pictures", spy)
+    assert set(protocol.Judge().decoder(pipe, scene)) == {"ghosting", "detail"} and seen["chosen"] == list(
+        range(16, 24)
+    )
+    assert math.isfinite(protocol.evaluate_vae(pipe, scene)["vae_psnr"])

@@ -391,17 +391,17 @@ def test_checkpoints_are_whole_and_two(whole):
 
 
 def test_a_failing_write_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
-    from gsv3d_lib import training
+    from gsv3d_lib.weights import run_folder
 
     run(LineStage(), tmp_path, stop_at=3)
-    whole_write = training.save_file
+    whole_write = run_folder.save_file
 
     def full_disk(tensors, path, **options):
         whole_write(tensors, path, **options)
         os.truncate(path, 50)
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(training, "save_file", full_disk)
+    monkeypatch.setattr(run_folder, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         run(LineStage(), tmp_path, stop_at=5)
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-0000003.safetensors"]

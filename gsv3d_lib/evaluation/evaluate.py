@@ -128,12 +128,14 @@ def run(args: argparse.Namespace) -> None:
                 f"{path} is there already and goes beside --out {args.out}: choose another --out, or move it."
             )
     nets = [load_lpips(path) for path in args.lpips]
+    names = ["lpips" if net.net == "alex" else f"lpips_{net.net}" for net in nets]
+    if len(set(names)) < len(names):
+        raise UserError(f"--lpips takes one file for each kind of net; got {', '.join(net.net for net in nets)}.")
     pipe = GSV3DPipeline.from_pretrained(args.weights, lora=not args.no_lora)
     views = load_views([args.objects], pipe.config.image_size, limit=args.limit)
     training = None if args.train is None else load_views([args.train], pipe.config.image_size)
     started = time.time()
     average = None if training is None else AverageObject.of(training)
-    names = ["lpips" if net.net == "alex" else f"lpips_{net.net}" for net in nets]
     judge = Judge(dict(zip(names, nets)), average)
     options = {"steps": args.steps, "guidance": args.guidance}
     rows, strips = evaluate(pipe, views, args.objects, judge, args.seed, not args.no_lora, **options)

@@ -73,9 +73,8 @@ def without_nan(value):
 
 def table(means: dict[str, dict[str, float]]) -> str:
     """The averages as a Markdown table."""
-    columns = ["psnr", "ssim", "lpips", "depth_l1", "chamfer", "f_score", "iou"]
-    if not any("lpips" in scores for scores in means.values()):
-        columns.remove("lpips")
+    perceptual = {name for scores in means.values() for name in scores if name.startswith("lpips")}
+    columns = ["psnr", "ssim", *sorted(perceptual), "depth_l1", "chamfer", "f_score", "iou"]
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for method, scores in means.items():
         cells = [f"{scores[c]:.3f}" if scores.get(c) is not None and np.isfinite(scores[c]) else "-" for c in columns]
