@@ -496,3 +496,10 @@ def test_objects_of_other_numbers_of_views_are_one_sentence(broken):
     with pytest.raises(ValueError, match="third in .* has 20 views") as error:
         load_views([broken], SIZE, progress=False)
     one_sentence(error)
+
+
+def test_a_folder_that_is_named_twice_counts_twice(tmp_path):
+    write_object(tmp_path, object_views("one"))
+    write_index(tmp_path, [{"id": "one"}])
+    assert [id for _, id in dataset.list_all([tmp_path, tmp_path])] == ["one", "one"]
+    assert len(load_views([tmp_path, tmp_path], SIZE, progress=False)) == 2

@@ -112,12 +112,17 @@ def checked_rows(rows) -> list[dict]:
 
 
 def list_all(folders: list[str | Path], limit: int | None = None) -> list[tuple[Path, str]]:
-    """Folder and id of the first objects of some dataset folders. Raises UserError where there is none, or one twice."""
-    rows = [(Path(folder), row["id"]) for folder in folders for row in list_objects(folder)][:limit]
+    """Folder and id of the first objects of some dataset folders.
+
+    A folder that is named twice counts twice: its objects weigh more in a training. Raises
+    UserError where there is no object, or two folders have the same one.
+    """
+    found = {Path(folder): [row["id"] for row in list_objects(folder)] for folder in folders}
+    rows = [(Path(folder), id) for folder in folders for id in found[Path(folder)]][:limit]
     if not rows:
         raise UserError(f"The dataset folders {[str(f) for f in folders]} hold no objects.")
     try:
-        check_once(id for _, id in rows)
+        check_once(id for ids in found.values() for id in ids)
     except UserError as error:
         raise UserError(f"The dataset folders do not fit together: {error}; leave out one of the two.") from error
     return rows
