@@ -11,8 +11,8 @@ The paper's chain stands flat, in the order in which the course builds it:
     rotations.py              quaternions and matrices
     gaussians.py              the scene: five tensors
     ply.py                    the file that splat viewers open
-    images.py                 any picture -> the condition image and its mask
-    cutout.py                 which of its pixels are the object
+    images.py                 any picture -> the condition image
+    cutout.py                 its mask, and a sentence where that is in doubt
     config.py                 every number, in three presets
     vae.py                    images <-> latents
     encoders.py               CLIP and DINO, and SV3D's condition from them
@@ -28,7 +28,6 @@ The paper's chain stands flat, in the order in which the course builds it:
     distillation.py           stage 2: the LoRA learns from rendered RGB and depth
     stages.py                 the table of the five stages
     train.py                  the command that trains them
-    elevation.py              how high the camera of a picture stood (ours)
     backprojection.py         the input's own outline and colours (ours)
     pipeline.py               one image -> 3D Gaussians
 
@@ -48,6 +47,8 @@ What is not the paper lies in wings:
     data/make_dataset.py        renders objects into a dataset
     data/sources.py             where objects come from: rules, folders, Objaverse
     data/raycast.py             meshes -> views by ray casting
+    data/elevation.py           how high the camera of a picture stood (ours)
+    data/meshfiles.py           mesh files of others, checked
     data/blender.py             the same by Blender
     data/photos.py              photographs with known cameras -> a dataset
     data/procedural/objects.py  families of objects made by rules

@@ -55,7 +55,7 @@ COMMANDS = {  # where each lives
     "plan": "cluster.plan",
     "evaluate": "evaluation.evaluate",
     "experiments": "evaluation.experiments",
-    "elevation": "elevation",
+    "elevation": "data.elevation",
     "sv3d": "weights.sv3d",
     "doctor": "system.doctor",
 }

@@ -17,8 +17,8 @@ from torch import Tensor
 from .backprojection import back_project
 from .cameras import Cameras, orbit_cameras, sv3d_azimuths
 from .config import Config
+from .data.elevation import Elevation, load_elevation
 from .diffusion import Condition, sample, sampler_settings
-from .elevation import Elevation, load_elevation
 from .encoders import condition_from, image_features
 from .gaussians import Gaussians
 from .images import VISIBLE_ALPHA, prepare_condition
@@ -230,7 +230,7 @@ class GSV3DPipeline:
         return image.float(), None if mask is None else mask.float()
 
     def elevation_of(self, rgb: Tensor) -> float:
-        """Estimated elevation in degrees of the camera that took the condition image [S, S, 3], see `elevation.py`."""
+        """Estimated elevation in degrees of the camera that took the condition image [S, S, 3], see `data/elevation.py`."""
         if self.estimator is None:
             raise UserError(
                 "This checkpoint cannot estimate elevations: give one in degrees, or fit an estimator with "

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_world import SIZE, ball_pictures, one_sentence, randn
 
-from gsv3d_lib import elevation as el
 from gsv3d_lib.cameras import orbit_cameras
+from gsv3d_lib.data import elevation as el
 from gsv3d_lib.data.dataset import COLUMN_NAMES, ViewTensors
 from gsv3d_lib.data.make_dataset import RANDOM_ELEVATIONS
 from gsv3d_lib.pipeline import GSV3DPipeline

@@ -17,8 +17,8 @@ from tiny_world import ball_views, object_views, tiny_config
 
 from gsv3d_lib.cluster.shards import open_shards, write_shards
 from gsv3d_lib.data.dataset import load_views, write_index, write_object
+from gsv3d_lib.data.elevation import load_elevation
 from gsv3d_lib.data.examples import load_orbits
-from gsv3d_lib.elevation import load_elevation
 from gsv3d_lib.evaluation.lpips import load_lpips
 from gsv3d_lib.lora import load_lora
 from gsv3d_lib.system.errors import machine_fault

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..elevation import estimate
+    from ..data.elevation import estimate
     from ..export import FILES
     from ..images import prepare_condition
     from ..weights.checkpoint import load_config

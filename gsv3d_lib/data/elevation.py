@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .data.dataset import RING, ViewTensors, load_views
-from .images import DEFAULT_FILL, prepare_condition
-from .system.command import check_writable, command_parser, exit_code, input_path
-from .system.errors import MissingFile, UserError
-from .system.files import UNREADABLE, Field, Table, read_tensors
-from .system.paths import atomic_path, check_readable, from_repository, reason
+from ..images import DEFAULT_FILL, prepare_condition
+from ..system.command import check_writable, command_parser, exit_code, input_path
+from ..system.errors import MissingFile, UserError
+from ..system.files import UNREADABLE, Field, Table, read_tensors
+from ..system.paths import atomic_path, check_readable, from_repository, reason
+from .dataset import RING, ViewTensors, load_views
 
 SIZE, CELLS, BINS = 64, 8, 9  # pixels of the picture, histograms per side, directions of an edge
 RANGE = (-10.0, 40.0)  # degrees, of the free views of `make_dataset`: nothing else is ever answered
