@@ -1,16 +1,19 @@
 """Train the stages of one preset, in order, from the command line or from a notebook.
 
-    python -m gsv3d_lib train --preset tiny --data data/cache/procedural --out runs/tiny [--stages vae dino ...]
+    python -m gsv3d_lib train --preset tiny --data data/cache/procedural --out runs/tiny
 
-Every stage resumes where it was stopped, if the same command goes on: a checkpoint of other settings or data is refused,
-unless `--force-resume` is given. Only the number of steps may be larger than before. A stage is skipped once its weights lie
-in OUT/weights. The weights are in the layout of
-diffusers and transformers (`save_pretrained`), so that `GSV3DPipeline.from_pretrained(OUT/weights)` opens them.
-`--init FOLDER` starts the named stages from another checkpoint's weights and takes over what they do not train:
+Every stage resumes where it was stopped, if the same command goes on: a checkpoint of other
+settings or data is refused, unless `--force-resume` is given. Only the number of steps may
+be larger than before. A stage is skipped once its weights lie in OUT/weights. They are in
+the layout of diffusers and transformers (`save_pretrained`), so that
+`GSV3DPipeline.from_pretrained(OUT/weights)` opens them. `--init FOLDER` starts the named
+stages from another checkpoint's weights and takes over what they do not train:
 
-    python -m gsv3d_lib train --init data/checkpoints/tiny --stages diffusion stage2 --data data/cache/mine --out runs/mine
+    python -m gsv3d_lib train --init data/checkpoints/tiny --stages diffusion stage2 \\
+        --data data/cache/mine --out runs/mine
 
-`--shards FOLDER` instead of `--data` reads from disk what `cluster/shards.py` computed once, with that checkpoint's encoders.
+`--shards FOLDER` instead of `--data` reads from disk what `cluster/shards.py` computed
+once, with that checkpoint's encoders.
 """
 
 from __future__ import annotations
