@@ -185,7 +185,7 @@ def test_import_is_light_and_public_names_resolve():
 
 def test_doctor_finds_nothing_broken_here(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "has_cuda", lambda: False)  # a GPU without a compiler would be a finding
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     report = capsys.readouterr().out
     assert report.startswith("ok    Python 3.") and report.endswith("Everything that GSV3D needs is here.\n")
     assert "render()" in report and "data/checkpoints/tiny" in report and "data/checkpoints/small" in report

@@ -266,6 +266,8 @@ def evaluate(
 ) -> tuple[list[dict], list[Tensor]]:
     """All measurements, one row per object: {"id", "decoder", "card", "average"} and "generated", "generated_without_lora",
     "generated_without_projection"; and one strip of pictures per object (`strip`)."""
+    if views.rgb.shape[1] == RING:
+        raise UserError(f"{folder} cannot be measured on: its objects have no views beside the {RING} of the ring.")
     for id in views.ids:  # a damaged truth is said now, not minutes later
         load_truth(folder, id)
     average = None if training_views is None else AverageObject.of(training_views)
