@@ -102,6 +102,15 @@ def test_a_material_that_says_nothing_is_refused_not_grey(tmp_path, material, se
         load_mesh(write_obj(tmp_path, material))
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_texts_of_windows_are_read(tmp_path, mark):
+    path = write_obj(tmp_path, mark + TEXTURED.replace("\n", "\r\n"), picture())
+    path.write_bytes((mark + path.read_text().replace("\n", "\r\n")).encode())
+    rgba, _ = render_mesh(load_mesh(path), orbit_cameras([-90.0], [0.0], 9))
+    red, green, _, _ = rgba[0][rgba[0, ..., 3] == 1].mean(0)
+    assert red / green == pytest.approx(RED[0] / RED[1], rel=0.01)
+
+
 def test_a_material_that_no_file_describes_is_refused(tmp_path):
     assert "the material 'm'" in refusal(write_obj(tmp_path, head=["usemtl m"]))
     load_mesh(write_obj(tmp_path, head=[]))  # it claims none
@@ -290,6 +299,15 @@ def test_a_gltf_that_would_be_drawn_otherwise_is_refused(tmp_path, damage, sente
     damage(tree, data)
     with pytest.raises(UserError, match=sentence):
         load_mesh(write_glb(tmp_path / "t.glb", tree, data))
+
+
+def test_shiny_materials_are_checked_too(tmp_path):
+    tree, data = cube()
+    shiny = {"diffuseTexture": {"index": 0}, "specularFactor": [0, 0, 0]}
+    tree["materials"] = [{"extensions": {"KHR_materials_pbrSpecularGlossiness": shiny}}]
+    assert first_color(write_glb(tmp_path / "t.glb", tree, data)) == pytest.approx(RED, abs=12)
+    with_picture(tree, data, picture(mode="P"))  # trimesh would take its indices for colours
+    assert "diffuseTexture cannot be decoded" in refusal(write_glb(tmp_path / "t.glb", tree, data))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from gsv3d_lib import stages, train
 from gsv3d_lib.backprojection import back_project
 from gsv3d_lib.cameras import orbit_cameras, sv3d_azimuths
 from gsv3d_lib.config import Schedule, preset
-from gsv3d_lib.data.dataset import FRONT, write_index, write_object
+from gsv3d_lib.data.dataset import COLUMN_NAMES, FRONT, ViewTensors, write_index, write_object
 from gsv3d_lib.data.examples import relative_cameras
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.diffusion import sample
@@ -630,6 +630,16 @@ def test_a_truth_with_wrong_numbers_is_one_sentence(tmp_path, change, sentence):
     with pytest.raises(ValueError, match=f"balls.geometry.npz cannot be read .*{sentence}") as error:
         ev.load_truth(tmp_path, "balls")
     one_sentence(error)
+
+
+def test_what_cannot_be_measured_on_is_said_before_anything_is_measured(tmp_path):
+    views = ball_views(1)
+    ring = ViewTensors(views.ids, *(getattr(views, name)[:, :16] for name in COLUMN_NAMES))
+    with pytest.raises(ValueError, match="no views beside the 16 of the ring"):
+        ev.evaluate(None, ring, tmp_path, None)
+    (tmp_path / f"{views.ids[0]}.geometry.npz").write_bytes(b"half")
+    with pytest.raises(ValueError, match="geometry.npz cannot be read"):
+        ev.evaluate(None, views, tmp_path, None)
 
 
 def test_a_result_is_turned_into_the_world_of_the_truth(tmp_path):

@@ -37,6 +37,7 @@ MAX_FILE = 1 << 29  # bytes of a mesh file, and of each file that it names
 MAX_TEXELS = 1 << 26  # pixels of a texture: 8192 x 8192
 MAX_TRIANGLES = 20_000_000  # of a scene, every copy counted
 MAX_NODES = 10_000  # of a glTF's tree, and parts of a scene
+BOM = "\ufeff"  # that Windows' editors put before a text
 ROUNDING = 1e-3  # of colours, above 1
 MAX_UV = 1e5  # texture coordinates beyond repeat the texture more often than float32 can tell
 
@@ -132,20 +133,27 @@ def _candidates(path: Path, name: str, places: tuple[Path, ...]) -> list[Path]:
     return found + [place / Path(plain).name for place in (path.parent, *places)]
 
 
-def check_picture(data: bytes) -> None:
+def check_picture(data: bytes, texels: int = MAX_TEXELS, modes: tuple[str, ...] = MODES) -> None:
     """Raises UserError, or another error of `UNREADABLE`, where a texture cannot be decoded."""
     try:
         picture = Image.open(io.BytesIO(data), formats=PICTURES)
     except Image.DecompressionBombError as error:
-        raise UserError(f"a texture has more than {MAX_TEXELS:,} pixels") from error
+        raise UserError(f"a texture has more than {texels:,} pixels") from error
     except UnidentifiedImageError as error:
         raise UserError(f"it is no picture of a kind known here: {', '.join(PICTURES)}") from error
     with picture:
-        if picture.width * picture.height > MAX_TEXELS:
-            raise UserError(f"a texture has {picture.width} x {picture.height} pixels, above {MAX_TEXELS:,}")
-        if picture.mode not in MODES:
-            raise UserError(f"a texture is not of 8 bits a colour, but of mode {picture.mode}")
+        if picture.width * picture.height > texels:
+            raise UserError(f"a texture has {picture.width} x {picture.height} pixels, above {texels:,}")
+        if picture.mode not in modes:
+            raise UserError(
+                f"a texture's pixels are of mode {picture.mode}, and only {', '.join(modes)} are known here"
+            )
         picture.load()
+
+
+def check_shiny(data: bytes) -> None:
+    """`check_picture` of what trimesh computes with, in 64 bits, and takes indices of palettes for colours."""
+    check_picture(data, MAX_TEXELS // 4, ("L", "LA", "RGB", "RGBA"))
 
 
 # ---------------------------------------------------------------- before trimesh
@@ -160,7 +168,7 @@ def check_obj(data: bytes, companions) -> None:
     from trimesh.exchange.obj import parse_mtl
     from trimesh.util import decode_text
 
-    text = decode_text(data).replace("\r\n", "\n").replace("\\\n", "")
+    text = decode_text(data).lstrip(BOM).replace("\r\n", "\n").replace("\\\n", "")
     if odd := re.search(NOT_FINITE, text):
         raise UserError(f"it holds {odd.group()[:60]!r}")
     if re.search(r"^f(?:.*[ \t/])?0(?:[ \t/]|$)", text, re.M):
@@ -172,7 +180,8 @@ def check_obj(data: bytes, companions) -> None:
     library = re.search(r"^mtllib[ \t]+(.*?)[ \t]*$", text, re.M)
     known = {}
     if library:
-        words = decode_text(companions.plain(library.group(1)))
+        words = decode_text(companions.plain(library.group(1))).lstrip(BOM)
+        companions.checked[library.group(1)] = words.encode()  # trimesh takes the mark for a letter
         for picture in re.findall(r"^[ \t]*map_kd[ \t]+(.*?)[ \t\r]*$", words, re.M | re.I):
             companions.picture(picture)
         known = parse_mtl(words, companions)
@@ -253,7 +262,7 @@ class GlTF:
 
     def __init__(self, tree: dict, companions, blobs: list[bytes]) -> None:
         self.tree, self.companions, self.blobs = tree, companions, blobs
-        self.drawn_images: set[int] = set()  # those that were decoded already
+        self.known_images: set[tuple[int, Callable]] = set()  # those that were decoded already
 
     def check(self) -> None:
         """Raises UserError, or what reading of a malformed tree raises."""
@@ -350,15 +359,12 @@ class GlTF:
         for where, factor in ((plain, "baseColorFactor"), (shiny, "diffuseFactor")):
             if factor in where:
                 _check_color(where[factor], 4, factor)
-        for where, names in (
-            (plain, ("baseColorTexture",)),
-            (shiny, ("diffuseTexture", "specularGlossinessTexture")),
-        ):
-            for name in names:
-                if name in where:
-                    self._check_texture(where[name], name)
+        if "baseColorTexture" in plain:
+            self._check_texture(plain["baseColorTexture"], "baseColorTexture", check_picture)
+        for name in {"diffuseTexture", "specularGlossinessTexture"} & set(shiny):
+            self._check_texture(shiny[name], name, check_shiny)
 
-    def _check_texture(self, reference: dict, name: str) -> None:
+    def _check_texture(self, reference: dict, name: str, check: Callable[[bytes], None]) -> None:
         if reference.get("texCoord", 0) != 0:
             raise UserError(f"its {name} lies on a second set of coordinates, which is not known here")
         texture = self.tree["textures"][_whole(reference["index"])]
@@ -366,7 +372,7 @@ class GlTF:
         source = webp.get("source", texture.get("source"))
         if source is None:
             raise UserError(f"its {name} is of a kind that is not known here, such as KTX2")
-        if _whole(source) in self.drawn_images:
+        if (_whole(source), check) in self.known_images:
             return
         image = self.tree["images"][source]
         try:
@@ -376,14 +382,14 @@ class GlTF:
                 data = self.buffers[view["buffer"]][start : start + view["byteLength"]]
             else:
                 data = self._linked(image["uri"], self.companions.picture)
-            check_picture(data)
+            check(data)
         except NotThere:
             raise
         except UNREADABLE as error:
             raise UserError(f"its {name} cannot be decoded: {error}") from error
         if image.get("mimeType") == "image/ktx2":  # trimesh believes this, whatever the data are
             raise UserError(f"its {name} is said to be KTX2, which is not known here")
-        self.drawn_images.add(source)
+        self.known_images.add((source, check))
 
 
 ATTRIBUTES = ("POSITION", "TEXCOORD_0", "COLOR_0")

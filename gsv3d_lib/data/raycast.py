@@ -65,7 +65,8 @@ def normalized(mesh: trimesh.Trimesh | trimesh.Scene, turn: np.ndarray | None = 
         part.apply_transform(np.eye(4) if turn is None else turn)
     points = np.concatenate([part.triangles.reshape(-1, 3) for part in parts])
     center = (points.min(0) + points.max(0)) / 2
-    radius = np.linalg.norm(points - center, axis=1).max()
+    with np.errstate(over="ignore", invalid="ignore"):  # said below
+        radius = np.linalg.norm(points - center, axis=1).max()
     if not radius > 0 or not np.isfinite(radius):
         raise UserError(f"The mesh cannot be scaled into the unit ball: its radius is {radius}.")
     for part in parts:  # not by trimesh's own moves, which take a move by less than 1e-8 for none

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.dataset import FRONT, ViewTensors, load_views
+from ..data.dataset import FRONT, RING, ViewTensors, load_views
 from ..data.examples import relative_cameras
 from ..pipeline import GSV3DPipeline
 from ..rendering import render
@@ -58,6 +58,8 @@ def evaluate(
     A row has "id", "decoder", "card", "average", and "generated" with and without LoRA and
     back-projection.  options: of the sampler.
     """
+    if views.rgb.shape[1] == RING:
+        raise UserError(f"{folder} cannot be measured on: its objects have no views beside the {RING} of the ring.")
     for id in views.ids:  # a damaged truth is said now, not minutes later
         load_truth(folder, id)
     rows, strips, made_sides, true_sides = [], [], [], []
