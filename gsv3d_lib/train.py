@@ -10,7 +10,8 @@ diffusers and transformers (`save_pretrained`), so that `GSV3DPipeline.from_pret
 
     python -m gsv3d_lib train --init data/checkpoints/tiny --stages diffusion stage2 --data data/cache/mine --out runs/mine
 
-`--shards FOLDER` instead of `--data` reads from disk what `cluster/shards.py` computed once, with that checkpoint's encoders.
+`--shards FOLDER` instead of `--data` reads from disk what `cluster/shards.py` computed once, with that
+checkpoint's encoders.
 """
 
 from __future__ import annotations
