@@ -3,8 +3,8 @@
     python -m gsv3d_lib run 05 --params paper                     notebooks/params/05_paper.yaml
     python -m gsv3d_lib run 05 --set steps=200 --set seed=1 --out runs/05-again
 
-Before anything runs, all is checked that can be (`course/parameters.py`): names, types and ranges, pictures and checkpoints, and
-a training that the notebook would start against its data and weights. `--check` stops after that.
+Before anything runs, all is checked that can be (`course/parameters.py`): names, types and ranges, pictures and checkpoints,
+and a training that the notebook would start against its data and weights. `--check` stops after that.
 
 The executed notebook is written after every cell, and during long ones twice a minute, so a killed run keeps what it had.
 Given again, the same command executes the notebook from its first cell: what the stopped run had written is kept beside the

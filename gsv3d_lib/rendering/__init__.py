@@ -1,8 +1,8 @@
 """`render`: the one door to the three rasterisers.
 
-gsplat (CUDA), numba (`rendering/rasterizer.py`) and plain PyTorch (`rendering/plain.py`) keep one contract: from Gaussians and
-cameras they make weighted sums [V, H, W, 4] of (r, g, b, z) and alpha [V, H, W, 1], the sum of the weights. What those mean for
-a picture, the background and the expected depth, is decided here, once.
+gsplat (CUDA), numba (`rendering/rasterizer.py`) and plain PyTorch (`rendering/plain.py`) keep one contract: from Gaussians
+and cameras they make weighted sums [V, H, W, 4] of (r, g, b, z) and alpha [V, H, W, 1], the sum of the weights. What those
+mean for a picture, the background and the expected depth, is decided here, once.
 """
 
 from __future__ import annotations
