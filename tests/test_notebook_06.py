@@ -17,7 +17,7 @@ from gsv3d_lib.config import preset
 from gsv3d_lib.course.exercises import evaluation as exercises
 from gsv3d_lib.data import dataset, make_dataset
 from gsv3d_lib.data.raycast import render_mesh
-from gsv3d_lib.evaluation import baselines, consistency, evaluate, experiments, metrics
+from gsv3d_lib.evaluation import baselines, consistency, experiments, metrics, protocol
 from gsv3d_lib.export import mesh
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.weights.checkpoint import load_config
@@ -186,9 +186,9 @@ def test_failure_numbers_have_their_closed_forms(notebook):
 def test_a_two_faced_ring_repeats_its_front(notebook):
     ring = random_images(16, 8, 8, 3)
     made = notebook["two_faced"](ring)
-    front = [(evaluate.FRONT + step) % 16 for step in range(-4, 5)]
+    front = [(protocol.FRONT + step) % 16 for step in range(-4, 5)]
     assert torch.equal(made[front], ring[front])
-    assert notebook["front_back_similarity"](made[evaluate.FRONT], made[(evaluate.FRONT + 8) % 16]) == math.inf
+    assert notebook["front_back_similarity"](made[protocol.FRONT], made[(protocol.FRONT + 8) % 16]) == math.inf
 
 
 # ---------------------------------------------------------------- exercises
@@ -283,12 +283,12 @@ def test_card_names_the_objects_of_the_table():
 def test_card_views_are_those_of_the_code():
     azimuths, elevations = make_dataset.dataset_angles(0)
     scene = type("Scene", (), {"rgb": torch.zeros(len(azimuths), 4, 4, 3)})
-    assert CARD["input_view"] == evaluate.FRONT
-    assert CARD["target_views"] == evaluate.other_views(scene).tolist()
+    assert CARD["input_view"] == protocol.FRONT
+    assert CARD["target_views"] == protocol.other_views(scene).tolist()
     assert CARD["decoder_input_views"] == list(range(dataset.RING))
     assert CARD["decoder_target_views"] == list(range(dataset.RING, len(azimuths)))
     camera = CARD["input_camera"]
-    assert camera["azimuth_deg"] == azimuths[evaluate.FRONT] and camera["elevation_deg"] == elevations[evaluate.FRONT]
+    assert camera["azimuth_deg"] == azimuths[protocol.FRONT] and camera["elevation_deg"] == elevations[protocol.FRONT]
     assert CARD["ring"] == {
         "views": dataset.RING,
         "step_deg": azimuths[1],
@@ -331,11 +331,9 @@ def test_card_formulas_are_the_metrics():
 
 
 def test_card_states_how_experiments_are_run():
-    stated, parser = CARD["experiments"], inspect.getsource(experiments.main)
-    assert (
-        f"default={stated['seeds']}" in parser
-        and f'"--sampling-steps", type=positive, default={stated["sampler"]["steps"]}' in parser
-    )
+    stated, parser = CARD["experiments"], experiments.build_parser()
+    assert parser.get_default("seeds") == stated["seeds"]
+    assert parser.get_default("sampling_steps") == stated["sampler"]["steps"]
     for path in sorted((ROOT / "data" / "results").glob("*.json")):
         record = json.loads(path.read_text())
         if "differences" in record and "sampler" in record:
@@ -347,13 +345,13 @@ def test_card_mesh_is_the_one_that_is_evaluated(monkeypatch):
 
     def fuse(gaussians, **options):
         asked.update(options)
-        raise ValueError("no surface")
+        raise mesh.NoSurface("no surface")
 
-    monkeypatch.setattr(evaluate, "fuse_mesh", fuse)
-    scores = evaluate.mesh_scores(random_gaussians(), evaluate.Truth(np.zeros((1, 3)), np.zeros((64, 64, 64), bool)))
+    monkeypatch.setattr(protocol, "fuse_mesh", fuse)
+    scores = protocol.mesh_scores(random_gaussians(), protocol.Truth(np.zeros((1, 3)), np.zeros((64, 64, 64), bool)))
     assert math.isnan(scores["chamfer"])  # null in the file
-    assert "iou" not in evaluate.mesh_scores(
-        random_gaussians(), evaluate.Truth(np.zeros((1, 3)), None)
+    assert "iou" not in protocol.mesh_scores(
+        random_gaussians(), protocol.Truth(np.zeros((1, 3)), None)
     )  # unknown solid
     assert scores["f_score"] == CARD["f_score"]["no_surface"] and scores["iou"] == CARD["volume_iou"]["no_surface"]
     assert asked == {
@@ -370,7 +368,7 @@ def test_a_pixel_below_half_alpha_counts_as_missing(monkeypatch):
     shape = (1, 16, 16)
     for alpha, expected in ((faint, CARD["depth_l1"]["missing"]), (faint + 0.01, 0.5)):
         answer = torch.ones(*shape, 3), torch.full((*shape, 1), 3.0), torch.full((*shape, 1), alpha)
-        monkeypatch.setattr(evaluate, "render", lambda *_, answer=answer: answer)
+        monkeypatch.setattr(protocol, "render", lambda *_, answer=answer: answer)
         scene = dataset.Scene(
             torch.ones(*shape, 3),
             torch.ones(*shape, 1),
@@ -379,7 +377,7 @@ def test_a_pixel_below_half_alpha_counts_as_missing(monkeypatch):
             torch.zeros(1),
             torch.zeros(1),
         )
-        scores = evaluate.image_scores(random_gaussians(), scene, 0, torch.tensor([0]))
+        scores = protocol.image_scores(random_gaussians(), scene, 0, torch.tensor([0]))
         assert scores["depth_l1"] == pytest.approx(expected)
     assert CARD["background"] == [1.0, 1.0, 1.0] and CARD["alignment"] == "none"
 

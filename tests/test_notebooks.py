@@ -2,15 +2,16 @@
 
 import ast
 import re
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import nbformat
 import pytest
+from command_world import check_commands
 from refresh import MEASURED, WIDGET
 
 from gsv3d_lib.config import parse_setting
-from gsv3d_lib.course.run import check_parameters, declared_parameters
+from gsv3d_lib.course.parameters import check_parameters, declared_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -125,10 +126,7 @@ def test_every_equation_names_the_function_that_implements_it(path):
     rows = dict(re.findall(r"^\| \((\d\.\d+)\) \|.*\| `([\w.]+)`[^|]*\|$", table, re.M))
     assert set(rows) == set(tags), f"tags {sorted(tags)}, rows {sorted(rows)}"
     for name in rows.values():
-        module, *attributes = name.split(".")
-        thing = import_module(f"gsv3d_lib.{module}")
-        for attribute in attributes:
-            thing = getattr(thing, attribute)
+        resolve_name(f"gsv3d_lib.{name}")
 
 
 @teaching
@@ -169,13 +167,10 @@ def test_a_picture_follows_nearly_every_idea(path):
 
 @every
 def test_commands_in_the_prose_are_ones_that_work(path):
-    """`papermill notebooks/X.ipynb ... -p NAME VALUE` and `python -m gsv3d_lib.MODULE --OPTION` name what exists."""
+    """`papermill notebooks/X.ipynb ... -p NAME VALUE` and `python -m gsv3d_lib COMMAND --OPTION` name what exists."""
     text = prose(path).replace("\\\n", " ")
     for stem, options in re.findall(r"papermill notebooks/(\w+)\.ipynb([^\n]*)", text):
         declared = declared_parameters(ROOT / "notebooks" / f"{stem}.ipynb")
         values = dict(re.findall(r"-p (\w+) (\S+)", options.split("#")[0]))
         check_parameters({name: parse_setting(f"{name}={value}")[1] for name, value in values.items()}, declared)
-    for module, options in re.findall(r"-m gsv3d_lib(?:\.(\w+))?([^`\n]*)", text):
-        source = (ROOT / "gsv3d_lib" / f"{module or '__main__'}.py").read_text()
-        for option in re.findall(r"--[a-z][a-z-]*", options.split("#")[0]):
-            assert f'"{option}"' in source, f"{module} has no {option}"
+    check_commands(text)

@@ -184,8 +184,9 @@ def started(printed: str) -> list[list[str]]:
 def check_torchrun(arguments: list[str], nodes: int, gpus: int):
     """Both real parsers take the command, and what it would train exists -> the torchrun options."""
     options = get_args_parser().parse_args(arguments)
-    assert options.module and options.training_script == "gsv3d_lib.train"
-    training = build_parser().parse_args(options.training_script_args)
+    command, *words = options.training_script_args
+    assert options.module and (options.training_script, command) == ("gsv3d_lib", "train")
+    training = build_parser().parse_args(words)
     assert (int(options.nnodes), int(options.nproc_per_node)) == (nodes, gpus)
     assert training.processes == nodes * gpus
     config = preset(training.preset)
@@ -207,7 +208,7 @@ def test_the_slurm_example_starts_a_training_that_parses(tmp_path):
     done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     prepare, train_all = started(done.stdout)
-    assert build_parser().parse_args(prepare[prepare.index("gsv3d_lib.train") + 1 :]).prepare
+    assert build_parser().parse_args(prepare[prepare.index("gsv3d_lib") + 2 :]).prepare
     options = check_torchrun(train_all[train_all.index("torchrun") + 1 :], nodes, gpus)
     assert (options.rdzv_endpoint, options.rdzv_id, options.max_restarts) == ("node7:29500", "42", 3)
 

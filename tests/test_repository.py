@@ -8,18 +8,17 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
+from command_world import check_commands, module_file, options_of
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import gsv3d_lib
-from gsv3d_lib import __main__ as gsv3d_lib_main
-from gsv3d_lib.__main__ import COMMANDS
+from gsv3d_lib import __main__ as door
 from gsv3d_lib.evaluation.experiments import claims
 from gsv3d_lib.evaluation.report import comparison
 from gsv3d_lib.system import doctor
@@ -68,12 +67,6 @@ def names_of(module: Path) -> set[str]:
         )
         names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
     return names
-
-
-def module_file(name: str) -> Path:
-    """The file of a module of the library: "data.dataset" -> gsv3d_lib/data/dataset.py; of a package its __init__.py."""
-    path = LIBRARY.joinpath(*name.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 # ---------------------------------------------------------------- installation
@@ -263,56 +256,20 @@ def test_links_lead_somewhere(document):
     assert [t for t in local if not (document.parent / t).exists()] == []
 
 
-def commands_in(document: Path) -> list[tuple[str, str]]:
-    """Every command that a document gives: ("train", "--preset tiny ...") for `python -m gsv3d_lib train ...`, "" as
-    the name where it is an image that follows, and ("tools/X.py", ...) for a file that Python runs.
-    """
-    joined = document.read_text().replace("\\\n", " ")
-    found = []
-    for rest in re.findall(r"-m gsv3d_lib\b([^`\n]*)", joined):
-        assert not rest.startswith("."), f"{document.name}: a command is `python -m gsv3d_lib COMMAND`, not {rest}"
-        name = re.match(r" ([a-z]\w*)(?=\s|$)", rest)
-        found.append((name[1] if name else "", rest))
-    return found + re.findall(r"python ([\w/]+\.py)([^`\n]*)", joined)
-
-
-def command_file(name: str) -> Path:
-    """The file behind a command of `commands_in`."""
-    if name.endswith(".py"):
-        return ROOT / name
-    assert not name or name in COMMANDS, f"there is no command {name}"
-    return module_file(COMMANDS.get(name, "__main__"))
-
-
-@cache
-def options_of(name: str) -> frozenset[str]:
-    """The options that a command of the library, or a tool, declares to its parser."""
-    path = command_file(name)
-    module = import_module(path.stem if path in TOOLS else f"gsv3d_lib.{COMMANDS.get(name, '__main__')}")
-    return frozenset(module.build_parser()._option_string_actions)
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_exist(document):
+def test_targets_of_make_exist(document):
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(), re.M)) <= make_targets()
-    assert [name for name, _ in commands_in(document) if not command_file(name).is_file()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_options_of_commands_exist(document):
-    """Every --option after `python -m gsv3d_lib X` or `python tools/X.py` in a document is one that X declares."""
-    for name, rest in commands_in(document):
-        options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest))
-        if command_file(name) in (*MODULES, *TOOLS):
-            assert options <= options_of(name), f"{document.name}: {name or 'gsv3d_lib'}"
-        else:  # of the benchmarks, whose parsers are their own affair
-            source = command_file(name).read_text()
-            assert [option for option in options if f'"{option}"' not in source] == []
+def test_commands_and_their_options_exist(document):
+    """`python -m gsv3d_lib X --option` and `python tools/X.py --option` are ones that X declares."""
+    check_commands(document.read_text())
 
 
 def test_every_command_has_a_parser_and_a_place_in_the_help():
-    text = gsv3d_lib_main.build_parser().format_help()
-    for name in COMMANDS:
+    text = door.build_parser().format_help()
+    for name in door.COMMANDS:
         assert re.search(rf"^    {name} ", text, re.M), name
         assert "--help" in options_of(name)
 

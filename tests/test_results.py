@@ -13,7 +13,7 @@ from PIL import Image
 
 from gsv3d_lib import __main__ as command
 from gsv3d_lib import export, pipeline
-from gsv3d_lib.course import demo
+from gsv3d_lib.course import demo, notebook
 from gsv3d_lib.system.errors import machine_fault
 from gsv3d_lib.system.paths import ROOT, atomic_path, folder_name, own_folder
 
@@ -176,8 +176,8 @@ def instant(monkeypatch, tmp_path):
         (out / "run.json").write_text(parameters["image_path"])
         return {}
 
-    monkeypatch.setattr(demo, "run_notebook", run_notebook)
-    monkeypatch.setattr(demo, "resolve", lambda path: ROOT / path if str(path).startswith("data") else tmp_path / path)
+    monkeypatch.setattr(notebook, "run_notebook", run_notebook)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
     return asked
 
 

@@ -257,7 +257,8 @@ def folders(tmp_path, monkeypatch):
     for k in range(2):
         write_object(data, object_views(f"ball{k}", turn=40.0 * k))
     write_index(data, [{"id": f"ball{k}"} for k in range(2)])
-    monkeypatch.setattr(launch, "run_folder", lambda scale, steps=0: tmp_path / "runs")
+    for module in (job, launch):
+        monkeypatch.setattr(module, "run_folder", lambda scale, steps=0: tmp_path / "runs")
     return data, tmp_path / "runs"
 
 

@@ -21,7 +21,7 @@ import nbformat
 from nbformat.reader import NotJSONError
 
 from ..system.command import check_writable, fault
-from ..system.errors import UserError
+from ..system.errors import MissingFile, UserError
 from ..system.paths import atomic_path
 
 # an output of this type carries numbers for the run record
@@ -164,6 +164,8 @@ def execute(notebook: Path, parameters: dict, out: Path) -> int:
     try:
         run_notebook(notebook, parameters, out)
     except PapermillExecutionError as error:
+        if error.ename in (UserError.__name__, MissingFile.__name__):  # what the user can mend
+            raise UserError(error.evalue) from error
         fault(f"cell {error.exec_count} of {written} stopped: {error.evalue}")
         return 1
     except DeadKernelError:
