@@ -32,6 +32,7 @@ from .system.errors import UserError
 from .system.process import Signals, leave, only_training
 from .weights.run_folder import (
     append_metrics,
+    checkpoints_after,
     load_checkpoint,
     read_metrics,
     run_identity,
@@ -190,6 +191,7 @@ def _train(
     identity = run_identity(stage, schedule, seed, accelerator.mixed_precision)
     start = load_checkpoint(run_dir, stage, optimizer, average, identity, force_resume, accelerator.is_main_process)
     check_same_start(accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist(), run_dir)
+    damaged = checkpoints_after(run_dir, start)
     history = read_metrics(run_dir, before=start)
     if accelerator.is_main_process:
         write_metrics(run_dir, history)
@@ -234,10 +236,10 @@ def _train(
         if stopped:
             break
         if time.monotonic() - saved > 60 * checkpoint_minutes and accelerator.is_main_process:
-            save_checkpoint(run_dir, done, stage, optimizer, average, identity)
-            saved = time.monotonic()
+            save_checkpoint(run_dir, done, stage, optimizer, average, identity, damaged)
+            saved, damaged = time.monotonic(), []
     if accelerator.is_main_process and done > start:
-        save_checkpoint(run_dir, done, stage, optimizer, average, identity)
+        save_checkpoint(run_dir, done, stage, optimizer, average, identity, damaged)
     stopped = stopped or signals.of_any_process(accelerator)
     if stopped:
         leave(stopped, run_dir, done, accelerator.is_main_process)

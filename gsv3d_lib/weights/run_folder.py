@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,11 +75,17 @@ def check_identity(stored: dict, identity: dict, step: int, path: Path, force: b
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, stage: Stage, optimizer, average: dict[str, Tensor], identity: dict
+    run_dir: Path,
+    step: int,
+    stage: Stage,
+    optimizer,
+    average: dict[str, Tensor],
+    identity: dict,
+    damaged: Sequence[Path] = (),
 ) -> None:
     """Write `run_dir`/checkpoint-STEP in full, then make it visible by one rename; keep the last two.
 
-    Checkpoints of later steps than this are damaged ones, which were passed over; they go too.
+    damaged: those that were passed over when the run began; they go first, and so the one before this stays whole.
     """
     tensors = {f"state.{name}": value for name, value in stage.training_state().items()}
     tensors |= {f"average.{name}": value for name, value in average.items()}
@@ -90,14 +97,21 @@ def save_checkpoint(
     path = run_dir / f"checkpoint-{step:07d}.safetensors"
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=statement)
-    files = list_checkpoints(run_dir)
-    place = files.index(path)
-    for old in files[: max(0, place - 1)] + files[place + 1 :]:
+    for old in damaged:
+        if old != path:
+            old.unlink(missing_ok=True)
+    for old in list_checkpoints(run_dir)[:-2]:
         old.unlink()
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, in order, whole or not."""
     return sorted(Path(run_dir).glob("checkpoint-*.safetensors"))
+
+
+def checkpoints_after(run_dir: Path, step: int) -> list[Path]:
+    """Those of later steps: the damaged ones, where `load_checkpoint` went back to `step`."""
+    return [path for path in list_checkpoints(run_dir) if path.stem > f"checkpoint-{step:07d}"]
 
 
 def load_checkpoint(
