@@ -10,6 +10,7 @@ from gsv3d_lib.cameras import (
     DISTANCE,
     FOV_DEG,
     Cameras,
+    batch_cameras,
     from_blender,
     from_c2w,
     from_opengl_view,
@@ -21,6 +22,7 @@ from gsv3d_lib.cameras import (
     pluecker_rays,
     ray_grid,
     read_at,
+    sphere_cameras,
     sv3d_azimuths,
     to_blender,
     to_opengl_view,
@@ -250,3 +252,15 @@ def test_our_orbit_is_the_one_of_the_shared_scans(shared_objects):
         ours = orbit_cameras(views.azimuths, torch.from_numpy(views.elevations), views.rgba.shape[1])
         assert torch.allclose(ours.c2w(), views.cameras.c2w(), atol=1e-3)  # they stand at 3.5088, not 3.509
         assert torch.allclose(ours.Ks, views.cameras.Ks, atol=1e-2)
+
+
+def test_checked_and_unchecked_orbits_are_the_same():
+    azimuths, elevations = torch.tensor([0.0, 22.5, 180.0, 337.5]), torch.tensor([-80.0, 0.0, 15.0, 89.0])
+    checked = orbit_cameras(azimuths, elevations, 48, distance=2.5, fov_deg=40.0)
+    unchecked = sphere_cameras(azimuths, elevations, 48, distance=2.5, fov_deg=40.0)
+    assert torch.equal(checked.viewmats, unchecked.viewmats) and torch.equal(checked.Ks, unchecked.Ks)
+    assert (checked.width, checked.height) == (unchecked.width, unchecked.height) == (48, 48)
+    one = orbit_cameras(azimuths, 15.0, 48)  # one elevation for all
+    assert torch.equal(one.viewmats, sphere_cameras(azimuths, torch.full((4,), 15.0), 48).viewmats)
+    batched = batch_cameras(azimuths[None], elevations[None], 48)[0]
+    assert torch.equal(batched.viewmats, orbit_cameras(azimuths, elevations, 48).viewmats)

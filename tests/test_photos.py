@@ -344,8 +344,12 @@ def test_too_few_photographs_or_only_one_side(folder, read, tmp_path, capsys):
     one_sentence(error)
     assert photos.main([str(folder), "--out", str(tmp_path), "--radius", "1"]) == 2
     assert "together" in capsys.readouterr().err
-    assert photos.main([str(folder), "--out", str(tmp_path), "--center", "0", "0", "0", "--radius", "-1"]) == 2
-    assert "above 0; got -1" in capsys.readouterr().err
+    centred = [str(folder), "--out", str(tmp_path), "--center", "0", "0", "0", "--radius"]
+    assert photos.main([*centred, "0"]) == 2
+    assert "above 0; got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):  # argparse's own, which ends by itself
+        photos.main([*centred, "-1"])
+    assert "must be a number from 0 to 1e+09, got '-1'" in capsys.readouterr().err
     assert photos.main([str(folder), "--out", str(folder / "000.png")]) == 2
     assert "000.png is no folder that you may write to" in capsys.readouterr().err
 

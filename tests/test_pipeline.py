@@ -690,6 +690,31 @@ def test_averages_leave_nan_out_and_make_a_table():
     assert lines[2:] == ["| decoder | 21.000 | - | - | 0.100 | - | - |", "| card | 10.500 | - | - | - | - | - |"]
 
 
+def test_two_lpips_nets_are_two_columns(scene):
+    nets = {"lpips": LPIPS("alex").requires_grad_(False), "lpips_vgg": LPIPS("vgg").requires_grad_(False)}
+    for number, net in enumerate(nets.values(), start=1):
+        for weight in net.weights:
+            weight.fill_(number)
+    judge, pictures, truth = protocol.Judge(nets), scene.rgb[:2], scene.rgb[2:4]
+    scores = judge.colors(pictures, truth)
+    assert set(scores) == {"psnr", "ssim", "lpips", "lpips_vgg"}
+    assert all(scores[name] == pytest.approx(float(net(pictures, truth).mean())) for name, net in nets.items())
+    lines = report.table({"card": scores, "decoder": {"psnr": 20.0, "lpips_vgg": 0.25}}).split("\n")
+    assert lines[0] == "| method | psnr | ssim | lpips | lpips_vgg | depth_l1 | chamfer | f_score | iou |"
+    assert lines[3] == "| decoder | 20.000 | - | - | 0.250 | - | - | - | - |"
+    assert "lpips |" not in report.table({"decoder": {"lpips_vgg": 0.25}})
+
+
+def test_two_files_of_one_lpips_net_are_refused(weights, tmp_path, capsys):
+    """They would be one column."""
+    path = tmp_path / "lpips.safetensors"
+    save_file(LPIPS("alex").state_dict(), path, metadata={"lpips": "alex"})
+    arguments = ["--weights", str(weights), "--objects", str(tmp_path), "--out", str(tmp_path / "scores.json")]
+    assert ev.main([*arguments, "--lpips", str(path), str(path)]) == 2
+    assert "one file for each kind of net; got alex, alex" in capsys.readouterr().err
+    assert not (tmp_path / "scores.json").exists()
+
+
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")  # the faint Gaussians of untrained models have no surface
 def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys):
     for folder, id in (("gso", "balls"), ("train", "others")):
