@@ -85,8 +85,7 @@ def packed(row: tuple[Path, str], views: int | None, quality: int | None, bits: 
     """What a pack holds of one object. quality: None takes the sheet as it is."""
     seen = read_object(*row)
     rgba, depth = seen.rgba[:views], seen.depth[:views]
-    whole = quality is None and len(rgba) == len(seen.rgba)
-    sheet = object_files(*row)[0].read_bytes() if whole else sheet_bytes(rgba, quality or QUALITIES[0])
+    sheet = object_files(*row)[0].read_bytes() if quality is None else sheet_bytes(rgba, quality)
     found = {"sheet": sheet, "depth": b"", "low": 0.0, "span": 1.0, "side": rgba.shape[1]}
     if bits:
         found["depth"], found["low"], found["span"] = depth_bytes(depth, bits)
@@ -106,7 +105,7 @@ def best_quality(rows: list, views: int | None, bits: int, limit: float, pool) -
         size = size_of(list(pool.map(make, sample, chunksize=4))) / len(sample) * len(rows)
         return size > SPARE * limit
 
-    choices = (None, *QUALITIES)  # from large to small
+    choices = QUALITIES if views else (None, *QUALITIES)  # from large to small
     best = bisect_left(choices, True, key=lambda quality: not too_large(quality))
     if best < len(choices):
         return choices[best]
@@ -164,13 +163,15 @@ def read_pack(path: str | Path, size: int, processes: int = 1, limit: int | None
         views = tensors["azimuths"].shape[1]
         columns = {"rgb": shared(count, views, size, size, 3), "alpha": shared(count, views, size, size, 1)}
         if facts["bits"]:
-            columns["depth"] = shared(4 * count, views, size, size, 1).view(torch.float32)
-            columns["depth"] = columns["depth"].reshape(count, views, size, size, 1)
+            bytes_of_depth = shared(count, views, size, size, 4)
+            columns["depth"] = bytes_of_depth.view(torch.float32)
         shares = [range(k, count, processes) for k in range(processes)]
         work = partial(unpack, facts=facts, tensors=tensors, columns=columns, size=size)
         in_processes(work, shares)
     except UNREADABLE as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path} cannot be read ({reason(error)}).") from error
+        raise (
+            error if isinstance(error, UserError) else UserError(f"{path} cannot be read ({reason(error)}).")
+        ) from error
     columns.setdefault("depth", torch.zeros(1).expand(count, views, size, size, 1))
     angles = (tensors[name][:count] for name in ("azimuths", "elevations"))
     return ViewTensors(ids, columns["rgb"], columns["alpha"], columns["depth"], *angles)
@@ -251,9 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     check_writable(options.out)
-    facts = write_pack(
-        options.folders, options.out, options.megabytes, options.ring, options.depth_bits, options.limit
-    )
+    facts = write_pack(options.folders, options.out, options.megabytes, options.ring, options.depth_bits, options.limit)
     quality = "sheets as they were" if facts["quality"] is None else f"quality {facts['quality']}"
     print(
         f"{options.out}: {facts['objects']} objects, {facts['views']} views of {facts['side']} px, {quality}, "
