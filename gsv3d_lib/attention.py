@@ -15,7 +15,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: the one door to attention in the U-Net and decoder.
 
     Queries [B, heads, T, d], keys and values [B, heads, S, d] -> [B, heads, T, d].
+    Code that `torch.compile` makes has torch's own: a look at `_attention` would cut its
+    graph in two at every layer.
     """
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v)
     return _attention.get()(q, k, v)
 
 

@@ -65,11 +65,12 @@ def counts(low: int, high: int) -> Numbers:
 LAYERS, WIDTH, HEADS, SIDE, WEIGHT = counts(1, 128), counts(1, 16384), counts(1, 256), counts(8, 4096), Numbers(0, 1e6)
 SWITCH = Choice((True, False))
 
+MOST_STEPS = 9_999_999  # seven digits in the names of checkpoints
 SCHEDULE_VALUES = dict(
-    steps=counts(1, 9_999_999),  # seven digits in the names of checkpoints
+    steps=counts(1, MOST_STEPS),
     batch=counts(1, 65_535),  # `training.example_generator` leaves so much room
     lr=Numbers(0, 10),
-    warmup=counts(0, 9_999_999),
+    warmup=counts(0, MOST_STEPS),
     weight_decay=Numbers(0, 10),
     ema=Numbers(0, 0.999999),
     micro_batch=counts(0, 65_535),

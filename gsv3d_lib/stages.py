@@ -102,7 +102,8 @@ def run_stage(
     stage = build_stage(name, config, models, data)
     history = train(stage, schedule_of(config, name), Path(run) / name, seed=config.seed, **options)
     begun = trained_steps(init).get(name, 0) if init is not None else 0
-    steps = {name: begun + schedule_of(config, name).steps}
+    done = history[-1]["step"] + 1 if history else 0  # the last step is always logged
+    steps = {name: begun + done}
     for product, model in stage.products().items():
         save_model(model, weights, product, config, steps)
     return history

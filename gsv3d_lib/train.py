@@ -4,10 +4,12 @@
 
 Every stage resumes where it was stopped, if the same command goes on: a checkpoint of other
 settings or data is refused, unless `--force-resume` is given. Only the number of steps may
-be larger than before. A stage is skipped once its weights lie in OUT/weights. They are in
-the layout of diffusers and transformers (`save_pretrained`), so that
-`GSV3DPipeline.from_pretrained(OUT/weights)` opens them. `--init FOLDER` starts the named
-stages from another checkpoint's weights and takes over what they do not train:
+be larger than before. `--minutes 40` trains each of the named stages for so long, however
+fast the machine is; the learning rate follows the time. A stage is skipped once its weights
+lie in OUT/weights. They are in the layout of diffusers and transformers
+(`save_pretrained`), so that `GSV3DPipeline.from_pretrained(OUT/weights)` opens them.
+`--init FOLDER` starts the named stages from another checkpoint's weights and takes over
+what they do not train:
 
     python -m gsv3d_lib train --init data/checkpoints/tiny --stages diffusion stage2 \\
         --data data/cache/mine --out runs/mine
@@ -29,12 +31,21 @@ from pathlib import Path
 import torch
 
 from .cluster.shards import open_shards
-from .config import Config, parse_setting, preset
+from .config import MOST_STEPS, Config, parse_setting, preset
 from .data.dataset import ViewTensors, load_views
 from .data.examples import ring_frames
 from .lora import load_lora
 from .stages import STAGES, is_trained, orbits_for, run_stage, take_over, with_steps
-from .system.command import check_writable, command_parser, exit_code, input_path, output_path, positive, training_seed
+from .system.command import (
+    check_writable,
+    command_parser,
+    exit_code,
+    input_path,
+    number,
+    output_path,
+    positive,
+    training_seed,
+)
 from .system.errors import MissingFile, UserError
 from .system.paths import atomic_path, place_whole, remove_leftovers
 from .training import PRECISIONS
@@ -56,6 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=output_path, default="runs/tiny", help="checkpoints, curves and weights")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--steps", type=positive, help="override the number of steps of the named stages")
+    parser.add_argument(
+        "--minutes",
+        type=number(0.01, 1e6),
+        default=0.0,
+        help="of training for each of the named stages, resumed runs in all; with --steps whatever ends first",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -114,10 +131,11 @@ def run(args: argparse.Namespace) -> None:
             continue
         run_stage(
             name,
-            with_steps(config, name, args.steps),
+            with_steps(config, name, args.steps or (MOST_STEPS if args.minutes else None)),
             views,
             args.out,
             init=args.init,
+            minutes=args.minutes,
             processes=args.processes,
             precision=args.precision,
             force_resume=args.force_resume,

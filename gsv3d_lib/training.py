@@ -36,10 +36,12 @@ from .weights.run_folder import (
     read_metrics,
     run_identity,
     save_checkpoint,
+    trained_seconds,
     write_metrics,
 )
 
 PRECISIONS = ("auto", "fp32", "bf16")
+BETAS = (0.9, 0.99)  # of AdamW
 CLIP_NORM = 1.0  # gradients longer than this are shortened to it
 
 
@@ -105,12 +107,41 @@ def draw_batch(stage: Stage, seed: int, step: int, batch: int, rank: int = 0, wo
     return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
 
 
-def learning_rate(step: int, schedule: Schedule) -> float:
-    """Linear warm-up, then a half cosine from lr to lr / 10. A function of the step alone, so resuming is exact."""
+def learning_rate(step: int, schedule: Schedule, spent: float = 0.0) -> float:
+    """Linear warm-up, then a half cosine from lr to lr / 10.
+
+    A function of the step alone, so resuming is exact; where the time is limited, `spent`
+    is the fraction of it that is gone, and the cosine follows what is further.
+    """
     if step < schedule.warmup:
         return schedule.lr * (step + 1) / schedule.warmup
     progress = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
-    return schedule.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    progress = min(1.0, max(progress, spent))
+    return schedule.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Stopwatch:
+    """Seconds that a run has trained, those before it was resumed included.
+
+    minutes: when the run ends; 0 is without limit.
+    """
+
+    now = staticmethod(time.monotonic)  # tests have a clock of their own
+
+    def __init__(self, before: float = 0.0, minutes: float = 0.0):
+        self.limit = 60 * minutes
+        self.start = self.now() - before
+
+    @property
+    def seconds(self) -> float:
+        return self.now() - self.start
+
+    def fraction(self, accelerator) -> float:
+        """How much of the limit is spent, 0 without one; the same in all processes of a run."""
+        if not self.limit:
+            return 0.0
+        spent = torch.tensor([self.seconds / self.limit], device=accelerator.device)
+        return float(accelerator.gather(spent).max())
 
 
 def train(
@@ -120,6 +151,7 @@ def train(
     *,
     seed: int = 0,
     stop_at: int | None = None,
+    minutes: float = 0.0,
     checkpoint_minutes: float = 3.0,
     log_every: int = 20,
     progress: bool = True,
@@ -134,6 +166,8 @@ def train(
     is raised.
 
     stop_at: leave after this step with a checkpoint (the schedule stays that of the full run).
+    minutes: of training in all, earlier runs in this folder included; 0 is without limit. The learning rate follows the
+    share of them that is spent, and the run ends with them, or after `schedule.steps` where those are done before.
     precision: of matrix products, "fp32" or "bf16"; "auto" is bf16 on a GPU. Weights and sums stay in float32.
     force_resume: go on from a checkpoint of another run all the same, as far as its tensors fit.
     processes: how many processes were asked for; a ValueError is raised if accelerate sees another number.
@@ -163,89 +197,144 @@ def train(
         print(
             "This CPU has no instructions for bfloat16, in which it trains tens of times slower: take fp32.", flush=True
         )
+    if not (math.isfinite(minutes) and minutes >= 0):
+        raise UserError(f"The minutes of a training are a number of 0 or more; got {minutes}.")
     with only_training(Path(run_dir), accelerator.is_main_process), Signals() as signals:
-        options = (seed, stop_at, checkpoint_minutes, log_every, progress, force_resume)
-        return _train(stage, schedule, Path(run_dir), accelerator, signals, *options)
+        run = Run(stage, schedule, Path(run_dir), accelerator, seed, minutes, force_resume)
+        last = min(schedule.steps, stop_at or schedule.steps)
+        stopped = run.go(last, signals, checkpoint_minutes, log_every, progress)
+        run.finish(stopped or signals.of_any_process(accelerator))
+    return run.history
 
 
-def _train(
-    stage: Stage,
-    schedule: Schedule,
-    run_dir: Path,
-    accelerator,
-    signals: Signals,
-    seed: int,
-    stop_at: int | None,
-    checkpoint_minutes: float,
-    log_every: int,
-    progress: bool,
-    force_resume: bool,
-) -> list[dict]:
-    """`train` once the machine is known to be ready for it."""
-    stage.to(accelerator.device)
-    parameters = [p for p in stage.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.99), weight_decay=schedule.weight_decay)
-    wrapped, optimizer = accelerator.prepare(stage, optimizer)
-    average = {name: p.detach().clone() for name, p in stage.training_state().items()} if schedule.ema else {}
-    identity = run_identity(stage, schedule, seed, accelerator.mixed_precision)
-    start = load_checkpoint(run_dir, stage, optimizer, average, identity, force_resume, accelerator.is_main_process)
-    check_same_start(accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist(), run_dir)
-    history = read_metrics(run_dir, before=start)
-    if accelerator.is_main_process:
-        write_metrics(run_dir, history)
+class Run:
+    """A training under way: what `train` sets up, the steps, and what they leave on the disk."""
 
-    last = min(schedule.steps, stop_at or schedule.steps)
-    saved, done, stopped = time.monotonic(), start, 0
-    quiet = not (progress and accelerator.is_main_process)
-    bar = tqdm(range(start, last), initial=start, total=last, desc=run_dir.name, disable=quiet, mininterval=5)
-    for step in bar:
-        batch = draw_batch(stage, seed, step, schedule.batch, accelerator.process_index, accelerator.num_processes)
-        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, schedule)
-        optimizer.zero_grad(set_to_none=True)
+    def __init__(
+        self, stage: Stage, schedule: Schedule, folder: Path, accelerator, seed: int, minutes: float, force: bool
+    ):
+        """Puts the stage on the device and restores the newest checkpoint of the folder."""
+        self.stage, self.schedule, self.folder = stage.to(accelerator.device), schedule, folder
+        self.accelerator, self.seed = accelerator, seed
+        self.parameters = [p for p in stage.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(self.parameters, lr=schedule.lr, betas=BETAS, weight_decay=schedule.weight_decay)
+        self.wrapped, self.optimizer = accelerator.prepare(stage, optimizer)
+        self.average = {}
+        if schedule.ema:
+            self.average = {name: p.detach().clone() for name, p in stage.training_state().items()}
+        self.identity = run_identity(stage, schedule, seed, accelerator.mixed_precision)
+        first = accelerator.is_main_process
+        self.start = load_checkpoint(folder, stage, self.optimizer, self.average, self.identity, force, first)
+        starts = accelerator.gather(torch.tensor([self.start], device=accelerator.device)).tolist()
+        check_same_start(starts, folder)
+        self.done = self.start
+        self.watch = Stopwatch(trained_seconds(folder, self.start), minutes)
+        self.history = read_metrics(folder, before=self.start)
+        if first:
+            write_metrics(folder, self.history)
+
+    def go(self, last: int, signals: Signals, checkpoint_minutes: float, log_every: int, progress: bool) -> int:
+        """Steps until `last`, until the time is up or until a signal comes, which is returned (0 for none)."""
+        first, values = self.accelerator.is_main_process, {}
+        total = None if self.watch.limit else last
+        bar = tqdm(
+            range(self.start, last),
+            initial=self.start,
+            total=total,
+            desc=self.folder.name,
+            disable=not (progress and first),
+            mininterval=5,
+        )
+        saved = time.monotonic()
+        for step in bar:
+            spent = self.watch.fraction(self.accelerator)
+            if spent >= 1:
+                self.end_of_time(values)
+                break
+            values = self.step(step, spent)
+            self.done = step + 1
+            if step % log_every == 0 or step == last - 1:
+                bar.set_postfix_str(self.log(step, values))
+            if stopped := signals.of_any_process(self.accelerator):
+                return stopped
+            if time.monotonic() - saved > 60 * checkpoint_minutes and first:
+                self.save()
+                saved = time.monotonic()
+        return 0
+
+    def step(self, step: int, spent: float) -> dict[str, Tensor]:
+        """One optimiser step; returns the loss, the length of the gradient, and the stage's metrics."""
+        device, schedule = self.accelerator.device, self.schedule
+        ranks = self.accelerator.process_index, self.accelerator.num_processes
+        batch = draw_batch(self.stage, self.seed, step, schedule.batch, *ranks)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, schedule, spent)
+        self.optimizer.zero_grad(set_to_none=True)
+        values = self.gradients(micro_batches(batch, schedule.micro_batch), step)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, CLIP_NORM)
+        check_finite(norm, "gradient", step)  # a step with it would ruin the weights, and the next checkpoint with them
+        self.optimizer.step()
+        self.stage.after_step(step, expected_steps(step, schedule.steps, spent))
+        update_average(self.average, self.stage.training_state(), schedule.ema, step)
+        return {"loss": values.pop("loss"), "grad_norm": norm, **values}
+
+    def gradients(self, parts: list[tuple[float, dict[str, Tensor]]], step: int) -> dict[str, Tensor]:
+        """Add up the gradients of a batch in parts; returns the means of loss and metrics."""
         values: dict[str, Tensor] = {}
-        parts = micro_batches(batch, schedule.micro_batch)
         for number, (share, part) in enumerate(parts, start=1):
-            with nullcontext() if number == len(parts) else accelerator.no_sync(wrapped):  # processes talk once a step
-                loss, metrics = wrapped(part)
-                if not torch.isfinite(loss):
-                    raise UserError(f"The loss of step {step} is {loss.item()}; lower the learning rate and resume.")
-                accelerator.backward(share * loss)
+            is_last = number == len(parts)  # processes talk once a step
+            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+                loss, metrics = self.wrapped(part)
+                check_finite(loss, "loss", step)
+                self.accelerator.backward(share * loss)
             for name, value in {"loss": loss, **metrics}.items():
                 values[name] = values.get(name, 0) + share * value.detach()
-        norm = accelerator.clip_grad_norm_(parameters, CLIP_NORM)
-        if not torch.isfinite(norm):  # a step with it would ruin the weights, and the next checkpoint with them
-            raise UserError(f"The gradient of step {step} is {float(norm)}; lower the learning rate and resume.")
-        optimizer.step()
-        stage.after_step(step, schedule.steps)
-        update_average(average, stage.training_state(), schedule.ema, step)
-        done = step + 1
-        if step % log_every == 0 or step == last - 1:
-            values = {"loss": values.pop("loss"), "grad_norm": norm, **values}
-            names = list(values)
-            stacked = torch.stack([torch.as_tensor(values[n], device=accelerator.device).float() for n in names])
-            means = accelerator.reduce(stacked.detach(), "mean").tolist()
-            history.append({"step": step, "time": round(time.time(), 1), **dict(zip(names, means))})
-            bar.set_postfix_str(" ".join(f"{n} {v:.4g}" for n, v in zip(names, means)))
-            if accelerator.is_main_process:
-                append_metrics(run_dir, history[-1])
-        stopped = signals.of_any_process(accelerator)
+        return values
+
+    def log(self, step: int, values: dict[str, Tensor]) -> str:
+        """Add a row to the metrics: means over all processes. Returns it in short."""
+        names, device = list(values), self.accelerator.device
+        stacked = torch.stack([torch.as_tensor(values[n], device=device).float() for n in names])
+        means = self.accelerator.reduce(stacked.detach(), "mean").tolist()
+        self.history.append({"step": step, "time": round(time.time(), 1), **dict(zip(names, means))})
+        if self.accelerator.is_main_process:
+            append_metrics(self.folder, self.history[-1])
+        return " ".join(f"{n} {v:.4g}" for n, v in zip(names, means))
+
+    def save(self) -> None:
+        seconds = self.watch.seconds
+        save_checkpoint(self.folder, self.done, self.stage, self.optimizer, self.average, self.identity, seconds)
+
+    def end_of_time(self, values: dict[str, Tensor]) -> None:
+        """Log the last step, which nobody knew to be the last; say so where there was none."""
+        if self.done > self.start and self.history[-1]["step"] != self.done - 1:
+            self.log(self.done - 1, values)
+        if self.done == self.start and self.accelerator.is_main_process:
+            limit = f"{self.watch.limit / 60:g} minutes"
+            tqdm.write(f"{self.folder} has trained for {limit} already; ask for more to go on.")
+
+    def finish(self, stopped: int) -> None:
+        """A checkpoint of the last step; then leave where a signal came, else put the averages into the stage."""
+        if self.accelerator.is_main_process and self.done > self.start:
+            self.save()
         if stopped:
-            break
-        if time.monotonic() - saved > 60 * checkpoint_minutes and accelerator.is_main_process:
-            save_checkpoint(run_dir, done, stage, optimizer, average, identity)
-            saved = time.monotonic()
-    if accelerator.is_main_process and done > start:
-        save_checkpoint(run_dir, done, stage, optimizer, average, identity)
-    stopped = stopped or signals.of_any_process(accelerator)
-    if stopped:
-        leave(stopped, run_dir, done, accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    with torch.no_grad():
-        for name, p in stage.training_state().items():
-            p.copy_(average.get(name, p))
-    return history
+            leave(stopped, self.folder, self.done, self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+        with torch.no_grad():
+            for name, p in self.stage.training_state().items():
+                p.copy_(self.average.get(name, p))
+
+
+def check_finite(value: Tensor, what: str, step: int) -> None:
+    """Raises UserError where a loss or a gradient is no number."""
+    if not torch.isfinite(value):
+        raise UserError(f"The {what} of step {step} is {value.item()}; lower the learning rate and resume.")
+
+
+def expected_steps(step: int, steps: int, spent: float) -> int:
+    """How many steps a run will have: `steps`, or what the spent share of its time suggests."""
+    return min(steps, max(step + 1, round(step / spent))) if spent else steps
 
 
 def check_same_start(starts: list[int], run_dir: Path) -> None:
@@ -272,8 +361,8 @@ def micro_batches(batch: dict[str, Tensor], size: int = 0) -> list[tuple[float, 
 def update_average(average: dict[str, Tensor], state: dict[str, Tensor], decay: float, step: int) -> None:
     """Exponential moving average with a warm-up, so that early averages do not remember the random start."""
     decay = min(decay, (1 + step) / (10 + step))
-    for name, mean in average.items():
-        mean.lerp_(state[name].detach(), 1 - decay)
+    if average:
+        torch._foreach_lerp_(list(average.values()), [state[name].detach() for name in average], 1 - decay)
 
 
 def is_slow_in_bf16() -> bool:

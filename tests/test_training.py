@@ -1,6 +1,7 @@
 """The loop: a killed run goes on as if nothing had happened; every stage takes steps that help."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from tiny_world import SCALE, ball_views, descend, one_sentence, randn, random_orbits, shake, tiny_config
 from torch import nn
 
+from gsv3d_lib import training
 from gsv3d_lib.cameras import orbit_cameras, ray_grid
 from gsv3d_lib.config import Schedule, preset
 from gsv3d_lib.data.examples import load_orbits
@@ -28,10 +30,10 @@ from gsv3d_lib.pretraining import DiffusionStage, DINOStage, VAEStage, rolled
 from gsv3d_lib.rendering import render
 from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.system.errors import UserError
-from gsv3d_lib.training import Stage, draw_batch, learning_rate, train, update_average
+from gsv3d_lib.training import Stage, Stopwatch, draw_batch, expected_steps, learning_rate, train, update_average
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import build_vae, encode
-from gsv3d_lib.weights.run_folder import list_checkpoints, read_metrics, run_identity
+from gsv3d_lib.weights.run_folder import list_checkpoints, read_metrics, run_identity, trained_seconds
 
 CONFIG = tiny_config(lambda_alpha=0.5, lambda_pixel=0.5)
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for processes of their own
@@ -477,6 +479,94 @@ def test_gradients_longer_than_1_are_shortened_to_1(tmp_path, scale, clipped):
 def test_the_number_of_processes_is_checked(tmp_path):
     with pytest.raises(ValueError, match="2 processes were asked for, but 1 are running; start them with"):
         run(LineStage(), tmp_path, processes=2)
+
+
+# ---------------------------------------------------------------- a budget of time
+
+
+class Ticks:
+    """A clock on which every look at it, one a step, is `minutes` later than the one before."""
+
+    def __init__(self, minutes: float):
+        self.seconds, self.tick = 0.0, 60 * minutes
+
+    def __call__(self) -> float:
+        self.seconds += self.tick
+        return self.seconds
+
+
+LONG = replace(LINE, steps=1000)
+
+
+def timed(monkeypatch, folder, minutes: float, tick: float = 1.0, schedule=LONG, **options):
+    """A run of LineStage of so many minutes, where a step takes `tick` of them."""
+    monkeypatch.setattr(Stopwatch, "now", staticmethod(Ticks(tick)))
+    stage = LineStage()
+    return stage, run(stage, folder, schedule, minutes=minutes, **options)
+
+
+def test_a_run_ends_with_its_minutes(tmp_path, monkeypatch):
+    rates, passed = [], []
+    of_schedule = training.learning_rate
+
+    def noted(step, schedule, spent):
+        passed.append(spent)
+        rates.append(of_schedule(step, schedule, spent))
+        return rates[-1]
+
+    monkeypatch.setattr(training, "learning_rate", noted)
+    stage, rows = timed(monkeypatch, tmp_path, minutes=11)
+    assert [row["step"] for row in rows] == list(range(10))
+    assert passed == pytest.approx([k / 11 for k in range(1, 11)])
+    assert rates[:2] == pytest.approx([LONG.lr / 2, LONG.lr])  # the warm-up counts steps
+    assert rates[2:] == pytest.approx([LONG.lr * (0.55 + 0.45 * math.cos(math.pi * k / 11)) for k in range(3, 11)])
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-0000010.safetensors"]
+    assert trained_seconds(tmp_path, 10) == 60 * 12  # the look that found the time up, and that of the checkpoint
+
+
+def test_the_last_step_of_a_timed_run_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stopwatch, "now", staticmethod(Ticks(1.0)))
+    rows = train(LineStage(), LONG, tmp_path, log_every=4, progress=False, minutes=8)
+    assert [row["step"] for row in rows] == [0, 4, 6]
+
+
+def test_a_resumed_run_has_the_rest_of_its_minutes(tmp_path, monkeypatch, capsys):
+    timed(monkeypatch, tmp_path, minutes=20, stop_at=6)
+    assert trained_seconds(tmp_path, 6) == 60 * 7  # six steps, and the look at the clock for the checkpoint
+    _, rows = timed(monkeypatch, tmp_path, minutes=20)
+    assert [row["step"] for row in rows] == list(range(6 + 12))  # 7 + 12 < 20 <= 7 + 13
+    _, rows = timed(monkeypatch, tmp_path, minutes=20)
+    assert len(rows) == 18 and "has trained for 20 minutes already; ask for more to go on" in capsys.readouterr().out
+    _, rows = timed(monkeypatch, tmp_path, minutes=30)
+    assert len(rows) > 18
+
+
+def test_steps_may_end_a_timed_run_earlier(whole, tmp_path, monkeypatch):
+    """And with all the time in the world it is the run without a limit, bit for bit."""
+    stage, rows = timed(monkeypatch, tmp_path, minutes=1e5, tick=1e-9, schedule=LINE)
+    assert curve(rows) == curve(whole[1])
+    assert_same_weights(stage, whole[0])
+
+
+def test_a_teacher_hears_how_many_steps_the_time_will_allow():
+    assert expected_steps(5, 800, 0.0) == 800
+    assert expected_steps(50, 9_999_999, 0.25) == 200
+    assert expected_steps(50, 120, 0.25) == 120
+    assert expected_steps(0, 9_999_999, 0.9) == 1
+
+
+@pytest.mark.parametrize("minutes", [-1.0, math.nan, math.inf])
+def test_minutes_that_are_none_are_refused(tmp_path, minutes):
+    with pytest.raises(UserError, match="minutes of a training are a number of 0 or more"):
+        run(LineStage(), tmp_path, minutes=minutes)
+
+
+def test_a_checkpoint_that_says_nonsense_of_its_time_has_had_none(tmp_path):
+    run(LineStage(), tmp_path, stop_at=3)
+    for text, seconds in (("-5", 0.0), ("nan", 0.0), ("soon", 0.0), ("1e99", 1e9), ("12.5", 12.5)):
+        tampered(tmp_path, lambda tensors, facts, text=text: facts.update(seconds=text))
+        assert trained_seconds(tmp_path, 3) == seconds
+    assert trained_seconds(tmp_path, 4) == 0.0
 
 
 # ---------------------------------------------------------------- schedule, average, batches

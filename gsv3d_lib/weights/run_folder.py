@@ -28,6 +28,7 @@ from ..system.paths import atomic_path, check_readable, reason
 if TYPE_CHECKING:
     from ..training import Stage
 
+LONGEST = 1e9  # seconds, thirty years
 RUN_FORMAT = 1  # of what a checkpoint states about its run
 
 
@@ -74,15 +75,25 @@ def check_identity(stored: dict, identity: dict, step: int, path: Path, force: b
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, stage: Stage, optimizer, average: dict[str, Tensor], identity: dict
+    run_dir: Path,
+    step: int,
+    stage: Stage,
+    optimizer,
+    average: dict[str, Tensor],
+    identity: dict,
+    seconds: float = 0.0,
 ) -> None:
-    """Write `run_dir`/checkpoint-STEP in full, then make it visible by one rename; keep the last two."""
+    """Write `run_dir`/checkpoint-STEP in full, then make it visible by one rename; keep the last two.
+
+    seconds: of training that the run has had.
+    """
     tensors = {f"state.{name}": value for name, value in stage.training_state().items()}
     tensors |= {f"average.{name}": value for name, value in average.items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     statement = {"step": str(step), "tensors": str(len(tensors)), "run": json.dumps(identity)}
+    statement["seconds"] = f"{seconds:.3f}"
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / f"checkpoint-{step:07d}.safetensors"
     with atomic_path(path) as temporary:
@@ -133,6 +144,19 @@ def load_checkpoint(
             f"No checkpoint in {run_dir} can be read: delete them to train from the start, or copy them again."
         )
     return 0
+
+
+def trained_seconds(run_dir: Path, step: int) -> float:
+    """Seconds of training behind the checkpoint of a step; 0 where there is none or it does not say."""
+    path = Path(run_dir) / f"checkpoint-{step:07d}.safetensors"
+    if not path.is_file():
+        return 0.0
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("seconds", "0")
+    try:
+        return min(max(0.0, float(text)), LONGEST)  # NaN becomes 0
+    except ValueError:
+        return 0.0
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, dict]:
