@@ -415,7 +415,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--center", nargs=3, type=number(-1e9, 1e9), metavar=("X", "Y", "Z"), help="of the object, in the file's world"
     )
     parser.add_argument(
-        "--radius", type=number(0, 1e9), help="of the object, with --center (default for both: the silhouettes')"
+        "--radius", type=number(-1e9, 1e9), help="of the object, with --center (default for both: the silhouettes')"
     )
     parser.add_argument("--background", choices=["auto", "rembg", "plain"], default="auto", help="see images.cut_out")
     return parser
