@@ -160,9 +160,9 @@ def test_an_empty_or_missing_folder_is_refused(tmp_path, capsys):
     ("more", "sentence"),
     [
         (["--ring", "30", "-5"], "LOW to HIGH"),
-        (["--views", "8"], "at least the 16 views"),
+        (["--views", "8"], "must be 16 or more, got 8"),
         (["--supersample", "0"], "must be 1 or more"),
-        (["--size", "0"], "must be 1 or more"),
+        (["--size", "0"], "must be 8 or more, got 0"),
         (["--ids", "list.txt"], "--ids chooses among"),
         (["--licences", "cc0"], "--licences among"),
     ],
