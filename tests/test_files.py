@@ -185,7 +185,7 @@ READERS = {
         lambda folder: load_checkpoint(folder, torch.nn.Module()),
     ),
     "model": (
-        lambda folder: save_model(build_vae(CONFIG), folder, "vae", CONFIG),
+        lambda folder: save_model(build_vae(CONFIG), folder / "weights", "vae", CONFIG),
         lambda folder: load_model(folder / "weights", "vae"),
     ),
     "LoRA": (

@@ -90,6 +90,7 @@ def list_objects(folder: str | Path) -> list[dict]:
             f"No dataset at {folder}: index.json is missing. Make one with "
             f"`python -m gsv3d_lib make_dataset --procedural 200 --out {folder}`."
         )
+    check_readable(index)
     try:
         rows = read_json(index)
         if not (isinstance(rows, dict) and "shards" in rows):
