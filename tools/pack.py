@@ -96,8 +96,8 @@ def size_of(objects: list[dict]) -> int:
     return sum(len(one["sheet"]) + len(one["depth"]) for one in objects)
 
 
-def best_quality(rows: list, views: int | None, bits: int, limit: float, pool) -> int | None:
-    """The highest quality at which all objects should fit, by a sample; None for the sheets as they are."""
+def fitting_qualities(rows: list, views: int | None, bits: int, limit: float, pool) -> tuple[int | None, ...]:
+    """The qualities at which all objects should fit, by a sample, best first; None for the sheets as they are."""
     sample = rows[:: max(1, len(rows) // SAMPLE)]
 
     def too_large(quality: int | None) -> bool:
@@ -107,11 +107,7 @@ def best_quality(rows: list, views: int | None, bits: int, limit: float, pool) -
 
     choices = QUALITIES if views else (None, *QUALITIES)  # from large to small
     best = bisect_left(choices, True, key=lambda quality: not too_large(quality))
-    if best < len(choices):
-        return choices[best]
-    raise UserError(
-        f"{len(rows)} objects do not fit {limit / 1e6:.0f} MB even at quality {QUALITIES[-1]}: take fewer (--limit)."
-    )
+    return choices[best:]
 
 
 def write_pack(
@@ -122,8 +118,14 @@ def write_pack(
         raise UserError(f"Depth is packed in 8 or 16 bits, or not at all (0); got {bits}.")
     rows, views = list_all(folders, limit), RING if ring else None
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        quality = best_quality(rows, views, bits, 1e6 * megabytes, pool)
-        objects = list(pool.map(partial(packed, views=views, quality=quality, bits=bits), rows, chunksize=8))
+        for quality in fitting_qualities(rows, views, bits, 1e6 * megabytes, pool):
+            objects = list(pool.map(partial(packed, views=views, quality=quality, bits=bits), rows, chunksize=8))
+            if size_of(objects) <= SPARE * 1e6 * megabytes:
+                break
+        else:
+            raise UserError(
+                f"{len(rows)} objects do not fit {megabytes:g} MB even at quality {QUALITIES[-1]}: take fewer (--limit)."
+            )
     for name in ("azimuths", "side"):
         if len({np.size(one[name]) if name == "azimuths" else one[name] for one in objects}) > 1:
             raise UserError("Objects of one pack have equally many views of one size; pack these folders apart.")

@@ -195,14 +195,14 @@ class Learner:
         return loss.detach()
 
     def until(self, end: float, clock: Clock, fraction, draw, each_minute, changed=None, every: int = 50) -> None:
-        """Steps until the clock shows `end`.
+        """Steps until the clock shows `end`, one at least.
 
         fraction(): the share of the training's time that is spent.  draw(): a batch.
         each_minute(): saves.  changed(): called now and then, for what gets ready meanwhile.
         Raises UserError where the loss is no number.
         """
         saved, mark, first = clock.spent, clock.spent, self.done
-        while clock.spent < end:
+        while clock.spent < end or self.done == first:
             loss = self.step(draw(), fraction())
             if self.done % every == 0 or self.done == first + 1:
                 value = loss.item()  # waits for the device, so the clock is true here
@@ -570,8 +570,9 @@ def full_step(stage_name: str, device: str, gsplat: bool, scale: str = "paper") 
         optimizer.step()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = timed(once, device, 2)
-        update = timed(optimizer.step, device, 2)
+        repeats = 2 if device == "cuda" else 1
+        seconds = timed(once, device, repeats)
+        update = timed(optimizer.step, device, repeats)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
     rendered = "gsplat" if gsplat else "nothing: a stand-in takes the rasteriser's place"
     return {"orbits": orbits, "seconds": seconds, "optimiser": update, "peak_gb": peak, "rendered by": rendered}
