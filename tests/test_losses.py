@@ -12,7 +12,7 @@ from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.evaluation.lpips import LPIPS
 from gsv3d_lib.evaluation.metrics import ssim
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.losses import LOSS_FIELDS, TERMS, Seen, Truth, rendering_loss, shift_of, solid, structural_similarity
+from gsv3d_lib.losses import LOSS_FIELDS, TERMS, Seen, Truth, rendering_loss, shift, solid, structural_similarity
 from gsv3d_lib.stages import STAGES
 from gsv3d_lib.system.errors import MissingFile
 
@@ -107,10 +107,17 @@ def test_lpips_is_0_for_equal_pictures_and_has_a_gradient(weights):
     assert TERMS["lpips"](*closer) < value
 
 
-def test_the_shift_depends_on_the_pictures_alone():
-    shifts = [shift_of(pictures(seed=seed)) for seed in range(40)]
-    assert shifts == [shift_of(pictures(seed=seed)) for seed in range(40)]
-    assert {n for pair in shifts for n in pair} == {0, 1, 2, 3}
+def test_four_pictures_are_moved_by_four_offsets_and_nothing_is_lost():
+    images = pictures(4)
+    moved = shift(images)
+    size = images.shape[1]
+    assert moved.shape == (4, size + 3, size + 3, 3)
+    found = set()
+    for image, larger in zip(images, moved):
+        places = [(i, j) for i in range(4) for j in range(4) if torch.equal(larger[i : i + size, j : j + size], image)]
+        assert len(places) == 1
+        found |= set(places)
+    assert len(found) == 4 and {i for i, _ in found} == {j for _, j in found} == {0, 1, 2, 3}
 
 
 def test_lpips_without_its_weights_is_one_sentence(tmp_path):

@@ -280,9 +280,10 @@ def part(name: str, model: nn.Module, kept: dict, forward: dict) -> Part:
 def rehearse(config: Config, stage: str, half: bool = False) -> Rehearsal:
     """One step of a stage on one example, forward and backward, with the checkpointing of the configuration.
 
-    half: under autocast to bfloat16, as `training.train` does on a GPU.
+    half: under autocast to bfloat16, as `training.train` does on a GPU. The LPIPS net of a
+    loss is not counted: its weights are numbers of a file.
     """
-    learner = stage_on_meta(config, stage)
+    learner = stage_on_meta(config.replace(lambda_lpips=0.0), stage)
     models = {name: model for name, model in learner.named_children() if name in NETWORKS}
     kept, forward = {}, {}
     with imagined():

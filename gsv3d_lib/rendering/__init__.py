@@ -30,7 +30,7 @@ _given: ContextVar[Callable | None] = ContextVar("rasterizer", default=None)
 
 @contextmanager
 def rendering_with(rasterize: Callable) -> Iterator[None]:
-    """Within the block `render` draws with this function, which keeps the contract of `reference.rasterize`."""
+    """Within the block `render` draws with this function, which keeps the contract of `plain.rasterize`."""
     token = _given.set(rasterize)
     try:
         yield
@@ -106,7 +106,7 @@ def rasterize_gsplat(
     means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor,
     viewmats: Tensor, Ks: Tensor, width: int, height: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`reference.rasterize` with gsplat's CUDA kernels, in float32.
+    """`plain.rasterize` with gsplat's CUDA kernels, in float32.
 
     Raises ValueError when the tensors are not on a CUDA device or gsplat has no kernels.
     """

@@ -42,7 +42,7 @@ def rasterize(
     width: int,
     height: int,
 ) -> tuple[Tensor, Tensor]:
-    """Render G Gaussians from V cameras, before any background: the contract of `reference.rasterize`.
+    """Render G Gaussians from V cameras, before any background: the contract of `plain.rasterize`.
 
     Shapes: means [G, 3], quats [G, 4], scales [G, 3], opacities [G], colors [G, 3], viewmats [V, 4, 4], Ks [V, 3, 3];
     CPU tensors, all float32 or all float64.
