@@ -21,6 +21,7 @@ from gsv3d_lib import train
 from gsv3d_lib.cluster import job, launch
 from gsv3d_lib.config import parse_setting, preset
 from gsv3d_lib.course import demo, parameters, run
+from gsv3d_lib.course import notebook as runner
 from gsv3d_lib.course.notebook import keep_stopped, run_notebook
 from gsv3d_lib.data.dataset import write_index, write_object
 from gsv3d_lib.stages import schedule_of
@@ -138,8 +139,8 @@ def test_a_damaged_record_is_one_of_a_stopped_run(tmp_path, record):
     (out / "02_small.ipynb").write_text("{")  # written by half
     if record is not None:
         (out / "run.json").write_text(record)
-    assert run.collected_metrics(out / "02_small.ipynb") == {} == run.collected_metrics(out / "none.ipynb")
-    run.keep_stopped(tmp_path / "02_small.ipynb", out)
+    assert runner.collected_metrics(out / "02_small.ipynb") == {} == runner.collected_metrics(out / "none.ipynb")
+    runner.keep_stopped(tmp_path / "02_small.ipynb", out)
     assert (out / "02_small.stopped.ipynb").is_file() and not (out / "02_small.ipynb").exists()
 
 

@@ -123,7 +123,7 @@ def list_all(folders: list[str | Path], limit: int | None = None) -> list[tuple[
     if not rows:
         raise UserError(f"The dataset folders {[str(f) for f in folders]} hold no objects.")
     try:
-        check_once(id for ids in found.values() for id in ids)
+        check_once(id for _, id in dict.fromkeys(rows))
     except UserError as error:
         raise UserError(f"The dataset folders do not fit together: {error}; leave out one of the two.") from error
     return rows
