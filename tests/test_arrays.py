@@ -23,7 +23,7 @@ from gsv3d_lib.system.files import (
     read_tensors,
     webp_facts,
 )
-from gsv3d_lib.system.paths import check_id, named_file, plain_id, remove_leftovers
+from gsv3d_lib.system.paths import WRITER, check_id, named_file, plain_id, remove_leftovers
 
 TABLE = {
     "grid": Field(("N", 4), "u2", 0, 9),
@@ -234,7 +234,8 @@ def test_named_files_lie_in_the_folder_or_beside_it(tmp_path):
 
 def test_leftovers_of_dead_processes_are_removed(tmp_path):
     dead = 2**22 + 1  # above what Linux gives
-    names = [f".a.webp.{dead}.tmp", f".a.webp.{os.getppid()}.tmp", ".mine.tmp", f".b.npz.{dead}.tmp"]
+    names = [f".a.webp.{WRITER}-{dead}.tmp", f".a.webp.{WRITER}-{os.getppid()}.tmp"]
+    names += [".mine.tmp", f".b.npz.{WRITER}-{dead}.tmp"]
     for name in names:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path, "a.webp")

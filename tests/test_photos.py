@@ -316,13 +316,14 @@ def test_a_mask_lies_in_the_folder_too(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--views", "1000000000"], "WebP's pictures have at most"),
-        (["--size", "1000000"], "WebP's pictures have at most"),
-        (["--center", "nan", "0", "0", "--radius", "1"], "--center is a place"),
+        (["--views", "1000000000"], "must be 1000 or less"),
+        (["--size", "1000000"], "must be 4096 or less"),
+        (["--center", "nan", "0", "0", "--radius", "1"], "must be a number from"),
     ],
 )
 def test_options_that_no_object_can_have_are_said_first(folder, tmp_path, capsys, options, sentence):
-    assert photos.main([str(folder), "--out", str(tmp_path), *options]) == 2
+    with pytest.raises(SystemExit, match="2"):  # argparse's own, which ends by itself
+        photos.main([str(folder), "--out", str(tmp_path), *options])
     assert sentence in capsys.readouterr().err
     for text in ("-5", "0"):
         with pytest.raises(SystemExit, match="2"):
@@ -347,9 +348,8 @@ def test_too_few_photographs_or_only_one_side(folder, read, tmp_path, capsys):
     centred = [str(folder), "--out", str(tmp_path), "--center", "0", "0", "0", "--radius"]
     assert photos.main([*centred, "0"]) == 2
     assert "above 0; got 0" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):  # argparse's own, which ends by itself
-        photos.main([*centred, "-1"])
-    assert "must be a number from 0 to 1e+09, got '-1'" in capsys.readouterr().err
+    assert photos.main([*centred, "-1"]) == 2
+    assert "above 0; got -1" in capsys.readouterr().err
     assert photos.main([str(folder), "--out", str(folder / "000.png")]) == 2
     assert "000.png is no folder that you may write to" in capsys.readouterr().err
 
