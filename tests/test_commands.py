@@ -104,7 +104,11 @@ GOOD = {
         ("train", {"--set": "steps"}, "--set takes NAME=VALUE"),
         ("train", {"--preset": "small", "--set": f"seed={2**64}"}, "seed takes whole numbers from 0 to"),
         ("train", {"--preset": "small", "--set": "stage1.lr=1e999"}, "lr takes numbers from 0 to 10; got inf"),
-        ("train", {"--preset": "small", "--set": "vae_schedule.batch=100000000000"}, "batch takes whole numbers from 1 to"),
+        (
+            "train",
+            {"--preset": "small", "--set": "vae_schedule.batch=100000000000"},
+            "batch takes whole numbers from 1 to",
+        ),
         ("train", {"--preset": "small", "--set": "num_frames=100000000"}, "num_frames takes whole numbers from 1 to"),
         ("evaluate", {"--out": "."}, "it is a folder; name a file in it"),
         ("evaluate", {"--out": "./picture.json"}, "picture.png is there already"),

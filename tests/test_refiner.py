@@ -50,7 +50,8 @@ def test_each_level_sees_its_own_latent():
     other = latents.clone()
     other[..., 3, 3] += 1
     change = (refiner(tokens, latents) - refiner(tokens, other)).abs().amax((0, 1))
-    assert change[3, 3] > 1e-4 and change[:6, :6].sum() == change.sum()  # two convolutions reach two pixels
+    assert change[3, 3] > 1e-4
+    assert change[6:].max() == change[:, 6:].max() == 0  # two convolutions reach two pixels
 
 
 def test_gradients_reach_the_latents_through_the_refiner():
