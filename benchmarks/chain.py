@@ -1,9 +1,11 @@
-"""Where does the time of the chain go? The training steps and generation on one CPU thread, piece by piece.
+"""Where does the time of the chain go? The training steps and generation on one CPU
+thread, piece by piece.
 
     python benchmarks/chain.py [--sections steps generation comparisons] [--rounds 3] [--json FILE] [--markdown FILE]
 
-Everything runs in one process on one thread, interleaved, so that other load on the machine hits all alike; reported is
-the minimum CPU time over the rounds. Only shares and ratios mean anything on another machine. Three sections:
+Everything runs in one process on one thread, interleaved, so that other load on the
+machine hits all alike; reported is the minimum CPU time over the rounds. Only shares
+and ratios mean anything on another machine. Three sections:
 
     steps        the pieces of one step of the diffusion stage, of stage 1 and of stage 2
     generation   the pieces of one image -> Gaussians, and the whole against its matrix products timed alone
@@ -70,7 +72,9 @@ def make_orbits(config: Config, vae) -> Orbits:
         azimuths, elevations = dataset_angles(seed)
         cameras = orbit_cameras(azimuths, elevations, config.image_size)
         rgba, depth = render_mesh(procedural_object(seed), cameras, 1)
-        views = ObjectViews(str(seed), (rgba * 255).round().astype("u1"), depth, cameras, azimuths, elevations)
+        views = ObjectViews(
+            str(seed), (rgba * 255).round().astype("u1"), depth, cameras, azimuths, elevations
+        )
         parts.append(resize_views(views, config.image_size))
     columns = {name: torch.stack(column) for name, column in zip(COLUMN_NAMES, zip(*parts))}
     return load_orbits(ViewTensors([str(seed) for seed in OBJECTS], **columns), vae, progress=False)
@@ -93,7 +97,9 @@ class Watch:
 
     @contextmanager
     def modules(self, **modules: nn.Module | None) -> Iterator[None]:
-        """Within the block every forward pass of the modules is added under their names."""
+        """Within the block every forward pass of the modules is added under their
+        names.
+        """
         entered: list[float] = []
         handles = []
         for name, module in modules.items():
@@ -101,9 +107,13 @@ class Watch:
                 continue
 
             def leave(*_, name=name):
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - entered.pop()
+                self.seconds[name] = (
+                    self.seconds.get(name, 0.0) + time.process_time() - entered.pop()
+                )
 
-            handles.append(module.register_forward_pre_hook(lambda *_: entered.append(time.process_time())))
+            handles.append(
+                module.register_forward_pre_hook(lambda *_: entered.append(time.process_time()))
+            )
             handles.append(module.register_forward_hook(leave))
         try:
             yield
@@ -113,11 +123,15 @@ class Watch:
 
     def rest_of(self, whole: str, parts: tuple[str, ...], rest: str) -> None:
         """Rename what `whole` took beyond its parts."""
-        self.seconds[rest] = self.seconds.pop(whole) - sum(self.seconds.get(part, 0.0) for part in parts)
+        self.seconds[rest] = self.seconds.pop(whole) - sum(
+            self.seconds.get(part, 0.0) for part in parts
+        )
 
 
 class Cut:
-    """Tensors that go on as new leaves, so that the backward passes behind and before them can be timed apart."""
+    """Tensors that go on as new leaves, so that the backward passes behind and before
+    them can be timed apart.
+    """
 
     def __init__(self, tensors: list[Tensor]):
         self.outputs = tensors
@@ -125,7 +139,9 @@ class Cut:
 
     def backward(self) -> None:
         """Hand on the gradients that have arrived at the leaves."""
-        arrived = [(t, leaf.grad) for t, leaf in zip(self.outputs, self.leaves) if leaf.grad is not None]
+        arrived = [
+            (t, leaf.grad) for t, leaf in zip(self.outputs, self.leaves) if leaf.grad is not None
+        ]
         torch.autograd.backward(*zip(*arrived))
 
 
@@ -135,7 +151,9 @@ def minimum(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def least(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Minimum CPU milliseconds of each action; they take turns, and the first turn warms up."""
+    """Minimum CPU milliseconds of each action; they take turns, and the first turn
+    warms up.
+    """
     seconds = dict.fromkeys(actions, math.inf)
     for turn in range(rounds + 1):
         for name, action in actions.items():
@@ -148,8 +166,12 @@ def least(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 # -------------------------------------------------------------------------------------------------- training steps
 
 
-def timed_step(stage: Stage, optimizer, average: dict[str, Tensor], batch: int, ema: float) -> Watch:
-    """One step as `training.train` makes it. The graph is cut behind U-Net and decoder, which changes no gradient."""
+def timed_step(
+    stage: Stage, optimizer, average: dict[str, Tensor], batch: int, ema: float
+) -> Watch:
+    """One step as `training.train` makes it. The graph is cut behind U-Net and decoder,
+    which changes no gradient.
+    """
     watch, cuts = Watch(), {}
 
     def cut_v(module, args, v: Tensor) -> Tensor:
@@ -165,7 +187,8 @@ def timed_step(stage: Stage, optimizer, average: dict[str, Tensor], batch: int, 
     optimizer.zero_grad(set_to_none=True)
     with watch("draw"):
         examples = draw_batch(stage, 0, 0, batch)
-    with watch.modules(**models), ExitStack() as hooks:  # the watch's hooks come first: cutting is not a model's time
+    # the watch's hooks come first: cutting is not a model's time
+    with watch.modules(**models), ExitStack() as hooks:
         for name, cut in (("unet", cut_v), ("decoder", cut_scenes)):
             if models[name] is not None:
                 hooks.callback(models[name].register_forward_hook(cut).remove)
@@ -184,8 +207,12 @@ def timed_step(stage: Stage, optimizer, average: dict[str, Tensor], batch: int, 
     return watch
 
 
-def make_stages(orbits: Orbits, config: Config, weights: Path = WEIGHTS) -> dict[str, tuple[Stage, int, float]]:
-    """The three stages with the shipped weights, each with its batch and the decay of its average."""
+def make_stages(
+    orbits: Orbits, config: Config, weights: Path = WEIGHTS
+) -> dict[str, tuple[Stage, int, float]]:
+    """The three stages with the shipped weights, each with its batch and the decay of
+    its average.
+    """
 
     def model(name: str, trained: bool = True) -> nn.Module:
         return load_model(weights, name).requires_grad_(trained)
@@ -195,16 +222,22 @@ def make_stages(orbits: Orbits, config: Config, weights: Path = WEIGHTS) -> dict
     with torch.no_grad():
         for name, p in unet.named_parameters():
             if "lora_B" in name:
-                p.normal_(std=1e-3)  # at its start a LoRA is zero, and so would be half of its gradients
+                # at its start a LoRA is zero, and so would be half of its gradients
+                p.normal_(std=1e-3)
     stages = {
-        "diffusion": (DiffusionStage(model("unet"), model("clip"), orbits, config), config.diffusion_schedule),
+        "diffusion": (
+            DiffusionStage(model("unet"), model("clip"), orbits, config),
+            config.diffusion_schedule,
+        ),
         "stage1": (DecoderStage(model("decoder"), model("dino"), orbits, config), config.stage1),
         "stage2": (
             DistillationStage(unet, model("clip"), model("decoder"), model("dino"), orbits, config),
             config.stage2,
         ),
     }
-    return {name: (stage, schedule.batch, schedule.ema) for name, (stage, schedule) in stages.items()}
+    return {
+        name: (stage, schedule.batch, schedule.ema) for name, (stage, schedule) in stages.items()
+    }
 
 
 def measure_steps(orbits: Orbits, config: Config, rounds: int) -> dict:
@@ -213,13 +246,19 @@ def measure_steps(orbits: Orbits, config: Config, rounds: int) -> dict:
     state = {}
     for name, (stage, _, ema) in stages.items():
         parameters = [p for p in stage.parameters() if p.requires_grad]
-        average = {key: p.detach().clone() for key, p in stage.training_state().items()} if ema else {}
-        state[name] = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.99)), average  # every round: the same weights
+        average = (
+            {key: p.detach().clone() for key, p in stage.training_state().items()} if ema else {}
+        )
+        # every round: the same weights
+        state[name] = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.99)), average
     for turn in range(rounds + 1):
         for name, (stage, batch, ema) in stages.items():
             seconds = timed_step(stage, *state[name], batch, ema).seconds
             taken.setdefault(name, []).extend([seconds] if turn else [])
-    return {name: {"batch": batch, "cpu_ms": minimum(taken[name])} for name, (_, batch, _) in stages.items()}
+    return {
+        name: {"batch": batch, "cpu_ms": minimum(taken[name])}
+        for name, (_, batch, _) in stages.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- products
@@ -241,7 +280,9 @@ class Layout(NamedTuple):
 
 
 class Product(NamedTuple):
-    """One call of a matrix product, convolution or attention, with layouts in the place of tensors."""
+    """One call of a matrix product, convolution or attention, with layouts in the place
+    of tensors.
+    """
 
     function: torch._ops.OpOverload
     args: tuple
@@ -271,7 +312,9 @@ def frozen(value):
 
 
 def replayed(calls: list[Product]) -> Callable[[], None]:
-    """A function that makes the calls again, in order and nothing else, on random tensors of the same layouts."""
+    """A function that makes the calls again, in order and nothing else, on random
+    tensors of the same layouts.
+    """
     ready = {}
     for call in set(calls):
         args = [a.tensor() if isinstance(a, Layout) else a for a in call.args]
@@ -291,7 +334,9 @@ def replayed(calls: list[Product]) -> Callable[[], None]:
 
 
 def without_frame_conv(unet):
-    """The U-Net with diffusers' own three-dimensional convolutions over frames. In place."""
+    """The U-Net with diffusers' own three-dimensional convolutions over frames. In
+    place.
+    """
     for module in list(unet.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, FrameConv):
@@ -313,7 +358,9 @@ def std_of_views(values: Tensor) -> Tensor:
     return values.std(0, correction=0)
 
 
-def guided_by_two(unet, noisy: Tensor, sigma: Tensor, condition: Condition, weight: Tensor) -> Tensor:
+def guided_by_two(
+    unet, noisy: Tensor, sigma: Tensor, condition: Condition, weight: Tensor
+) -> Tensor:
     """`diffusion.guided_v` in two passes, one with the condition and one without."""
     v, null = (predict_v(unet, noisy, sigma, c) for c in (condition, condition.dropped()))
     return null + weight * (v - null)
@@ -326,8 +373,14 @@ def lora_apart(unet, scale: float | None = None):
 
 @contextmanager
 def plain_code() -> Iterator[None]:
-    """Within the block: the LoRA apart, two passes for guidance, and torch's `std` in the plane sweep."""
-    ways = {"pipeline.merged_lora": lora_apart, "diffusion.guided_v": guided_by_two, "decoder.deviation": std_of_views}
+    """Within the block: the LoRA apart, two passes for guidance, and torch's `std` in
+    the plane sweep.
+    """
+    ways = {
+        "pipeline.merged_lora": lora_apart,
+        "diffusion.guided_v": guided_by_two,
+        "decoder.deviation": std_of_views,
+    }
     with ExitStack() as stack:
         for name, way in ways.items():
             stack.enter_context(patch(f"gsv3d_lib.{name}", way))
@@ -335,11 +388,18 @@ def plain_code() -> Iterator[None]:
 
 
 def measure_generation(orbits: Orbits, rounds: int, steps: int) -> dict:
-    """The pieces of `pipe.generate`, the whole against its products, and the same without the shortcuts."""
-    image, options = orbits.scene(0).rgb[12], dict(steps=steps, progress=False, back_projection=False)
+    """The pieces of `pipe.generate`, the whole against its products, and the same
+    without the shortcuts.
+    """
+    image, options = (
+        orbits.scene(0).rgb[12],
+        dict(steps=steps, progress=False, back_projection=False),
+    )
     pipe, plain = (GSV3DPipeline.from_pretrained(WEIGHTS, device="cpu") for _ in range(2))
     without_token_attention(without_frame_conv(plain.unet))
-    models = dict(vae=pipe.vae.encoder, clip=pipe.clip, unet=pipe.unet, dino=pipe.dino, decoder=pipe.decoder)
+    models = dict(
+        vae=pipe.vae.encoder, clip=pipe.clip, unet=pipe.unet, dino=pipe.dino, decoder=pipe.decoder
+    )
     pieces: list[dict[str, float]] = []
 
     def generate():
@@ -370,11 +430,17 @@ def measure_generation(orbits: Orbits, rounds: int, steps: int) -> dict:
         "steps": steps,
         "cpu_ms": cpu_ms,
         "pieces_cpu_ms": minimum(pieces[1:]),  # the first turn warms up
-        "products": {"calls": len(now.calls), "kinds": len(set(now.calls)), "calls, plain": len(before.calls)},
+        "products": {
+            "calls": len(now.calls),
+            "kinds": len(set(now.calls)),
+            "calls, plain": len(before.calls),
+        },
         "ratio to products": cpu_ms["generation"] / cpu_ms["its products"],
         "ratio to products, plain": cpu_ms["generation, plain"] / cpu_ms["its products, plain"],
         "plain / now": cpu_ms["generation, plain"] / cpu_ms["generation"],
-        "largest difference": max(float((a - b).abs().max()) for a, b in zip(ours.tensors(), theirs.tensors())),
+        "largest difference": max(
+            float((a - b).abs().max()) for a, b in zip(ours.tensors(), theirs.tensors())
+        ),
     }
 
 
@@ -423,17 +489,23 @@ def bf16():
 
 
 class Workbench:
-    """One orbit with its condition, and four pieces of work on it. Guided or not, the U-Net gets two orbits at once."""
+    """One orbit with its condition, and four pieces of work on it. Guided or not, the
+    U-Net gets two orbits at once.
+    """
 
     def __init__(self, orbits: Orbits, config: Config):
         orbit = orbits.orbit(0, 12, config.num_frames)
         draws = diffusion_draws(orbit["latents"], torch.Generator().manual_seed(0), config)
-        batch = {key: value[None] for key, value in (orbit | draws | {"keep": torch.ones(())}).items()}
+        batch = {
+            key: value[None] for key, value in (orbit | draws | {"keep": torch.ones(())}).items()
+        }
         clip, dino, decoder = (load_model(WEIGHTS, name) for name in ("clip", "dino", "decoder"))
         self.latents, self.sigma = batch["latents"], torch.tensor([2.0])
         self.noisy = self.latents + 2.0 * batch["noise"]
         self.cameras = batch_cameras(batch["azimuth"], batch["elevation"], config.image_size)
-        self.four = batch_cameras(batch["azimuth"][:, ::4], batch["elevation"][:, ::4], config.image_size)[0]
+        self.four = batch_cameras(
+            batch["azimuth"][:, ::4], batch["elevation"][:, ::4], config.image_size
+        )[0]
         self.pictures = orbits.scene(0).rgb[: config.num_frames]
         with torch.no_grad():
             self.condition = orbit_condition(batch, clip, config)
@@ -447,13 +519,20 @@ class Workbench:
             return ask(unet, self.noisy, self.sigma, self.condition, 1.5)
 
     def train(self, unet, context=nullcontext, vae=None) -> None:
-        """The U-Net there and back, after encoding the views of two orbits if there is a `vae`."""
+        """The U-Net there and back, after encoding the views of two orbits if there is
+        a `vae`.
+        """
         if vae is not None:
             with torch.no_grad():
                 encode(vae, torch.cat([self.pictures, self.pictures]))
         unet.zero_grad(set_to_none=True)
         with context():
-            v = predict_v(unet, self.noisy.repeat(2, 1, 1, 1, 1), self.sigma.repeat(2), self.condition.with_null())
+            v = predict_v(
+                unet,
+                self.noisy.repeat(2, 1, 1, 1, 1),
+                self.sigma.repeat(2),
+                self.condition.with_null(),
+            )
         v.float().square().mean().backward()
 
     def decode(self, decoder, context=nullcontext) -> None:
@@ -468,7 +547,9 @@ class Workbench:
         """The decoder's plane sweep alone, there and back to its latents."""
         latents = self.latents[0].clone().requires_grad_()
         with context():
-            plane_sweep(latents, self.cameras[0], tuple(latents.shape[-2:]), decoder.config).square().mean().backward()
+            plane_sweep(
+                latents, self.cameras[0], tuple(latents.shape[-2:]), decoder.config
+            ).square().mean().backward()
 
     def render(self, groups: list) -> None:
         """The Gaussians rendered from each group of cameras, and back."""
@@ -488,46 +569,83 @@ def sampling_comparisons(bench: Workbench) -> Iterator[Comparison]:
     yield Comparison(work, frame, "yes", lambda: sample(slow), lambda: sample(base))
     last = channels_last(base)
     yield Comparison(work, "channels last", "no", lambda: sample(base), lambda: sample(last))
-    yield Comparison(work, "bf16 autocast", "no", lambda: sample(base), lambda: sample(base, context=bf16))
+    yield Comparison(
+        work, "bf16 autocast", "no", lambda: sample(base), lambda: sample(base, context=bf16)
+    )
     together = "condition and null condition in one batch"
-    yield Comparison(work, together, "yes", lambda: sample(base, guided_by_two), lambda: sample(base))
+    yield Comparison(
+        work, together, "yes", lambda: sample(base, guided_by_two), lambda: sample(base)
+    )
 
 
 def training_comparisons(bench: Workbench) -> Iterator[Comparison]:
     work, train = "U-Net, 2 orbits, forward and backward", bench.train
     unet, vae = load_model(WEIGHTS, "unet"), load_model(WEIGHTS, "vae")
     slow, again = without_frame_conv(copy.deepcopy(unet)), recomputing(unet)
-    yield Comparison(work, "frame convolution in 2-D", "yes", lambda: train(slow), lambda: train(unet))
-    yield Comparison(work, "latents from a cache", "yes", lambda: train(unet, vae=vae), lambda: train(unet))
+    yield Comparison(
+        work, "frame convolution in 2-D", "yes", lambda: train(slow), lambda: train(unet)
+    )
+    yield Comparison(
+        work, "latents from a cache", "yes", lambda: train(unet, vae=vae), lambda: train(unet)
+    )
     yield Comparison(work, "bf16 autocast", "no", lambda: train(unet), lambda: train(unet, bf16))
-    yield Comparison(work, "gradient checkpointing", "no", lambda: train(unet), lambda: train(again))
+    yield Comparison(
+        work, "gradient checkpointing", "no", lambda: train(unet), lambda: train(again)
+    )
 
 
 def decoder_comparisons(bench: Workbench) -> Iterator[Comparison]:
     work, decode = "decoder, 1 orbit, forward and backward", bench.decode
     decoder = load_model(WEIGHTS, "decoder")
-    again, explicit = recomputing(decoder), partial(patch.object, F, "scaled_dot_product_attention", explicit_attention)
-    spread, idea = partial(patch, "gsv3d_lib.decoder.deviation", std_of_views), "deviation by elementwise passes"
-    yield Comparison(work, "fused attention", "yes", lambda: decode(decoder, explicit), lambda: decode(decoder))
+    again, explicit = (
+        recomputing(decoder),
+        partial(patch.object, F, "scaled_dot_product_attention", explicit_attention),
+    )
+    spread, idea = (
+        partial(patch, "gsv3d_lib.decoder.deviation", std_of_views),
+        "deviation by elementwise passes",
+    )
+    yield Comparison(
+        work, "fused attention", "yes", lambda: decode(decoder, explicit), lambda: decode(decoder)
+    )
     sweep = bench.sweep
-    yield Comparison("its plane sweep", idea, "yes", lambda: sweep(decoder, spread), lambda: sweep(decoder))
-    yield Comparison(work, "bf16 autocast", "no", lambda: decode(decoder), lambda: decode(decoder, bf16))
-    yield Comparison(work, "gradient checkpointing", "no", lambda: decode(decoder), lambda: decode(again))
+    yield Comparison(
+        "its plane sweep", idea, "yes", lambda: sweep(decoder, spread), lambda: sweep(decoder)
+    )
+    yield Comparison(
+        work, "bf16 autocast", "no", lambda: decode(decoder), lambda: decode(decoder, bf16)
+    )
+    yield Comparison(
+        work, "gradient checkpointing", "no", lambda: decode(decoder), lambda: decode(again)
+    )
 
 
 def rendering_comparisons(bench: Workbench) -> Iterator[Comparison]:
     work, four = "rendering 4 views, forward and backward", bench.four
     singly = [four[k : k + 1] for k in range(4)]
-    yield Comparison(work, "one call", "yes", lambda: bench.render(singly), lambda: bench.render([four]))
+    yield Comparison(
+        work, "one call", "yes", lambda: bench.render(singly), lambda: bench.render([four])
+    )
 
 
 def measure_comparisons(orbits: Orbits, config: Config, rounds: int) -> list[dict]:
-    """Each comparison with its CPU milliseconds and ratio = without / with: above 1 the idea pays. Twice the rounds."""
+    """Each comparison with its CPU milliseconds and ratio = without / with: above 1 the
+    idea pays. Twice the rounds.
+    """
     rows, bench = [], Workbench(orbits, config)
     kinds = sampling_comparisons, training_comparisons, decoder_comparisons, rendering_comparisons
     for work, idea, used, without, with_it in chain.from_iterable(kind(bench) for kind in kinds):
-        cpu_ms = least({"without": without, "with": with_it}, 2 * rounds)  # short, and the differences are small
-        rows.append({"work": work, "idea": idea, "used": used, **cpu_ms, "ratio": cpu_ms["without"] / cpu_ms["with"]})
+        # short, and the differences are small
+        cpu_ms = least({"without": without, "with": with_it}, 2 * rounds)
+        rows.append(
+            {
+                "work": work,
+                "idea": idea,
+                "used": used,
+                **cpu_ms,
+                "ratio": cpu_ms["without"] / cpu_ms["with"],
+            }
+        )
     return rows
 
 
@@ -553,7 +671,11 @@ def markdown(report: dict) -> str:
     lines = []
     if steps := report.get("steps"):
         pieces = list(dict.fromkeys(piece for stage in steps.values() for piece in stage["cpu_ms"]))
-        lines += ["| CPU ms a step | " + " | ".join(f"{n}, batch {s['batch']}" for n, s in steps.items()) + " |"]
+        lines += [
+            "| CPU ms a step | "
+            + " | ".join(f"{n}, batch {s['batch']}" for n, s in steps.items())
+            + " |"
+        ]
         lines += ["|---|" + "---|" * len(steps)]
         for piece in [*pieces, "sum"]:
             cells = []
@@ -565,18 +687,30 @@ def markdown(report: dict) -> str:
         lines.append("")
     if generation := report.get("generation"):
         pieces = generation["pieces_cpu_ms"]
-        lines += [f"| generation, {generation['steps']} guided steps | CPU ms | share |", "|---|---|---|"]
+        lines += [
+            f"| generation, {generation['steps']} guided steps | CPU ms | share |",
+            "|---|---|---|",
+        ]
         for piece, value in pieces.items():
-            name = "decoder" if piece == "decoder" else NAMES.get(piece, piece).removesuffix(" forward")
+            name = (
+                "decoder"
+                if piece == "decoder"
+                else NAMES.get(piece, piece).removesuffix(" forward")
+            )
             lines.append(f"| {name} | {value:.0f} | {value / sum(pieces.values()):.1%} |")
         lines += ["", "| | now | without the shortcuts |", "|---|---|---|"]
         cpu_ms = generation["cpu_ms"]
         for name in ("generation", "its products"):
-            lines.append(f"| {name}, CPU ms | {cpu_ms[name]:.0f} | {cpu_ms[name + ', plain']:.0f} |")
+            lines.append(
+                f"| {name}, CPU ms | {cpu_ms[name]:.0f} | {cpu_ms[name + ', plain']:.0f} |"
+            )
         ratios = [f"{generation[k]:.2f}" for k in ("ratio to products", "ratio to products, plain")]
         lines += ["| ratio | " + " | ".join(ratios) + " |", ""]
     if rows := report.get("comparisons"):
-        lines += ["| work | idea | in the code | CPU ms without | with | ratio |", "|---|---|---|---|---|---|"]
+        lines += [
+            "| work | idea | in the code | CPU ms without | with | ratio |",
+            "|---|---|---|---|---|---|",
+        ]
         for row in rows:
             lines.append(
                 f"| {row['work']} | {row['idea']} | {row['used']} | {row['without']:.0f} | {row['with']:.0f} "
@@ -587,13 +721,17 @@ def markdown(report: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=25, help="of the sampler (default 25)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--check", action="store_true", help=f"fail where generation takes {CEILING} x its products")
+    parser.add_argument(
+        "--check", action="store_true", help=f"fail where generation takes {CEILING} x its products"
+    )
     args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error(f"--rounds is at least 1; got {args.rounds}.")
@@ -604,7 +742,9 @@ def main(arguments: list[str] | None = None) -> int:
     config = load_config(WEIGHTS)
     orbits = make_orbits(config, load_model(WEIGHTS, "vae"))
     report = {
-        "command": " ".join(["python benchmarks/chain.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": " ".join(
+            ["python benchmarks/chain.py", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
         "commit": commit(),
         "hardware": hardware(),
         "threads": 1,
@@ -619,7 +759,10 @@ def main(arguments: list[str] | None = None) -> int:
     for section in args.sections:
         report[section] = work[section]()
     print(markdown(report))
-    for path, text in ((args.json, json.dumps(report, indent=1) + "\n"), (args.markdown, markdown(report))):
+    for path, text in (
+        (args.json, json.dumps(report, indent=1) + "\n"),
+        (args.markdown, markdown(report)),
+    ):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)

@@ -1,14 +1,17 @@
-"""Is the plan right? Peak memory of training steps and of an inference, measured, beside what `gsv3d_lib.cluster.plan` says.
+"""Is the plan right? Peak memory of training steps and of an inference, measured,
+beside what `gsv3d_lib.cluster.plan` says.
 
 The file also gets the plan of stage 2 at paper scale, which nothing here can measure.
 
     python benchmarks/memory.py [--scales tiny small] [--json data/results/memory.json]
 
-Each case runs in a child process forked from this one, on one CPU thread and in float32, with random weights and data.
-Measured are the tensors that stay (weights, AdamW's averages) and, by the operating system's count, how far resident memory
-rises above its level before the second step (or image). A process also holds some 50 MB that no GPU would: code that oneDNN
-compiles, Python's objects; they are there before the second step and given apart (`fixed_mb`). malloc gives every larger
-buffer back at once (M_MMAP_THRESHOLD), or its leftovers would be counted. Linux only.
+Each case runs in a child process forked from this one, on one CPU thread and in
+float32, with random weights and data. Measured are the tensors that stay (weights,
+AdamW's averages) and, by the operating system's count, how far resident memory rises
+above its level before the second step (or image). A process also holds some 50 MB that
+no GPU would: code that oneDNN compiles, Python's objects; they are there before the
+second step and given apart (`fixed_mb`). malloc gives every larger buffer back at once
+(M_MMAP_THRESHOLD), or its leftovers would be counted. Linux only.
 """
 
 from __future__ import annotations
@@ -38,14 +41,27 @@ M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def cases(scale: str) -> list[dict]:
-    """What is measured: at `tiny` N, pixels and rank one by one and checkpointing everywhere; at `small` a few."""
+    """What is measured: at `tiny` N, pixels and rank one by one and checkpointing
+    everywhere; at `small` a few.
+    """
     if scale == "tiny":
-        grid = [(n, size, 16) for n, size in product(FRAMES, SIZES)] + [(16, 64, rank) for rank in RANKS if rank != 16]
+        grid = [(n, size, 16) for n, size in product(FRAMES, SIZES)] + [
+            (16, 64, rank) for rank in RANKS if rank != 16
+        ]
     else:
         grid = [(n, 128, 16) for n in (4, 16)]
-    work = [(work, ckpt) for work in ("stage1", "stage2") for ckpt in (False, True)] + [("inference", False)]
+    work = [(work, ckpt) for work in ("stage1", "stage2") for ckpt in (False, True)] + [
+        ("inference", False)
+    ]
     return [
-        {"scale": scale, "work": work, "frames": n, "size": size, "rank": rank, "checkpointing": ckpt}
+        {
+            "scale": scale,
+            "work": work,
+            "frames": n,
+            "size": size,
+            "rank": rank,
+            "checkpointing": ckpt,
+        }
         for (work, ckpt), (n, size, rank) in product(work, grid)
         if work != "stage1" or rank == 16  # it has no LoRA
     ]
@@ -57,8 +73,14 @@ def config_of(case: dict) -> Config:
 
 
 def batch_of(case: dict) -> int:
-    """Orbits in a step: those of the preset at `tiny`; one at `small`, whose batch is for a GPU; one image."""
-    return 1 if case["work"] == "inference" or case["scale"] != "tiny" else getattr(config_of(case), case["work"]).batch
+    """Orbits in a step: those of the preset at `tiny`; one at `small`, whose batch is
+    for a GPU; one image.
+    """
+    return (
+        1
+        if case["work"] == "inference" or case["scale"] != "tiny"
+        else getattr(config_of(case), case["work"]).batch
+    )
 
 
 def with_numbers(model: torch.nn.Module) -> torch.nn.Module:
@@ -76,18 +98,29 @@ def with_numbers(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def training(case: dict) -> tuple[Callable[[], None], Callable[[], int]]:
-    """Functions that make one step as `training.train` does, and that count the bytes of the tensors that stay."""
+    """Functions that make one step as `training.train` does, and that count the bytes
+    of the tensors that stay.
+    """
     config, batch = config_of(case), batch_of(case)
     stage = with_numbers(stage_on_meta(config, case["work"]))
     schedule = schedule_of(config, case["work"])
     parameters = [p for p in stage.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    average = {name: p.detach().clone() for name, p in stage.training_state().items()} if schedule.ema else {}
+    average = (
+        {name: p.detach().clone() for name, p in stage.training_state().items()}
+        if schedule.ema
+        else {}
+    )
 
     def step() -> None:
-        examples = {name: torch.rand(batch, *shape) for name, shape in shapes(config, case["work"]).items()}
+        examples = {
+            name: torch.rand(batch, *shape) for name, shape in shapes(config, case["work"]).items()
+        }
         angles = torch.arange(config.num_frames) * 360.0 / config.num_frames
-        examples |= {"azimuth": angles.repeat(batch, 1), "elevation": torch.full((batch, config.num_frames), 15.0)}
+        examples |= {
+            "azimuth": angles.repeat(batch, 1),
+            "elevation": torch.full((batch, config.num_frames), 15.0),
+        }
         loss, _ = stage(examples)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -112,7 +145,9 @@ def inference(case: dict) -> tuple[Callable[[], object], Callable[[], int]]:
     models = models_on_meta(config, *NETWORKS)
     with torch.device("meta"):
         add_lora(models["unet"], config.lora_rank)
-    pipe = GSV3DPipeline(config, **{name: with_numbers(model).eval() for name, model in models.items()})
+    pipe = GSV3DPipeline(
+        config, **{name: with_numbers(model).eval() for name, model in models.items()}
+    )
     image = torch.rand(config.image_size, config.image_size, 3)
     weights = sum(p.nbytes for model in models.values() for p in model.parameters())
     return lambda: pipe.generate(image, steps=2, guidance=1.5, progress=False), lambda: weights
@@ -129,7 +164,9 @@ def forget_peak() -> None:
 
 
 def measured(case: dict) -> dict[str, float]:
-    """{"measured_mb": at the peak of the second step, "fixed_mb": what the process holds beside tensors}"""
+    """{"measured_mb": at the peak of the second step, "fixed_mb": what the process
+    holds beside tensors}
+    """
     before = resident()
     work, staying = (inference if case["work"] == "inference" else training)(case)
     work()
@@ -138,11 +175,16 @@ def measured(case: dict) -> dict[str, float]:
     level = resident()
     work()
     peak = staying() + resident("VmHWM") - level
-    return {"measured_mb": round(peak / MB, 1), "fixed_mb": round((level - before - staying()) / MB, 1)}
+    return {
+        "measured_mb": round(peak / MB, 1),
+        "fixed_mb": round((level - before - staying()) / MB, 1),
+    }
 
 
 def in_a_child(function, *args):
-    """`function(*args)`, something for JSON, computed in a forked process. Raises RuntimeError where that fails."""
+    """`function(*args)`, something for JSON, computed in a forked process. Raises
+    RuntimeError where that fails.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -164,13 +206,23 @@ def planned(case: dict) -> int:
     config = config_of(case)
     if case["work"] == "inference":
         return plan_inference(config).memory
-    schedule = replace(getattr(config, case["work"]), batch=batch_of(case))  # a step of one micro-batch
-    return plan(config.replace(**{case["work"]: schedule}), case["work"], micro_batch=schedule.batch, half=False).memory
+    # a step of one micro-batch
+    schedule = replace(getattr(config, case["work"]), batch=batch_of(case))
+    return plan(
+        config.replace(**{case["work"]: schedule}),
+        case["work"],
+        micro_batch=schedule.batch,
+        half=False,
+    ).memory
 
 
 def row(case: dict) -> dict:
     """A case with its megabytes."""
-    return case | {"batch": batch_of(case), "planned_mb": round(planned(case) / MB, 1)} | in_a_child(measured, case)
+    return (
+        case
+        | {"batch": batch_of(case), "planned_mb": round(planned(case) / MB, 1)}
+        | in_a_child(measured, case)
+    )
 
 
 def error(row: dict) -> float:
@@ -201,17 +253,35 @@ def markdown(rows: list[dict]) -> str:
 
 
 def paper() -> list[dict]:
-    """What only a plan can say here: stage 2 at full size, one orbit on a GPU, in bytes."""
+    """What only a plan can say here: stage 2 at full size, one orbit on a GPU, in
+    bytes.
+    """
     rows = []
     for frames, checkpointing, half in product(FRAMES, (False, True), (False, True)):
-        p = plan(preset("paper", num_frames=frames, checkpointing=checkpointing), "stage2", half=half)
-        sizes = {"weights": p.weights, "trained": p.gradients + p.optimizer, "activations": p.activations}
-        rows.append({"frames": frames, "checkpointing": checkpointing, "half": half, **sizes, "flops": p.flops})
+        p = plan(
+            preset("paper", num_frames=frames, checkpointing=checkpointing), "stage2", half=half
+        )
+        sizes = {
+            "weights": p.weights,
+            "trained": p.gradients + p.optimizer,
+            "activations": p.activations,
+        }
+        rows.append(
+            {
+                "frames": frames,
+                "checkpointing": checkpointing,
+                "half": half,
+                **sizes,
+                "flops": p.flops,
+            }
+        )
     return rows
 
 
 def prepare() -> None:
-    """What every child inherits: one thread, a malloc that gives back, and the libraries, loaded and warmed up."""
+    """What every child inherits: one thread, a malloc that gives back, and the
+    libraries, loaded and warmed up.
+    """
     torch.set_num_threads(1)
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 16)
     torch.manual_seed(0)
@@ -221,7 +291,9 @@ def prepare() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scales", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
@@ -229,7 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     prepare()
     report = {
-        "command": " ".join(["python benchmarks/memory.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": " ".join(
+            ["python benchmarks/memory.py", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
         "commit": commit(),
         "hardware": hardware(),
         "torch": torch.__version__,

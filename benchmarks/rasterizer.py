@@ -1,14 +1,17 @@
-"""How fast is the CPU rasteriser? CPU time of `render()` against gsplat's own PyTorch reference, and against ours.
+"""How fast is the CPU rasteriser? CPU time of `render()` against gsplat's own PyTorch
+reference, and against ours.
 
     python benchmarks/rasterizer.py [--workloads A B C] [--rounds 5] [--json data/benchmarks/rasterizer.json]
 
-Everything runs in one process on one thread, interleaved, so that other load on the machine hits all alike; reported
-is the minimum CPU time over the rounds. Forward is one picture with depth and alpha of each view; forward + backward
-adds the gradients of all five Gaussian parameters. Only ratios mean anything on another machine.
+Everything runs in one process on one thread, interleaved, so that other load on the
+machine hits all alike; reported is the minimum CPU time over the rounds. Forward is one
+picture with depth and alpha of each view; forward + backward adds the gradients of all
+five Gaussian parameters. Only ratios mean anything on another machine.
 
-gsplat's reference (`gsplat.cuda._torch_impl`) needs CUDA for two steps and the package nerfacc for a third; this file
-replaces these with PyTorch on the CPU: `list_tiles` for its tile intersection, `list_pixels` for its
-rasterize_to_indices_in_range, `nerfacc_on_cpu` for nerfacc.
+gsplat's reference (`gsplat.cuda._torch_impl`) needs CUDA for two steps and the package
+nerfacc for a third; this file replaces these with PyTorch on the CPU: `list_tiles` for
+its tile intersection, `list_pixels` for its rasterize_to_indices_in_range,
+`nerfacc_on_cpu` for nerfacc.
 """
 
 from __future__ import annotations
@@ -30,14 +33,18 @@ from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.rendering import Rendering, render
 from gsv3d_lib.rendering.plain import ALPHA_MAX, ALPHA_MIN, TILE, TRANSMITTANCE_MIN
 
-# name: (image size, Gaussians, views); ours in PyTorch is left out of C, where autograd would remember too many GB
+# name: (image size, Gaussians, views); ours in PyTorch is left out of C, where autograd
+# would remember too many GB
 WORKLOADS = {"A": (64, 4_096, 8), "B": (128, 16_384, 8), "C": (256, 65_536, 4)}
 REFERENCE_WORKLOADS = ("A", "B")
-FLOORS = {"forward": 35, "forward + backward": 15}  # --check fails below these ratios to gsplat's reference
+# --check fails below these ratios to gsplat's reference
+FLOORS = {"forward": 35, "forward + backward": 15}
 
 
 def make_scene(name: str, seed: int = 0) -> tuple[Gaussians, Cameras]:
-    """A ball full of small Gaussians, each a fraction of a pixel to a few pixels wide, seen from an orbit."""
+    """A ball full of small Gaussians, each a fraction of a pixel to a few pixels wide,
+    seen from an orbit.
+    """
     size, count, views = WORKLOADS[name]
     generator = torch.Generator().manual_seed(seed)
 
@@ -53,15 +60,21 @@ def make_scene(name: str, seed: int = 0) -> tuple[Gaussians, Cameras]:
         colors=uniform(count, 3),
     )
     azimuths = torch.arange(views) * 360 / views
-    return gaussians, orbit_cameras(azimuths, 15 * torch.sin(azimuths), size, distance=2.6, fov_deg=48.9)
+    return gaussians, orbit_cameras(
+        azimuths, 15 * torch.sin(azimuths), size, distance=2.6, fov_deg=48.9
+    )
 
 
 # ------------------------------------------------------------------------------------- gsplat's reference on a CPU
 
 
 @torch.no_grad()
-def list_tiles(means2d: Tensor, radii: Tensor, depths: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
-    """For all V x G splats: their ids (view * G + Gaussian), sorted by view, tile and depth, and where tiles start."""
+def list_tiles(
+    means2d: Tensor, radii: Tensor, depths: Tensor, width: int, height: int
+) -> tuple[Tensor, Tensor]:
+    """For all V x G splats: their ids (view * G + Gaussian), sorted by view, tile and
+    depth, and where tiles start.
+    """
     num_tiles = torch.tensor([math.ceil(width / TILE), math.ceil(height / TILE)])
     first = ((means2d - radii) / TILE).floor().long().clamp(min=0).minimum(num_tiles)
     last = ((means2d + radii) / TILE).ceil().long().clamp(min=0).minimum(num_tiles)
@@ -80,42 +93,68 @@ def list_tiles(means2d: Tensor, radii: Tensor, depths: Tensor, width: int, heigh
 
 @torch.no_grad()
 def list_pixels(
-    means2d: Tensor, conics: Tensor, opacities: Tensor, width: int, height: int, ids: Tensor, tile_starts: list[int]
+    means2d: Tensor,
+    conics: Tensor,
+    opacities: Tensor,
+    width: int,
+    height: int,
+    ids: Tensor,
+    tile_starts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(Gaussian, pixel, view) of everything that is blended, pixel by pixel and front to back."""
+    """(Gaussian, pixel, view) of everything that is blended, pixel by pixel and front
+    to back.
+    """
     views, count = opacities.shape
     across, down = math.ceil(width / TILE), math.ceil(height / TILE)
     means2d, conics, opacities = means2d.flatten(0, 1), conics.flatten(0, 1), opacities.flatten()
-    y, x = (grid.flatten() for grid in torch.meshgrid(torch.arange(TILE), torch.arange(TILE), indexing="ij"))
+    y, x = (
+        grid.flatten()
+        for grid in torch.meshgrid(torch.arange(TILE), torch.arange(TILE), indexing="ij")
+    )
     found = []
     for tile, (start, end) in enumerate(zip(tile_starts, tile_starts[1:], strict=False)):
         if start == end:
             continue
         view, row, column = tile // (across * down), tile // across % down, tile % across
         splats, rows, columns = ids[start:end], row * TILE + y, column * TILE + x
-        dx, dy = columns[:, None] + 0.5 - means2d[splats, 0], rows[:, None] + 0.5 - means2d[splats, 1]
+        dx, dy = (
+            columns[:, None] + 0.5 - means2d[splats, 0],
+            rows[:, None] + 0.5 - means2d[splats, 1],
+        )
         a, b, c = conics[splats].unbind(-1)
         sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
         alpha = (opacities[splats] * torch.exp(-sigma)).clamp_max(ALPHA_MAX)
-        blended = (alpha >= ALPHA_MIN) & (sigma >= 0) & ((rows < height) & (columns < width))[:, None]
+        blended = (
+            (alpha >= ALPHA_MIN) & (sigma >= 0) & ((rows < height) & (columns < width))[:, None]
+        )
         blended &= torch.cumprod(1 - alpha * blended, 1) > TRANSMITTANCE_MIN
         pixel, splat = blended.nonzero(as_tuple=True)
-        found.append((splats[splat] % count, (rows * width + columns)[pixel], torch.full_like(pixel, view)))
+        found.append(
+            (splats[splat] % count, (rows * width + columns)[pixel], torch.full_like(pixel, view))
+        )
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
 def nerfacc_on_cpu() -> types.ModuleType:
-    """The two functions of nerfacc that gsplat's `accumulate` calls, for samples that arrive ray by ray."""
+    """The two functions of nerfacc that gsplat's `accumulate` calls, for samples that
+    arrive ray by ray.
+    """
 
-    def render_weight_from_alpha(alphas: Tensor, ray_indices: Tensor, n_rays: int) -> tuple[Tensor, Tensor]:
+    def render_weight_from_alpha(
+        alphas: Tensor, ray_indices: Tensor, n_rays: int
+    ) -> tuple[Tensor, Tensor]:
         log_after = torch.log1p(-alphas.double()).cumsum(0)  # float64: it runs through all rays
         log_before = torch.cat([log_after.new_zeros(1), log_after[:-1]])
-        starts = torch.cat([ray_indices.new_ones(1, dtype=torch.bool), ray_indices[1:] != ray_indices[:-1]])
+        starts = torch.cat(
+            [ray_indices.new_ones(1, dtype=torch.bool), ray_indices[1:] != ray_indices[:-1]]
+        )
         ray = starts.cumsum(0) - 1
         transmittance = torch.exp(log_before - log_before[starts][ray]).to(alphas)
         return alphas * transmittance, transmittance
 
-    def accumulate_along_rays(weights: Tensor, values: Tensor | None, ray_indices: Tensor, n_rays: int) -> Tensor:
+    def accumulate_along_rays(
+        weights: Tensor, values: Tensor | None, ray_indices: Tensor, n_rays: int
+    ) -> Tensor:
         values = weights[:, None] if values is None else weights[:, None] * values
         return values.new_zeros(n_rays, values.shape[1]).index_add(0, ray_indices, values)
 
@@ -132,7 +171,9 @@ def render_gsplat_reference(gaussians: Gaussians, cameras: Cameras) -> Rendering
         from gsplat.cuda import _torch_impl as gsplat_torch
     sys.modules.setdefault("nerfacc", nerfacc_on_cpu())
     size = cameras.width, cameras.height
-    covariances, _ = gsplat_torch._quat_scale_to_covar_preci(gaussians.quats, gaussians.scales, True, False)
+    covariances, _ = gsplat_torch._quat_scale_to_covar_preci(
+        gaussians.quats, gaussians.scales, True, False
+    )
     radii, means2d, depths, conics, _ = gsplat_torch._fully_fused_projection(
         gaussians.means, covariances, cameras.viewmats, cameras.Ks, *size
     )
@@ -172,9 +213,13 @@ PASSES = {"forward": forward, "forward + backward": forward_backward}
 
 
 def measure(name: str, rounds: int) -> dict:
-    """Minimum CPU milliseconds of every renderer and pass on one workload, and how far the results disagree."""
+    """Minimum CPU milliseconds of every renderer and pass on one workload, and how far
+    the results disagree.
+    """
     gaussians, cameras = make_scene(name)
-    renderers = {k: f for k, f in RENDERERS.items() if k != "our reference" or name in REFERENCE_WORKLOADS}
+    renderers = {
+        k: f for k, f in RENDERERS.items() if k != "our reference" or name in REFERENCE_WORKLOADS
+    }
     seconds = {(renderer, step): math.inf for renderer in renderers for step in PASSES}
     results = {}
     for _ in range(rounds + 1):  # the first round warms up
@@ -182,9 +227,13 @@ def measure(name: str, rounds: int) -> dict:
             start = time.process_time()
             results[renderer, step] = PASSES[step](renderers[renderer], gaussians, cameras)
             elapsed = time.process_time() - start
-            seconds[renderer, step] = min(best, elapsed) if (renderer, step, "warm") in results else best
+            seconds[renderer, step] = (
+                min(best, elapsed) if (renderer, step, "warm") in results else best
+            )
             results[renderer, step, "warm"] = True
-    table = {renderer: {step: 1e3 * seconds[renderer, step] for step in PASSES} for renderer in renderers}
+    table = {
+        renderer: {step: 1e3 * seconds[renderer, step] for step in PASSES} for renderer in renderers
+    }
     return {"cpu_ms": table, "ratio": _ratios(table), "disagreement": _disagreement(results)}
 
 
@@ -198,17 +247,23 @@ def _ratios(table: dict) -> dict:
 
 
 def _disagreement(results: dict) -> dict:
-    """render() against gsplat's reference: mean absolute difference of the picture, relative of the gradients."""
+    """render() against gsplat's reference: mean absolute difference of the picture,
+    relative of the gradients.
+    """
     ours, theirs = results["render()", "forward"], results["gsplat reference", "forward"]
     pairs = zip(
-        results["render()", "forward + backward"], results["gsplat reference", "forward + backward"], strict=True
+        results["render()", "forward + backward"],
+        results["gsplat reference", "forward + backward"],
+        strict=True,
     )
     gradients = [float((a - b).norm() / b.norm()) for a, b in pairs]
     return {"rgb": float((ours.rgb - theirs.rgb).abs().mean()), "gradients": max(gradients)}
 
 
 def print_table(report: dict) -> None:
-    print(f"{'workload':10}{'renderer':20}{'forward ms':>12}{'ratio':>8}{'fwd + bwd ms':>14}{'ratio':>8}")
+    print(
+        f"{'workload':10}{'renderer':20}{'forward ms':>12}{'ratio':>8}{'fwd + bwd ms':>14}{'ratio':>8}"
+    )
     for name, result in report.items():
         for renderer, times in result["cpu_ms"].items():
             row = f"{name:10}{renderer:20}"
@@ -221,11 +276,15 @@ def print_table(report: dict) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--check", action="store_true", help=f"fail when A or B falls below {FLOORS}")
+    parser.add_argument(
+        "--check", action="store_true", help=f"fail when A or B falls below {FLOORS}"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     report = {name: measure(name, args.rounds) for name in args.workloads}

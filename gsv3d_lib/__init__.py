@@ -90,8 +90,8 @@ What is not the paper lies in wings:
     system/provenance.py        commit, machine and versions of a result
     system/doctor.py            what this machine has
 
-Imports run downward only. The names below are imported when first used: `import gsv3d_lib`
-itself takes no time and does not load torch.
+Imports run downward only. The names below are imported when first used: `import
+gsv3d_lib` itself takes no time and does not load torch.
 """
 
 from importlib import import_module
@@ -118,7 +118,9 @@ _HOMES = {
 
 def __getattr__(name: str):
     if name not in _HOMES:
-        raise AttributeError(f"gsv3d_lib has no {name!r}; it offers {', '.join(__all__)}, and its modules.")
+        raise AttributeError(
+            f"gsv3d_lib has no {name!r}; it offers {', '.join(__all__)}, and its modules."
+        )
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 

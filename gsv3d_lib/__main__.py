@@ -2,8 +2,9 @@
 
     python -m gsv3d_lib my.png --out runs/my
 
-writes object.ply, object.glb, turntable.mp4, turntable.gif and viewer.html into the folder,
-or, where it holds such files already, into runs/my-2, runs/my-3, ...: nothing is overwritten.
+writes object.ply, object.glb, turntable.mp4, turntable.gif and viewer.html into the
+folder, or, where it holds such files already, into runs/my-2, runs/my-3, ...: nothing
+is overwritten.
 
     python -m gsv3d_lib COMMAND ...        each explains itself with --help
 
@@ -64,12 +65,24 @@ COMMANDS = {  # where each lives
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("", __doc__)
-    parser.add_argument("image", type=input_path, help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask")
-    parser.add_argument("--out", type=output_path, help="folder (default: runs/object/ and the image's name)")
-    parser.add_argument("--weights", type=input_path, default=BEST, help="checkpoint folder (default: %(default)s)")
-    parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
+    parser.add_argument(
+        "image",
+        type=input_path,
+        help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask",
+    )
+    parser.add_argument(
+        "--out", type=output_path, help="folder (default: runs/object/ and the image's name)"
+    )
+    parser.add_argument(
+        "--weights", type=input_path, default=BEST, help="checkpoint folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP
+    )
     parser.add_argument("--steps", type=sampler_steps, help="of the sampler")
-    parser.add_argument("--guidance", type=guidance, help="peak of the triangular guidance; 1 = none")
+    parser.add_argument(
+        "--guidance", type=guidance, help="peak of the triangular guidance; 1 = none"
+    )
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--no-lora", action="store_true", help="without the geometric distillation")
     parser.add_argument(
@@ -105,7 +118,9 @@ def run(args: argparse.Namespace) -> None:
     options["back_projection"] = not args.no_back_projection
     made = pipe.generate(rgb, mask=mask, **options)
     seconds = time.perf_counter() - started
-    print(f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s")
+    print(
+        f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s"
+    )
     with results_folder(out, FILES.values()) as folder:
         for kind, path in save_object(made.gaussians, folder).items():
             print(f"{kind:>7}  {path}")

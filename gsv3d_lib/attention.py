@@ -14,8 +14,8 @@ from torch import Tensor
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: the one door to attention in the U-Net and decoder.
 
-    Queries [B, heads, T, d], keys and values [B, heads, S, d] -> [B, heads, T, d].
-    Code that `torch.compile` makes has torch's own: a look at `_attention` would cut its
+    Queries [B, heads, T, d], keys and values [B, heads, S, d] -> [B, heads, T, d]. Code
+    that `torch.compile` makes has torch's own: a look at `_attention` would cut its
     graph in two at every layer.
     """
     if torch.compiler.is_compiling():
@@ -59,6 +59,8 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off: bfloat16 has three digits, with which rays and depths, for example, would miss their pixel."""
+    """Autocast off: bfloat16 has three digits, with which rays and depths, for example,
+    would miss their pixel.
+    """
     available = torch.amp.is_autocast_available(device.type)  # not on the meta device
     return torch.autocast(device.type, enabled=False) if available else nullcontext()

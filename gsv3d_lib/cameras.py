@@ -8,8 +8,8 @@ Angles   degrees at every function's door. The camera at azimuth a, elevation e,
          SV3D's polar angle is 90 - elevation.
 Depth    z-depth: the camera-space z of the surface, not the length of the ray.
 
-The defaults (field of view 33.8 degrees, distance 3.509) let a ball of radius 1 just fill the frame; 33.8 degrees is
-SV3D's training renders' field of view.
+The defaults (field of view 33.8 degrees, distance 3.509) let a ball of radius 1 just
+fill the frame; 33.8 degrees is SV3D's training renders' field of view.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from .system.errors import UserError
 
 FOV_DEG = 33.8
 DISTANCE = 3.509
-# A growing azimuth moves the camera counter-clockwise seen from above, as in SV3D's own videos.
+# A growing azimuth moves the camera counter-clockwise seen from above, as in SV3D's own
+# videos.
 AZIMUTH_SIGN = 1.0
 
 
@@ -52,12 +53,16 @@ class Cameras:
         return self.viewmats.shape[0]
 
     def __getitem__(self, index) -> Cameras:
-        """A subset of the cameras; `index` is an int, slice, list or tensor. Always returns a batch."""
+        """A subset of the cameras; `index` is an int, slice, list or tensor. Always
+        returns a batch.
+        """
         index = torch.as_tensor(index).reshape(-1) if isinstance(index, int | Tensor) else index
         return Cameras(self.viewmats[index], self.Ks[index], self.width, self.height)
 
     def to(self, *args, **kwargs) -> Cameras:
-        return Cameras(self.viewmats.to(*args, **kwargs), self.Ks.to(*args, **kwargs), self.width, self.height)
+        return Cameras(
+            self.viewmats.to(*args, **kwargs), self.Ks.to(*args, **kwargs), self.width, self.height
+        )
 
     def c2w(self) -> Tensor:
         """Camera-to-world matrices [V, 4, 4]."""
@@ -68,13 +73,17 @@ class Cameras:
         return self.c2w()[:, :3, 3]
 
     def resized(self, width: int, height: int) -> Cameras:
-        """The same cameras at another resolution: with pixel centres at +0.5, K scales without an offset."""
+        """The same cameras at another resolution: with pixel centres at +0.5, K scales
+        without an offset.
+        """
         scale = self.Ks.new_tensor([width / self.width, height / self.height, 1.0])
         return Cameras(self.viewmats, self.Ks * scale[:, None], width, height)
 
 
 def invert_rigid(matrix: Tensor) -> Tensor:
-    """Inverse of rigid transforms [..., 4, 4]: (R, t) -> (R^T, -R^T t). Exact where a general inverse is not."""
+    """Inverse of rigid transforms [..., 4, 4]: (R, t) -> (R^T, -R^T t). Exact where a
+    general inverse is not.
+    """
     inverse = torch.zeros_like(matrix)
     rotation = matrix[..., :3, :3].mT
     inverse[..., :3, :3] = rotation
@@ -84,20 +93,26 @@ def invert_rigid(matrix: Tensor) -> Tensor:
 
 
 def intrinsics(size: int, fov_deg: float = FOV_DEG) -> Tensor:
-    """K [3, 3] of a square pinhole image of `size` pixels: f = size / (2 tan(fov / 2)), principal point in the middle."""
+    """K [3, 3] of a square pinhole image of `size` pixels: f = size / (2 tan(fov / 2)),
+    principal point in the middle.
+    """
     focal = size / (2 * math.tan(math.radians(fov_deg) / 2))
-    return torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], dtype=torch.float32)
+    return torch.tensor(
+        [[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], dtype=torch.float32
+    )
 
 
 def look_at(positions: Tensor) -> Tensor:
     """World-to-camera matrices [V, 4, 4] of cameras at `positions` [V, 3].
 
-    They look at the origin and have +z up. Raises UserError for a position straight above
-    or below it, where up has no meaning.
+    They look at the origin and have +z up. Raises UserError for a position straight
+    above or below it, where up has no meaning.
     """
     sideways = positions[:, :2].norm(dim=-1) / positions.norm(dim=-1)
     if not (sideways > 1e-6).all():
-        raise UserError("A camera straight above or below the object has no defined up; keep |elevation| < 90 degrees.")
+        raise UserError(
+            "A camera straight above or below the object has no defined up; keep |elevation| < 90 degrees."
+        )
     return _facing_origin(positions)
 
 
@@ -126,7 +141,9 @@ def orbit_cameras(
     azimuths = torch.as_tensor(azimuths_deg, dtype=torch.float64).reshape(-1)
     elevations = torch.as_tensor(elevations_deg, dtype=torch.float64).expand_as(azimuths)
     if not (elevations.abs() < 90).all():
-        raise UserError(f"Elevations lie between -90 and 90 degrees, both excluded; got {elevations_deg}.")
+        raise UserError(
+            f"Elevations lie between -90 and 90 degrees, both excluded; got {elevations_deg}."
+        )
     return sphere_cameras(azimuths, elevations, size, distance, fov_deg)
 
 
@@ -139,7 +156,8 @@ def sphere_cameras(
 ) -> Cameras:
     """`orbit_cameras` of angles [V] in degrees that were checked where they were read.
 
-    It never looks at the numbers, so it also runs on tensors that have none (`cluster/plan.py`).
+    It never looks at the numbers, so it also runs on tensors that have none
+    (`cluster/plan.py`).
     """
     azimuth = torch.deg2rad(AZIMUTH_SIGN * azimuths.double())
     elevation = torch.deg2rad(elevations.double())
@@ -161,15 +179,19 @@ def sv3d_angles(azimuth: Tensor, elevation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sv3d_azimuths(num_frames: int) -> Tensor:
-    """SV3D's static orbit [N] in degrees: evenly spaced, the condition view LAST, at azimuth 0 (docs/method.md)."""
+    """SV3D's static orbit [N] in degrees: evenly spaced, the condition view LAST, at
+    azimuth 0 (docs/method.md).
+    """
     return torch.linspace(0, 360, num_frames + 1)[1:] % 360
 
 
 def ray_grid(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Rays through the pixel centres of an H x W grid laid over each image.
 
-    Returns origins [V, H, W, 3] and unit directions [V, H, W, 3] in the world. H and W need not be the image's own
-    size: latents and tokens use the same function, with (i + 0.5) / H, which several public relatives get wrong.
+    Returns origins [V, H, W, 3] and unit directions [V, H, W, 3] in the world. H and W
+    need not be the image's own
+    size: latents and tokens use the same function, with (i + 0.5) / H, which several
+        public relatives get wrong.
     """
     grid = cameras.resized(width, height)
     device, dtype = grid.Ks.device, grid.Ks.dtype
@@ -179,7 +201,9 @@ def ray_grid(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]
         indexing="ij",
     )
     fx, fy, cx, cy = (grid.Ks[:, a, b, None, None] for a, b in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    local = torch.stack([(u - cx) / fx, (v - cy) / fy, torch.ones_like(u).expand(len(grid), -1, -1)], dim=-1)
+    local = torch.stack(
+        [(u - cx) / fx, (v - cy) / fy, torch.ones_like(u).expand(len(grid), -1, -1)], dim=-1
+    )
     c2w = grid.c2w()
     directions = torch.einsum("vij,vhwj->vhwi", c2w[:, :3, :3], local)
     directions = torch.nn.functional.normalize(directions, dim=-1)
@@ -187,17 +211,22 @@ def ray_grid(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]
 
 
 def read_at(points: Tensor, picture: Tensor, camera: Cameras) -> tuple[Tensor, Tensor]:
-    """World points [P, 3] -> their depth [P] in one camera, and the value [P] of the pixel of picture [H, W, 1] that they
-    fall in; 0 outside of the picture."""
+    """World points [P, 3] -> their depth [P] in one camera, and the value [P] of the
+    pixel of picture [H, W, 1] that they fall in; 0 outside of the picture.
+    """
     local = points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
     u, v = ((local @ camera.Ks[0].T) / local[:, 2:])[:, :2].unbind(-1)
     inside = (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
-    rows, columns = (x.clamp(0, size - 1).long() for x, size in ((v, camera.height), (u, camera.width)))
+    rows, columns = (
+        x.clamp(0, size - 1).long() for x, size in ((v, camera.height), (u, camera.width))
+    )
     return local[:, 2], picture[rows, columns, 0] * inside
 
 
 def pluecker_rays(cameras: Cameras, height: int, width: int) -> Tensor:
-    """Plücker coordinates cat(o x d, d) [V, H, W, 6] of `ray_grid`: a ray as a line, whatever its origin on it."""
+    """Plücker coordinates cat(o x d, d) [V, H, W, 6] of `ray_grid`: a ray as a line,
+    whatever its origin on it.
+    """
     origins, directions = ray_grid(cameras, height, width)
     return torch.cat([torch.linalg.cross(origins, directions), directions], dim=-1)
 
@@ -208,7 +237,9 @@ _FLIP_YZ = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 
 
 def opencv_to_opengl(c2w: Tensor) -> Tensor:
-    """Camera-to-world [..., 4, 4] from OpenCV axes (y down, z forward) to OpenGL axes (y up, z backward)."""
+    """Camera-to-world [..., 4, 4] from OpenCV axes (y down, z forward) to OpenGL axes
+    (y up, z backward).
+    """
     return c2w @ _FLIP_YZ.to(c2w)
 
 
@@ -218,22 +249,29 @@ def opengl_to_opencv(c2w: Tensor) -> Tensor:
 
 
 def to_blender(cameras: Cameras) -> Tensor:
-    """Blender's `matrix_world` [V, 4, 4]: OpenGL camera axes in a z-up world, which is also ours."""
+    """Blender's `matrix_world` [V, 4, 4]: OpenGL camera axes in a z-up world, which is
+    also ours.
+    """
     return opencv_to_opengl(cameras.c2w())
 
 
 def from_blender(matrix_world: Tensor, Ks: Tensor, width: int, height: int) -> Cameras:
-    """Cameras from Blender's `matrix_world` [V, 4, 4] and intrinsics [V, 3, 3] in pixels."""
+    """Cameras from Blender's `matrix_world` [V, 4, 4] and intrinsics [V, 3, 3] in
+    pixels.
+    """
     return from_c2w(opengl_to_opencv(matrix_world), Ks, width, height)
 
 
 def from_c2w(c2w: Tensor, Ks: Tensor, width: int, height: int) -> Cameras:
-    """Cameras from OpenCV camera-to-world matrices [V, 4, 4], as the datasets of this project store them."""
+    """Cameras from OpenCV camera-to-world matrices [V, 4, 4], as the datasets of this
+    project store them.
+    """
     return Cameras(invert_rigid(c2w), Ks, width, height)
 
 
 def to_opengl_view(cameras: Cameras) -> Tensor:
-    """OpenGL view matrices (world-to-camera, y up, z backward) [V, 4, 4], in a y-up world as WebGL viewers expect.
+    """OpenGL view matrices (world-to-camera, y up, z backward) [V, 4, 4], in a y-up
+    world as WebGL viewers expect.
 
     Our world is z up; (x, y, z) becomes (x, z, -y).
     """

@@ -1,7 +1,9 @@
-"""One configuration, three presets: `tiny` (CPU, minutes), `small` (one GPU), `paper` (SV3D_p at 576 px).
+"""One configuration, three presets: `tiny` (CPU, minutes), `small` (one GPU), `paper`
+(SV3D_p at 576 px).
 
-The same classes run at every scale; only these numbers differ. Values tagged [paper], [code] or [ours] follow
-the sources named in docs/method.md: the paper, public SVD / SV3D configurations, or this project's own choice.
+The same classes run at every scale; only these numbers differ. Values tagged [paper],
+[code] or [ours] follow the sources named in docs/method.md: the paper, public SVD /
+SV3D configurations, or this project's own choice.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ DIFFUSERS_GROUPS = 32  # of the normalisation layers that diffusers builds
 
 @dataclass(frozen=True)
 class Numbers:
-    """What values a field takes: numbers from `low` to `high`, whole ones or any; of a tuple, every entry."""
+    """What values a field takes: numbers from `low` to `high`, whole ones or any; of a
+    tuple, every entry.
+    """
 
     low: float
     high: float
@@ -31,7 +35,8 @@ class Numbers:
     def __contains__(self, value) -> bool:
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
-        return self.low <= value <= self.high and not (self.above and value == self.low)  # NaN is in no range
+        # NaN is in no range
+        return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def __str__(self) -> str:
         kind = "whole numbers" if self.whole else "numbers"
@@ -62,7 +67,13 @@ def counts(low: int, high: int) -> Numbers:
     return Numbers(low, high, whole=True)
 
 
-LAYERS, WIDTH, HEADS, SIDE, WEIGHT = counts(1, 128), counts(1, 16384), counts(1, 256), counts(8, 4096), Numbers(0, 1e6)
+LAYERS, WIDTH, HEADS, SIDE, WEIGHT = (
+    counts(1, 128),
+    counts(1, 16384),
+    counts(1, 256),
+    counts(8, 4096),
+    Numbers(0, 1e6),
+)
 SWITCH = Choice((True, False))
 
 MOST_STEPS = 9_999_999  # seven digits in the names of checkpoints
@@ -77,13 +88,20 @@ SCHEDULE_VALUES = dict(
 )
 
 VALUES = (
-    dict.fromkeys(("vae_layers", "clip_layers", "unet_layers", "dino_layers", "decoder_layers"), LAYERS)
+    dict.fromkeys(
+        ("vae_layers", "clip_layers", "unet_layers", "dino_layers", "decoder_layers"), LAYERS
+    )
     | dict.fromkeys(("vae_channels", "unet_channels"), counts(32, 16384))
     | dict.fromkeys(("clip_width", "clip_mlp", "clip_dim", "dino_width", "decoder_width"), WIDTH)
     | dict.fromkeys(("clip_heads", "unet_heads", "dino_heads", "decoder_heads"), HEADS)
     | dict.fromkeys(("image_size", "clip_size", "dino_size"), SIDE)
-    | dict.fromkeys(("vae_anchor", "lambda_rgb", "lambda_depth", "lambda_pixel", "lambda_3d"), WEIGHT)
-    | dict.fromkeys(("lambda_alpha", "lambda_alpha_stage2", "lambda_ssim", "lambda_lpips", "lambda_solid"), WEIGHT)
+    | dict.fromkeys(
+        ("vae_anchor", "lambda_rgb", "lambda_depth", "lambda_pixel", "lambda_3d"), WEIGHT
+    )
+    | dict.fromkeys(
+        ("lambda_alpha", "lambda_alpha_stage2", "lambda_ssim", "lambda_lpips", "lambda_solid"),
+        WEIGHT,
+    )
     | dict.fromkeys(("unet_attention", "checkpointing"), SWITCH)
     | dict.fromkeys(("cond_dropout", "roll_frames"), Numbers(0, 1))
     | dict.fromkeys(("num_frames", "target_views"), counts(1, 1024))
@@ -120,7 +138,8 @@ VALUES = (
 
 
 def check_values(record, values: dict) -> None:
-    """Raises UserError for the first field of `record` that holds what the table `values` does not allow.
+    """Raises UserError for the first field of `record` that holds what the table
+    `values` does not allow.
 
     A tuple may be empty where that is the field's default.
     """
@@ -143,7 +162,9 @@ def shown(value) -> str:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How one stage is trained. The learning rate warms up linearly, then follows a half cosine to a tenth."""
+    """How one stage is trained. The learning rate warms up linearly, then follows a
+    half cosine to a tenth.
+    """
 
     steps: int
     batch: int  # examples per optimiser step, over all processes together
@@ -151,7 +172,8 @@ class Schedule:
     warmup: int = 100
     weight_decay: float = 0.01
     ema: float = 0.0  # decay of the averaged weights that are saved for use; 0 = none
-    micro_batch: int = 0  # examples on a device at once, gradients are accumulated; 0 = all of its share
+    # examples on a device at once, gradients are accumulated; 0 = all of its share
+    micro_batch: int = 0
 
     def __post_init__(self):
         check_values(self, SCHEDULE_VALUES)
@@ -169,7 +191,8 @@ class Config:
     vae_channels: tuple[int, ...]
     vae_layers: int
     vae_norm_groups: int  # 32 in diffusers; fewer where a level has few channels
-    vae_anchor: float  # weight that ties three latent channels to the picture's thumbnail; see `VAEStage`
+    # weight that ties three latent channels to the picture's thumbnail; see `VAEStage`
+    vae_anchor: float
     vae_clip: int  # views that the temporal decoder sees together, in training and at inference
     # ---- CLIP vision tower: transformers' CLIPVisionModelWithProjection [code: ViT-H/14]
     clip_size: int  # pixels of its input
@@ -204,14 +227,18 @@ class Config:
     stage1: Schedule
     stage2: Schedule
     # ---- fields with one value at every scale
-    decoder_refiner: tuple[int, ...] = ()  # channels per doubling of a convolutional upsampler; () = linear [ours]
-    dino: str = "dinov2"  # "none" removes the cross-attention's image features (the paper's ablation)
+    # channels per doubling of a convolutional upsampler; () = linear [ours]
+    decoder_refiner: tuple[int, ...] = ()
+    # "none" removes the cross-attention's image features (the paper's ablation)
+    dino: str = "dinov2"
     clip_resize: str = "antialias"  # how pictures are made smaller for CLIP; see `encoders.RESIZES`
     resnet_eps: float = 0.0  # in the U-Net's residual blocks; 0 = diffusers' [code: 1e-5]
     latent_scale: float = 0.18215  # SD's latent scaling factor [code]
     cond_aug: float = 1e-5  # noise on the condition image [code]
     cond_dropout: float = 0.1  # joint dropout of CLIP token and concatenated latent [ours]
-    roll_frames: float = 0.0  # share of orbits that begin at another frame, so that azimuths must be heeded [ours]
+    # share of orbits that begin at another frame, so that azimuths must be heeded
+    # [ours]
+    roll_frames: float = 0.0
     log_sigma_mean: float = 0.7  # ln sigma ~ N(0.7, 1.6^2), one sigma per clip [code]
     log_sigma_std: float = 1.6
     sigma_min: float = 0.002  # sampler [code]
@@ -219,30 +246,38 @@ class Config:
     sampling_steps: int = 25  # 50 in SV3D's demo; 25 is usable [code]
     guidance: float = 2.5  # triangular: 1 -> guidance -> 1 over the frames [code]
     object_radius: float = 1.0  # the object fits this ball
-    scale_range: tuple[float, float] = (5e-4, 2e-2)  # Gaussian scales, fraction of the object's extent [code]
+    # Gaussian scales, fraction of the object's extent [code]
+    scale_range: tuple[float, float] = (5e-4, 2e-2)
     # ---- losses [paper: RGB + depth, L_2D + lambda_3D L_3D; weights ours]
     copies: int = 1  # variants of each object: mirrored, recoloured; latents are cached for all
-    view_counts: tuple[int, ...] = (16,)  # N of each step is drawn from these, the same for the whole batch
+    # N of each step is drawn from these, the same for the whole batch
+    view_counts: tuple[int, ...] = (16,)
     target_views: int = 4  # views rendered per object and step, input and novel
     lambda_rgb: float = 1.0
     lambda_depth: float = 0.5
     lambda_alpha: float = 0.0  # of stage 1; not in the paper; on in `tiny`
-    lambda_pixel: float = 0.0  # each Gaussian against its own pixel's colour, depth, alpha; not in the paper
+    # each Gaussian against its own pixel's colour, depth, alpha; not in the paper
+    lambda_pixel: float = 0.0
     lambda_ssim: float = 0.0  # structure of the renderings; not in the paper
     lambda_lpips: float = 0.0  # needs lpips_weights; not in the paper
     lambda_solid: float = 0.0  # surfaces instead of fog; not in the paper
-    lpips_weights: str = "data/cache/lpips/alex.safetensors"  # of others, made by tools/convert_lpips.py
+    # of others, made by tools/convert_lpips.py
+    lpips_weights: str = "data/cache/lpips/alex.safetensors"
     lambda_3d: float = 1.0
-    lambda_alpha_stage2: float = 0.0  # alpha in stage 2's L_3D; not in the paper, and it does harm: notebook 06
+    # alpha in stage 2's L_3D; not in the paper, and it does harm: notebook 06
+    lambda_alpha_stage2: float = 0.0
     sigma_weighting: str = "none"  # w(sigma) of L_3D: "none", or "snr" = 1 / (1 + sigma^2)
     lora_rank: int = 16
-    checkpointing: bool = False  # recompute blocks in the backward pass: a third more time, a fraction of the memory
+    # recompute blocks in the backward pass: a third more time, a fraction of the memory
+    checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self):
         check_values(self, VALUES)
         levels = len(self.unet_channels)
-        self._need(self.image_size % 8 == 0, "image_size is a multiple of 8, the side of a latent's block")
+        self._need(
+            self.image_size % 8 == 0, "image_size is a multiple of 8, the side of a latent's block"
+        )
         self._need(
             self.latent_size % 2 ** (levels - 1) == 0,
             f"image_size / 8 is a multiple of {2 ** (levels - 1)}, so that it can be halved between {levels} U-Net levels",
@@ -251,7 +286,10 @@ class Config:
             len(self.unet_attention) == len(self.unet_heads) == levels,
             "unet_channels, unet_attention and unet_heads have an entry for each level",
         )
-        self._need(len(self.vae_channels) == VAE_LEVELS, f"vae_channels has {VAE_LEVELS} entries: 8 pixels to a latent")
+        self._need(
+            len(self.vae_channels) == VAE_LEVELS,
+            f"vae_channels has {VAE_LEVELS} entries: 8 pixels to a latent",
+        )
         for name in ("vae_channels", "unet_channels"):
             self._divides(DIFFUSERS_GROUPS, name, "the groups in which diffusers normalises")
         self._divides(self.vae_norm_groups, "vae_channels", "vae_norm_groups")
@@ -264,7 +302,10 @@ class Config:
             self._divides(getattr(self, f"{part}_heads"), f"{part}_width", f"{part}_heads")
         for part in ("clip", "dino"):
             self._divides(getattr(self, f"{part}_patch"), f"{part}_size", f"{part}_patch")
-        self._need(self.latent_size % self.decoder_patch == 0, "image_size / 8 is a multiple of decoder_patch")
+        self._need(
+            self.latent_size % self.decoder_patch == 0,
+            "image_size / 8 is a multiple of decoder_patch",
+        )
         self._need(
             self.lambda_pixel == 0 or 8 * self.decoder_patch % self.decoder_upsample == 0,
             "with lambda_pixel a Gaussian has whole pixels: 8 decoder_patch is a multiple of decoder_upsample",
@@ -289,15 +330,23 @@ class Config:
         )
 
     def _need(self, holds: bool, rule: str) -> None:
-        """Raises UserError where a rule between fields does not hold, with the values of those that it names."""
+        """Raises UserError where a rule between fields does not hold, with the values
+        of those that it names.
+        """
         if not holds:
             named = [
-                f.name for f in dataclasses.fields(self) if f.name in rule.replace(",", " ").replace(":", " ").split()
+                f.name
+                for f in dataclasses.fields(self)
+                if f.name in rule.replace(",", " ").replace(":", " ").split()
             ]
-            raise UserError(f"{rule}; got {', '.join(f'{n} = {shown(getattr(self, n))}' for n in named)}.")
+            raise UserError(
+                f"{rule}; got {', '.join(f'{n} = {shown(getattr(self, n))}' for n in named)}."
+            )
 
     def _divides(self, number: int, name: str, what: str) -> None:
-        """Raises UserError where a field, or an entry of it, is no multiple of `number`, which is `what`."""
+        """Raises UserError where a field, or an entry of it, is no multiple of
+        `number`, which is `what`.
+        """
         value = getattr(self, name)
         entries = value if isinstance(value, tuple) else (value,)
         if any(entry % number for entry in entries):
@@ -320,13 +369,17 @@ class Config:
         whole = {name: value for name, value in changes.items() if "." not in name}
         for field, numbers in parts.items():
             if not isinstance(getattr(self, field, None), Schedule):
-                raise UserError(f"Config.{field} is no schedule, so there is no {field}.{next(iter(numbers))}.")
+                raise UserError(
+                    f"Config.{field} is no schedule, so there is no {field}.{next(iter(numbers))}."
+                )
             whole[field] = checked_replace(whole.get(field, getattr(self, field)), numbers)
         return checked_replace(self, whole)
 
 
 def checked_replace(record, changes: dict):
-    """`dataclasses.replace` that refuses unknown names and values of another type in one sentence (ValueError)."""
+    """`dataclasses.replace` that refuses unknown names and values of another type in
+    one sentence (ValueError).
+    """
     kind, names = type(record).__name__, {f.name: f.type for f in dataclasses.fields(record)}
     for name, value in changes.items():
         if name not in names:
@@ -334,7 +387,9 @@ def checked_replace(record, changes: dict):
         old = getattr(record, name)
         number = names[name] == "float" and type(value) in (int, float)
         if type(value) is not type(old) and not number:
-            raise UserError(f"{kind}.{name} is a {type(old).__name__}; got {shown(value)} ({type(value).__name__}).")
+            raise UserError(
+                f"{kind}.{name} is a {type(old).__name__}; got {shown(value)} ({type(value).__name__})."
+            )
     return dataclasses.replace(record, **changes)
 
 
@@ -380,12 +435,16 @@ TINY = Config(
     copies=2,
     roll_frames=0.5,
     view_counts=(4, 8, 16),
-    sigma_max=80.0,  # 50 times the deviation of a latent is noise enough; above, short trainings have seen nothing
+    # 50 times the deviation of a latent is noise enough; above, short trainings have
+    # seen nothing
+    sigma_max=80.0,
     lambda_alpha=0.5,
     lambda_pixel=0.5,
 )
 
-SMALL = TINY.replace(  # tiny's networks on four times the pixels, which `train --init` can start from tiny's weights
+# tiny's networks on four times the pixels, which `train --init` can start from tiny's
+# weights
+SMALL = TINY.replace(
     name="small",
     image_size=128,
     decoder_patch=2,
@@ -405,7 +464,8 @@ PAPER = TINY.replace(
     vae_layers=2,
     vae_norm_groups=32,
     vae_anchor=0.0,
-    vae_clip=1,  # SV3D's decoder has no layers over time [code], so more at once is only more memory
+    # SV3D's decoder has no layers over time [code], so more at once is only more memory
+    vae_clip=1,
     clip_size=224,
     clip_patch=14,
     clip_width=1280,
@@ -439,11 +499,13 @@ PAPER = TINY.replace(
     view_counts=(16,),
     lambda_alpha=0.0,
     lambda_pixel=0.0,
-    # SVD's VAE, SV3D's U-Net and DINOv2 come trained; these are for who starts without them [ours]
+    # SVD's VAE, SV3D's U-Net and DINOv2 come trained; these are for who starts without
+    # them [ours]
     vae_schedule=Schedule(steps=20000, batch=16, lr=4e-4, ema=0.999, weight_decay=0.0),
     dino_schedule=Schedule(steps=10000, batch=128, lr=5e-4),
     diffusion_schedule=Schedule(steps=40000, batch=16, lr=2e-4, ema=0.9995),
-    # 8 and 2 orbits at once, with checkpointing, fit 80 GB (`python -m gsv3d_lib plan`) [calc]
+    # 8 and 2 orbits at once, with checkpointing, fit 80 GB (`python -m gsv3d_lib plan`)
+    # [calc]
     checkpointing=True,
     stage1=Schedule(steps=80000, batch=128, lr=1e-5, warmup=1000, micro_batch=8),  # [paper]
     stage2=Schedule(steps=40000, batch=32, lr=1e-5, warmup=1000, micro_batch=2),  # [paper]
@@ -453,18 +515,23 @@ PRESETS = {"tiny": TINY, "small": SMALL, "paper": PAPER}
 
 
 def preset(name: str = "tiny", **changes) -> Config:
-    """The configuration called `name`, with some fields changed. Raises ValueError for a name that does not exist."""
+    """The configuration called `name`, with some fields changed. Raises ValueError for
+    a name that does not exist.
+    """
     if name not in PRESETS:
         raise UserError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name].replace(**changes)
 
 
 def parse_setting(text: str) -> tuple[str, object]:
-    """ "steps=200" -> ("steps", 200); what is no literal is text. Raises UserError without a name and "="."""
+    """ "steps=200" -> ("steps", 200); what is no literal is text. Raises UserError
+    without a name and "=".
+    """
     name, equals, value = text.partition("=")
     if not (equals and name):
         raise UserError(f"--set takes NAME=VALUE; got {shown(text)}.")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last three of odd nested brackets
+    # the last three of odd nested brackets
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return name, value

@@ -1,10 +1,12 @@
-"""The Gaussian Splatting Decoder: N multi-view latents -> 3D Gaussians (docs/method.md).
+"""The Gaussian Splatting Decoder: N multi-view latents -> 3D Gaussians
+(docs/method.md).
 
     latents + Plücker rays -> tokens -> L x (self-attention over all views, cross-attention to DINO, MLP)
                            -> linear + pixel shuffle -> heads -> one Gaussian per output pixel
 
-Views are told apart by their cameras alone, so N may change at run time. With `planes` > 0 the tokens also carry a plane
-sweep (see `plane_sweep`), which is not in the paper: a prior that makes short trainings work.
+Views are told apart by their cameras alone, so N may change at run time. With `planes`
+> 0 the tokens also carry a plane sweep (see `plane_sweep`), which is not in the paper:
+a prior that makes short trainings work.
 """
 
 from __future__ import annotations
@@ -23,9 +25,16 @@ from .config import Config
 from .gaussians import Gaussians
 
 # channels of the output map
-DEPTH, RGB, OPACITY, SCALE, QUATERNION = slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 8), slice(8, 12)
+DEPTH, RGB, OPACITY, SCALE, QUATERNION = (
+    slice(0, 1),
+    slice(1, 4),
+    slice(4, 5),
+    slice(5, 8),
+    slice(8, 12),
+)
 OUTPUTS = 12
-SWEEP = ("mean", "deviation", "smallest", "largest")  # what `plane_sweep` keeps of each latent channel
+# what `plane_sweep` keeps of each latent channel
+SWEEP = ("mean", "deviation", "smallest", "largest")
 HIDDEN = 32  # channels between pixel shuffle and heads
 
 
@@ -40,12 +49,17 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (split_heads(t, self.heads) for t in (self.to_q(x), *self.to_kv(context).chunk(2, dim=-1)))
+        q, k, v = (
+            split_heads(t, self.heads)
+            for t in (self.to_q(x), *self.to_kv(context).chunk(2, dim=-1))
+        )
         return self.to_out(join_heads(attend(q, k, v)))
 
 
 class Block(nn.Module):
-    """Self-attention over the tokens of all views -> cross-attention to the DINO features -> MLP, pre-norm."""
+    """Self-attention over the tokens of all views -> cross-attention to the DINO
+    features -> MLP, pre-norm.
+    """
 
     def __init__(self, width: int, heads: int, context_width: int | None):
         super().__init__()
@@ -54,7 +68,9 @@ class Block(nn.Module):
         if context_width is not None:
             self.norm2, self.cross = nn.LayerNorm(width), Attention(width, heads, context_width)
         self.norm3 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         normed = self.norm1(x)
@@ -65,9 +81,12 @@ class Block(nn.Module):
 
 
 class GaussianDecoder(ModelMixin, ConfigMixin):
-    """Latents [B, N, 4, h, w] and N cameras per object -> B `Gaussians` of N (h up / patch) (w up / patch) splats."""
+    """Latents [B, N, 4, h, w] and N cameras per object -> B `Gaussians` of N (h up /
+    patch) (w up / patch) splats.
+    """
 
-    _supports_gradient_checkpointing = True  # `enable_gradient_checkpointing()`, as diffusers' models have it
+    # `enable_gradient_checkpointing()`, as diffusers' models have it
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -88,7 +107,9 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         self.sweep = None
         if planes:
             statistics = planes * 4 * len(SWEEP)
-            self.sweep = nn.Sequential(nn.Linear(statistics, width), nn.GELU(), nn.Linear(width, width))
+            self.sweep = nn.Sequential(
+                nn.Linear(statistics, width), nn.GELU(), nn.Linear(width, width)
+            )
         self.embed = nn.Conv2d(4 + 6, width, patch, stride=patch)
         self.context_norm = nn.LayerNorm(context_width) if context_width is not None else None
         self.blocks = nn.ModuleList(Block(width, heads, context_width) for _ in range(layers))
@@ -96,39 +117,56 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         if refiner_channels:
             self.refiner = Refiner(width, refiner_channels)
         else:
-            self.upsampler = nn.Sequential(nn.Linear(width, HIDDEN * upsample**2), nn.Unflatten(-1, (HIDDEN, -1)))
-        self.to_maps = nn.Conv2d(refiner_channels[-1] if refiner_channels else HIDDEN, OUTPUTS, 3, padding=1)
+            self.upsampler = nn.Sequential(
+                nn.Linear(width, HIDDEN * upsample**2), nn.Unflatten(-1, (HIDDEN, -1))
+            )
+        self.to_maps = nn.Conv2d(
+            refiner_channels[-1] if refiner_channels else HIDDEN, OUTPUTS, 3, padding=1
+        )
         self._start_as_faint_plane()
 
     @torch.no_grad()
     def _start_as_faint_plane(self) -> None:
-        """Zero depth, scale and opacity heads: faint Gaussians at the camera's distance, through the object's centre."""
+        """Zero depth, scale and opacity heads: faint Gaussians at the camera's
+        distance, through the object's centre.
+        """
         for channels in (DEPTH, OPACITY, SCALE):
             self.to_maps.weight[channels].zero_()
             self.to_maps.bias[channels].zero_()
         self.to_maps.bias[QUATERNION].copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
 
-    def forward(self, latents: Tensor, cameras: list[Cameras], features: Tensor | None = None) -> list[Gaussians]:
+    def forward(
+        self, latents: Tensor, cameras: list[Cameras], features: Tensor | None = None
+    ) -> list[Gaussians]:
         """Decode B objects.
 
         latents: [B, N, 4, h, w], scaled by 0.18215.  cameras: B batches of N.
-        features: F_DINO [B, T, context_width]; required unless the decoder was built without DINO.
+        features: F_DINO [B, T, context_width]; required unless the decoder was built
+            without DINO.
         """
         maps, origins, directions = self.output_maps(latents, cameras, features)
         return [self.to_gaussians(*parts) for parts in zip(maps, origins, directions)]
 
     def output_maps(self, latents: Tensor, cameras: list[Cameras], features: Tensor | None = None):
-        """Raw head outputs [B, N, H, W, 12] and the rays (origins, unit directions) [B, N, H, W, 3] they sit on."""
+        """Raw head outputs [B, N, H, W, 12] and the rays (origins, unit directions) [B,
+        N, H, W, 3] they sit on.
+        """
         self._check(latents, cameras, features)
         batch, frames, _, height, width = latents.shape
         with full_precision(latents.device):
-            rays = torch.stack([pluecker_rays(c, height, width) for c in cameras]).movedim(-1, 2)  # [B, N, 6, h, w]
-        x = self.embed(torch.cat([latents, rays.to(latents)], dim=2).flatten(0, 1))  # [B * N, C, h', w']
+            # [B, N, 6, h, w]
+            rays = torch.stack([pluecker_rays(c, height, width) for c in cameras]).movedim(-1, 2)
+        # [B * N, C, h', w']
+        x = self.embed(torch.cat([latents, rays.to(latents)], dim=2).flatten(0, 1))
         rows, columns = x.shape[-2:]
-        tokens = x.flatten(2).transpose(1, 2).unflatten(0, (batch, frames)).flatten(1, 2)  # [B, N h' w', C]
+        # [B, N h' w', C]
+        tokens = x.flatten(2).transpose(1, 2).unflatten(0, (batch, frames)).flatten(1, 2)
         if self.sweep is not None:
             with full_precision(latents.device):
-                swept = [plane_sweep(*parts, (rows, columns), self.config) for parts in zip(latents, cameras)]
+                swept = [
+                    plane_sweep(*parts, (rows, columns), self.config)
+                    for parts in zip(latents, cameras)
+                ]
             tokens = tokens + self.sweep(torch.stack(swept))
         context = None if self.context_norm is None else self.context_norm(features)
         for block in self.blocks:
@@ -145,7 +183,9 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         return maps, *(torch.stack(parts).to(maps) for parts in zip(*grids))
 
     def _upsampled(self, tokens: Tensor, latents: Tensor, rows: int, columns: int) -> Tensor:
-        """Tokens [B, N h' w', C] and latents [B * N, 4, h, w] -> features [B * N, F, H, W]."""
+        """Tokens [B, N h' w', C] and latents [B * N, 4, h, w] -> features [B * N, F, H,
+        W].
+        """
         if self.config.refiner_channels:
             grid = tokens.reshape(len(latents), rows, columns, -1).movedim(-1, 1)
             return self.refiner(grid, latents)
@@ -154,7 +194,9 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         return F.pixel_shuffle(grid, self.config.upsample)
 
     def to_gaussians(self, maps: Tensor, origins: Tensor, directions: Tensor) -> Gaussians:
-        """Activations, one scene: maps [N, H, W, 12], rays [N, H, W, 3] -> Gaussians of N * H * W splats."""
+        """Activations, one scene: maps [N, H, W, 12], rays [N, H, W, 3] -> Gaussians of
+        N * H * W splats.
+        """
         distance = ray_distance(maps[..., DEPTH], origins, self.config.object_radius)
         low, high = (math.log(2 * self.config.object_radius * s) for s in self.config.scale_range)
         return Gaussians(
@@ -167,17 +209,23 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def grown_to(self, config: Config) -> GaussianDecoder:
-        """This decoder where it fits `config`, else a larger one that begins with its weights.
+        """This decoder where it fits `config`, else a larger one that begins with its
+        weights.
 
-        Pictures may have twice the side (`doubled`), and a refiner may take the place of
-        the linear upsampler; that is new. A decoder that has one stays as large as it is.
+        Pictures may have twice the side (`doubled`), and a refiner may take the place
+        of the linear upsampler; that is new. A decoder that has one stays as large as
+        it is.
         """
         if self.config.refiner_channels:
             return self
         grown = doubled(self) if config.decoder_patch == 2 * self.config.patch else self
         if not config.decoder_refiner:
             return grown
-        settings = {**grown.config, "upsample": config.decoder_upsample, "refiner_channels": config.decoder_refiner}
+        settings = {
+            **grown.config,
+            "upsample": config.decoder_upsample,
+            "refiner_channels": config.decoder_refiner,
+        }
         new = GaussianDecoder.from_config(settings)
         kept = grown.state_dict()
         for name in [n for n in kept if n.startswith(("upsampler", "to_maps"))]:
@@ -193,17 +241,22 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
                 f"{len(latents)} objects of {latents.shape[1]} views need as many cameras; got {[len(c) for c in cameras]}."
             )
         width = self.config.context_width
-        if width is not None and (features is None or features.shape[0] != len(latents) or features.shape[-1] != width):
+        if width is not None and (
+            features is None or features.shape[0] != len(latents) or features.shape[-1] != width
+        ):
             got = None if features is None else tuple(features.shape)
-            raise ValueError(f"This decoder needs DINO features [{len(latents)}, T, {width}]; got {got}.")
+            raise ValueError(
+                f"This decoder needs DINO features [{len(latents)}, T, {width}]; got {got}."
+            )
 
 
 class Refiner(nn.Module):
     """An upsampler of convolutions: the grid of tokens is doubled once per level.
 
     Tokens hold what attention found out about the object, one for 16 x 16 pixels or so.
-    Fine detail is in the latents themselves, so each level sees them again beside its own
-    features. tokens [M, C, h', w'], latents [M, 4, h, w] -> [M, channels[-1], 2^L h', 2^L w'].
+    Fine detail is in the latents themselves, so each level sees them again beside its
+    own features. tokens [M, C, h', w'], latents [M, 4, h, w] -> [M, channels[-1], 2^L
+    h', 2^L w'].
     """
 
     def __init__(self, width: int, channels: tuple[int, ...]):
@@ -221,7 +274,9 @@ class Refiner(nn.Module):
 
 
 class RefinerBlock(nn.Module):
-    """Two convolutions, of which the second adds nothing at first. [M, inputs, H, W] -> [M, C, H, W]"""
+    """Two convolutions, of which the second adds nothing at first. [M, inputs, H, W] ->
+    [M, C, H, W]
+    """
 
     def __init__(self, inputs: int, channels: int):
         super().__init__()
@@ -237,51 +292,67 @@ class RefinerBlock(nn.Module):
 
 
 def plane_sweep(latents: Tensor, cameras: Cameras, grid: tuple[int, int], config) -> Tensor:
-    """What the N views say about points along each token's ray: the geometry that attention is slow to find by itself.
+    """What the N views say about points along each token's ray: the geometry that
+    attention is slow to find by itself.
 
-    Each ray of the h' x w' grid carries `planes` points through the object's ball. A point is projected into all views,
-    the latents are read there, and their mean, deviation, smallest and largest value over the views are kept: on a
-    surface the views agree; off the object at least one of them sees background (the visual hull).
-    latents [N, 4, h, w] -> [N h' w', planes * 16]. No parameters; differentiable in the latents.
+    Each ray of the h' x w' grid carries `planes` points through the object's ball. A
+    point is projected into all views, the latents are read there, and their mean,
+    deviation, smallest and largest value over the views are kept: on a surface the
+    views agree; off the object at least one of them sees background (the visual hull).
+    latents [N, 4, h, w] -> [N h' w', planes * 16]. No parameters; differentiable in the
+    latents.
     """
     origins, directions = (t.reshape(-1, 1, 3) for t in ray_grid(cameras, *grid))
-    depths = torch.linspace(-1, 1, config.planes, device=origins.device)[:, None] * config.object_radius
+    depths = (
+        torch.linspace(-1, 1, config.planes, device=origins.device)[:, None] * config.object_radius
+    )
     points = origins + (origins.norm(dim=-1, keepdim=True) + depths) * directions  # [T, planes, 3]
     rotations, shifts = cameras.viewmats[:, :3, :3], cameras.viewmats[:, :3, 3]
     local = torch.einsum("vij,tpj->vtpi", rotations, points) + shifts[:, None, None]
     pixels = torch.einsum("vij,vtpj->vtpi", cameras.Ks, local / local[..., 2:])[..., :2]
     size = pixels.new_tensor([cameras.width, cameras.height])
-    seen = F.grid_sample(latents, (2 * pixels / size - 1).to(latents), align_corners=False)  # [N, 4, T, planes]
-    statistics = torch.cat([seen.mean(0), deviation(seen), seen.amin(0), seen.amax(0)])  # [16, T, planes]
+    # [N, 4, T, planes]
+    seen = F.grid_sample(latents, (2 * pixels / size - 1).to(latents), align_corners=False)
+    # [16, T, planes]
+    statistics = torch.cat([seen.mean(0), deviation(seen), seen.amin(0), seen.amax(0)])
     return statistics.permute(1, 2, 0).flatten(1)
 
 
 def deviation(values: Tensor) -> Tensor:
-    """`values.std(0, correction=0)` in elementwise passes: on a CPU a fraction of its time. [N, ...] -> [...]
+    """`values.std(0, correction=0)` in elementwise passes: on a CPU a fraction of its
+    time. [N, ...] -> [...]
 
-    Where all values agree the gradient is 0, as that of `std`: the clamp keeps the root's infinite slope away, and what
-    lies below 1e-6 is the rounding of the mean.
+    Where all values agree the gradient is 0, as that of `std`: the clamp keeps the
+    root's infinite slope away, and what lies below 1e-6 is the rounding of the mean.
     """
     variance = (values - values.mean(0)).square().mean(0)
     return variance.clamp(min=1e-12).sqrt()
 
 
 def ray_distance(logits: Tensor, origins: Tensor, radius: float) -> Tensor:
-    """Depth head [..., 1] -> distance along the ray: camera distance + (2 sigmoid - 1) * object radius."""
+    """Depth head [..., 1] -> distance along the ray: camera distance + (2 sigmoid - 1)
+    * object radius.
+    """
     return origins.norm(dim=-1, keepdim=True) + (2 * logits.sigmoid() - 1) * radius
 
 
 @torch.no_grad()
 def doubled(decoder: GaussianDecoder) -> GaussianDecoder:
-    """The decoder for pictures of twice the side: as many tokens, each of 2 x 2 times the latents and of the Gaussians.
+    """The decoder for pictures of twice the side: as many tokens, each of 2 x 2 times
+    the latents and of the Gaussians.
 
-    It begins as the old one: the first layer averages the new latents of what was one, and each old cell of the last layer
-    is repeated 2 x 2 times. Training goes on from there at the old cost, since attention sees the same tokens.
+    It begins as the old one: the first layer averages the new latents of what was one,
+    and each old cell of the last layer is repeated 2 x 2 times. Training goes on from
+    there at the old cost, since attention sees the same tokens.
     """
     old = decoder.config
-    new = GaussianDecoder.from_config({**old, "patch": 2 * old["patch"], "upsample": 2 * old["upsample"]})
+    new = GaussianDecoder.from_config(
+        {**old, "patch": 2 * old["patch"], "upsample": 2 * old["upsample"]}
+    )
     state = decoder.state_dict()
-    state["embed.weight"] = state["embed.weight"].repeat_interleave(2, -1).repeat_interleave(2, -2) / 4
+    state["embed.weight"] = (
+        state["embed.weight"].repeat_interleave(2, -1).repeat_interleave(2, -2) / 4
+    )
     for name in ("upsampler.0.weight", "upsampler.0.bias"):
         cells = state[name].unflatten(0, (HIDDEN, old["upsample"], old["upsample"]))
         state[name] = cells.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(0, 2)
@@ -290,7 +361,9 @@ def doubled(decoder: GaussianDecoder) -> GaussianDecoder:
 
 
 def build_decoder(config: Config) -> GaussianDecoder:
-    """A freshly initialised decoder; `config.dino = "none"` leaves the cross-attention out."""
+    """A freshly initialised decoder; `config.dino = "none"` leaves the cross-attention
+    out.
+    """
     return GaussianDecoder(
         width=config.decoder_width,
         layers=config.decoder_layers,

@@ -1,12 +1,14 @@
 """EDM diffusion as SV3D uses it: noise levels, preconditioning, guidance, and sampling.
 
-A noisy latent is z = z0 + sigma n with n ~ N(0, 1). The U-Net F predicts "v"; the denoiser built from it is
+A noisy latent is z = z0 + sigma n with n ~ N(0, 1). The U-Net F predicts "v"; the
+denoiser built from it is
 
     D(z; sigma) = c_skip z + c_out F(c_in z, c_noise),                                                  (1)
     c_skip = 1 / (sigma^2 + 1),  c_out = -sigma / sqrt(sigma^2 + 1),  c_in = 1 / sqrt(sigma^2 + 1),  c_noise = ln(sigma) / 4
 
-(Karras et al. 2022, with sigma_data = 1). Weighting the loss on D by (sigma^2 + 1) / sigma^2 makes it the plain mean
-squared error on F, which is what `diffusion_loss` computes.
+(Karras et al. 2022, with sigma_data = 1). Weighting the loss on D by (sigma^2 + 1) /
+sigma^2 makes it the plain mean squared error on F, which is what `diffusion_loss`
+computes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ MAX_GUIDANCE = 100.0  # far beyond what any picture survives
 
 @dataclass
 class Condition:
-    """Everything that SV3D_p knows about the input image R and the orbit, for a batch of B orbits of N views.
+    """Everything that SV3D_p knows about the input image R and the orbit, for a batch
+    of B orbits of N views.
 
     token [B, 1, D]: CLIP embedding of R.  latent [B, 4, h, w]: VAE mode of R, NOT multiplied by 0.18215.
     polar, azimuth [B, N]: radians; the condition view is the last frame, at azimuth 0.
@@ -45,9 +48,15 @@ class Condition:
         return Condition(*parts, self.cond_aug).dropped(torch.cat([keep, torch.zeros_like(keep)]))
 
     def dropped(self, keep: Tensor | None = None) -> Condition:
-        """The null condition where `keep` [B] is 0 (everywhere if None): zero token and latent, the angles stay."""
+        """The null condition where `keep` [B] is 0 (everywhere if None): zero token and
+        latent, the angles stay.
+        """
         keep = self.token.new_zeros(len(self.token)) if keep is None else keep.to(self.token)
-        return replace(self, token=self.token * keep[:, None, None], latent=self.latent * keep[:, None, None, None])
+        return replace(
+            self,
+            token=self.token * keep[:, None, None],
+            latent=self.latent * keep[:, None, None, None],
+        )
 
 
 def scalings(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,7 +71,9 @@ def frames_like(values: Tensor, latents: Tensor) -> Tensor:
 
 
 def predict_v(unet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-    """F(c_in z, c_noise; condition): noisy latents [B, N, 4, h, w], sigma [B] -> v of the same shape."""
+    """F(c_in z, c_noise; condition): noisy latents [B, N, 4, h, w], sigma [B] -> v of
+    the same shape.
+    """
     if noisy.ndim != 5 or sigma.shape != noisy.shape[:1]:
         raise ValueError(
             f"Noisy latents are [B, N, 4, h, w] with sigma [B]; got {tuple(noisy.shape)}, {tuple(sigma.shape)}."
@@ -70,7 +81,9 @@ def predict_v(unet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tenso
     _, _, c_in, c_noise = scalings(sigma)
     image = condition.latent[:, None].expand(-1, noisy.shape[1], -1, -1, -1)
     sample = torch.cat([frames_like(c_in, noisy) * noisy, image], dim=2)
-    return unet(sample, c_noise, condition.token, condition.polar, condition.azimuth, condition.cond_aug)
+    return unet(
+        sample, c_noise, condition.token, condition.polar, condition.azimuth, condition.cond_aug
+    )
 
 
 def denoise(unet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
@@ -85,13 +98,19 @@ def clean_estimate(v: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
 
 
 def v_target(clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-    """The F that makes D exact, the inverse of `clean_estimate`: (z0 - c_skip z) / c_out."""
+    """The F that makes D exact, the inverse of `clean_estimate`: (z0 - c_skip z) /
+    c_out.
+    """
     c_skip, c_out, _, _ = scalings(sigma)
     return (clean - frames_like(c_skip, noisy) * noisy) / frames_like(c_out, noisy)
 
 
-def diffusion_loss(unet, clean: Tensor, noise: Tensor, sigma: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-    """L_2D, the EDM-weighted loss as the MSE on v, and the z_hat [B, N, 4, h, w] that it scores."""
+def diffusion_loss(
+    unet, clean: Tensor, noise: Tensor, sigma: Tensor, condition: Condition
+) -> tuple[Tensor, Tensor]:
+    """L_2D, the EDM-weighted loss as the MSE on v, and the z_hat [B, N, 4, h, w] that
+    it scores.
+    """
     noisy = clean + frames_like(sigma, clean) * noise
     v = predict_v(unet, noisy, sigma, condition)
     loss = (v - v_target(clean, noisy, sigma)).pow(2).mean()
@@ -100,11 +119,17 @@ def diffusion_loss(unet, clean: Tensor, noise: Tensor, sigma: Tensor, condition:
 
 def draw_sigma(generator: torch.Generator, config: Config) -> Tensor:
     """One noise level per clip: ln sigma ~ N(0.7, 1.6^2). A scalar."""
-    return (config.log_sigma_mean + config.log_sigma_std * torch.randn((), generator=generator)).exp()
+    return (
+        config.log_sigma_mean + config.log_sigma_std * torch.randn((), generator=generator)
+    ).exp()
 
 
-def diffusion_draws(latents: Tensor, generator: torch.Generator, config: Config) -> dict[str, Tensor]:
-    """The random numbers of one example: noise, one sigma, and whether the condition is kept."""
+def diffusion_draws(
+    latents: Tensor, generator: torch.Generator, config: Config
+) -> dict[str, Tensor]:
+    """The random numbers of one example: noise, one sigma, and whether the condition is
+    kept.
+    """
     return {
         "noise": torch.randn(latents.shape, generator=generator),
         "sigma": draw_sigma(generator, config),
@@ -113,24 +138,32 @@ def diffusion_draws(latents: Tensor, generator: torch.Generator, config: Config)
 
 
 def triangular_guidance(num_frames: int, peak: float) -> Tensor:
-    """Guidance scale per frame [N] as Stability's code spreads it: 1 at the first and the last frame, up to `peak` between.
+    """Guidance scale per frame [N] as Stability's code spreads it: 1 at the first and
+    the last frame, up to `peak` between.
 
-    The peak falls between two frames where N is even: with N = 16 and peak 2.5 the largest scale is 2.4.
+    The peak falls between two frames where N is even: with N = 16 and peak 2.5 the
+    largest scale is 2.4.
     """
     return 1 + (peak - 1) * (1 - (2 * torch.linspace(0, 1, num_frames) - 1).abs())
 
 
 def guided_v(unet, noisy: Tensor, sigma: Tensor, condition: Condition, weight: Tensor) -> Tensor:
-    """v_null + weight (v - v_null); noisy [B, N, 4, h, w], sigma [B], weight broadcasts to noisy.
+    """v_null + weight (v - v_null); noisy [B, N, 4, h, w], sigma [B], weight broadcasts
+    to noisy.
 
-    The network gets both conditions as one batch, which is faster than two passes, for twice the memory of one.
+    The network gets both conditions as one batch, which is faster than two passes, for
+    twice the memory of one.
     """
-    v, null = predict_v(unet, torch.cat([noisy, noisy]), torch.cat([sigma, sigma]), condition.with_null()).chunk(2)
+    v, null = predict_v(
+        unet, torch.cat([noisy, noisy]), torch.cat([sigma, sigma]), condition.with_null()
+    ).chunk(2)
     return null + weight * (v - null)
 
 
 def build_scheduler(config: Config):
-    """diffusers' `EulerDiscreteScheduler` set up as SVD's: v-prediction, Karras sigmas (rho 7), continuous timesteps."""
+    """diffusers' `EulerDiscreteScheduler` set up as SVD's: v-prediction, Karras sigmas
+    (rho 7), continuous timesteps.
+    """
     from diffusers import EulerDiscreteScheduler
 
     return EulerDiscreteScheduler(
@@ -149,7 +182,9 @@ def build_scheduler(config: Config):
     )
 
 
-def sampler_settings(config: Config, steps: int | None, guidance: float | None) -> tuple[int, float]:
+def sampler_settings(
+    config: Config, steps: int | None, guidance: float | None
+) -> tuple[int, float]:
     """Steps and peak of the guidance: what is given, else the configuration's.
 
     Raises UserError for steps not from 1 to 1000 and for guidance not from 0 to 100.
@@ -171,7 +206,8 @@ def sample(
     progress: bool = True,
     callback=None,
 ) -> Tensor:
-    """Latents [B, N, 4, h, w] of orbits around the object in the condition image, by Euler's method from pure noise.
+    """Latents [B, N, 4, h, w] of orbits around the object in the condition image, by
+    Euler's method from pure noise.
 
     guidance: peak of the triangular guidance; 1 switches it off and halves the cost.
     callback(i, z, z_hat), if given, sees every step.  Raises UserError as `sampler_settings`.
@@ -181,12 +217,20 @@ def sample(
     scheduler.set_timesteps(steps, device=condition.token.device)
     scheduler.is_scale_input_called = True  # `predict_v` multiplies by c_in itself
     (batch, frames), (channels, height, width) = condition.polar.shape, condition.latent.shape[1:]
-    noise = torch.randn(batch, frames, channels, height, width, generator=generator).to(condition.token)
+    noise = torch.randn(batch, frames, channels, height, width, generator=generator).to(
+        condition.token
+    )
     z = noise * scheduler.init_noise_sigma
     weight = triangular_guidance(frames, peak).to(z)[:, None, None, None]
-    for i, timestep in enumerate(tqdm(scheduler.timesteps, desc="sampling", disable=not progress, mininterval=1)):
+    for i, timestep in enumerate(
+        tqdm(scheduler.timesteps, desc="sampling", disable=not progress, mininterval=1)
+    ):
         sigma = scheduler.sigmas[i].to(z).expand(batch)
-        v = predict_v(unet, z, sigma, condition) if peak == 1 else guided_v(unet, z, sigma, condition, weight)
+        v = (
+            predict_v(unet, z, sigma, condition)
+            if peak == 1
+            else guided_v(unet, z, sigma, condition, weight)
+        )
         output = scheduler.step(v, timestep, z)
         z = output.prev_sample
         if callback is not None:

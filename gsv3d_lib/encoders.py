@@ -1,5 +1,7 @@
-"""The two image encoders: CLIP, whose one token tells the U-Net what the object is, and DINO, whose patch features tell
-the decoder what the input image shows where. Both are transformers' own classes at every scale."""
+"""The two image encoders: CLIP, whose one token tells the U-Net what the object is, and
+DINO, whose patch features tell the decoder what the input image shows where. Both are
+transformers' own classes at every scale.
+"""
 
 from __future__ import annotations
 
@@ -56,22 +58,27 @@ def build_dino(config: Config):
 
 
 def antialiased(x: Tensor, size: int) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, size, size] by torch's bicubic filter, which widens where pictures
-    shrink."""
+    """[B, 3, H, W] -> [B, 3, size, size] by torch's bicubic filter, which widens where
+    pictures shrink.
+    """
     return F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
 
 
 def blurred(x: Tensor, size: int) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, size, size] as Stability's code does for CLIP, by kornia's `resize` with
-    antialias=True: where a side shrinks by a factor f > 1, a Gaussian blur of sigma (f - 1) / 2
-    pixels, cut off at about 2 sigma; then cubic interpolation with aligned corners."""
+    """[B, 3, H, W] -> [B, 3, size, size] as Stability's code does for CLIP, by kornia's
+    `resize` with antialias=True: where a side shrinks by a factor f > 1, a Gaussian
+    blur of sigma (f - 1) / 2 pixels, cut off at about 2 sigma; then cubic interpolation
+    with aligned corners.
+    """
     for axis in (-1, -2):
         x = blurred_along(x, axis, (x.shape[axis] / size - 1) / 2)
     return F.interpolate(x, size=(size, size), mode="bicubic", align_corners=True)
 
 
 def blurred_along(x: Tensor, axis: int, sigma: float) -> Tensor:
-    """A Gaussian blur of [B, C, H, W] along one axis, mirrored at the borders; none for sigma <= 0."""
+    """A Gaussian blur of [B, C, H, W] along one axis, mirrored at the borders; none for
+    sigma <= 0.
+    """
     if sigma <= 0:
         return x
     radius = max(int(4 * sigma), 3) // 2
@@ -87,7 +94,9 @@ RESIZES = {"antialias": antialiased, "blur": blurred}  # `Config.clip_resize`
 
 
 def normalised(images: Tensor, size: int, mean: tuple, std: tuple, resize=antialiased) -> Tensor:
-    """Images [B, H, W, 3] in [0, 1] -> [B, 3, size, size], resized and normalised per channel."""
+    """Images [B, H, W, 3] in [0, 1] -> [B, 3, size, size], resized and normalised per
+    channel.
+    """
     x = to_network(images) / 2 + 0.5
     if x.shape[-2:] != (size, size):
         x = resize(x, size)
@@ -102,19 +111,27 @@ def clip_token(clip, images: Tensor, resize: str = "antialias") -> Tensor:
 
 
 def dino_features(dino, images: Tensor) -> Tensor:
-    """Condition images [B, H, W, 3] -> F_DINO [B, 1 + patches, D]: the class token and the patch features."""
+    """Condition images [B, H, W, 3] -> F_DINO [B, 1 + patches, D]: the class token and
+    the patch features.
+    """
     pixels = normalised(images, dino.config.image_size, DINO_MEAN, DINO_STD)
     return dino(pixel_values=pixels).last_hidden_state
 
 
 @torch.no_grad()
 def image_features(dino, images: Tensor) -> Tensor | None:
-    """`dino_features` without gradients; None for a decoder built without DINO (`dino` is None)."""
+    """`dino_features` without gradients; None for a decoder built without DINO (`dino`
+    is None).
+    """
     return None if dino is None else dino_features(dino, images)
 
 
-def condition_from(images: Tensor, polar: Tensor, azimuth: Tensor, vae, clip, config: Config) -> Condition:
-    """SV3D's `Condition` of condition images [B, H, W, 3]; polar and azimuth [B, N] in radians."""
+def condition_from(
+    images: Tensor, polar: Tensor, azimuth: Tensor, vae, clip, config: Config
+) -> Condition:
+    """SV3D's `Condition` of condition images [B, H, W, 3]; polar and azimuth [B, N] in
+    radians.
+    """
     with torch.no_grad():
         latent = encode(vae, images)
     token = clip_token(clip, images, config.clip_resize)
@@ -132,7 +149,8 @@ def orbit_condition(batch: Example, clip, config: Config) -> Condition:
 def condition_features(dino, batch: Example) -> Tensor | None:
     """DINO's features of the condition views.
 
-    Those that came with the orbits (from shards) where there are any, else computed here.
+    Those that came with the orbits (from shards) where there are any, else computed
+    here.
     """
     if "features" in batch:
         return batch["features"]

@@ -1,7 +1,9 @@
-"""A scene made of 3D Gaussians: the container, its covariances, and the PLY files that splat viewers open.
+"""A scene made of 3D Gaussians: the container, its covariances, and the PLY files that
+splat viewers open.
 
-Everything is *activated*: scales are standard deviations in world units, opacities and colours lie in [0, 1]. Networks
-that predict logits apply their activations before they build a `Gaussians`.
+Everything is *activated*: scales are standard deviations in world units, opacities and
+colours lie in [0, 1]. Networks that predict logits apply their activations before they
+build a `Gaussians`.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Gaussians:
         for name, tail in tails.items():
             tensor = getattr(self, name)
             if list(tensor.shape) != [count, *tail]:
-                raise ValueError(f"Gaussians.{name} must have shape {[count, *tail]}; got {list(tensor.shape)}.")
+                raise ValueError(
+                    f"Gaussians.{name} must have shape {[count, *tail]}; got {list(tensor.shape)}."
+                )
             if (tensor.dtype, tensor.device) != (self.means.dtype, self.means.device):
                 raise ValueError(
                     f"All tensors of Gaussians share one dtype and device; got means {self.means.dtype} on "
@@ -64,7 +68,9 @@ class Gaussians:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def to(self, *args, **kwargs) -> Gaussians:
-        """The same scene on another device or in another dtype; arguments as for `Tensor.to`."""
+        """The same scene on another device or in another dtype; arguments as for
+        `Tensor.to`.
+        """
         return Gaussians(*(t.to(*args, **kwargs) for t in self.tensors()))
 
     def detach(self) -> Gaussians:
@@ -76,26 +82,36 @@ class Gaussians:
         return Gaussians(*(t[index] for t in self.tensors()))
 
     def prune(self, min_opacity: float = 1 / 255) -> Gaussians:
-        """Without the Gaussians fainter than `min_opacity`; by default those too faint to be drawn at all."""
+        """Without the Gaussians fainter than `min_opacity`; by default those too faint
+        to be drawn at all.
+        """
         return self.select(self.opacities >= min_opacity)
 
     def check_finite(self, origin: str) -> Gaussians:
-        """These Gaussians. Raises ValueError, which names their `origin`, for numbers that are NaN or infinite."""
+        """These Gaussians. Raises ValueError, which names their `origin`, for numbers
+        that are NaN or infinite.
+        """
         for field, tensor in zip(fields(self), self.tensors()):
             if not torch.isfinite(tensor).all():
-                raise UserError(f"The {field.name} of {origin} hold NaN or infinite numbers: look for what made them.")
+                raise UserError(
+                    f"The {field.name} of {origin} hold NaN or infinite numbers: look for what made them."
+                )
         return self
 
     def check(self, origin: str) -> Gaussians:
-        """These Gaussians. Raises ValueError, which names their `origin`, for numbers that
-        are not finite, negative scales, opacities outside of [0, 1], quaternions of length 0."""
+        """These Gaussians. Raises ValueError, which names their `origin`, for numbers
+        that are not finite, negative scales, opacities outside of [0, 1], quaternions
+        of length 0.
+        """
         self.check_finite(origin)
         if (self.scales < 0).any():
             raise UserError(f"The scales of {origin} hold negative numbers: are they logarithms?")
         if ((self.opacities < 0) | (self.opacities > 1)).any():
             raise UserError(f"The opacities of {origin} do not all lie in [0, 1]: are they logits?")
         if not self.quats.any(-1).all():
-            raise UserError(f"The quats of {origin} hold quaternions of length 0, which turn nothing.")
+            raise UserError(
+                f"The quats of {origin} hold quaternions of length 0, which turn nothing."
+            )
         return self
 
     @staticmethod
@@ -107,16 +123,19 @@ class Gaussians:
         return Gaussians(*(torch.cat(parts) for parts in columns))
 
     def covariances(self) -> Tensor:
-        """Sigma = R S S^T R^T, [G, 3, 3] in world units squared (3D Gaussian Splatting, eq. 6)."""
+        """Sigma = R S S^T R^T, [G, 3, 3] in world units squared (3D Gaussian Splatting,
+        eq. 6).
+        """
         half_axes = rotation_matrices(self.quats) * self.scales[:, None, :]
         return half_axes @ half_axes.mT
 
     def save_ply(self, path: str | Path, axes: str = "y-down") -> None:
         """Write a binary PLY in the layout of 3D Gaussian Splatting (`ply.py`).
 
-        axes: "y-down", which SuperSplat and most viewers expect; "y-up"; or "z-up", our own.
-        The header states it, so `load_ply` brings the scene back to z up. Raises UserError,
-        and writes nothing, for numbers that describe no Gaussians.
+        axes: "y-down", which SuperSplat and most viewers expect; "y-up"; or "z-up", our
+            own. The header states it, so `load_ply` brings the scene back to z up.
+            Raises UserError, and writes nothing, for numbers that describe no
+            Gaussians.
         """
         stored = self.to("cpu", torch.float32).detach().check("the Gaussians to save")
         turned = turn_axes(stored, axes, to_file=True)
@@ -138,10 +157,11 @@ class Gaussians:
 
 
 def turn_axes(gaussians: Gaussians, axes: str, to_file: bool) -> Gaussians:
-    """From our axes to those of a file, or back: numbers change places and signs, no bit else.
+    """From our axes to those of a file, or back: numbers change places and signs, no
+    bit else.
 
-    An ellipsoid's own axes are named anew with the world's, so that its rotation becomes
-    T R T^-1, whose quaternion is (w, T v), and not T R, which would round.
+    An ellipsoid's own axes are named anew with the world's, so that its rotation
+    becomes T R T^-1, whose quaternion is (w, T v), and not T R, which would round.
     """
     if axes not in AXES:
         raise UserError(f"axes must be one of {', '.join(AXES)}; got {axes!r}.")

@@ -1,7 +1,8 @@
-"""From any picture of one object to the square, white-backed condition image the model expects.
+"""From any picture of one object to the square, white-backed condition image the model
+expects.
 
-The path: decode (`load_image`) -> find the object (`cutout.cut_out`) -> centre, scale, put on white
-(`prepare_condition`).
+The path: decode (`load_image`) -> find the object (`cutout.cut_out`) -> centre, scale,
+put on white (`prepare_condition`).
 """
 
 import io
@@ -21,13 +22,14 @@ from .cutout import VISIBLE_ALPHA, box_of, cut_out
 from .system.errors import Doubt, MissingFile, UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows 40 more, each with its faults
-MAX_PIXELS = 100_000_000  # 400 MB once decoded, which is where a "decompression bomb" begins to hurt
+# 400 MB once decoded, which is where a "decompression bomb" begins to hurt
+MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of the file: the largest picture that we take, not compressed
 MAX_SIDE = 2048  # larger pictures are shrunk to this while loading; conditions are at most 576 px
-# Longer side of the object / side of the frame. Measured as max(bounding box width, height) / 128
-# of alpha > 127 in the front view (view 12, elevation 15) of the 578 shared training objects:
-# median 0.82, mean 0.79, quartiles 0.73 and 0.91. (A ball of radius 1 would touch the frame; most
-# objects reach radius 1 in one direction only.)
+# Longer side of the object / side of the frame. Measured as max(bounding box width,
+# height) / 128 of alpha > 127 in the front view (view 12, elevation 15) of the 578
+# shared training objects: median 0.82, mean 0.79, quartiles 0.73 and 0.91. (A ball of
+# radius 1 would touch the frame; most objects reach radius 1 in one direction only.)
 DEFAULT_FILL = 0.82
 
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
@@ -42,11 +44,12 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 def load_image(source: ImageSource) -> Image.Image:
     """Decode a picture of any size and mode into RGBA (straight alpha, sRGB), upright.
 
-    No side is longer than MAX_SIDE. source: a path; the bytes of a file; a PIL image; an array or
-    tensor [H, W], [H, W, 1 | 3 | 4] of uint8, uint16 or float in [0, 1]. 16-bit grey is scaled, not
-    clipped; EXIF rotation and colour profiles are applied; of an animation the first frame is taken
-    that shows something.
-    Raises MissingFile for a missing file and UserError for anything that is not a usable picture.
+    No side is longer than MAX_SIDE. source: a path; the bytes of a file; a PIL image;
+    an array or tensor [H, W], [H, W, 1 | 3 | 4] of uint8, uint16 or float in [0, 1].
+    16-bit grey is scaled, not clipped; EXIF rotation and colour profiles are applied;
+    of an animation the first frame is taken that shows something.
+    Raises MissingFile for a missing file and UserError for anything that is not a
+    usable picture.
     """
     if isinstance(source, Image.Image):
         return _to_rgba(source, name_of(source))
@@ -84,7 +87,8 @@ def _decode(file: BinaryIO, size: int, name: str) -> Image.Image:
         raise UserError(f"The image {name} is too large (more than {limit}): shrink it first.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we state our own limit
+            # we state our own limit
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=FORMATS)
         image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a JPEG then decodes at 1/2, 1/4 or 1/8 size
     except Image.DecompressionBombError:
@@ -99,12 +103,15 @@ def _decode(file: BinaryIO, size: int, name: str) -> Image.Image:
 
 def _to_rgba(image: Image.Image, name: str) -> Image.Image:
     if min(image.size) == 0:
-        raise UserError(f"The image {name} has size {image.width} x {image.height}: give one with pixels in it.")
+        raise UserError(
+            f"The image {name} has size {image.width} x {image.height}: give one with pixels in it."
+        )
     if image.width * image.height > MAX_PIXELS:
         raise UserError(_too_large(name, f"{image.width} x {image.height} ="))
     start = image.tell()
     try:
-        frame = ImageOps.exif_transpose(_shown_frame(image, name))  # reads all pixels: a cut-off file shows
+        # reads all pixels: a cut-off file shows
+        frame = ImageOps.exif_transpose(_shown_frame(image, name))
         rgba = _eight_bit(frame)
         rgba.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)  # premultiplies by alpha itself
         return _in_srgb(rgba, frame, name)
@@ -118,14 +125,20 @@ def _to_rgba(image: Image.Image, name: str) -> Image.Image:
 
 
 def _shown_frame(image: Image.Image, name: str) -> Image.Image:
-    """Of an animation the first frame from here on that shows something: some begin with a blank one."""
+    """Of an animation the first frame from here on that shows something: some begin
+    with a blank one.
+    """
     start = image.tell()
-    last = min(getattr(image, "n_frames", 1), start + max(1, MAX_PIXELS // (image.width * image.height)))
+    last = min(
+        getattr(image, "n_frames", 1), start + max(1, MAX_PIXELS // (image.width * image.height))
+    )
     for number in range(start, last if last > start + 1 else start):
         image.seek(number)
         if _shows_something(image.convert("RGBA")):
             if number > start:
-                _say(f"Of the animation {name} frame {number + 1} was taken, the first that shows something.")
+                _say(
+                    f"Of the animation {name} frame {number + 1} was taken, the first that shows something."
+                )
             return image
     if last > start + 1:
         image.seek(start)
@@ -155,14 +168,17 @@ def _in_srgb(rgba: Image.Image, image: Image.Image, name: str) -> Image.Image:
         srgb = ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(source, profile, srgb, outputMode="RGB")
     except (ImageCms.PyCMSError, *_BROKEN):
-        _say(f"The colour profile of {name} cannot be used and was ignored: its colours may be off.")
+        _say(
+            f"The colour profile of {name} cannot be used and was ignored: its colours may be off."
+        )
         return rgba
     converted.putalpha(rgba.getchannel("A"))
     return converted
 
 
 def _say(doubt: str) -> None:
-    # From this one place, so that Python says each sentence once, however often a picture is read.
+    # From this one place, so that Python says each sentence once, however often a
+    # picture is read.
     warnings.warn(doubt, Doubt, stacklevel=1)
 
 
@@ -173,7 +189,9 @@ def _too_large(name: str, size: str) -> str:
 
 def _broken(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return f"The image {name} is broken or cut off ({reason[:200]}): copy, download or save it again."
+    return (
+        f"The image {name} is broken or cut off ({reason[:200]}): copy, download or save it again."
+    )
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -186,18 +204,22 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         image = image.convert("RGB")
-    return image.convert("RGBA")  # also honours a palette's transparency and a transparent key colour
+    # also honours a palette's transparency and a transparent key colour
+    return image.convert("RGBA")
 
 
 def _from_sixteen_bit(image: Image.Image) -> Image.Image:
-    # PIL's own convert("L") clips at 255, so that a 16-bit picture comes out almost white.
+    # PIL's own convert("L") clips at 255, so that a 16-bit picture comes out almost
+    # white.
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise UserError(f"Integer pixels must lie in 0..65535, got {values.min()}..{values.max()}.")
     grey = Image.fromarray(_EIGHT_OF_SIXTEEN[values.astype(np.uint16)])
     alpha = Image.new("L", image.size, 255)
     if isinstance(image.info.get("transparency"), int):
-        alpha = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
+        alpha = Image.fromarray(
+            np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+        )
     return Image.merge("RGBA", [grey, grey, grey, alpha])
 
 
@@ -214,7 +236,9 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[-1] not in (1, 3, 4)):
         raise UserError(f"An image array must be [H, W] or [H, W, 1, 3 or 4], got shape {shape}.")
     if 0 in shape:
-        raise UserError(f"The image array has no pixels (shape {shape}): give one with pixels in it.")
+        raise UserError(
+            f"The image array has no pixels (shape {shape}): give one with pixels in it."
+        )
     if shape[0] * shape[1] > MAX_PIXELS:
         raise UserError(_too_large("array", f"{shape[1]} x {shape[0]} ="))
     if len(shape) == 3 and shape[-1] == 1:
@@ -229,7 +253,9 @@ def _array_to_bytes(array: np.ndarray) -> np.ndarray:
         return _EIGHT_OF_SIXTEEN[array]
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # neither holds for NaN
-            raise UserError(f"A float image must be finite and in [0, 1], got {array.min()} to {array.max()}.")
+            raise UserError(
+                f"A float image must be finite and in [0, 1], got {array.min()} to {array.max()}."
+            )
         return np.round(array.astype(np.float32) * 255).astype(np.uint8)
     raise UserError(f"An image array must be uint8, uint16 or float in [0, 1], got {array.dtype}.")
 
@@ -237,13 +263,15 @@ def _array_to_bytes(array: np.ndarray) -> np.ndarray:
 def prepare_condition(
     source: ImageSource, size: int, fill: float | None = DEFAULT_FILL, background: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Picture -> (rgb [size, size, 3] on white, alpha [size, size, 1]), float32 in [0, 1].
+    """Picture -> (rgb [size, size, 3] on white, alpha [size, size, 1]), float32 in [0,
+    1].
 
-    The object's bounding box is centred in a square frame and its longer side takes `fill` of
-    that frame, as in the training renders. SV3D's public code pads to 0.9 instead; pass fill=0.9
-    with its weights. fill=None keeps the picture's own framing (it is only padded to a square),
-    for renders that are framed already. background: how the object is found, see `cut_out`,
-    which warns (`Doubt`) where that is doubtful.
+    The object's bounding box is centred in a square frame and its longer side takes
+    `fill` of that frame, as in the training renders. SV3D's public code pads to 0.9
+    instead; pass fill=0.9 with its weights. fill=None keeps the picture's own framing
+    (it is only padded to a square), for renders that are framed already. background:
+    how the object is found, see `cut_out`, which warns (`Doubt`) where that is
+    doubtful.
     Raises UserError when there is no object to show.
     """
     if not 1 <= size <= MAX_SIDE or (fill is not None and not 0.05 <= fill <= 1):
@@ -252,21 +280,29 @@ def prepare_condition(
         )
     image = cut_out(load_image(source), background, name_of(source))
     rgba = np.asarray(image).astype(np.float32) / 255
-    rgba[..., :3] *= rgba[..., 3:]  # premultiplied: invisible colours must not bleed in when averaged
+    # premultiplied: invisible colours must not bleed in when averaged
+    rgba[..., :3] *= rgba[..., 3:]
     visible = rgba[..., 3] > VISIBLE_ALPHA
     if not visible.any():
-        raise UserError("No object found: nothing of the picture was left; give one with a transparent background.")
+        raise UserError(
+            "No object found: nothing of the picture was left; give one with a transparent background."
+        )
     if fill is not None:
         rgba = rgba[box_of(visible)]
     square = _fit_in_square(rgba, size, 1.0 if fill is None else fill)
     alpha = square[..., 3:]
-    return torch.from_numpy(square[..., :3] + (1 - alpha)).clamp(0, 1), torch.from_numpy(alpha.copy())
+    return torch.from_numpy(square[..., :3] + (1 - alpha)).clamp(0, 1), torch.from_numpy(
+        alpha.copy()
+    )
 
 
 def _fit_in_square(rgba: np.ndarray, size: int, fill: float) -> np.ndarray:
-    """Premultiplied [h, w, 4] -> [size, size, 4], centred to the pixel, longer side = fill * size."""
+    """Premultiplied [h, w, 4] -> [size, size, 4], centred to the pixel, longer side =
+    fill * size.
+    """
     scale = fill * size / max(rgba.shape[:2])
-    # Whole margins on both sides keep the centre exact; the aspect changes by less than a pixel.
+    # Whole margins on both sides keep the centre exact; the aspect changes by less than
+    # a pixel.
     top, left = (min(round((size - scale * side) / 2), (size - 1) // 2) for side in rgba.shape[:2])
     square = np.zeros((size, size, 4), dtype=np.float32)
     square[top : size - top, left : size - left] = _resize(rgba, size - 2 * top, size - 2 * left)
@@ -274,8 +310,12 @@ def _fit_in_square(rgba: np.ndarray, size: int, fill: float) -> np.ndarray:
 
 
 def _resize(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[h, w, C] -> [height, width, C]: the average over each new pixel's area; bilinear where it enlarges."""
+    """[h, w, C] -> [height, width, C]: the average over each new pixel's area; bilinear
+    where it enlarges.
+    """
     shrinks = height <= array.shape[0] and width <= array.shape[1]
     method = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
     planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(array, -1, 0)]
-    return np.stack([np.asarray(plane.resize((width, height), method)) for plane in planes], axis=-1)
+    return np.stack(
+        [np.asarray(plane.resize((width, height), method)) for plane in planes], axis=-1
+    )

@@ -1,10 +1,11 @@
-"""What is minimised in 3D: one function per term, each with its equation and its weight.
+"""What is minimised in 3D: one function per term, each with its equation and its
+weight.
 
     L_3D = sum over terms of lambda_TERM * TERM(what is rendered, what is true)       (1)
 
-A term whose weight in the configuration is 0 is not computed. The paper has two, RGB and
-depth (docs/method.md); all others are this project's and are off in the preset `paper`.
-To add one, write a function of `Seen` and `Truth` and name it in `TERMS`.
+A term whose weight in the configuration is 0 is not computed. The paper has two, RGB
+and depth (docs/method.md); all others are this project's and are off in the preset
+`paper`. To add one, write a function of `Seen` and `Truth` and name it in `TERMS`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from .system.paths import find
 
 
 class Truth(NamedTuple):
-    """Q target views: rgb [Q, H, W, 3] on white, depth [Q, H, W, 1] (0 = nothing), alpha."""
+    """Q target views: rgb [Q, H, W, 3] on white, depth [Q, H, W, 1] (0 = nothing),
+    alpha.
+    """
 
     rgb: Tensor
     depth: Tensor
@@ -69,11 +72,12 @@ def dssim(seen: Seen, true: Truth) -> Tensor:
 
 
 def lpips(seen: Seen, true: Truth) -> Tensor:
-    """LPIPS(I, I*) [ours]: distance in the feature maps of a classifier (`evaluation/lpips.py`).
+    """LPIPS(I, I*) [ours]: distance in the feature maps of a classifier
+    (`evaluation/lpips.py`).
 
     Needs weights that do not ship, at `lpips_weights`. Their net's first layer looks at
-    every fourth pixel only, so both pictures are moved by 0 to 3 pixels together: else a
-    grid of four pixels would be invisible to the loss and appear in the pictures.
+    every fourth pixel only, so both pictures are moved by 0 to 3 pixels together: else
+    a grid of four pixels would be invisible to the loss and appear in the pictures.
     """
     net = perceptual_net(seen.config.lpips_weights, true.rgb.device)
     return net(shift(seen.rgb), shift(true.rgb)).mean()
@@ -96,20 +100,26 @@ TERMS: dict[str, Callable[[Seen, Truth], Tensor]] = {
     "lpips": lpips,
     "solid": solid,
 }
-LOSS_FIELDS = (*(f"lambda_{name}" for name in TERMS), "lpips_weights")  # of `Config`, which equation (1) is made of
+# of `Config`, which equation (1) is made of
+LOSS_FIELDS = (*(f"lambda_{name}" for name in TERMS), "lpips_weights")
 
 
 # ---------------------------------------------------------------- their sum
 
 
 def rendering_loss(
-    gaussians: Gaussians, cameras: Cameras, rgb: Tensor, depth: Tensor, alpha: Tensor, config: Config
+    gaussians: Gaussians,
+    cameras: Cameras,
+    rgb: Tensor,
+    depth: Tensor,
+    alpha: Tensor,
+    config: Config,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_3D of one object on Q target views, input and novel alike, by equation (1).
 
     rgb [Q, H, W, 3] on white, depth and alpha [Q, H, W, 1]: the truth. Returns the loss
-    and the terms, without gradients, for the log. PSNR in dB, depth and alpha are always
-    among them.
+    and the terms, without gradients, for the log. PSNR in dB, depth and alpha are
+    always among them.
     """
     expected = (len(cameras), cameras.height, cameras.width)
     if rgb.shape != (*expected, 3) or not depth.shape == alpha.shape == (*expected, 1):
@@ -164,7 +174,8 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
     """Mean SSIM of two batches of pictures [Q, H, W, 3] in [0, 1] (Wang et al. 2004).
 
     With their 11 x 11 Gaussian window of deviation 1.5 and constants 0.01^2 and 0.03^2.
-    Beyond the border pictures are 0, which `metrics.ssim` leaves out and a loss need not.
+    Beyond the border pictures are 0, which `metrics.ssim` leaves out and a loss need
+    not.
     """
     offsets = torch.arange(11, dtype=a.dtype, device=a.device) - 5
     window = torch.exp(-(offsets**2) / (2 * 1.5**2))
@@ -181,9 +192,11 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shift(images: Tensor) -> Tensor:
-    """Pictures [Q, H, W, 3], each moved on white by its own 0 to 3 pixels -> [Q, H + 3, W + 3, 3].
+    """Pictures [Q, H, W, 3], each moved on white by its own 0 to 3 pixels -> [Q, H + 3,
+    W + 3, 3].
 
-    By its place alone, so that runs repeat, and so that four pictures have four offsets.
+    By its place alone, so that runs repeat, and so that four pictures have four
+    offsets.
     """
     moved = []
     for k, image in enumerate(images):
@@ -201,7 +214,9 @@ def perceptual_net(path: str, device: torch.device):
     return load_lpips(find(path)).to(device)
 
 
-def pixel_loss(gaussians: Gaussians, cameras: Cameras, rgb: Tensor, depth: Tensor, alpha: Tensor) -> Tensor:
+def pixel_loss(
+    gaussians: Gaussians, cameras: Cameras, rgb: Tensor, depth: Tensor, alpha: Tensor
+) -> Tensor:
     """Each Gaussian against the pixel whose ray it sits on; nothing is rendered.
 
     Not in the paper: gradients are dense from the first step, a warm start for short
@@ -211,8 +226,12 @@ def pixel_loss(gaussians: Gaussians, cameras: Cameras, rgb: Tensor, depth: Tenso
     """
     frames, height, width = rgb.shape[:3]
     if len(gaussians) != frames * height * width:
-        raise ValueError(f"{len(gaussians)} Gaussians do not sit on {frames} x {height} x {width} pixels.")
-    means, colors = (t.unflatten(0, (frames, height, width)) for t in (gaussians.means, gaussians.colors))
+        raise ValueError(
+            f"{len(gaussians)} Gaussians do not sit on {frames} x {height} x {width} pixels."
+        )
+    means, colors = (
+        t.unflatten(0, (frames, height, width)) for t in (gaussians.means, gaussians.colors)
+    )
     opacities = gaussians.opacities.reshape(frames, height, width, 1)
     rotation = cameras.viewmats[:, :3, :3].to(means)
     shift = cameras.viewmats[:, :3, 3].to(means)

@@ -3,7 +3,8 @@
     pipe = GSV3DPipeline.from_pretrained("data/checkpoints/tiny")
     gaussians = pipe("mug.png")
 
-The world of the result is z up and turned so that the input was seen from azimuth 0 (from the +x side).
+The world of the result is z up and turned so that the input was seen from azimuth 0
+(from the +x side).
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from .weights.checkpoint import load_config, load_model
 class Generation:
     """One object with every intermediate of the chain.
 
-    image [S, S, 3] in [0, 1] on white, the condition R; elevation: degrees, of its camera, as given or estimated;
-    latents [N, 4, h, w] scaled; cameras: the N views of the orbit; gaussians: the object.
+    image [S, S, 3] in [0, 1] on white, the condition R; elevation: degrees, of its
+    camera, as given or estimated; latents [N, 4, h, w] scaled; cameras: the N views of
+    the orbit; gaussians: the object.
     """
 
     image: Tensor
@@ -74,8 +76,8 @@ def settings_for(
 ) -> Settings:
     """What is given, and the configuration's numbers for what is not.
 
-    Raises UserError, one sentence, for a number that cannot be used. It needs no weights,
-    so a command can ask before it opens any.
+    Raises UserError, one sentence, for a number that cannot be used. It needs no
+    weights, so a command can ask before it opens any.
     """
     steps, guidance = sampler_settings(config, steps, guidance)
     frames = config.num_frames if num_frames is None else num_frames
@@ -94,17 +96,32 @@ def settings_for(
 
 
 class GSV3DPipeline:
-    """The models of one checkpoint and the two ways to use them: `pipe(image)` and `pipe.generate(image)`."""
+    """The models of one checkpoint and the two ways to use them: `pipe(image)` and
+    `pipe.generate(image)`.
+    """
 
-    def __init__(self, config: Config, vae, clip, unet, decoder, dino=None, estimator: Elevation | None = None):
+    def __init__(
+        self,
+        config: Config,
+        vae,
+        clip,
+        unet,
+        decoder,
+        dino=None,
+        estimator: Elevation | None = None,
+    ):
         self.config, self.estimator = config, estimator
         self.vae, self.clip, self.unet, self.decoder, self.dino = vae, clip, unet, decoder, dino
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, lora: bool = True, device: str | None = None) -> GSV3DPipeline:
-        """Open a checkpoint folder as `train.py` writes it; with `lora`, its geometric distillation is switched on.
+    def from_pretrained(
+        cls, folder: str | Path, lora: bool = True, device: str | None = None
+    ) -> GSV3DPipeline:
+        """Open a checkpoint folder as `train.py` writes it; with `lora`, its geometric
+        distillation is switched on.
 
-        Raises FileNotFoundError with what to do when the folder or one of its models is missing.
+        Raises FileNotFoundError with what to do when the folder or one of its models is
+        missing.
         """
         folder = find(folder)
         config = load_config(folder)
@@ -125,9 +142,11 @@ class GSV3DPipeline:
         device: str | None = None,
         **options,
     ) -> GSV3DPipeline:
-        """SV3D's published weights (docs/weights.md) with the decoder and LoRA of a GSV3D checkpoint folder.
+        """SV3D's published weights (docs/weights.md) with the decoder and LoRA of a
+        GSV3D checkpoint folder.
 
-        source: `sv3d_p.safetensors`, a folder in diffusers' layout, or a Hub name; nothing is fetched without download=True.
+        source: `sv3d_p.safetensors`, a folder in diffusers' layout, or a Hub name;
+            nothing is fetched without download=True.
         checkpoint: without one the decoder is freshly initialised, with a warning.
         config: default, the checkpoint's or the preset `paper`.  options: lora, svd, dino, download of `sv3d.load_sv3d`.
         Raises FileNotFoundError or ValueError with what to do.
@@ -143,7 +162,9 @@ class GSV3DPipeline:
         return cls(config, **models)
 
     def __call__(self, image, **options) -> Gaussians:
-        """The object in `image` (a path, PIL image or array) as Gaussians; see `generate` for the options."""
+        """The object in `image` (a path, PIL image or array) as Gaussians; see
+        `generate` for the options.
+        """
         return self.generate(image, **options).gaussians
 
     @torch.no_grad()
@@ -164,18 +185,24 @@ class GSV3DPipeline:
     ) -> Generation:
         """Run the chain and keep its intermediates.
 
-        A call depends on its arguments alone and leaves the pipeline as it was: several may run
-        at once, in threads or inside a callback.
+        A call depends on its arguments alone and leaves the pipeline as it was: several
+        may run at once, in threads or inside a callback.
 
-        image: a path, PIL image or array; or the condition image itself, see `condition_image`.
+        image: a path, PIL image or array; or the condition image itself, see
+            `condition_image`.
         mask: the alpha [S, S, 1] of a condition image; a picture brings its own.
-        elevation: degrees, of the camera that took the input; None estimates it, where the checkpoint has an estimator.
+        elevation: degrees, of the camera that took the input; None estimates it, where
+            the checkpoint has an estimator.
         num_frames: N, views of the orbit.
         steps, guidance: of the sampler; defaults from the configuration.
-        lora_scale: 0 = without the distillation; None = as set in the U-Net, 1 unless changed.
-        back_projection: the input's own outline and colours where its camera sees the object, see `backprojection.py`.
-        callback(i, z, z_hat): sees every step of the sampler, batches of one orbit [1, N, 4, h, w].
-        Raises UserError, before any model runs, for numbers that cannot be used (`settings_for`).
+        lora_scale: 0 = without the distillation; None = as set in the U-Net, 1 unless
+            changed.
+        back_projection: the input's own outline and colours where its camera sees the
+            object, see `backprojection.py`.
+        callback(i, z, z_hat): sees every step of the sampler, batches of one orbit [1,
+        N, 4, h, w].
+        Raises UserError, before any model runs, for numbers that cannot be used
+        (`settings_for`).
         """
         asked = settings_for(
             self.config,
@@ -202,12 +229,15 @@ class GSV3DPipeline:
         )[0]
         gaussians = self.gaussians_from(latents, cameras, rgb).check_finite("the object")
         if back_projection:
-            gaussians = back_project(gaussians, cameras[-1], rgb, mask)  # the last view of an orbit is the input's
+            # the last view of an orbit is the input's
+            gaussians = back_project(gaussians, cameras[-1], rgb, mask)
         return Generation(rgb, elevation, latents, cameras, gaussians)
 
     def condition_image(self, image, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """R [S, S, 3] in [0, 1] on white and its alpha [S, S, 1]: a picture through `prepare_condition`; a tensor is taken
-        for R itself, with `mask` for its alpha, where that is known."""
+        """R [S, S, 3] in [0, 1] on white and its alpha [S, S, 1]: a picture through
+        `prepare_condition`; a tensor is taken for R itself, with `mask` for its alpha,
+        where that is known.
+        """
         size = self.config.image_size
         if not isinstance(image, Tensor) and mask is None:
             return prepare_condition(image, size)
@@ -222,7 +252,11 @@ class GSV3DPipeline:
                 f"A mask, float [{size}, {size}, 1] in [0, 1] and not empty, goes with a condition image, both from "
                 "`prepare_condition`. A picture's own mask is its alpha channel."
             )
-        if image.shape != (size, size, 3) or not image.is_floating_point() or not ((image >= 0) & (image <= 1)).all():
+        if (
+            image.shape != (size, size, 3)
+            or not image.is_floating_point()
+            or not ((image >= 0) & (image <= 1)).all()
+        ):
             raise UserError(
                 f"A tensor is taken for the condition image, float [{size}, {size}, 3] in [0, 1] on white; got "
                 f"{image.dtype} {list(image.shape)}. Give other pictures as a path, a PIL image or an array."
@@ -230,7 +264,9 @@ class GSV3DPipeline:
         return image.float(), None if mask is None else mask.float()
 
     def elevation_of(self, rgb: Tensor) -> float:
-        """Estimated elevation in degrees of the camera that took the condition image [S, S, 3], see `data/elevation.py`."""
+        """Estimated elevation in degrees of the camera that took the condition image
+        [S, S, 3], see `data/elevation.py`.
+        """
         if self.estimator is None:
             raise UserError(
                 "This checkpoint cannot estimate elevations: give one in degrees, or fit an estimator with "
@@ -239,15 +275,21 @@ class GSV3DPipeline:
         return float(self.estimator(rgb[None])[0])
 
     def condition(self, rgb: Tensor, elevation: float, frames: int) -> Condition:
-        """SV3D's condition of one image [S, S, 3] for a static orbit of `frames` views at `elevation` degrees."""
+        """SV3D's condition of one image [S, S, 3] for a static orbit of `frames` views
+        at `elevation` degrees.
+        """
         device = self.unet.device
         polar = torch.full((1, frames), 90.0 - elevation).deg2rad().to(device)
         azimuth = sv3d_azimuths(frames)[None].deg2rad().to(device)
-        return condition_from(rgb[None].to(device), polar, azimuth, self.vae, self.clip, self.config)
+        return condition_from(
+            rgb[None].to(device), polar, azimuth, self.vae, self.clip, self.config
+        )
 
     @torch.no_grad()
     def gaussians_from(self, latents: Tensor, cameras: Cameras, rgb: Tensor) -> Gaussians:
-        """The decoder alone: latents [N, 4, h, w] scaled, their cameras, and the condition image [S, S, 3]."""
+        """The decoder alone: latents [N, 4, h, w] scaled, their cameras, and the
+        condition image [S, S, 3].
+        """
         device = latents.device
         features = image_features(self.dino, rgb[None].to(device))
         return self.decoder(latents[None], [cameras.to(device)], features)[0]

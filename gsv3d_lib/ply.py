@@ -1,10 +1,10 @@
 """PLY files of Gaussian splats, which viewers open: bytes on disk <-> arrays.
 
 A file stores float32: position, a zero normal, (colour - 0.5) / SH_C0, the logit of the
-opacity, the log of the scales, and the quaternion. Of neighbouring float32 numbers the one
-that decodes nearest to the original is taken: one round trip changes a value by at most
-1e-6, every further one changes nothing. Opacities 0 and 1 have the logits -110 and 110,
-which decode to exactly 0 and 1. Which way is up a comment in the header says.
+opacity, the log of the scales, and the quaternion. Of neighbouring float32 numbers the
+one that decodes nearest to the original is taken: one round trip changes a value by at
+most 1e-6, every further one changes nothing. Opacities 0 and 1 have the logits -110 and
+110, which decode to exactly 0 and 1. Which way is up a comment in the header says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ SH_C0 = 0.28209479177387814  # the constant spherical harmonic, 1 / sqrt(4 pi)
 # exp(-110) is 0 in float32, so opacities 0 and 1 and scale 0 become finite numbers that
 # decode exactly.
 MAX_LOG = 110.0
-PLY_COLUMNS = ("x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3").split()
+PLY_COLUMNS = (
+    "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3"
+).split()
 PLY_TYPES = {
     "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4", "double": "f8",
     "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4", "float32": "f4",
@@ -43,7 +45,8 @@ def write_splats(path: str | Path, table: np.ndarray, axes: str) -> None:
 
 
 def read_splats(path: Path) -> tuple[np.ndarray, str]:
-    """The splats of a PLY as a structured array [G], and the axes that its header states.
+    """The splats of a PLY as a structured array [G], and the axes that its header
+    states.
 
     Raises MissingFile, or UserError where it is no complete PLY of splats.
     """
@@ -57,7 +60,9 @@ def read_splats(path: Path) -> tuple[np.ndarray, str]:
         )
     for name in PLY_COLUMNS:
         if name not in table.dtype.names and name not in ("nx", "ny", "nz"):
-            raise UserError(f"{path} is a PLY, but not one of Gaussian splats: it has no property {name}.")
+            raise UserError(
+                f"{path} is a PLY, but not one of Gaussian splats: it has no property {name}."
+            )
     warn_of_activated(table, path)
     return table, axes
 
@@ -65,7 +70,8 @@ def read_splats(path: Path) -> tuple[np.ndarray, str]:
 class PlyElement(NamedTuple):
     """A table of a PLY file: its name, its number of rows, and its columns in order.
 
-    columns: name -> the numpy type of a number, or the two of a list (its length, its items).
+    columns: name -> the numpy type of a number, or the two of a list (its length, its
+        items).
     """
 
     name: str
@@ -80,9 +86,11 @@ class PlyElement(NamedTuple):
 
 
 def read_ply_table(path: Path) -> tuple[np.ndarray, str]:
-    """The vertices of a binary PLY as a structured array, bit for bit, and the axes that its header states.
+    """The vertices of a binary PLY as a structured array, bit for bit, and the axes
+    that its header states.
 
-    Takes no more memory than the file has bytes. Raises ValueError for what is no such file.
+    Takes no more memory than the file has bytes. Raises ValueError for what is no such
+    file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -93,12 +101,16 @@ def read_ply_table(path: Path) -> tuple[np.ndarray, str]:
             before, vertices = _find_vertices(elements)
             record = vertices.record()
         except (ValueError, IndexError, KeyError) as error:
-            raise UserError(f"{path} has a header that is not that of a table of numbers ({error}).") from error
+            raise UserError(
+                f"{path} has a header that is not that of a table of numbers ({error})."
+            ) from error
         for element in before:
             start = _skip(file, element, start, size)
         wanted, there = vertices.count * record.itemsize, max(size - start, 0)
         if there < wanted:
-            raise UserError(f"{path} is cut off: its {vertices.count} splats take {wanted} bytes; got {there}.")
+            raise UserError(
+                f"{path} is cut off: its {vertices.count} splats take {wanted} bytes; got {there}."
+            )
         file.seek(start)
         return np.fromfile(file, record, vertices.count), _stated_axes(lines)
 
@@ -109,7 +121,8 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[list[list[str]], int]:
     first = re.match(rb"ply[ \t]*(\r\n|\n|\r)", data)
     if not first:
         raise UserError(f"{path} is not a PLY file: it does not begin with the line ply.")
-    # A lone \r ends lines only where it does so in the first: the data may begin with \n.
+    # A lone \r ends lines only where it does so in the first: the data may begin with
+    # \n.
     line_end = rb"\r" if first[1] == b"\r" else rb"\r?\n"
     last = re.search(rb"[\r\n]end_header[ \t]*" + line_end, data)
     if not last:
@@ -124,13 +137,19 @@ def _byte_order(lines: list[list[str]], path: Path) -> str:
     if len(formats) == 1 and len(formats[0]) == 3 and formats[0][1] in BYTE_ORDERS:
         return BYTE_ORDERS[formats[0][1]]
     said = " ".join(formats[0][1:]) if formats else "missing"
-    raise UserError(f"{path} is not a binary PLY, its format is {said}: export it again as a binary one.")
+    raise UserError(
+        f"{path} is not a binary PLY, its format is {said}: export it again as a binary one."
+    )
 
 
 def _stated_axes(lines: list[list[str]]) -> str:
     """Of the line "comment axes y-down", as `save_ply` writes it."""
     comments = [" ".join(words[1:]) for words in lines if words[:1] == ["comment"]]
-    stated = [match[1] for match in (re.fullmatch("axes ([xyz]-(up|down))", text) for text in comments) if match]
+    stated = [
+        match[1]
+        for match in (re.fullmatch("axes ([xyz]-(up|down))", text) for text in comments)
+        if match
+    ]
     return stated[0] if stated else "z-up"
 
 
@@ -169,8 +188,14 @@ def _find_vertices(elements: list[PlyElement]) -> tuple[list[PlyElement], PlyEle
 
 
 def _skip(file: BinaryIO, element: PlyElement, start: int, size: int) -> int:
-    """Where an element that begins at `start` ends; beyond `size` where the file is cut off."""
-    widths = {name: np.dtype(kind).itemsize for name, kind in element.columns.items() if isinstance(kind, str)}
+    """Where an element that begins at `start` ends; beyond `size` where the file is cut
+    off.
+    """
+    widths = {
+        name: np.dtype(kind).itemsize
+        for name, kind in element.columns.items()
+        if isinstance(kind, str)
+    }
     if len(widths) == len(element.columns):
         return start + element.count * sum(widths.values())
     for _ in range(element.count):
@@ -188,7 +213,9 @@ def _skip(file: BinaryIO, element: PlyElement, start: int, size: int) -> int:
 
 
 def warn_of_activated(table: np.ndarray, path: Path) -> None:
-    """Many splats, all with logarithms of scales above 0 and logits between 0 and 1, are most likely neither."""
+    """Many splats, all with logarithms of scales above 0 and logits between 0 and 1,
+    are most likely neither.
+    """
     scales = np.stack([table[f"scale_{k}"] for k in range(3)])
     opacities = table["opacity"]
     if len(table) >= 2 and (scales > 0).all() and ((opacities >= 0) & (opacities <= 1)).all():
@@ -204,7 +231,8 @@ def warn_of_activated(table: np.ndarray, path: Path) -> None:
 
 
 def _color(stored: np.ndarray) -> np.ndarray:
-    return np.maximum(0.5 + SH_C0 * stored, 0)  # clamped as splat viewers do, so that black stays exactly 0
+    # clamped as splat viewers do, so that black stays exactly 0
+    return np.maximum(0.5 + SH_C0 * stored, 0)
 
 
 def _sigmoid(stored: np.ndarray) -> np.ndarray:
@@ -226,9 +254,17 @@ def _log(scale: np.ndarray) -> np.ndarray:
 
 
 def _store(values: np.ndarray, encode, decode) -> np.ndarray:
-    """float32 numbers near encode(values): of three neighbours the one whose decoded float32 is nearest to `values`."""
+    """float32 numbers near encode(values): of three neighbours the one whose decoded
+    float32 is nearest to `values`.
+    """
     centre = encode(values.astype(np.float64)).astype(np.float32)
-    neighbours = np.stack([centre, np.nextafter(centre, np.float32(-np.inf)), np.nextafter(centre, np.float32(np.inf))])
+    neighbours = np.stack(
+        [
+            centre,
+            np.nextafter(centre, np.float32(-np.inf)),
+            np.nextafter(centre, np.float32(np.inf)),
+        ]
+    )
     decoded = decode(neighbours.astype(np.float64)).astype(np.float32).astype(np.float64)
     nearest = np.abs(decoded - values).argmin(0)  # the centre, if several are
     return np.take_along_axis(neighbours, nearest[None], 0)[0]
@@ -241,11 +277,15 @@ def encode(
     opacities: np.ndarray,
     colors: np.ndarray,
 ) -> np.ndarray:
-    """Activated values [G, ...] -> what a file stores, float32 [G, 17] in the order of PLY_COLUMNS."""
+    """Activated values [G, ...] -> what a file stores, float32 [G, 17] in the order of
+    PLY_COLUMNS.
+    """
     dc = _store(colors, _color_inverse, _color)
     logits = _store(opacities[:, None], _logit, _sigmoid)
     log_scales = _store(scales, _log, np.exp)
-    return np.concatenate([means, np.zeros_like(means), dc, logits, log_scales, quats], 1).astype("<f4")
+    return np.concatenate([means, np.zeros_like(means), dc, logits, log_scales, quats], 1).astype(
+        "<f4"
+    )
 
 
 def decode(table: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -255,9 +295,13 @@ def decode(table: np.ndarray) -> tuple[np.ndarray, ...]:
         stored = np.stack([table[name] for name in names], -1).astype(np.float64)
         return np.where(np.isfinite(stored), stored, np.nan)
 
-    with np.errstate(over="ignore", invalid="ignore"):  # what no number decodes to, the caller finds
+    # what no number decodes to, the caller finds
+    with np.errstate(over="ignore", invalid="ignore"):
         means, quats = columns("x", "y", "z"), columns("rot_0", "rot_1", "rot_2", "rot_3")
         scales = np.exp(columns("scale_0", "scale_1", "scale_2"))
-        opacities, colors = _sigmoid(columns("opacity"))[:, 0], _color(columns("f_dc_0", "f_dc_1", "f_dc_2"))
+        opacities, colors = (
+            _sigmoid(columns("opacity"))[:, 0],
+            _color(columns("f_dc_0", "f_dc_1", "f_dc_2")),
+        )
         arrays = means, quats, scales, opacities, colors
         return tuple(array.astype(np.float32) for array in arrays)

@@ -23,12 +23,15 @@ from .vae import calibrate, to_network
 
 
 class VAEStage(Stage):
-    """Reconstruction of clips of neighbouring views: L1 + MSE, a very small KL, and an anchor for three of the channels.
+    """Reconstruction of clips of neighbouring views: L1 + MSE, a very small KL, and an
+    anchor for three of the channels.
 
-    The anchor asks the first three latent channels to be the picture's thumbnail, 1 - x averaged over 8 x 8 pixels, so that
-    white is 0. At 64 px the best *linear* code of 8 x 8 pixels in four numbers spends all four on luminance, and a short
-    training stays in that grey solution for thousands of steps; with the anchor there is colour after a hundred. It also
-    makes latents that vary smoothly over an object, which the small U-Net and decoder learn faster.
+    The anchor asks the first three latent channels to be the picture's thumbnail, 1 - x
+    averaged over 8 x 8 pixels, so that white is 0. At 64 px the best *linear* code of 8
+    x 8 pixels in four numbers spends all four on luminance, and a short training stays
+    in that grey solution for thousands of steps; with the anchor there is colour after
+    a hundred. It also makes latents that vary smoothly over an object, which the small
+    U-Net and decoder learn faster.
     """
 
     KL_WEIGHT = 1e-6
@@ -42,7 +45,8 @@ class VAEStage(Stage):
     def example(self, generator, shared, place):
         index = int(draw(generator, len(self.views)))
         frames = (draw(generator, RING, 1) + torch.arange(self.clip)) % RING
-        palette = PALETTES[int(draw(generator, len(PALETTES)))]  # another palette: colours generalise
+        # another palette: colours generalise
+        palette = PALETTES[int(draw(generator, len(PALETTES)))]
         rgb = self.views.rgb[index][frames].float()[..., list(palette)] / 255
         size = rgb.shape[-2] // 8
         return {"rgb": rgb, "noise": torch.randn(self.clip, 4, size, size, generator=generator)}
@@ -57,7 +61,11 @@ class VAEStage(Stage):
         anchor = F.mse_loss(posterior.mean[:, :3], thumbnail)
         mse = error.pow(2).mean()
         loss = mse + error.abs().mean() + self.KL_WEIGHT * kl + self.anchor_weight * anchor
-        return loss, {"psnr": -10 * torch.log10(mse.detach() / 4), "kl": kl.detach(), "anchor": anchor.detach()}
+        return loss, {
+            "psnr": -10 * torch.log10(mse.detach() / 4),
+            "kl": kl.detach(),
+            "anchor": anchor.detach(),
+        }
 
     def products(self):
         """The autoencoder, rescaled so that 0.18215 z has unit variance."""
@@ -68,10 +76,12 @@ class VAEStage(Stage):
 
 
 class DINOStage(Stage):
-    """Self-distillation with no labels (DINO, Caron et al. 2021), with two *views of one object* as the two crops.
+    """Self-distillation with no labels (DINO, Caron et al. 2021), with two *views of
+    one object* as the two crops.
 
-    The student, given one view, predicts what the teacher (an average of past students) says of the other. Centring and a
-    low teacher temperature keep the answer from collapsing to one constant.
+    The student, given one view, predicts what the teacher (an average of past students)
+    says of the other. Centring and a low teacher temperature keep the answer from
+    collapsing to one constant.
     """
 
     FIELDS = ("image_size", "dino*")
@@ -91,7 +101,9 @@ class DINOStage(Stage):
     def example(self, generator, shared, place):
         index = int(draw(generator, len(self.views)))
         pair = draw(generator, len(self.views.azimuths[index]), 2)
-        crops = [random_crop(self.views.rgb[index, k].float() / 255, generator) for k in pair.tolist()]
+        crops = [
+            random_crop(self.views.rgb[index, k].float() / 255, generator) for k in pair.tolist()
+        ]
         return {"crops": torch.stack(crops)}
 
     def forward(self, batch):
@@ -102,14 +114,19 @@ class DINOStage(Stage):
             logits = [head(dino_features(backbone, x)) for x in crops]
             targets = [((t - self.center) / self.TEACHER_TEMPERATURE).softmax(-1) for t in logits]
             if self.training:
-                self.center.lerp_(mean_over_processes(torch.cat(logits).float().mean(0)), 0.1)  # of the whole batch
+                # of the whole batch
+                self.center.lerp_(mean_over_processes(torch.cat(logits).float().mean(0)), 0.1)
         loss = sum(F.cross_entropy(student[a], targets[1 - a]) for a in (0, 1)) / 2
-        return loss, {"target_entropy": torch.distributions.Categorical(probs=targets[0]).entropy().mean()}
+        return loss, {
+            "target_entropy": torch.distributions.Categorical(probs=targets[0]).entropy().mean()
+        }
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:
         momentum = 1 - 0.01 * (1 + math.cos(math.pi * step / steps)) / 2
-        for teacher, student in zip(self.teacher.parameters(), [*self.dino.parameters(), *self.head.parameters()]):
+        for teacher, student in zip(
+            self.teacher.parameters(), [*self.dino.parameters(), *self.head.parameters()]
+        ):
             teacher.lerp_(student.detach(), 1 - momentum)
 
     def products(self):
@@ -118,7 +135,9 @@ class DINOStage(Stage):
 
 
 class DINOHead(nn.Module):
-    """Class token and mean patch -> logits over prototypes on the unit sphere. [B, T, C] -> [B, K]"""
+    """Class token and mean patch -> logits over prototypes on the unit sphere. [B, T,
+    C] -> [B, K]
+    """
 
     def __init__(self, width: int, prototypes: int):
         super().__init__()
@@ -131,7 +150,9 @@ class DINOHead(nn.Module):
 
 
 def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
-    """A random square of 60-100 % of the side, resized back, with a random mirror and brightness. [S, S, 3]"""
+    """A random square of 60-100 % of the side, resized back, with a random mirror and
+    brightness. [S, S, 3]
+    """
     size = image.shape[0]
     side = int(size * (0.6 + 0.4 * torch.rand((), generator=generator)))
     top, left = draw(generator, size - side + 1, 2).tolist()
@@ -142,9 +163,20 @@ def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class DiffusionStage(Stage):
-    """Multi-view latent diffusion: L_2D on whole orbits. A CLIP tower without pretrained weights learns along with it."""
+    """Multi-view latent diffusion: L_2D on whole orbits. A CLIP tower without
+    pretrained weights learns along with it.
+    """
 
-    FIELDS = ("image_size", "num_frames", "unet_*", "clip_*", "cond_*", "log_sigma_*", "roll_frames", "copies")
+    FIELDS = (
+        "image_size",
+        "num_frames",
+        "unet_*",
+        "clip_*",
+        "cond_*",
+        "log_sigma_*",
+        "roll_frames",
+        "copies",
+    )
 
     def __init__(self, unet, clip, orbits: Orbits, config: Config):
         super().__init__()
@@ -159,7 +191,11 @@ class DiffusionStage(Stage):
 
     def forward(self, batch):
         loss, _ = diffusion_loss(
-            self.unet, batch["latents"], batch["noise"], batch["sigma"], orbit_condition(batch, self.clip, self.config)
+            self.unet,
+            batch["latents"],
+            batch["noise"],
+            batch["sigma"],
+            orbit_condition(batch, self.clip, self.config),
         )
         return loss, {}
 
@@ -168,9 +204,12 @@ class DiffusionStage(Stage):
 
 
 def rolled(orbit: Example, frames: int) -> Example:
-    """The same orbit begun elsewhere: its N frames moved on by `frames`, their angles with them.
+    """The same orbit begun elsewhere: its N frames moved on by `frames`, their angles
+    with them.
 
-    In SV3D's order frame number and azimuth say the same, so a network may learn either; in a rolled orbit only the azimuth
-    is right.
+    In SV3D's order frame number and azimuth say the same, so a network may learn
+    either; in a rolled orbit only the azimuth is right.
     """
-    return orbit | {name: orbit[name].roll(frames, 0) for name in ("latents", "azimuth", "elevation")}
+    return orbit | {
+        name: orbit[name].roll(frames, 0) for name in ("latents", "azimuth", "elevation")
+    }

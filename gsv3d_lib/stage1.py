@@ -1,4 +1,6 @@
-"""Stage 1: the Gaussian Splatting Decoder learns from latents of true views (docs/method.md)."""
+"""Stage 1: the Gaussian Splatting Decoder learns from latents of true views
+(docs/method.md).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from .training import Stage
 
 
 class DecoderStage(Stage):
-    """Stage 1: the decoder alone, on ground-truth latents, scored on rendered input and novel views."""
+    """Stage 1: the decoder alone, on ground-truth latents, scored on rendered input and
+    novel views.
+    """
 
     FIELDS = (
         "image_size",
@@ -39,17 +43,29 @@ class DecoderStage(Stage):
         config = self.config
         frames = config.view_counts[int(draw(shared, len(config.view_counts)))]
         item, start = self.orbits.item(generator, place), int(draw(generator, RING))
-        chosen = torch.randperm(self.orbits.views.rgb.shape[1], generator=generator)[: config.target_views]
+        chosen = torch.randperm(self.orbits.views.rgb.shape[1], generator=generator)[
+            : config.target_views
+        ]
         orbit = self.orbits.orbit(item, start, frames) | self.orbits.targets(item, start, chosen)
         return orbit | (self._own_pixels(item, start, frames) if config.lambda_pixel else {})
 
     def _own_pixels(self, item: int, start: int, frames: int) -> dict[str, Tensor]:
-        """The truth at the decoder's output pixels of the input views, for `pixel_loss`."""
+        """The truth at the decoder's output pixels of the input views, for
+        `pixel_loss`.
+        """
         scene, ring = self.orbits.scene(item), ring_frames(start, frames)
-        outputs = self.orbits.latents.shape[-1] // self.config.decoder_patch * self.config.decoder_upsample
+        outputs = (
+            self.orbits.latents.shape[-1]
+            // self.config.decoder_patch
+            * self.config.decoder_upsample
+        )
         block = scene.rgb.shape[1] // outputs
         pooled = [avg_pool(t[ring], block) for t in (scene.rgb, scene.alpha)]
-        return {"own_rgb": pooled[0], "own_alpha": pooled[1], "own_depth": scene.depth[ring][:, ::block, ::block]}
+        return {
+            "own_rgb": pooled[0],
+            "own_alpha": pooled[1],
+            "own_depth": scene.depth[ring][:, ::block, ::block],
+        }
 
     def forward(self, batch):
         size = self.config.image_size
@@ -59,7 +75,10 @@ class DecoderStage(Stage):
         if self.config.lambda_pixel:
             own = zip(scenes, cameras, batch["own_rgb"], batch["own_depth"], batch["own_alpha"])
             pixel = torch.stack([pixel_loss(*parts) for parts in own]).mean()
-            loss, metrics = loss + self.config.lambda_pixel * pixel, metrics | {"pixel": pixel.detach()}
+            loss, metrics = (
+                loss + self.config.lambda_pixel * pixel,
+                metrics | {"pixel": pixel.detach()},
+            )
         return loss, metrics
 
     def products(self):

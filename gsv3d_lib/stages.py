@@ -1,9 +1,10 @@
-"""The five stages: what each trains, what it needs, and how it is put together. One table.
+"""The five stages: what each trains, what it needs, and how it is put together. One
+table.
 
     vae -> diffusion -> stage2          dino -> stage1 -> stage2          vae -> stage1
 
-`run_stage` trains one of them in a run folder. The loop is `training.train`; what a stage
-draws and minimises is in `pretraining.py`, `stage1.py` and `distillation.py`.
+`run_stage` trains one of them in a run folder. The loop is `training.train`; what a
+stage draws and minimises is in `pretraining.py`, `stage1.py` and `distillation.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from .stage1 import DecoderStage
 from .system.errors import MissingFile, UserError
 from .system.paths import place_whole
 from .training import Stage, train
-from .weights.checkpoint import builders, load_dino, load_model, model_classes, save_config, save_model, trained_steps
+from .weights.checkpoint import (
+    builders,
+    load_dino,
+    load_model,
+    model_classes,
+    save_config,
+    save_model,
+    trained_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,9 @@ class StageSpec:
 STAGES = {
     "vae": StageSpec(VAEStage, ("vae",), ("vae",), "vae_schedule"),
     "dino": StageSpec(DINOStage, ("dino",), ("dino",), "dino_schedule"),
-    "diffusion": StageSpec(DiffusionStage, ("unet", "clip"), ("unet", "clip"), "diffusion_schedule", ("vae",)),
+    "diffusion": StageSpec(
+        DiffusionStage, ("unet", "clip"), ("unet", "clip"), "diffusion_schedule", ("vae",)
+    ),
     "stage1": StageSpec(DecoderStage, ("decoder", "dino"), ("decoder",), "stage1", ("vae", "dino")),
     "stage2": StageSpec(
         DistillationStage,
@@ -77,9 +88,14 @@ def is_trained(stage: str, weights: Path) -> bool:
 
 
 def build_stage(
-    name: str, config: Config, models: Mapping[str, nn.Module | None], data: ViewTensors | Orbits | None
+    name: str,
+    config: Config,
+    models: Mapping[str, nn.Module | None],
+    data: ViewTensors | Orbits | None,
 ) -> Stage:
-    """A stage from its models and data; with `checkpointing`, U-Net and decoder recompute."""
+    """A stage from its models and data; with `checkpointing`, U-Net and decoder
+    recompute.
+    """
     for part in ("unet", "decoder"):
         if config.checkpointing and part in models:
             models[part].enable_gradient_checkpointing()
@@ -109,8 +125,11 @@ def run_stage(
     return history
 
 
-def starting_models(name: str, config: Config, weights: Path, init: Path | None) -> dict[str, nn.Module | None]:
-    """The models of a stage: those that it trains new or from `init`, the others as trained.
+def starting_models(
+    name: str, config: Config, weights: Path, init: Path | None
+) -> dict[str, nn.Module | None]:
+    """The models of a stage: those that it trains new or from `init`, the others as
+    trained.
 
     A LoRA is always new: `init` has only given the models below it.
     """
@@ -131,8 +150,8 @@ def starting_models(name: str, config: Config, weights: Path, init: Path | None)
 def initial(name: str, config: Config, init: Path | None) -> nn.Module:
     """What a stage starts from: a new model, or that of the checkpoint `init`.
 
-    A model with a method `grown_to` may be smaller than asked for. Raises UserError where
-    the sizes are not those of `config` otherwise.
+    A model with a method `grown_to` may be smaller than asked for. Raises UserError
+    where the sizes are not those of `config` otherwise.
     """
     build = builders()[name]
     if init is None:
@@ -162,7 +181,9 @@ def traits(model: nn.Module) -> dict[str, list]:
     return shapes | {key: list(v) if isinstance(v, tuple) else v for key, v in hidden.items()}
 
 
-def orbits_for(config: Config, views: ViewTensors, run: Path, dino: nn.Module | None = None) -> Orbits:
+def orbits_for(
+    config: Config, views: ViewTensors, run: Path, dino: nn.Module | None = None
+) -> Orbits:
     """Orbits of all objects and their variants, encoded once by this run's VAE.
 
     From shards they come with the features of `dino`.
@@ -183,7 +204,9 @@ def take_over(init: Path, run: Path, stages: Sequence[str], config: Config) -> N
     weights are damaged.
     """
     if not (init / "gsv3d.json").is_file():
-        raise MissingFile(f"--init {init} is no GSV3D checkpoint: gsv3d.json is missing. Try data/checkpoints/tiny.")
+        raise MissingFile(
+            f"--init {init} is no GSV3D checkpoint: gsv3d.json is missing. Try data/checkpoints/tiny."
+        )
     trained = {name for stage in stages for name in STAGES[stage].trains} | {"lora"}
     folders = (path for path in init.iterdir() if path.is_dir() and not path.name.startswith("."))
     record = trained_steps(init)

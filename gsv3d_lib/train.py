@@ -2,14 +2,14 @@
 
     python -m gsv3d_lib train --preset tiny --data data/cache/procedural --out runs/tiny
 
-Every stage resumes where it was stopped, if the same command goes on: a checkpoint of other
-settings or data is refused, unless `--force-resume` is given. Only the number of steps may
-be larger than before. `--minutes 40` trains each of the named stages for so long, however
-fast the machine is; the learning rate follows the time. A stage is skipped once its weights
-lie in OUT/weights. They are in the layout of diffusers and transformers
-(`save_pretrained`), so that `GSV3DPipeline.from_pretrained(OUT/weights)` opens them.
-`--init FOLDER` starts the named stages from another checkpoint's weights and takes over
-what they do not train:
+Every stage resumes where it was stopped, if the same command goes on: a checkpoint of
+other settings or data is refused, unless `--force-resume` is given. Only the number of
+steps may be larger than before. `--minutes 40` trains each of the named stages for so
+long, however fast the machine is; the learning rate follows the time. A stage is
+skipped once its weights lie in OUT/weights. They are in the layout of diffusers and
+transformers (`save_pretrained`), so that `GSV3DPipeline.from_pretrained(OUT/weights)`
+opens them. `--init FOLDER` starts the named stages from another checkpoint's weights
+and takes over what they do not train:
 
     python -m gsv3d_lib train --init data/checkpoints/tiny --stages diffusion stage2 \\
         --data data/cache/mine --out runs/mine
@@ -59,14 +59,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="tiny")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--data", nargs="+", type=input_path, default=[input_path("data/cache/procedural")], help="dataset folders"
+        "--data",
+        nargs="+",
+        type=input_path,
+        default=[input_path("data/cache/procedural")],
+        help="dataset folders",
     )
     source.add_argument(
-        "--shards", type=input_path, metavar="FOLDER", help="what `python -m gsv3d_lib shards` wrote, instead of --data"
+        "--shards",
+        type=input_path,
+        metavar="FOLDER",
+        help="what `python -m gsv3d_lib shards` wrote, instead of --data",
     )
-    parser.add_argument("--out", type=output_path, default="runs/tiny", help="checkpoints, curves and weights")
+    parser.add_argument(
+        "--out", type=output_path, default="runs/tiny", help="checkpoints, curves and weights"
+    )
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    parser.add_argument("--steps", type=positive, help="override the number of steps of the named stages")
+    parser.add_argument(
+        "--steps", type=positive, help="override the number of steps of the named stages"
+    )
     parser.add_argument(
         "--minutes",
         type=number(0.01, 1e6),
@@ -80,23 +91,39 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="one field of the preset, such as stage1.lr=1e-4",
     )
-    parser.add_argument("--seed", type=training_seed, help="of weights, examples and noise (default: the preset's)")
     parser.add_argument(
-        "--init", type=input_path, metavar="FOLDER", help="a checkpoint whose weights the stages start from"
+        "--seed", type=training_seed, help="of weights, examples and noise (default: the preset's)"
     )
-    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--init",
+        type=input_path,
+        metavar="FOLDER",
+        help="a checkpoint whose weights the stages start from",
+    )
+    parser.add_argument(
+        "--precision", default="auto", choices=PRECISIONS, help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
     parser.add_argument("--limit", type=positive, help="use only the first objects")
-    parser.add_argument("--processes", type=positive, default=1, help="how many torchrun was asked for; it must agree")
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        default=1,
+        help="how many torchrun was asked for; it must agree",
+    )
     parser.add_argument(
         "--force-resume",
         action="store_true",
         help="go on from checkpoints of other settings or data, which is refused otherwise",
     )
     parser.add_argument(
-        "--prepare", action="store_true", help="only read the data and encode it into OUT, once for all processes"
+        "--prepare",
+        action="store_true",
+        help="only read the data and encode it into OUT, once for all processes",
     )
     parser.add_argument(
-        "--export", type=output_path, help="only copy the finished weights, in half precision, to this folder"
+        "--export",
+        type=output_path,
+        help="only copy the finished weights, in half precision, to this folder",
     )
     return parser
 
@@ -113,10 +140,12 @@ def run(args: argparse.Namespace) -> None:
     if args.seed is not None:
         config = config.replace(seed=args.seed)
     if {"diffusion", "stage2"} & set(args.stages):
-        ring_frames(0, config.num_frames)  # a sampler may take any number of views, a training only what a ring has
+        # a sampler may take any number of views, a training only what a ring has
+        ring_frames(0, config.num_frames)
     remove_leftovers(args.out)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # else every process would encode on the first GPU
+        # else every process would encode on the first GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if args.init is not None:
         take_over_once(args.init, args.out, args.stages, config)
     views = views_for(args, config)
@@ -127,7 +156,9 @@ def run(args: argparse.Namespace) -> None:
     for name in args.stages:
         if is_trained(name, args.out / "weights"):
             made = " and ".join(str(args.out / "weights" / part) for part in STAGES[name].trains)
-            print(f"{name}: {made} exists; to train again delete it, {args.out / name}, and what was trained on it.")
+            print(
+                f"{name}: {made} exists; to train again delete it, {args.out / name}, and what was trained on it."
+            )
             continue
         run_stage(
             name,
@@ -141,11 +172,14 @@ def run(args: argparse.Namespace) -> None:
             force_resume=args.force_resume,
         )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # gloo sometimes aborts a process that leaves without
+        # gloo sometimes aborts a process that leaves without
+        torch.distributed.destroy_process_group()
 
 
 def views_for(args: argparse.Namespace, config: Config) -> ViewTensors:
-    """The data that the command line names. Raises ValueError where a stage to come would find shards of another encoder."""
+    """The data that the command line names. Raises ValueError where a stage to come
+    would find shards of another encoder.
+    """
     if args.shards is None:
         return load_views(args.data, config.image_size, limit=args.limit, cache=args.out)
     if args.limit is not None:
@@ -172,11 +206,17 @@ def take_over_once(init: Path, run: Path, stages: list[str], config: Config) -> 
 
 
 def export_weights(run: Path, folder: Path) -> None:
-    """Copy OUT/weights to `folder`, models in half precision, with the training curves: what this project ships."""
+    """Copy OUT/weights to `folder`, models in half precision, with the training curves:
+    what this project ships.
+    """
     weights, folder = Path(run) / "weights", Path(folder)
     if not (weights / "gsv3d.json").is_file():
-        raise MissingFile(f"There are no finished weights in {weights}: --out names the run that --export copies.")
-    for name in sorted(path.name for path in weights.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        raise MissingFile(
+            f"There are no finished weights in {weights}: --out names the run that --export copies."
+        )
+    for name in sorted(
+        path.name for path in weights.iterdir() if path.is_dir() and not path.name.startswith(".")
+    ):
         if name == "lora":
             model = load_lora(load_model(weights, "unet"), weights / name)
         elif name in model_classes():

@@ -1,9 +1,12 @@
-"""SV3D_p's U-Net: diffusers' `UNetSpatioTemporalConditionModel`, with one camera angle per frame.
+"""SV3D_p's U-Net: diffusers' `UNetSpatioTemporalConditionModel`, with one camera angle
+per frame.
 
-SVD adds one embedding (fps, motion, noise) to all frames of a clip. SV3D_p adds, per frame,
-[sin256(cond_aug), sin512(polar), sin512(azimuth)] through the same two-layer MLP (docs/method.md). Only that changes,
-so the parameters keep diffusers' names and a saved model opens in diffusers' own class. Two shortcuts with the same
-results, `TokenAttention` and `FrameConv`, save time, and `TemporalBlock` saves memory (docs/performance.md).
+SVD adds one embedding (fps, motion, noise) to all frames of a clip. SV3D_p adds, per
+frame, [sin256(cond_aug), sin512(polar), sin512(azimuth)] through the same two-layer MLP
+(docs/method.md). Only that changes, so the parameters keep diffusers' names and a saved
+model opens in diffusers' own class. Two shortcuts with the same results,
+`TokenAttention` and `FrameConv`, save time, and `TemporalBlock` saves memory
+(docs/performance.md).
 """
 
 from __future__ import annotations
@@ -30,16 +33,25 @@ UP, UP_PLAIN = "CrossAttnUpBlockSpatioTemporal", "UpBlockSpatioTemporal"
 
 
 class TokenAttention:
-    """The attention of diffusers' transformer blocks, shorter where the context is one token.
+    """The attention of diffusers' transformer blocks, shorter where the context is one
+    token.
 
-    The softmax over one key is 1, so the answer is the token's value. With gradients the queries and keys are computed all
-    the same, or their LoRA would be unknown to the optimiser.
+    The softmax over one key is 1, so the answer is the token's value. With gradients
+    the queries and keys are computed all the same, or their LoRA would be unknown to
+    the optimiser.
     """
 
     def __call__(
-        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, **kwargs
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask=None,
+        **kwargs,
     ) -> Tensor:
-        """hidden_states [B, T, C], encoder_hidden_states [B, S, D] or None for self-attention -> [B, T, C]."""
+        """hidden_states [B, T, C], encoder_hidden_states [B, S, D] or None for
+        self-attention -> [B, T, C].
+        """
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if context.shape[1] == 1 and not torch.is_grad_enabled():
             answer = attn.to_v(context).expand(-1, hidden_states.shape[1], -1)
@@ -50,9 +62,11 @@ class TokenAttention:
 
 
 class FrameConv(nn.Module):
-    """A (3, 1, 1) convolution of [B, C, N, h, w] over the frames, as a (3, 1) one of [B, C, N, h w].
+    """A (3, 1, 1) convolution of [B, C, N, h, w] over the frames, as a (3, 1) one of
+    [B, C, N, h w].
 
-    For the former torch falls back to slow code on one CPU thread. It takes over the parameters of `conv`.
+    For the former torch falls back to slow code on one CPU thread. It takes over the
+    parameters of `conv`.
     """
 
     def __init__(self, conv: nn.Conv3d):
@@ -65,7 +79,9 @@ class FrameConv(nn.Module):
 
 
 class TemporalBlock(TemporalBasicTransformerBlock):
-    """diffusers' attention over frames, which its checkpointing passes over: here it is recomputed like the rest."""
+    """diffusers' attention over frames, which its checkpointing passes over: here it is
+    recomputed like the rest.
+    """
 
     gradient_checkpointing = False  # `enable_gradient_checkpointing()` sets it
 
@@ -79,9 +95,9 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
     """The multi-view denoiser F(c_in z, c_noise; condition) whose output is v.
 
     The settings are diffusers', and one more. resnet_eps: of the normalisations in the
-    residual blocks. Stability's code has 1e-5 in all of them; diffusers' class has 1e-6 in
-    all blocks but those of the middle and of levels without attention on the way down. 0
-    keeps diffusers'.
+    residual blocks. Stability's code has 1e-5 in all of them; diffusers' class has 1e-6
+    in all blocks but those of the middle and of levels without attention on the way
+    down. 0 keeps diffusers'.
     """
 
     @register_to_config
@@ -128,19 +144,27 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
                 module.__class__ = TemporalBlock  # the same parameters, another forward
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, token: Tensor, polar: Tensor, azimuth: Tensor, cond_aug: float = 1e-5
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        token: Tensor,
+        polar: Tensor,
+        azimuth: Tensor,
+        cond_aug: float = 1e-5,
     ) -> Tensor:
         """Predict v for noisy orbits.
 
         sample:   [B, N, 8, h, w], c_in * z (4 channels) and the unscaled condition latent (4 channels)
         timestep: [B], c_noise = ln(sigma) / 4
         token:    [B, 1, D], the CLIP embedding of the condition image, zeros for the null condition
-        polar, azimuth: [B, N] radians; the condition view is the last frame, at azimuth 0
+        polar, azimuth: [B, N] radians; the condition view is the last frame, at azimuth
+            0
         Returns v [B, N, 4, h, w].
         """
         self._check(sample, token, polar, azimuth)
         batch, frames = sample.shape[:2]
-        emb = self._embed(timestep.expand(batch), polar, azimuth, cond_aug, sample.dtype)  # [B * N, E]
+        # [B * N, E]
+        emb = self._embed(timestep.expand(batch), polar, azimuth, cond_aug, sample.dtype)
         context = token.repeat_interleave(frames, dim=0)  # [B * N, 1, D]
         image_only = sample.new_zeros(batch, frames)  # every frame takes part in temporal mixing
         shared = dict(temb=emb, image_only_indicator=image_only)
@@ -154,45 +178,69 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
         for block in self.up_blocks:
             count = len(block.resnets)
             residuals, skips = tuple(skips[-count:]), skips[:-count]
-            hidden = block(hidden, res_hidden_states_tuple=residuals, **shared, **_attend(block, context))
+            hidden = block(
+                hidden, res_hidden_states_tuple=residuals, **shared, **_attend(block, context)
+            )
         hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         return hidden.unflatten(0, (batch, frames))
 
     def grown_to(self, config: Config) -> SV3DUNet:
-        """This U-Net, or one with one layer more per level that begins as it (`deepened`)."""
+        """This U-Net, or one with one layer more per level that begins as it
+        (`deepened`).
+        """
         return deepened(self) if config.unet_layers == self.config.layers_per_block + 1 else self
 
-    def _embed(self, timestep: Tensor, polar: Tensor, azimuth: Tensor, cond_aug: float, dtype) -> Tensor:
+    def _embed(
+        self, timestep: Tensor, polar: Tensor, azimuth: Tensor, cond_aug: float, dtype
+    ) -> Tensor:
         """Time embedding plus the per-frame camera embedding, [B * N, E]."""
         frames = polar.shape[1]
-        time = self.time_embedding(self.time_proj(timestep).to(dtype)).repeat_interleave(frames, dim=0)
-        return time + self.add_embedding(angle_features(polar, azimuth, cond_aug).flatten(0, 1).to(dtype))
+        time = self.time_embedding(self.time_proj(timestep).to(dtype)).repeat_interleave(
+            frames, dim=0
+        )
+        return time + self.add_embedding(
+            angle_features(polar, azimuth, cond_aug).flatten(0, 1).to(dtype)
+        )
 
     def _check(self, sample: Tensor, token: Tensor, polar: Tensor, azimuth: Tensor) -> None:
         batch, frames = sample.shape[:2]
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         if sample.ndim != 5 or sample.shape[2] != self.config.in_channels:
-            raise ValueError(f"sample is [B, N, {self.config.in_channels}, h, w]; got {tuple(sample.shape)}.")
+            raise ValueError(
+                f"sample is [B, N, {self.config.in_channels}, h, w]; got {tuple(sample.shape)}."
+            )
         if sample.shape[3] % factor or sample.shape[4] % factor:
-            raise ValueError(f"The latent height and width must be multiples of {factor}; got {tuple(sample.shape)}.")
+            raise ValueError(
+                f"The latent height and width must be multiples of {factor}; got {tuple(sample.shape)}."
+            )
         if polar.shape != (batch, frames) or azimuth.shape != (batch, frames):
             raise ValueError(
                 f"polar and azimuth are [{batch}, {frames}] like sample; got {tuple(polar.shape)}, {tuple(azimuth.shape)}."
             )
         if token.shape != (batch, 1, self.config.cross_attention_dim):
-            raise ValueError(f"token is [{batch}, 1, {self.config.cross_attention_dim}]; got {tuple(token.shape)}.")
+            raise ValueError(
+                f"token is [{batch}, 1, {self.config.cross_attention_dim}]; got {tuple(token.shape)}."
+            )
 
 
 def _attend(block, context: Tensor) -> dict:
-    """Blocks with cross-attention take the CLIP token, the others must not see the argument."""
-    return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+    """Blocks with cross-attention take the CLIP token, the others must not see the
+    argument.
+    """
+    return (
+        {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+    )
 
 
 def angle_features(polar: Tensor, azimuth: Tensor, cond_aug: float) -> Tensor:
-    """[sin256(cond_aug), sin512(polar), sin512(azimuth)] per frame: [B, N] radians -> [B, N, 1280]."""
+    """[sin256(cond_aug), sin512(polar), sin512(azimuth)] per frame: [B, N] radians ->
+    [B, N, 1280].
+    """
 
     def sinusoid(values: Tensor, width: int) -> Tensor:  # [cos, sin], max period 10000, as SV3D
-        flat = get_timestep_embedding(values.flatten(), width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        flat = get_timestep_embedding(
+            values.flatten(), width, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
         return flat.unflatten(0, values.shape)
 
     noise = torch.full_like(polar, cond_aug)
@@ -201,32 +249,45 @@ def angle_features(polar: Tensor, azimuth: Tensor, cond_aug: float) -> Tensor:
 
 @torch.no_grad()
 def deepened(unet: SV3DUNet) -> SV3DUNet:
-    """The U-Net with one more layer (residual block and attention) at every level, which begins as the old one.
+    """The U-Net with one more layer (residual block and attention) at every level,
+    which begins as the old one.
 
-    A new layer adds zero at first. On the way up it stands second, where the skip connection of the layer before the new
-    one on the way down arrives, so that every old layer still reads what it has always read.
+    A new layer adds zero at first. On the way up it stands second, where the skip
+    connection of the layer before the new one on the way down arrives, so that every
+    old layer still reads what it has always read.
     """
     layers = unet.config.layers_per_block
     new = SV3DUNet.from_config({**unet.config, "layers_per_block": layers + 1})
 
     def moved(name: str) -> str:  # layers 1, 2, ... of the way up become 2, 3, ...
-        return re.sub(r"(up_blocks\.\d+\.(?:resnets|attentions)\.)([1-9])", lambda m: m[1] + str(int(m[2]) + 1), name)
+        return re.sub(
+            r"(up_blocks\.\d+\.(?:resnets|attentions)\.)([1-9])",
+            lambda m: m[1] + str(int(m[2]) + 1),
+            name,
+        )
 
-    new.load_state_dict({moved(name): value for name, value in unet.state_dict().items()}, strict=False)
+    new.load_state_dict(
+        {moved(name): value for name, value in unet.state_dict().items()}, strict=False
+    )
     for blocks, place in ((new.down_blocks, layers), (new.up_blocks, 1)):
         for block in blocks:
             _silence(block.resnets[place])
-            for attention in block.attentions[place : place + 1] if hasattr(block, "attentions") else ():
+            for attention in (
+                block.attentions[place : place + 1] if hasattr(block, "attentions") else ()
+            ):
                 attention.proj_out.weight.zero_(), attention.proj_out.bias.zero_()
     return new
 
 
 def _silence(resnet: SpatioTemporalResBlock) -> None:
-    """Let a residual block hand its input through, without the channels of a skip connection."""
+    """Let a residual block hand its input through, without the channels of a skip
+    connection.
+    """
     for part in (resnet.spatial_res_block, resnet.temporal_res_block):
         part.conv2.weight.zero_(), part.conv2.bias.zero_()
     shortcut = resnet.spatial_res_block.conv_shortcut
-    if shortcut is not None:  # [out, hidden + skip, 1, 1], and the hidden channels are as many as out
+    # [out, hidden + skip, 1, 1], and the hidden channels are as many as out
+    if shortcut is not None:
         nn.init.dirac_(shortcut.weight), shortcut.bias.zero_()
 
 

@@ -1,8 +1,9 @@
-"""The KL-f8 autoencoder of SVD and SV3D: images [0, 1] <-> latents of 4 channels at an eighth of the size.
+"""The KL-f8 autoencoder of SVD and SV3D: images [0, 1] <-> latents of 4 channels at an
+eighth of the size.
 
-The network is diffusers' `AutoencoderKLTemporalDecoder` at every scale. Two conventions of SV3D live here
-(docs/method.md): latents that are *diffused* are multiplied by 0.18215, the latent that is *concatenated as a
-condition* is not.
+The network is diffusers' `AutoencoderKLTemporalDecoder` at every scale. Two conventions
+of SV3D live here (docs/method.md): latents that are *diffused* are multiplied by
+0.18215, the latent that is *concatenated as a condition* is not.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from .config import Config
 class GroupedVAE(AutoencoderKLTemporalDecoder):
     """diffusers' `AutoencoderKLTemporalDecoder` with two more settings.
 
-    norm_groups: of the normalisation. diffusers fixes 32, which suits SVD's 128 to 512 channels.
-    With the 32 channels of `tiny` every channel would be its own group, instance
-    normalisation, which erases the strength of a channel and with it colour.
-    post_quant: a 1x1 convolution of the latents before the decoder, as `AutoencoderKL` has it.
+    norm_groups: of the normalisation. diffusers fixes 32, which suits SVD's 128 to 512
+        channels. With the 32 channels of `tiny` every channel would be its own group,
+        instance normalisation, which erases the strength of a channel and with it
+        colour.
+    post_quant: a 1x1 convolution of the latents before the decoder, as `AutoencoderKL`
+        has it.
     """
 
     @register_to_config
@@ -57,7 +60,9 @@ class GroupedVAE(AutoencoderKLTemporalDecoder):
         self.post_quant_conv = conv
 
     def decode(self, z: Tensor, num_frames: int, return_dict: bool = True):
-        """Latents [B * N, 4, h, w] -> diffusers' `DecoderOutput` of [B * N, 3, 8h, 8w] in [-1, 1]."""
+        """Latents [B * N, 4, h, w] -> diffusers' `DecoderOutput` of [B * N, 3, 8h, 8w]
+        in [-1, 1].
+        """
         return super().decode(self.post_quant_conv(z), num_frames, return_dict)
 
 
@@ -80,8 +85,10 @@ def build_vae(config: Config, post_quant: bool = False) -> GroupedVAE:
 
 @torch.no_grad()
 def start_linear(vae) -> None:
-    """Zero the last layer of every residual branch, so that training starts from a plain linear codec, nearly without
-    sampling noise (deviation 0.05). Measured on 64 px objects: as good after 1,000 images as 3,500 images otherwise."""
+    """Zero the last layer of every residual branch, so that training starts from a
+    plain linear codec, nearly without sampling noise (deviation 0.05). Measured on 64
+    px objects: as good after 1,000 images as 3,500 images otherwise.
+    """
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 
@@ -96,7 +103,9 @@ def start_linear(vae) -> None:
 
 
 def to_network(images: Tensor) -> Tensor:
-    """Images [..., H, W, 3] in [0, 1] -> [M, 3, H, W] in [-1, 1], what diffusers' networks expect."""
+    """Images [..., H, W, 3] in [0, 1] -> [M, 3, H, W] in [-1, 1], what diffusers'
+    networks expect.
+    """
     if images.ndim < 4 or images.shape[-1] != 3:
         raise ValueError(f"Images are [..., H, W, 3] in [0, 1]; got shape {tuple(images.shape)}.")
     return images.flatten(0, -4).permute(0, 3, 1, 2) * 2 - 1
@@ -108,7 +117,9 @@ def to_images(network: Tensor) -> Tensor:
 
 
 def encode(vae, images: Tensor) -> Tensor:
-    """Unscaled latents, the mode of q(z | x): images [..., H, W, 3] -> [..., 4, H/8, W/8]."""
+    """Unscaled latents, the mode of q(z | x): images [..., H, W, 3] -> [..., 4, H/8,
+    W/8].
+    """
     mode = vae.encode(to_network(images).to(vae.device)).latent_dist.mode()
     return mode.unflatten(0, images.shape[:-3])
 
@@ -121,7 +132,8 @@ def encode_scaled(vae, images: Tensor) -> Tensor:
 def decode_scaled(vae, latents: Tensor, chunk: int = 1) -> Tensor:
     """Diffusion latents of one orbit [N, 4, h, w] -> images [N, 8h, 8w, 3] in [0, 1].
 
-    chunk: views decoded together; the temporal decoder shares information only inside a chunk.
+    chunk: views decoded together; the temporal decoder shares information only inside a
+        chunk.
     """
     if latents.ndim != 4 or latents.shape[1] != 4:
         raise ValueError(f"Latents of an orbit are [N, 4, h, w]; got shape {tuple(latents.shape)}.")
@@ -131,10 +143,12 @@ def decode_scaled(vae, latents: Tensor, chunk: int = 1) -> Tensor:
 
 @torch.no_grad()
 def calibrate(vae, images: Tensor) -> Tensor:
-    """Rescale the latent channels in place so that 0.18215 z has unit variance on `images` [M, H, W, 3].
+    """Rescale the latent channels in place so that 0.18215 z has unit variance on
+    `images` [M, H, W, 3].
 
-    The factor is folded into the last layer of the encoder and its inverse into the first of the decoder, so the
-    reconstruction does not change and 0.18215 stays the constant at every scale. Returns the old deviations [4].
+    The factor is folded into the last layer of the encoder and its inverse into the
+    first of the decoder, so the reconstruction does not change and 0.18215 stays the
+    constant at every scale. Returns the old deviations [4].
     """
     deviation = encode_scaled(vae, images).std(dim=(0, 2, 3))
     mean_rows, logvar_rows = vae.quant_conv.weight[:4], slice(4, 8)

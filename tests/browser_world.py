@@ -1,4 +1,5 @@
-"""JupyterLab in a headless browser, used as a person would: open, Run All, move a slider, turn a figure.
+"""JupyterLab in a headless browser, used as a person would: open, Run All, move a
+slider, turn a figure.
 
 Every helper that acts raises an AssertionError that says what did not happen.
 """
@@ -27,16 +28,19 @@ FLAGS = (
     "--disable-gpu --enable-unsafe-swiftshader --disable-quic --no-first-run --disable-background-networking"
     " --disable-component-update --disable-sync"
 ).split()
-OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # a figure that needs a CDN stays blank
+# a figure that needs a CDN stays blank
+OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 SETTINGS = {
     "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false, "doNotDisturbMode": true}',
-    "notebook-extension/tracker": '{"windowingMode": "none", "scrollPastEnd": false}',  # every cell is in the page
+    # every cell is in the page
+    "notebook-extension/tracker": '{"windowingMode": "none", "scrollPastEnd": false}',
     "docmanager-extension/plugin": '{"autosave": false}',
 }
 PLOTLY = "application/vnd.plotly.v1+json"
 PARTS_OF_A_SCREENSHOT = 12_000  # pixels; Chromium draws at most 16,384
 
-# JupyterLab that ends, and its kernels with it, when the tests that started it were killed.
+# JupyterLab that ends, and its kernels with it, when the tests that started it were
+# killed.
 SERVER = """
 import os, signal, threading, time
 from jupyterlab.labapp import main
@@ -48,7 +52,8 @@ threading.Thread(target=follow, args=[os.getppid()], daemon=True).start()
 main()
 """
 
-# The open notebook's panel, its kernel, and what its cells say. A cell that waits or runs has no execution count.
+# The open notebook's panel, its kernel, and what its cells say. A cell that waits or
+# runs has no execution count.
 STATE = """name => {
   const panel = window.jupyterapp?.shell.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
   if (panel?.context?.path !== name || !panel.content.widgets || !kernel) return null;
@@ -66,7 +71,8 @@ STATE = """name => {
           cells: cells.length, run: cells.filter(c => c.model.executionCount !== null).length};
 }"""
 
-# Notes when the picture of an explorer changes, from the first key or pointer movement on.
+# Notes when the picture of an explorer changes, from the first key or pointer movement
+# on.
 WATCH = """explorer => {
   const picture = explorer.querySelector('img.gsv3d-picture'), watch = {start: null, frames: []};
   for (const kind of ['keydown', 'pointermove', 'mousemove'])
@@ -89,17 +95,29 @@ PICTURE = """async explorer => {
 
 @contextmanager
 def jupyterlab(folder: Path) -> Iterator[str]:
-    """JupyterLab on `folder/notebooks`, with all its own files elsewhere in `folder` -> its address. Offline."""
+    """JupyterLab on `folder/notebooks`, with all its own files elsewhere in `folder` ->
+    its address. Offline.
+    """
     for name, text in SETTINGS.items():
         path = folder / f"settings/@jupyterlab/{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     (folder / "notebooks").mkdir(exist_ok=True)
-    own = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime"}
-    own |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
+    own = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+    }
+    own |= {
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "IPYTHONDIR": "ipython",
+    }
     environment = os.environ | {name: str(folder / path) for name, path in own.items()}
-    environment["OMP_NUM_THREADS"] = "1"  # a kernel's; the browser and other tests want the other cores
-    environment.pop("MPLBACKEND", None)  # conftest's would keep kernels from showing matplotlib's figures
+    # a kernel's; the browser and other tests want the other cores
+    environment["OMP_NUM_THREADS"] = "1"
+    # conftest's would keep kernels from showing matplotlib's figures
+    environment.pop("MPLBACKEND", None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -109,7 +127,10 @@ def jupyterlab(folder: Path) -> Iterator[str]:
     log = folder / "server.log"
     with log.open("w") as stream:
         server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, *options], env=environment, stdout=stream, stderr=subprocess.STDOUT
+            [sys.executable, "-c", SERVER, *options],
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
         )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -124,7 +145,9 @@ def jupyterlab(folder: Path) -> Iterator[str]:
             server.wait()
 
 
-def _until_it_answers(server: subprocess.Popen, address: str, log: Path, patience: float = 120) -> None:
+def _until_it_answers(
+    server: subprocess.Popen, address: str, log: Path, patience: float = 120
+) -> None:
     started = time.monotonic()
     while time.monotonic() - started < patience and server.poll() is None:
         try:
@@ -137,13 +160,17 @@ def _until_it_answers(server: subprocess.Popen, address: str, log: Path, patienc
 
 @contextmanager
 def headless_browser() -> Iterator:
-    """A headless browser that reaches nothing but this machine; skips the tests where there is none."""
+    """A headless browser that reaches nothing but this machine; skips the tests where
+    there is none.
+    """
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="pip install playwright to test the notebooks in a browser"
     )
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
-        pytest.skip("no Chrome or Chromium here: apt-get install chromium to test the notebooks in a browser")
+        pytest.skip(
+            "no Chrome or Chromium here: apt-get install chromium to test the notebooks in a browser"
+        )
     with playwright.sync_playwright() as driver:
         with driver.chromium.launch(executable_path=path, args=[*FLAGS, OFFLINE]) as instance:
             yield instance
@@ -155,23 +182,34 @@ def headless_browser() -> Iterator:
 def write_notebook(path: Path, *cells: str) -> None:
     """A notebook of code cells."""
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)), metadata=kernel), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=list(map(nbformat.v4.new_code_cell, cells)), metadata=kernel
+        ),
+        path,
+    )
 
 
 def copy_notebook(notebook: nbformat.NotebookNode, path: Path, elsewhere: Path) -> None:
-    """The notebook as `path`, without outputs, so that what is seen later was made here; what it would write to the
-    repository's runs/ and data/cache/ goes below `elsewhere`."""
+    """The notebook as `path`, without outputs, so that what is seen later was made
+    here; what it would write to the repository's runs/ and data/cache/ goes below
+    `elsewhere`.
+    """
     notebook = deepcopy(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         if "parameters" in cell.metadata.get("tags", []):
-            cell.source = re.sub(r"""(["'])(runs|data/cache)/""", rf"\g<1>{elsewhere.as_posix()}/\g<2>/", cell.source)
+            cell.source = re.sub(
+                r"""(["'])(runs|data/cache)/""", rf"\g<1>{elsewhere.as_posix()}/\g<2>/", cell.source
+            )
     nbformat.write(notebook, path)
 
 
 def figures_of(notebook: nbformat.NotebookNode) -> Iterator[tuple[int, str]]:
-    """(number of the code cell, CSS selector of what it should show) of every figure that the notebook came with."""
+    """(number of the code cell, CSS selector of what it should show) of every figure
+    that the notebook came with.
+    """
     for number, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
         for data in (output.get("data", {}) for output in cell.outputs):
             if PLOTLY in data:
@@ -184,12 +222,21 @@ def figures_of(notebook: nbformat.NotebookNode) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def open_notebook(browser, address: str, name: str, patience: float = 300) -> Iterator:
-    """A browser page with the notebook `name` and its connected, idle kernel; ends with the kernel shut down."""
+    """A browser page with the notebook `name` and its connected, idle kernel; ends with
+    the kernel shut down.
+    """
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     try:
         page.set_default_timeout(60_000)
-        page.goto(f"{address}/lab/workspaces/{Path(name).stem}/tree/{name}", timeout=1000 * patience)
-        _wait(page, "s => s?.ready && s.connection === 'connected' && s.status === 'idle'", name, patience)
+        page.goto(
+            f"{address}/lab/workspaces/{Path(name).stem}/tree/{name}", timeout=1000 * patience
+        )
+        _wait(
+            page,
+            "s => s?.ready && s.connection === 'connected' && s.status === 'idle'",
+            name,
+            patience,
+        )
         page.notebook = name
         yield page
     finally:
@@ -198,7 +245,9 @@ def open_notebook(browser, address: str, name: str, patience: float = 300) -> It
 
 
 def _wait(page, condition: str, name: str, patience: float) -> dict:
-    """Polls the notebook's STATE until it fulfils the JavaScript `condition` -> that state."""
+    """Polls the notebook's STATE until it fulfils the JavaScript `condition` -> that
+    state.
+    """
     until = time.monotonic() + patience
     while time.monotonic() < until:
         state = page.evaluate(STATE, name)
@@ -209,7 +258,9 @@ def _wait(page, condition: str, name: str, patience: float) -> dict:
 
 
 def run_all(page, patience: float = 600) -> float:
-    """Menu Run > Run All Cells -> seconds until every code cell has run. Raises where a cell shows an error."""
+    """Menu Run > Run All Cells -> seconds until every code cell has run. Raises where a
+    cell shows an error.
+    """
     started = time.perf_counter()
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
@@ -223,17 +274,22 @@ def run_all(page, patience: float = 600) -> float:
 
 
 def save_screenshot(page, path: Path) -> None:
-    """The whole notebook as `path`, or, where it is too long for one, as several pictures `path`-2 and so on."""
+    """The whole notebook as `path`, or, where it is too long for one, as several
+    pictures `path`-2 and so on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     panel, old = page.locator(".jp-NotebookPanel .jp-WindowedPanel-outer"), page.viewport_size
-    frame = old["height"] - panel.evaluate("panel => panel.clientHeight")  # menu, tabs, toolbar, status bar
+    # menu, tabs, toolbar, status bar
+    frame = old["height"] - panel.evaluate("panel => panel.clientHeight")
     height = panel.evaluate("panel => panel.scrollHeight")
     seen = min(height, PARTS_OF_A_SCREENSHOT)
     page.set_viewport_size({"width": old["width"], "height": seen + frame})
     for part, top in enumerate(range(0, height, seen)):
         panel.evaluate("(panel, top) => panel.scrollTo(0, top)", top)
         page.wait_for_timeout(1000)  # figures follow the new size
-        page.screenshot(path=path if part == 0 else path.with_stem(f"{path.stem}-{part + 1}"), timeout=120_000)
+        page.screenshot(
+            path=path if part == 0 else path.with_stem(f"{path.stem}-{part + 1}"), timeout=120_000
+        )
     page.set_viewport_size(old)
 
 
@@ -241,14 +297,18 @@ def save_screenshot(page, path: Path) -> None:
 
 
 def move_slider_and_expect_change(explorer, patience: float = 10) -> float:
-    """Press a key on the explorer's first slider -> seconds from the key to the new picture.
+    """Press a key on the explorer's first slider -> seconds from the key to the new
+    picture.
 
-    Raises where the picture stays as it was, and where the explorer shows the error of its callback.
+    Raises where the picture stays as it was, and where the explorer shows the error of
+    its callback.
     """
     handle = explorer.locator(".noUi-handle").first
     handle.scroll_into_view_if_needed()
     before = explorer.evaluate(PICTURE)
-    low, high, now = (float(handle.get_attribute(f"aria-value{which}")) for which in ("min", "max", "now"))
+    low, high, now = (
+        float(handle.get_attribute(f"aria-value{which}")) for which in ("min", "max", "now")
+    )
     explorer.evaluate(WATCH)
     handle.focus()
     handle.press("PageUp" if now < (low + high) / 2 else "PageDown")  # five steps
@@ -262,7 +322,9 @@ def _answer(explorer, patience: float) -> float:
     until = time.monotonic() + patience
     while time.monotonic() < until:
         expect_no_message(explorer)
-        start, frames = explorer.evaluate("() => [window.gsv3dWatch.start, window.gsv3dWatch.frames]")
+        start, frames = explorer.evaluate(
+            "() => [window.gsv3dWatch.start, window.gsv3dWatch.frames]"
+        )
         if frames:
             return (frames[0] - start) / 1000
         explorer.page.wait_for_timeout(20)
@@ -280,7 +342,11 @@ def drag_slider(explorer, seconds: float = 2.0) -> float:
     """Drag the first slider to and fro without a pause -> pictures per second."""
     handle = explorer.locator(".noUi-handle").first
     handle.scroll_into_view_if_needed()
-    mouse, box, track = explorer.page.mouse, handle.bounding_box(), explorer.locator(".noUi-base").first.bounding_box()
+    mouse, box, track = (
+        explorer.page.mouse,
+        handle.bounding_box(),
+        explorer.locator(".noUi-base").first.bounding_box(),
+    )
     y = box["y"] + box["height"] / 2
     mouse.move(box["x"] + box["width"] / 2, y)
     mouse.down()
@@ -323,7 +389,11 @@ def rotate_and_expect_change(figure, patience: float = 10) -> None:
 
 def figures_in_3d(page) -> list:
     """The plotly figures of the page that have a 3D scene."""
-    return page.locator(".js-plotly-plot").filter(has=page.locator(".gl-container canvas, .gl-container #scene")).all()
+    return (
+        page.locator(".js-plotly-plot")
+        .filter(has=page.locator(".gl-container canvas, .gl-container #scene"))
+        .all()
+    )
 
 
 def expect_splats(iframe, patience: float = 10) -> None:

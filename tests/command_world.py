@@ -12,20 +12,24 @@ LIBRARY = ROOT / "gsv3d_lib"
 
 
 def module_file(name: str) -> Path:
-    """The file of a module of the library: "data.dataset" -> gsv3d_lib/data/dataset.py; of a package its __init__.py."""
+    """The file of a module of the library: "data.dataset" -> gsv3d_lib/data/dataset.py;
+    of a package its __init__.py.
+    """
     path = LIBRARY.joinpath(*name.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def commands_in(text: str) -> list[tuple[str, str]]:
-    """Every command in a text, with the rest of its line: ("train", " train --preset tiny") for
-    `python -m gsv3d_lib train --preset tiny`, "" as the name where an image or nothing follows,
-    and ("tools/X.py", ...) for a file that Python runs.
+    """Every command in a text, with the rest of its line: ("train", " train --preset
+    tiny") for `python -m gsv3d_lib train --preset tiny`, "" as the name where an image
+    or nothing follows, and ("tools/X.py", ...) for a file that Python runs.
     """
     joined = text.replace("\\\n", " ")
     found = []
     for rest in re.findall(r"-m gsv3d_lib\b([^`\n]*)", joined):
-        assert not rest.startswith("."), f"a command is `python -m gsv3d_lib COMMAND`, not gsv3d_lib{rest}"
+        assert not rest.startswith("."), (
+            f"a command is `python -m gsv3d_lib COMMAND`, not gsv3d_lib{rest}"
+        )
         name = re.match(r" ([a-z]\w*)(?=\s|$)", rest)
         found.append((name[1] if name else "", rest))
     return found + re.findall(r"python ([\w/]+\.py)([^`\n]*)", joined)
@@ -45,7 +49,9 @@ def options_of(name: str) -> frozenset[str]:
     path = command_file(name)
     if path.parent.name in ("benchmarks", "tests"):  # whose parsers are their own affair
         return frozenset(re.findall(r'"(--[a-z][\w-]*)"', path.read_text()))
-    module = path.stem if path.parent.name == "tools" else f"gsv3d_lib.{COMMANDS.get(name, '__main__')}"
+    module = (
+        path.stem if path.parent.name == "tools" else f"gsv3d_lib.{COMMANDS.get(name, '__main__')}"
+    )
     return frozenset(import_module(module).build_parser()._option_string_actions)
 
 
@@ -54,4 +60,6 @@ def check_commands(text: str) -> None:
     for name, rest in commands_in(text):
         assert command_file(name).is_file(), name
         given = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest.split(" #")[0]))
-        assert given <= options_of(name), f"{name or 'gsv3d_lib'} has no {', '.join(given - options_of(name))}"
+        assert given <= options_of(name), (
+            f"{name or 'gsv3d_lib'} has no {', '.join(given - options_of(name))}"
+        )

@@ -1,4 +1,6 @@
-"""What every test may rely on: no network, no display, and no more threads than this machine has cores."""
+"""What every test may rely on: no network, no display, and no more threads than this
+machine has cores.
+"""
 
 import os
 from pathlib import Path
@@ -9,8 +11,9 @@ SHARED = Path(__file__).parents[1] / "../shared/objects"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "agg")
-# Before torch is imported, so that notebook kernels and subprocesses inherit it: xdist's workers share the cores. Only in
-# the workers, which would inherit the number from the process that starts them. Threads that wait must not spin meanwhile.
+# Before torch is imported, so that notebook kernels and subprocesses inherit it:
+# xdist's workers share the cores. Only in the workers, which would inherit the number
+# from the process that starts them. Threads that wait must not spin meanwhile.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))

@@ -1,4 +1,6 @@
-"""What tests need of a notebook: its functions without running it, and checkers put to the test."""
+"""What tests need of a notebook: its functions without running it, and checkers put to
+the test.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,22 @@ def read_notebook(number: str) -> nbformat.NotebookNode:
 
 
 def definitions(number: str) -> dict:
-    """Every function and class that the notebook's cells define, with its imports and parameters; nothing else is run."""
+    """Every function and class that the notebook's cells define, with its imports and
+    parameters; nothing else is run.
+    """
     kept = []
     for cell in read_notebook(number).cells:
         if cell.cell_type != "code":
             continue
         everything = "parameters" in cell.metadata.get("tags", [])
-        lines = [line if not line.lstrip().startswith(("%", "!")) else "" for line in cell.source.splitlines()]
+        lines = [
+            line if not line.lstrip().startswith(("%", "!")) else ""
+            for line in cell.source.splitlines()
+        ]
         for node in ast.parse("\n".join(lines)).body:
-            if everything or isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef):
+            if everything or isinstance(
+                node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef
+            ):
                 kept.append(node)
     namespace: dict = {"__name__": f"notebook_{number}"}
     exec(compile(ast.Module(kept, []), f"notebook {number}", "exec"), namespace)

@@ -1,4 +1,6 @@
-"""The door for arrays of others: what a table does not allow is refused, before it takes memory."""
+"""The door for arrays of others: what a table does not allow is refused, before it
+takes memory.
+"""
 
 import io
 import os
@@ -42,7 +44,12 @@ def refusal(path, **sizes) -> str:
 def header(shape, descr="<u2", version=1) -> bytes:
     """The beginning of an array file that claims this shape."""
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
-    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text
+    return (
+        b"\x93NUMPY"
+        + bytes([version, 0])
+        + struct.pack("<H" if version == 1 else "<I", len(text))
+        + text
+    )
 
 
 def archive(path, **members: bytes):
@@ -53,10 +60,15 @@ def archive(path, **members: bytes):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_arrays_that_fit_are_read(tmp_path, save):
-    order = np.asfortranarray(np.arange(12, dtype=">u2").reshape(3, 4) % 10)  # as other machines write it
+    # as other machines write it
+    order = np.asfortranarray(np.arange(12, dtype=">u2").reshape(3, 4) % 10)
     save(tmp_path / "a.npz", grid=order, scale=3, names=np.arange(3.0), other=np.array(["text"]))
     arrays = read_npz(tmp_path / "a.npz", TABLE, {"N": 3})
-    assert set(arrays) == set(TABLE) and arrays["grid"].tolist() == order.tolist() and arrays["scale"] == 3
+    assert (
+        set(arrays) == set(TABLE)
+        and arrays["grid"].tolist() == order.tolist()
+        and arrays["scale"] == 3
+    )
     save(tmp_path / "a.npz", **GOOD)
     assert set(read_npz(tmp_path / "a.npz", TABLE)) == {"grid", "scale"}
 
@@ -133,7 +145,10 @@ def test_headers_that_lie_are_refused(tmp_path, grid):
 
 def test_members_that_are_there_twice_or_damaged_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", **GOOD)
-    with zipfile.ZipFile(tmp_path / "a.npz", "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+    with (
+        zipfile.ZipFile(tmp_path / "a.npz", "a") as file,
+        pytest.warns(UserWarning, match="Duplicate"),
+    ):
         file.writestr("grid.npy", b"")
     assert refusal(tmp_path / "a.npz") == "a.npz holds grid 2 times"
     np.savez(tmp_path / "b.npz", **GOOD)
@@ -197,7 +212,12 @@ def test_an_empty_array_has_no_values_to_refuse():
         ("RGBA", {"lossless": True}, True, False),
         ("RGB", {}, False, False),
         ("RGB", {"lossless": True}, False, False),
-        ("RGBA", {"save_all": True, "append_images": [Image.new("RGBA", (60, 40), (9, 9, 9, 99))]}, True, True),
+        (
+            "RGBA",
+            {"save_all": True, "append_images": [Image.new("RGBA", (60, 40), (9, 9, 9, 99))]},
+            True,
+            True,
+        ),
     ],
 )
 def test_a_webp_says_what_it_is_before_it_is_decoded(mode, options, alpha, moves):

@@ -34,20 +34,28 @@ def random_scene(count: int = 12) -> Gaussians:
 
 
 def test_colours_are_the_means_of_the_image_over_the_footprints():
-    """The weights by the book: one rendering per Gaussian, in which it alone is white; alpha counts as less of a pixel."""
-    scene, color, mask = random_scene(), randn(SIZE, SIZE, 3, seed=2).sigmoid(), randn(SIZE, SIZE, 1, seed=3).sigmoid()
+    """The weights by the book: one rendering per Gaussian, in which it alone is white;
+    alpha counts as less of a pixel.
+    """
+    scene, color, mask = (
+        random_scene(),
+        randn(SIZE, SIZE, 3, seed=2).sigmoid(),
+        randn(SIZE, SIZE, 1, seed=3).sigmoid(),
+    )
     painted = paint(scene, CAMERA, mask * color + 1 - mask, mask, behind=100.0)
     for g in range(len(scene)):
         alone = replace(scene, colors=torch.zeros(len(scene), 3))
         alone.colors[g] = 1
-        weight = render(alone, CAMERA, background=(0, 0, 0), backend="torch").rgb[0]  # [H, W, 3], one in three channels
+        # [H, W, 3], one in three channels
+        weight = render(alone, CAMERA, background=(0, 0, 0), backend="torch").rgb[0]
         assert weight[..., 0].sum() > 0.01
         mean = (weight * mask * color).sum((0, 1)) / (weight * mask).sum((0, 1))
         assert torch.allclose(painted.colors[g], mean, atol=1e-4)
 
 
 def test_only_the_visible_side_is_painted_and_nothing_else_changes():
-    scene = balls([0.5, 0.0, 0.0], [-0.5, 0.0, 0.0], [0.0, 0.0, 5.0])  # in front, hidden behind it, outside the picture
+    # in front, hidden behind it, outside the picture
+    scene = balls([0.5, 0.0, 0.0], [-0.5, 0.0, 0.0], [0.0, 0.0, 5.0])
     painted = back_project(scene, CAMERA, BLUE.expand(SIZE, SIZE, 3))
     assert torch.allclose(painted.colors[0], BLUE, atol=1e-5)
     assert torch.equal(painted.colors[1:], scene.colors[1:])
@@ -64,13 +72,20 @@ def test_what_shines_through_from_behind_keeps_its_colour():
 
 
 def test_what_stands_on_the_background_is_carved_away():
-    left, right, behind_it, outside = [0.0, -0.5, 0.0], [0.0, 0.5, 0.0], [-0.5, 0.5, 0.0], [0.0, 0.0, 5.0]
+    left, right, behind_it, outside = (
+        [0.0, -0.5, 0.0],
+        [0.0, 0.5, 0.0],
+        [-0.5, 0.5, 0.0],
+        [0.0, 0.0, 5.0],
+    )
     scene = balls(left, right, behind_it, outside)
     mask = torch.zeros(SIZE, SIZE, 1)
     mask[:, SIZE // 2 :] = 1
     faint = 0.15 * mask  # glass
     assert torch.equal(carve(scene, CAMERA, faint).opacities, carve(scene, CAMERA, mask).opacities)
-    assert torch.equal(carve(scene, CAMERA, mask).opacities, scene.opacities * torch.tensor([0.0, 1, 1, 0]))
+    assert torch.equal(
+        carve(scene, CAMERA, mask).opacities, scene.opacities * torch.tensor([0.0, 1, 1, 0])
+    )
     image = 1 - mask * (1 - BLUE)  # a blue half
     both = back_project(scene, CAMERA, image, mask)
     assert torch.equal(both.opacities, carve(scene, CAMERA, mask).opacities)
@@ -87,7 +102,8 @@ def test_a_nan_is_named_before_anything_is_drawn():
 def test_the_front_comes_nearer_to_the_image_also_without_gradients():
     scene = balls(*(0.3 * randn(400, 3)).tolist(), size=0.05)
     ramp = torch.linspace(0, 1, SIZE).expand(SIZE, SIZE)
-    image = render(scene, CAMERA).alpha[0] * (torch.stack([ramp, 1 - ramp, ramp.T], -1) - 1) + 1  # on white
+    # on white
+    image = render(scene, CAMERA).alpha[0] * (torch.stack([ramp, 1 - ramp, ramp.T], -1) - 1) + 1
     with torch.no_grad():
         painted = back_project(scene, CAMERA, image)
     with torch.inference_mode():
@@ -102,5 +118,7 @@ def test_the_front_comes_nearer_to_the_image_also_without_gradients():
 def test_other_shapes_are_refused(views, side, channels):
     cameras = orbit_cameras([90.0 * k for k in range(views)], 0.0, SIZE)
     with pytest.raises(ValueError, match="takes one camera, its image") as error:
-        back_project(random_scene(), cameras, torch.zeros(side, side, 3), torch.zeros(side, side, channels))
+        back_project(
+            random_scene(), cameras, torch.zeros(side, side, 3), torch.zeros(side, side, channels)
+        )
     one_sentence(error)

@@ -1,4 +1,6 @@
-"""benchmarks/memory.py measures what it says, and the planner agrees with what it measured."""
+"""benchmarks/memory.py measures what it says, and the planner agrees with what it
+measured.
+"""
 
 import ctypes
 import importlib.util
@@ -21,7 +23,8 @@ def memory():
 
 def test_the_peak_of_a_child_is_that_of_its_largest_moment(memory):
     def rise() -> int:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the heap of earlier tests may hold the 100 MB already
+        # else the heap of earlier tests may hold the 100 MB already
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         memory.forget_peak()
         level = memory.resident()
         torch.ones(25_000_000), torch.ones(1000)  # 100 MB that come and go
@@ -39,7 +42,12 @@ def test_the_work_that_is_measured_is_the_library_s(memory):
     step, staying = memory.training(case)
     step()
     config = memory.config_of(case)
-    assert (config.num_frames, config.lora_rank, config.checkpointing, memory.batch_of(case)) == (4, 2, True, 2)
+    assert (config.num_frames, config.lora_rank, config.checkpointing, memory.batch_of(case)) == (
+        4,
+        2,
+        True,
+        2,
+    )
     lora = 372_736 * 2 // 16  # the LoRA's parameters, each with AdamW's two averages
     assert staying() > 4 * (8_623_891 + 3 * lora) and len(memory.cases("tiny")) == 36
 
@@ -51,6 +59,11 @@ def test_every_committed_plan_is_within_15_percent(memory):
     assert {scale for scale, *_ in kinds} == {"tiny", "small"} and len(kinds) == 10
     assert max(abs(memory.error(row)) for row in report["rows"]) < 0.15
     assert all(line in document for line in memory.markdown(report["rows"]).splitlines())
-    row = next(r for r in report["rows"] if (r["work"], r["frames"], r["size"]) == ("stage1", 4, 64))
-    case = {name: row[name] for name in ("scale", "work", "frames", "size", "rank", "checkpointing")}
-    assert memory.planned(case) / 1e6 == pytest.approx(row["planned_mb"], rel=0.02)  # the file is this planner's
+    row = next(
+        r for r in report["rows"] if (r["work"], r["frames"], r["size"]) == ("stage1", 4, 64)
+    )
+    case = {
+        name: row[name] for name in ("scale", "work", "frames", "size", "rank", "checkpointing")
+    }
+    # the file is this planner's
+    assert memory.planned(case) / 1e6 == pytest.approx(row["planned_mb"], rel=0.02)

@@ -1,4 +1,6 @@
-"""benchmarks/chain.py measures what it says, and the shortcuts that it compares change no result."""
+"""benchmarks/chain.py measures what it says, and the shortcuts that it compares change
+no result.
+"""
 
 import importlib.util
 import json
@@ -68,11 +70,17 @@ def test_the_least_of_some_rounds_is_taken_without_the_first(chain):
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
 def test_a_step_in_pieces_has_the_gradients_of_the_whole(chain, name):
     torch.manual_seed(0)
-    decoder, dino, orbits = shake(build_decoder(CONFIG)).eval(), build_dino(CONFIG).eval(), random_orbits(ball_views())
+    decoder, dino, orbits = (
+        shake(build_decoder(CONFIG)).eval(),
+        build_dino(CONFIG).eval(),
+        random_orbits(ball_views()),
+    )
     if name == "stage1":
         stage, models = DecoderStage(decoder, dino, orbits, CONFIG), {"decoder"}
     else:
-        stage = DistillationStage(lora_unet(), build_clip(CONFIG).eval(), decoder, dino, orbits, CONFIG)
+        stage = DistillationStage(
+            lora_unet(), build_clip(CONFIG).eval(), decoder, dino, orbits, CONFIG
+        )
         models = {"decoder", "unet", "clip"}
     trained = {key: p for key, p in stage.named_parameters() if p.requires_grad}
     before = {key: p.detach().clone() for key, p in trained.items()}
@@ -99,13 +107,19 @@ def test_layouts_are_rebuilt_with_their_strides(chain):
     for tensor in (randn(3, 5).T, randn(4).expand(6, 4), randn(2, 3, 4)[:, 1:], randn(())):
         layout = chain.frozen(tensor)
         again = layout.tensor()
-        assert (again.shape, again.stride(), again.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        assert (again.shape, again.stride(), again.dtype) == (
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+        )
         assert chain.frozen(again) == layout
 
 
 @torch.no_grad()
 def test_the_replay_makes_the_same_products_and_nothing_else(chain):
-    """Recorded again, the replay is the record; and it has all floating point operations that torch counts."""
+    """Recorded again, the replay is the record; and it has all floating point
+    operations that torch counts.
+    """
     unet, inputs = lora_unet(), unet_inputs()
     with chain.Products() as record:
         unet(*inputs)
@@ -134,14 +148,21 @@ def test_the_u_net_without_its_shortcuts_is_the_same_network(chain):
     with chain.Products() as record:
         slow = plain(*inputs)
     assert torch.allclose(fast, slow, atol=1e-5) and fast.abs().max() > 0.01
-    kernels = {call.args[1].shape[2:] for call in record.calls if "convolution" in call.function.name()}
+    kernels = {
+        call.args[1].shape[2:] for call in record.calls if "convolution" in call.function.name()
+    }
     assert (3, 1, 1) in kernels
 
 
 def test_shortcuts_keep_every_gradient(chain):
-    """With gradients, queries and keys stay in the graph, so the optimiser knows each LoRA matrix."""
+    """With gradients, queries and keys stay in the graph, so the optimiser knows each
+    LoRA matrix.
+    """
     gradients = []
-    for prepare in (lambda unet: unet, lambda unet: chain.without_token_attention(chain.without_frame_conv(unet))):
+    for prepare in (
+        lambda unet: unet,
+        lambda unet: chain.without_token_attention(chain.without_frame_conv(unet)),
+    ):
         unet = prepare(lora_unet())
         unet(*unet_inputs()).square().sum().backward()
         gradients.append({name: p.grad for name, p in lora_parameters(unet).items()})
@@ -152,18 +173,26 @@ def test_shortcuts_keep_every_gradient(chain):
 @torch.no_grad()
 def test_guidance_in_one_batch_is_guidance_in_two(chain):
     unet, (sample, _, token, polar, azimuth) = base_unet(), unet_inputs()
-    condition, weight = Condition(token, sample[:, 0, 4:], polar, azimuth), torch.linspace(0, 2, 4)[:, None, None, None]
+    condition, weight = (
+        Condition(token, sample[:, 0, 4:], polar, azimuth),
+        torch.linspace(0, 2, 4)[:, None, None, None],
+    )
     given, passes = (sample[:, :, :4], torch.tensor([2.0]), condition, weight), []
     unet.conv_in.register_forward_hook(lambda module, args, result: passes.append(len(result)))
     one, two = guided_v(unet, *given), chain.guided_by_two(unet, *given)
     assert passes == [8, 4, 4]
     assert torch.allclose(one, two, atol=1e-5) and one.abs().max() > 1e-3
-    assert torch.allclose(one[:, 0], predict_v(unet, *given[:2], condition.dropped())[:, 0], atol=1e-5)  # weight 0
+    # weight 0
+    assert torch.allclose(
+        one[:, 0], predict_v(unet, *given[:2], condition.dropped())[:, 0], atol=1e-5
+    )
 
 
 def test_explicit_attention_is_attention(chain):
     q, k, v = (randn(2, 3, 5, 8, seed=s) for s in range(3))
-    assert torch.allclose(chain.explicit_attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-5)
+    assert torch.allclose(
+        chain.explicit_attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------- the shortcuts in the library
@@ -182,7 +211,8 @@ def test_a_merged_lora_gives_the_same_and_leaves_the_u_net_alone(scale):
     assert all(torch.equal(t, state[name]) for name, t in unet.state_dict().items())
     set_lora_scale(unet, scale)
     assert torch.allclose(merged(*inputs), unet(*inputs), atol=1e-5)
-    assert torch.equal(merged_lora(unet)(*inputs), merged(*inputs))  # the scale that is set is the default
+    # the scale that is set is the default
+    assert torch.equal(merged_lora(unet)(*inputs), merged(*inputs))
 
 
 @torch.no_grad()
@@ -191,7 +221,9 @@ def test_a_merged_lora_shares_the_memory_of_all_other_weights():
     there, merged = dict(unet.named_parameters()), dict(merged_lora(unet).named_parameters())
     assert list(there) == list(merged)
     own = [name for name in merged if merged[name].data_ptr() != there[name].data_ptr()]
-    assert len(own) == len(lora_parameters(unet)) // 2 and all(name.endswith("base_layer.weight") for name in own)
+    assert len(own) == len(lora_parameters(unet)) // 2 and all(
+        name.endswith("base_layer.weight") for name in own
+    )
 
 
 def test_what_is_set_in_a_twin_stays_there():
@@ -214,11 +246,15 @@ def test_adapters_that_are_switched_off_or_merged_for_good_stay_so():
     unet, inputs, base = lora_unet(), unet_inputs(), base_unet()
     unet.disable_lora()
     assert torch.allclose(merged_lora(unet)(*inputs), base(*inputs), atol=1e-6)
-    assert not any(layer.merged for layer in merged_lora(unet).modules() if hasattr(layer, "merged"))
+    assert not any(
+        layer.merged for layer in merged_lora(unet).modules() if hasattr(layer, "merged")
+    )
     unet.enable_lora()
     unet.fuse_lora()
     assert torch.equal(merged_lora(unet)(*inputs), unet(*inputs))
-    with pytest.raises(ValueError, match="part of the U-Net's weights and has no scale.*unfuse_lora"):
+    with pytest.raises(
+        ValueError, match="part of the U-Net's weights and has no scale.*unfuse_lora"
+    ):
         merged_lora(unet, 0.5)
 
 
@@ -245,10 +281,15 @@ def test_the_deviation_of_equal_values_has_no_slope(value):
 
 
 def test_autocast_leaves_the_decoder_s_geometry_alone():
-    """In bfloat16 only the transformer may lose digits: rays stay exact, maps and gradients stay float32."""
+    """In bfloat16 only the transformer may lose digits: rays stay exact, maps and
+    gradients stay float32.
+    """
     torch.manual_seed(0)
     decoder = shake(build_decoder(CONFIG.replace(dino="none"))).eval()
-    latents, cameras = randn(1, 4, 4, 4, 4).requires_grad_(), orbit_cameras(torch.arange(4) * 90.0, torch.zeros(4), 32)
+    latents, cameras = (
+        randn(1, 4, 4, 4, 4).requires_grad_(),
+        orbit_cameras(torch.arange(4) * 90.0, torch.zeros(4), 32),
+    )
     exact = decoder.output_maps(latents, [cameras])
     with torch.autocast("cpu", torch.bfloat16):
         rough = decoder.output_maps(latents, [cameras])
@@ -264,14 +305,20 @@ def test_autocast_leaves_the_decoder_s_geometry_alone():
 
 
 def test_the_report_is_the_committed_measurement(chain):
-    """docs/performance.md shows the tables of data/results/performance.json, and its ratios are quotients."""
+    """docs/performance.md shows the tables of data/results/performance.json, and its
+    ratios are quotients.
+    """
     report = json.loads((ROOT / "data/results/performance.json").read_text())
     document = (ROOT / "docs/performance.md").read_text()
     rows = [line for line in chain.markdown(report).splitlines() if line]
     assert len(rows) > 40 and [row for row in rows if row not in document] == []
     generation, cpu_ms = report["generation"], report["generation"]["cpu_ms"]
-    assert generation["ratio to products"] == pytest.approx(cpu_ms["generation"] / cpu_ms["its products"])
-    assert generation["ratio to products"] < chain.CEILING and generation["largest difference"] < 1e-3
+    assert generation["ratio to products"] == pytest.approx(
+        cpu_ms["generation"] / cpu_ms["its products"]
+    )
+    assert (
+        generation["ratio to products"] < chain.CEILING and generation["largest difference"] < 1e-3
+    )
     for row in report["comparisons"]:
         assert row["ratio"] == pytest.approx(row["without"] / row["with"])
 

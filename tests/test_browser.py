@@ -1,4 +1,5 @@
-"""The notebooks in JupyterLab, in a real browser: run, slide, turn. One server and one browser for all of it.
+"""The notebooks in JupyterLab, in a real browser: run, slide, turn. One server and one
+browser for all of it.
 
 Set GSV3D_SCREENSHOTS to a folder to see the notebooks as they were after Run All.
 """
@@ -53,7 +54,8 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def chromium():
-    # Of the module and not of the session: playwright's event loop would be in the way of later tests in this process.
+    # Of the module and not of the session: playwright's event loop would be in the way
+    # of later tests in this process.
     with world.headless_browser() as instance:
         yield instance
 
@@ -146,7 +148,9 @@ def test_a_cell_that_fails_is_seen(lab):
 
 @pytest.mark.parametrize("number", ["00", "02", "03"])
 def test_notebook(lab, number):
-    """Run All succeeds, and the first explorer, 3D figure and viewer, where there are any, do what they are for."""
+    """Run All succeeds, and the first explorer, 3D figure and viewer, where there are
+    any, do what they are for.
+    """
     path = next(NOTEBOOKS.glob(f"{number}_*.ipynb"), None)
     if path is None:
         pytest.skip(f"notebook {number} is not written yet")
@@ -155,10 +159,15 @@ def test_notebook(lab, number):
     with lab(path.name) as page:
         print(f"{path.stem}: Run All {world.run_all(page):.1f} s")
         for cell, selector in world.figures_of(notebook):
-            page.locator(".jp-CodeCell").nth(cell).locator(f".jp-Cell-outputArea {selector}").first.wait_for()
+            page.locator(".jp-CodeCell").nth(cell).locator(
+                f".jp-Cell-outputArea {selector}"
+            ).first.wait_for()
         if folder := os.environ.get("GSV3D_SCREENSHOTS"):
             world.save_screenshot(page, Path(folder) / f"{path.stem}.png")
-        use_explorers(page, wanted=any(c.cell_type == "code" and "explorer(" in c.source for c in notebook.cells))
+        use_explorers(
+            page,
+            wanted=any(c.cell_type == "code" and "explorer(" in c.source for c in notebook.cells),
+        )
         for figure in world.figures_in_3d(page)[:1]:
             world.rotate_and_expect_change(figure)
         for viewer in page.locator("iframe[srcdoc*=splats]").all()[:1]:

@@ -1,4 +1,6 @@
-"""The conventions of cameras.py, each as a statement about where a point of the world lands in the image."""
+"""The conventions of cameras.py, each as a statement about where a point of the world
+lands in the image.
+"""
 
 import math
 
@@ -38,7 +40,9 @@ def cameras() -> Cameras:
 
 
 def project(cameras: Cameras, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """World points [..., 3] -> pixel coordinates (u, v) [V, ..., 2] and z-depth [V, ...]."""
+    """World points [..., 3] -> pixel coordinates (u, v) [V, ..., 2] and z-depth [V,
+    ...].
+    """
     rotation, shift = cameras.viewmats[:, :3, :3], cameras.viewmats[:, :3, 3]
     local = torch.einsum("vij,...j->v...i", rotation, points)
     local = local + shift.reshape(len(cameras), *[1] * (points.ndim - 1), 3)
@@ -66,9 +70,12 @@ def test_the_sign_of_the_azimuth_is_one_constant():
 
 def test_up_is_up_and_right_is_right():
     front = orbit_cameras([0], 0.0, SIZE)
-    (pixels,), (depth,) = project(front, torch.tensor([[0.0, 0, 0.5], [0, 0.5, 0], [0.5, 0, 0], [0, 0, 0]]))
+    (pixels,), (depth,) = project(
+        front, torch.tensor([[0.0, 0, 0.5], [0, 0.5, 0], [0.5, 0, 0], [0, 0, 0]])
+    )
     assert pixels[0, 1] < SIZE / 2 and pixels[0, 0] == pytest.approx(SIZE / 2)  # +z: upper half
-    assert pixels[1, 0] > SIZE / 2 and pixels[1, 1] == pytest.approx(SIZE / 2)  # +y: right half, seen from +x
+    # +y: right half, seen from +x
+    assert pixels[1, 0] > SIZE / 2 and pixels[1, 1] == pytest.approx(SIZE / 2)
     assert depth[2] == pytest.approx(DISTANCE - 0.5) and depth[3] == pytest.approx(DISTANCE)
 
 
@@ -118,7 +125,9 @@ def test_rays_go_through_pixel_centres(cameras):
     assert torch.allclose(origins[:, 5, 7], cameras.positions())
     for v in range(len(cameras)):
         pixels, depth = project(cameras[v], origins[v] + 2.5 * directions[v])
-        rows, columns = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
+        rows, columns = torch.meshgrid(
+            torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij"
+        )
         assert torch.allclose(pixels[0], torch.stack([columns, rows], -1), atol=1e-3)
         assert (depth > 0).all()
 
@@ -143,14 +152,17 @@ def test_a_camera_further_back_has_the_same_central_ray():
 
 
 def test_latent_rays_agree_with_full_resolution(cameras):
-    """Every third pixel centre of 72 x 72 is a pixel centre of 24 x 24; an even factor lies between four pixels."""
+    """Every third pixel centre of 72 x 72 is a pixel centre of 24 x 24; an even factor
+    lies between four pixels.
+    """
     at_72 = cameras.resized(72, 72)
     _, full = ray_grid(at_72, 72, 72)
     _, third = ray_grid(at_72, 24, 24)
     assert torch.allclose(third, full[:, 1::3, 1::3], atol=1e-6)
     _, eighth = ray_grid(at_72, 9, 9)
     forward = at_72.c2w()[:, None, None, :3, 2]
-    on_plane = full / (full * forward).sum(-1, keepdim=True)  # depth 1, where positions average linearly
+    # depth 1, where positions average linearly
+    on_plane = full / (full * forward).sum(-1, keepdim=True)
     corners = [on_plane[:, i::8, j::8] for i in (3, 4) for j in (3, 4)]
     middle = torch.nn.functional.normalize(sum(corners), dim=-1)
     assert torch.allclose(eighth, middle, atol=1e-6)
@@ -178,7 +190,8 @@ def test_points_on_the_ray_of_a_pixel_read_that_pixel(cameras):
     assert torch.equal(values, picture.flatten())
     expected = (points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3])[:, 2]
     assert torch.allclose(z, expected)
-    assert read_at(torch.tensor([[0.0, 0.0, 50.0]]), picture, camera)[1] == 0  # outside of the picture
+    # outside of the picture
+    assert read_at(torch.tensor([[0.0, 0.0, 50.0]]), picture, camera)[1] == 0
 
 
 def test_indexing_always_gives_a_batch(cameras):
@@ -240,7 +253,8 @@ def test_opengl_view_round_trip_and_meaning(cameras):
     back = from_opengl_view(view, cameras.Ks, SIZE, SIZE)
     assert torch.allclose(back.viewmats, cameras.viewmats, atol=1e-6)
     x, y, z = point = torch.tensor([0.3, -0.2, 0.6])
-    seen = (view @ torch.stack([x, z, -y, torch.tensor(1.0)]))[:, :3]  # the same point in the y-up world
+    # the same point in the y-up world
+    seen = (view @ torch.stack([x, z, -y, torch.tensor(1.0)]))[:, :3]
     ours = (cameras.viewmats @ torch.cat([point, torch.ones(1)]))[:, :3]
     assert torch.allclose(seen, ours * torch.tensor([1.0, -1, -1]), atol=1e-6)
 
@@ -249,16 +263,24 @@ def test_our_orbit_is_the_one_of_the_shared_scans(shared_objects):
     scans = shared_objects / "gso"
     for row in list_objects(scans)[:3]:
         views = read_object(scans, row["id"])
-        ours = orbit_cameras(views.azimuths, torch.from_numpy(views.elevations), views.rgba.shape[1])
-        assert torch.allclose(ours.c2w(), views.cameras.c2w(), atol=1e-3)  # they stand at 3.5088, not 3.509
+        ours = orbit_cameras(
+            views.azimuths, torch.from_numpy(views.elevations), views.rgba.shape[1]
+        )
+        # they stand at 3.5088, not 3.509
+        assert torch.allclose(ours.c2w(), views.cameras.c2w(), atol=1e-3)
         assert torch.allclose(ours.Ks, views.cameras.Ks, atol=1e-2)
 
 
 def test_checked_and_unchecked_orbits_are_the_same():
-    azimuths, elevations = torch.tensor([0.0, 22.5, 180.0, 337.5]), torch.tensor([-80.0, 0.0, 15.0, 89.0])
+    azimuths, elevations = (
+        torch.tensor([0.0, 22.5, 180.0, 337.5]),
+        torch.tensor([-80.0, 0.0, 15.0, 89.0]),
+    )
     checked = orbit_cameras(azimuths, elevations, 48, distance=2.5, fov_deg=40.0)
     unchecked = sphere_cameras(azimuths, elevations, 48, distance=2.5, fov_deg=40.0)
-    assert torch.equal(checked.viewmats, unchecked.viewmats) and torch.equal(checked.Ks, unchecked.Ks)
+    assert torch.equal(checked.viewmats, unchecked.viewmats) and torch.equal(
+        checked.Ks, unchecked.Ks
+    )
     assert (checked.width, checked.height) == (unchecked.width, unchecked.height) == (48, 48)
     one = orbit_cameras(azimuths, 15.0, 48)  # one elevation for all
     assert torch.equal(one.viewmats, sphere_cameras(azimuths, torch.full((4,), 15.0), 48).viewmats)

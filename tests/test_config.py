@@ -1,4 +1,6 @@
-"""No setting of a configuration ends in a traceback: ranges, and rules between fields, are one sentence each."""
+"""No setting of a configuration ends in a traceback: ranges, and rules between fields,
+are one sentence each.
+"""
 
 import dataclasses
 import json
@@ -81,7 +83,10 @@ def test_values_out_of_range_are_one_sentence(name, value):
         ({"dino_width": 130}, "dino_width takes multiples of 4, dino_heads"),
         ({"decoder_heads": 7}, "decoder_width takes multiples of 7, decoder_heads"),
         ({"clip_patch": 7}, "clip_size takes multiples of 7, clip_patch"),
-        ({"decoder_patch": 3}, "image_size / 8 is a multiple of decoder_patch; got image_size = 64, decoder_patch = 3"),
+        (
+            {"decoder_patch": 3},
+            "image_size / 8 is a multiple of decoder_patch; got image_size = 64, decoder_patch = 3",
+        ),
         ({"decoder_upsample": 3}, "8 decoder_patch is a multiple of decoder_upsample"),
         ({"view_counts": (4, 6)}, "view_counts are 1, 2, 4, 8 or 16"),
         ({"sigma_min": 90.0}, "sigma_min is below sigma_max"),
@@ -96,8 +101,16 @@ def test_fields_that_do_not_fit_each_other_are_one_sentence(changes, sentence):
 
 
 def test_ends_of_a_range():
-    assert 0 in Numbers(0, 1) and 0 not in Numbers(0, 1, above=True) and 1.5 not in Numbers(0, 2, whole=True)
-    assert True not in Numbers(0, 1) and "1" not in Numbers(0, 1) and math.nan not in Numbers(-math.inf, math.inf)
+    assert (
+        0 in Numbers(0, 1)
+        and 0 not in Numbers(0, 1, above=True)
+        and 1.5 not in Numbers(0, 2, whole=True)
+    )
+    assert (
+        True not in Numbers(0, 1)
+        and "1" not in Numbers(0, 1)
+        and math.nan not in Numbers(-math.inf, math.inf)
+    )
     assert str(Numbers(0, 1, whole=True)) == "whole numbers from 0 to 1"
 
 

@@ -27,7 +27,9 @@ def sheet(x: float, opacity: float = 0.99, width: int = 40) -> Gaussians:
     y, z = (t.reshape(-1) for t in torch.meshgrid(line, line, indexing="ij"))
     means = torch.stack([torch.full_like(y, x), y, z], dim=-1)
     quats = torch.tensor([1.0, 0, 0, 0]).expand(len(y), 4)
-    return Gaussians(means, quats, torch.full((len(y), 3), 0.02), torch.full((len(y),), opacity), means.abs())
+    return Gaussians(
+        means, quats, torch.full((len(y), 3), 0.02), torch.full((len(y),), opacity), means.abs()
+    )
 
 
 def same_camera(count: int):
@@ -42,7 +44,9 @@ def test_true_depth_maps_of_one_object_agree():
     _, alpha, depth = ball_pictures(cameras, BALLS)
     error = reprojection_error(depth, alpha, cameras)
     assert error < 0.015  # a pixel is 0.022 wide; its depth is read at the centre
-    wider = reprojection_error(*(t[::2] for t in (depth, alpha)), orbit_cameras(torch.arange(8) * 45.0, 15.0, 96))
+    wider = reprojection_error(
+        *(t[::2] for t in (depth, alpha)), orbit_cameras(torch.arange(8) * 45.0, 15.0, 96)
+    )
     assert error < wider  # the further the neighbour, the fewer points it sees, and at a slant
 
 
@@ -57,8 +61,10 @@ def test_a_view_that_lies_is_found():
 
 @pytest.mark.parametrize(("gap", "expected"), [(0.05, 0.05), (0.3, 0.3)])
 def test_the_error_of_two_parallel_planes_is_their_distance(gap, expected):
-    """At 0.05 both views find the other 0.05 off. At 0.3 the far points are hidden from the view of the near plane, and
-    only the near points, which the other view sees past, count."""
+    """At 0.05 both views find the other 0.05 off. At 0.3 the far points are hidden from
+    the view of the near plane, and only the near points, which the other view sees
+    past, count.
+    """
     depth = torch.full((2, SIZE, SIZE, 1), 3.0)
     depth[1] += gap
     alpha = torch.ones_like(depth)
@@ -69,7 +75,9 @@ def test_no_common_surface_is_no_number():
     depth, alpha = torch.full((2, SIZE, SIZE, 1), 3.0), torch.zeros(2, SIZE, SIZE, 1)
     alpha[0, :, :10] = alpha[1, :, -10:] = 1
     assert math.isnan(reprojection_error(depth, alpha, same_camera(2)))
-    with pytest.raises(ValueError, match=r"depth and alpha are \(2, 48, 48, 1\) here; got \(2, 48, 48\)"):
+    with pytest.raises(
+        ValueError, match=r"depth and alpha are \(2, 48, 48, 1\) here; got \(2, 48, 48\)"
+    ):
         reprojection_error(depth[..., 0], alpha, same_camera(2))
 
 
@@ -115,12 +123,17 @@ def test_ghosting_knows_a_solid_from_a_double():
     assert ghosting(sheet(0.0, opacity=0.02), camera, mask) > 0.9  # the background shines through
     half = mask.clone()
     half[:, 20:28, 24:] = 0
-    assert ghost_map(double, camera).shape == (1, SIZE, SIZE) and ghosting(double, camera, half) == 1
+    assert (
+        ghost_map(double, camera).shape == (1, SIZE, SIZE) and ghosting(double, camera, half) == 1
+    )
     assert math.isnan(ghosting(double, camera, torch.zeros_like(mask)))
 
 
 def test_detail_is_the_share_of_the_gradient():
-    images, ones = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0)), torch.ones(2, 16, 16, 1)
+    images, ones = (
+        torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0)),
+        torch.ones(2, 16, 16, 1),
+    )
     assert detail(images, images, ones) == pytest.approx(1)
     assert detail(0.25 * images + 0.3, images, ones) == pytest.approx(0.25)
     assert detail(torch.full_like(images, 0.5), images, ones) == 0

@@ -1,4 +1,6 @@
-"""Objects on disk and in memory: what is written is read, what is broken is named, mirrors stay consistent."""
+"""Objects on disk and in memory: what is written is read, what is broken is named,
+mirrors stay consistent.
+"""
 
 import json
 import os
@@ -10,7 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, object_views, one_sentence, turned
+from tiny_world import (
+    BALLS,
+    SIZE,
+    ball_pictures,
+    ball_views,
+    moved,
+    object_views,
+    one_sentence,
+    turned,
+)
 
 from gsv3d_lib.cameras import batch_cameras
 from gsv3d_lib.data import dataset
@@ -104,7 +115,9 @@ def test_sheets_fold_and_unfold():
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".webp"])
-@pytest.mark.parametrize("keep", [None, 0, 40, 0.6], ids=["missing", "empty", "header", "truncated"])
+@pytest.mark.parametrize(
+    "keep", [None, 0, 40, 0.6], ids=["missing", "empty", "header", "truncated"]
+)
 def test_a_broken_object_is_one_sentence(broken, suffix, keep):
     path = broken / f"first{suffix}"
     data = path.read_bytes()
@@ -133,7 +146,8 @@ def test_arrays_without_cameras_are_one_sentence(broken):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("K", (2, 2)), ("c2w", (3, 4)), ("c2w", (5, 4, 4)), ("az", (5,)), ("depth", (SIZE, SIZE))]
+    ("name", "shape"),
+    [("K", (2, 2)), ("c2w", (3, 4)), ("c2w", (5, 4, 4)), ("az", (5,)), ("depth", (SIZE, SIZE))],
 )
 def test_arrays_of_other_shapes_are_one_sentence(broken, name, shape):
     with np.load(broken / "first.npz") as arrays:
@@ -147,7 +161,9 @@ def test_arrays_of_other_shapes_are_one_sentence(broken, name, shape):
 def test_a_damaged_header_is_one_sentence(broken):
     header = b"{'descr': ('<f4'\n"
     with zipfile.ZipFile(broken / "first.npz", "w") as file:
-        file.writestr("depth.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        file.writestr(
+            "depth.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        )
     with pytest.raises(ValueError, match="'first'.*render it again") as error:
         read_object(broken, "first")
     one_sentence(error)
@@ -157,7 +173,9 @@ def changed(folder: Path, **change) -> None:
     """Put other arrays into the npz of `first`; functions get the old ones."""
     with np.load(folder / "first.npz") as arrays:
         arrays = dict(arrays)
-    arrays |= {name: value(arrays[name]) if callable(value) else value for name, value in change.items()}
+    arrays |= {
+        name: value(arrays[name]) if callable(value) else value for name, value in change.items()
+    }
     np.savez_compressed(folder / "first.npz", **arrays)
 
 
@@ -176,7 +194,10 @@ def diagonal(*entries) -> np.ndarray:
     ("change", "sentence"),
     [
         ({"depth": lambda d: d.astype("f4")}, "depth is of type f4, not u2"),
-        ({"depth": lambda d: np.where(d > 0, 4097, 0).astype("u2")}, "depth holds 4097, outside of 0 to 4096"),
+        (
+            {"depth": lambda d: np.where(d > 0, 4097, 0).astype("u2")},
+            "depth holds 4097, outside of 0 to 4096",
+        ),
         ({"depth": lambda d: d[:, :32]}, r"depth has the shape \[24, 32, 64\], not \[24, 64, 64\]"),
         ({"depth_min": np.nan}, "depth_min holds values that are not finite"),
         ({"depth_range": np.inf}, "depth_range holds values that are not finite"),
@@ -184,7 +205,10 @@ def diagonal(*entries) -> np.ndarray:
         ({"az": spoiled}, "az holds values that are not finite"),
         ({"el": lambda el: spoiled(el, 95)}, "el holds 95, outside of -90 to 90"),
         ({"K": spoiled}, "K holds values that are not finite"),
-        ({"K": lambda K: K * 2}, "K is not the lens of this project for 64 px, 105.3 px of focal length"),
+        (
+            {"K": lambda K: K * 2},
+            "K is not the lens of this project for 64 px, 105.3 px of focal length",
+        ),
         ({"c2w": spoiled}, "c2w holds values that are not finite"),
         ({"c2w": lambda c: c @ diagonal(-1, 1, 1, 1)}, "c2w of view 0 does not only turn and move"),
         ({"c2w": lambda c: c @ diagonal(2, 2, 2, 1)}, "c2w of view 0 does not only turn and move"),
@@ -194,14 +218,19 @@ def diagonal(*entries) -> np.ndarray:
         ),
         ({"c2w": lambda c: c[::-1]}, "c2w of view .* is not the camera at azimuth"),
         ({"c2w": lambda c: np.linalg.inv(c)}, "c2w of view .* is not the camera at azimuth"),
-        ({"az": lambda az: (az + 90) % 360}, "its first 16 views are no ring: view 0 stands at azimuth 90, 90 degrees"),
+        (
+            {"az": lambda az: (az + 90) % 360},
+            "its first 16 views are no ring: view 0 stands at azimuth 90, 90 degrees",
+        ),
         ({"az": lambda az: az + 20}, "c2w of view .* is not the camera at azimuth"),
         ({"el": np.deg2rad}, "c2w of view .* is not the camera"),
     ],
 )
 def test_arrays_with_wrong_numbers_are_one_sentence(broken, change, sentence):
     changed(broken, **change)
-    with pytest.raises(UserError, match=f"Object 'first' in .* cannot be read .*{sentence}") as error:
+    with pytest.raises(
+        UserError, match=f"Object 'first' in .* cannot be read .*{sentence}"
+    ) as error:
         read_object(broken, "first")
     one_sentence(error)
 
@@ -210,7 +239,9 @@ def test_other_types_of_the_same_numbers_read_the_same(folder, broken):
     same = {"depth": np.asfortranarray, "depth_min": np.float64, "az": lambda az: az - 360}
     changed(broken, c2w=lambda c: c.astype("f8"), el=lambda el: el.astype(">f8"), **same)
     before, after = read_object(folder, "first"), read_object(broken, "first")
-    assert np.array_equal(before.depth, after.depth) and np.array_equal(before.elevations, after.elevations)
+    assert np.array_equal(before.depth, after.depth) and np.array_equal(
+        before.elevations, after.elevations
+    )
     assert torch.equal(before.cameras.viewmats, after.cameras.viewmats)
     assert np.array_equal(before.azimuths, after.azimuths % 360)
 
@@ -219,13 +250,19 @@ def test_other_types_of_the_same_numbers_read_the_same(folder, broken):
     ("order", "sentence"),
     [
         (range(8), "it has 8 views, fewer than the 16 of a ring"),
-        ([0] * 16 + list(range(16, 24)), "no ring: view 8 stands at azimuth 0, 180 degrees from 180"),
+        (
+            [0] * 16 + list(range(16, 24)),
+            "no ring: view 8 stands at azimuth 0, 180 degrees from 180",
+        ),
         ([*range(15, -1, -1), *range(16, 24)], "no ring"),
     ],
 )
 def test_views_that_are_no_ring_are_one_sentence(broken, order, sentence):
     views, order = object_views("first"), list(order)
-    parts = {name: getattr(views, name)[order] for name in ("rgba", "depth", "cameras", "azimuths", "elevations")}
+    parts = {
+        name: getattr(views, name)[order]
+        for name in ("rgba", "depth", "cameras", "azimuths", "elevations")
+    }
     write_object(broken, ObjectViews("first", **parts))
     with pytest.raises(UserError, match=sentence) as error:
         load_views([broken], SIZE, progress=False)
@@ -234,7 +271,9 @@ def test_views_that_are_no_ring_are_one_sentence(broken, order, sentence):
 
 def saved_as(mode: str = "RGBA", size: tuple[int, int] = (384, 256), **options):
     def save(path: Path) -> None:
-        Image.open(path).convert("RGBA").convert(mode).resize(size).save(path, **{"format": "WEBP"} | options)
+        Image.open(path).convert("RGBA").convert(mode).resize(size).save(
+            path, **{"format": "WEBP"} | options
+        )
 
     return save
 
@@ -247,7 +286,10 @@ def saved_as(mode: str = "RGBA", size: tuple[int, int] = (384, 256), **options):
         (saved_as("RGB", format="JPEG"), "the sheet is no WebP picture"),
         (saved_as(size=(192, 128)), r"depth has the shape \[24, 64, 64\], not \[24, 32, 32\]"),
         (saved_as(size=(384, 192)), "the sheet is 384 x 192, not 384 x 256"),
-        (saved_as(save_all=True, append_images=[Image.new("RGBA", (384, 256), (9, 9, 9, 99))]), "the sheet moves"),
+        (
+            saved_as(save_all=True, append_images=[Image.new("RGBA", (384, 256), (9, 9, 9, 99))]),
+            "the sheet moves",
+        ),
         (lambda path: path.unlink() or os.mkfifo(path), "first.webp is no file"),
         (lambda path: path.unlink() or path.symlink_to("/dev/zero"), "first.webp is no file"),
     ],
@@ -289,7 +331,9 @@ def test_an_index_that_is_none_is_one_sentence(broken, rows, sentence):
 
 
 def test_an_object_has_one_place(folder, broken):
-    with pytest.raises(UserError, match="do not fit together: the id 'first' is there twice") as error:
+    with pytest.raises(
+        UserError, match="do not fit together: the id 'first' is there twice"
+    ) as error:
         load_views([folder, broken], SIZE, progress=False)
     one_sentence(error)
     assert load_views([folder, broken], SIZE, limit=2, progress=False).ids == ["first", "second"]
@@ -376,16 +420,25 @@ def test_the_cache_is_not_used_where_only_the_arrays_changed(broken, tmp_path):
     changed(broken, depth_min=lambda low: low + 1)
     again = load_views([broken], SIZE, cache=tmp_path / "cache", progress=False)
     moved = torch.where(views.depth > 0, views.depth + 1, 0)
-    assert torch.allclose(again.depth[0], moved[0], atol=1e-5) and torch.equal(again.depth[1], views.depth[1])
+    assert torch.allclose(again.depth[0], moved[0], atol=1e-5) and torch.equal(
+        again.depth[1], views.depth[1]
+    )
 
 
 @pytest.mark.parametrize(
-    "change", [{"rgb": torch.zeros(1)}, {"alpha": None}, {"depth": torch.full((2, 24, 32, 32, 1), torch.nan)}]
+    "change",
+    [
+        {"rgb": torch.zeros(1)},
+        {"alpha": None},
+        {"depth": torch.full((2, 24, 32, 32, 1), torch.nan)},
+    ],
 )
 def test_a_cache_of_other_tensors_is_made_again(folder, tmp_path, change):
     first = load_views([folder], SIZE, cache=tmp_path, progress=False)
     (cache,) = tmp_path.glob("views-*.safetensors")
-    tensors = {name: value for name, value in (load_file(cache) | change).items() if value is not None}
+    tensors = {
+        name: value for name, value in (load_file(cache) | change).items() if value is not None
+    }
     save_file(tensors, cache)
     again = load_views([folder], SIZE, cache=tmp_path, progress=False)
     assert torch.equal(first.rgb, again.rgb) and torch.equal(first.depth, again.depth)
@@ -438,7 +491,9 @@ def test_ring_frames_are_sv3d_order():
     assert ring_frames(12, 4).tolist() == [0, 4, 8, 12]
     assert ring_frames(3, 16).tolist() == [*range(4, 16), 0, 1, 2, 3]
     for frames in (1, 2, 4, 8, 16):
-        assert ring_frames(5, frames)[-1] == 5 and len(set(ring_frames(5, frames).tolist())) == frames
+        assert (
+            ring_frames(5, frames)[-1] == 5 and len(set(ring_frames(5, frames).tolist())) == frames
+        )
     with pytest.raises(ValueError, match="not 5"):
         ring_frames(0, 5)
 
@@ -446,23 +501,31 @@ def test_ring_frames_are_sv3d_order():
 @pytest.mark.parametrize("item", [0, 1], ids=["as it is", "mirrored and recoloured"])
 @pytest.mark.parametrize("start", [0, 13])
 def test_an_orbit_lives_in_the_world_of_its_condition_view(item, start):
-    """Turn the object so that the condition view stands at azimuth 0: the relative cameras see exactly that."""
+    """Turn the object so that the condition view stands at azimuth 0: the relative
+    cameras see exactly that.
+    """
     views, latents = ball_views(1), torch.randn(2, 16, 4, 4, 4)
     orbits = Orbits(views, make_variants(1, 2, seed=3), latents, 0.18215)
     variant = orbits.variants[item]
     assert variant.mirror == (item == 1)
     balls = moved(BALLS, lambda x, y, z: (x, -y, z)) if variant.mirror else BALLS
-    balls = tuple((c, r, tuple(color[k] for k in variant.palette)) for c, r, color in turned(balls, -22.5 * start))
+    balls = tuple(
+        (c, r, tuple(color[k] for k in variant.palette))
+        for c, r, color in turned(balls, -22.5 * start)
+    )
 
     orbit = orbits.orbit(item, start, 8)
     assert orbit["azimuth"][-1] == 0 and torch.equal(orbit["image"], orbits.scene(item).rgb[start])
-    assert torch.equal(orbit["latents"][-1], 0.18215 * orbit["image_latent"])  # the condition is not scaled
+    # the condition is not scaled
+    assert torch.equal(orbit["latents"][-1], 0.18215 * orbit["image_latent"])
     cameras = batch_cameras(orbit["azimuth"][None], orbit["elevation"][None], SIZE)[0]
     scene, frames = orbits.scene(item), ring_frames(start, 8)
     assert_shows(scene.rgb[frames], scene.depth[frames], cameras, balls)
 
     targets = orbits.targets(item, start, torch.tensor([start, 17, 22]))
-    cameras = batch_cameras(targets["target_azimuth"][None], targets["target_elevation"][None], SIZE)[0]
+    cameras = batch_cameras(
+        targets["target_azimuth"][None], targets["target_elevation"][None], SIZE
+    )[0]
     assert targets["target_azimuth"][0] == 0
     assert_shows(targets["target_rgb"], targets["target_depth"], cameras, balls)
 
@@ -490,7 +553,10 @@ def test_a_shared_scan_reads(shared_objects):
 
 def test_objects_of_other_numbers_of_views_are_one_sentence(broken):
     whole = object_views("third")
-    fewer = {name: getattr(whole, name)[:20] for name in ("rgba", "depth", "cameras", "azimuths", "elevations")}
+    fewer = {
+        name: getattr(whole, name)[:20]
+        for name in ("rgba", "depth", "cameras", "azimuths", "elevations")
+    }
     write_object(broken, ObjectViews("third", **fewer))
     write_index(broken, [{"id": "first"}, {"id": "third"}])
     with pytest.raises(ValueError, match="third in .* has 20 views") as error:

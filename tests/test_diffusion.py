@@ -1,4 +1,6 @@
-"""EDM against closed forms: the one distribution whose denoiser and whose ODE are known exactly is a Gaussian."""
+"""EDM against closed forms: the one distribution whose denoiser and whose ODE are known
+exactly is a Gaussian.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -32,12 +34,16 @@ SIGMAS = torch.tensor([0.05, 1.0, 30.0])
 
 def condition(batch: int = BATCH, frames: int = FRAMES) -> Condition:
     polar, azimuth = torch.full((batch, frames), 1.3), torch.arange(frames).expand(batch, -1) * 0.5
-    return Condition(randn(batch, 1, 8, seed=1), randn(batch, 4, SIDE, SIDE, seed=2) * 5, polar, azimuth)
+    return Condition(
+        randn(batch, 1, 8, seed=1), randn(batch, 4, SIDE, SIDE, seed=2) * 5, polar, azimuth
+    )
 
 
 @dataclass
 class GaussianUNet:
-    """The exact network for data ~ N(mean, std^2): v of the posterior mean E[z0 | z, sigma]."""
+    """The exact network for data ~ N(mean, std^2): v of the posterior mean E[z0 | z,
+    sigma].
+    """
 
     mean: float = 0.4
     std: float = 0.5
@@ -64,7 +70,8 @@ def test_preconditioning_identities():
     sigma = torch.logspace(-3, 3, 50, dtype=torch.float64)
     c_skip, c_out, c_in, c_noise = scalings(sigma)
     one = torch.ones_like(sigma)
-    assert torch.allclose(c_in**2 * (sigma**2 + 1), one)  # the input of the network has unit variance
+    # the input of the network has unit variance
+    assert torch.allclose(c_in**2 * (sigma**2 + 1), one)
     target_variance = (1 - c_skip) ** 2 / c_out**2 + c_skip**2 * sigma**2 / c_out**2
     assert torch.allclose(target_variance, one)  # and so has its target, for unit data
     assert torch.allclose(c_out**2 * (sigma**2 + 1) / sigma**2, one)  # EDM's weight cancels c_out^2
@@ -77,12 +84,15 @@ def test_v_target_makes_denoise_exact():
     for sigma in SIGMAS.expand(BATCH, -1).T:
         noisy = clean + frames_like(sigma, clean) * noise
         perfect = lambda *_, noisy=noisy, sigma=sigma: v_target(clean, noisy, sigma)  # noqa: E731
-        tolerance = 1e-5 * max(1, float(sigma[0]))  # c_out v cancels c_skip z: float32 rounding grows with sigma
+        # c_out v cancels c_skip z: float32 rounding grows with sigma
+        tolerance = 1e-5 * max(1, float(sigma[0]))
         assert torch.allclose(denoise(perfect, noisy, sigma, condition()), clean, atol=tolerance)
 
 
 def test_v_target_is_the_velocity_of_the_angle():
-    """With z = cos(t) z0 + sin(t) n after scaling by c_in, v = cos(t) n - sin(t) z0, the classic definition."""
+    """With z = cos(t) z0 + sin(t) n after scaling by c_in, v = cos(t) n - sin(t) z0,
+    the classic definition.
+    """
     clean, noise, sigma = randn(*SHAPE), randn(*SHAPE, seed=1), torch.tensor([0.7, 3.0])
     angle = frames_like(sigma.atan(), clean)
     noisy = clean + frames_like(sigma, clean) * noise
@@ -103,7 +113,9 @@ def test_the_loss_is_edm_weighted_denoising():
 def test_small_sigma_returns_the_input():
     clean = randn(*SHAPE)
     sigma = torch.full((BATCH,), 1e-6)
-    _, z_hat = diffusion_loss(lambda *_: randn(*SHAPE, seed=5), clean, randn(*SHAPE, seed=1), sigma, condition())
+    _, z_hat = diffusion_loss(
+        lambda *_: randn(*SHAPE, seed=5), clean, randn(*SHAPE, seed=1), sigma, condition()
+    )
     assert torch.allclose(z_hat, clean, atol=1e-4)
 
 
@@ -118,13 +130,20 @@ def test_wrong_shapes_are_refused_with_the_shape():
 
 
 def test_the_concatenated_latent_is_unscaled_and_on_every_frame():
-    unet, given, noisy, sigma = GaussianUNet(), condition(), randn(*SHAPE), torch.tensor([0.5, 20.0])
+    unet, given, noisy, sigma = (
+        GaussianUNet(),
+        condition(),
+        randn(*SHAPE),
+        torch.tensor([0.5, 20.0]),
+    )
     predict_v(unet, noisy, sigma, given)
     network_input, c_noise, token, polar, azimuth = unet.calls[0]
     assert network_input.shape == (BATCH, FRAMES, 8, SIDE, SIDE)
     for frame in range(FRAMES):  # not times 0.18215, and not times c_in
         assert torch.equal(network_input[:, frame, 4:], given.latent)
-    assert torch.allclose(network_input[:, :, :4], noisy / frames_like((sigma**2 + 1).sqrt(), noisy))
+    assert torch.allclose(
+        network_input[:, :, :4], noisy / frames_like((sigma**2 + 1).sqrt(), noisy)
+    )
     assert torch.allclose(c_noise, sigma.log() / 4)
     assert token is given.token and polar is given.polar and azimuth is given.azimuth
 
@@ -136,13 +155,20 @@ def test_the_null_condition_keeps_the_angles():
     assert torch.equal(null.polar, given.polar) and torch.equal(null.azimuth, given.azimuth)
     assert null.cond_aug == given.cond_aug and (given.token != 0).any()
     half = given.dropped(torch.tensor([1.0, 0.0]))  # jointly, per orbit
-    assert torch.equal(half.token[0], given.token[0]) and torch.equal(half.latent[0], given.latent[0])
+    assert torch.equal(half.token[0], given.token[0]) and torch.equal(
+        half.latent[0], given.latent[0]
+    )
     assert (half.token[1] == 0).all() and (half.latent[1] == 0).all()
 
 
 def test_the_paper_preset_has_sv3d_s_noise_and_guidance():
     paper = preset("paper")
-    assert (paper.sigma_min, paper.sigma_max, paper.guidance, paper.sampling_steps) == (0.002, 700.0, 2.5, 50)
+    assert (paper.sigma_min, paper.sigma_max, paper.guidance, paper.sampling_steps) == (
+        0.002,
+        700.0,
+        2.5,
+        50,
+    )
     assert (paper.log_sigma_mean, paper.log_sigma_std, paper.cond_aug) == (0.7, 1.6, 1e-5)
     assert (paper.latent_scale, paper.cond_dropout, paper.num_frames) == (0.18215, 0.1, 16)
 
@@ -154,7 +180,9 @@ def test_dropout_and_noise_follow_their_distributions():
     keep = torch.stack([d["keep"] for d in draws])
     assert set(keep.tolist()) == {0.0, 1.0} and 0.88 < keep.mean() < 0.92
     log_sigma = torch.stack([d["sigma"] for d in draws]).log()
-    assert log_sigma.mean() == pytest.approx(0.7, abs=0.1) and log_sigma.std() == pytest.approx(1.6, abs=0.08)
+    assert log_sigma.mean() == pytest.approx(0.7, abs=0.1) and log_sigma.std() == pytest.approx(
+        1.6, abs=0.08
+    )
     noise = torch.stack([d["noise"] for d in draws])
     assert noise.mean() == pytest.approx(0, abs=0.03) and noise.std() == pytest.approx(1, abs=0.03)
     assert draw_sigma(torch.Generator().manual_seed(4), config).ndim == 0  # one per clip
@@ -182,7 +210,9 @@ def test_angles_are_embedded_as_cosines_then_sines():
 
 
 def test_guidance_is_a_triangle_with_its_peak_at_the_back():
-    """The numbers of Stability's `TrianglePredictionGuider`: a triangle wave of period 1 over linspace(0, 1, N)."""
+    """The numbers of Stability's `TrianglePredictionGuider`: a triangle wave of period
+    1 over linspace(0, 1, N).
+    """
     wave = 2 * (torch.linspace(0, 1, 21) - (torch.linspace(0, 1, 21) + 0.5).floor()).abs()
     assert torch.allclose(triangular_guidance(21, 2.5), 1.5 * wave + 1)
     weights = triangular_guidance(16, 2.5)
@@ -193,11 +223,15 @@ def test_guidance_is_a_triangle_with_its_peak_at_the_back():
 
 
 def test_guidance_extrapolates_from_the_null_condition():
-    """A network that says 1 for an orbit with a token and 0 without: the guided v is the weight of the frame."""
+    """A network that says 1 for an orbit with a token and 0 without: the guided v is
+    the weight of the frame.
+    """
     seen = []
 
     def unet(network_input, c_noise, token, *_):
-        return torch.ones_like(network_input[:, :, :4]) * frames_like((token != 0).any(-1), network_input)
+        return torch.ones_like(network_input[:, :, :4]) * frames_like(
+            (token != 0).any(-1), network_input
+        )
 
     config = tiny_config()
     sample(
@@ -251,11 +285,15 @@ def test_the_scheduler_has_svd_sigmas():
     scheduler = build_scheduler(tiny_config().replace(sigma_max=700.0))
     scheduler.set_timesteps(20)
     assert torch.allclose(scheduler.sigmas.double(), karras(20, 0.002, 700.0), rtol=1e-4)
-    assert torch.allclose(scheduler.timesteps.double(), scheduler.sigmas[:-1].double().log() / 4, atol=1e-5)
+    assert torch.allclose(
+        scheduler.timesteps.double(), scheduler.sigmas[:-1].double().log() / 4, atol=1e-5
+    )
 
 
 def test_sampling_is_euler_by_hand():
-    """z <- z + (sigma' - sigma) (z - D) / sigma, written out in float64, from the same noise."""
+    """z <- z + (sigma' - sigma) (z - D) / sigma, written out in float64, from the same
+    noise.
+    """
     steps, exact = 12, GaussianUNet()
     sigmas = karras(steps, 0.002, 700.0)
     z = randn(*SHAPE, seed=3).double() * (700.0**2 + 1) ** 0.5
@@ -266,7 +304,9 @@ def test_sampling_is_euler_by_hand():
 
 
 def test_sampling_is_the_loop_of_diffusers():
-    """The loop of StableVideoDiffusionPipeline around EulerDiscreteScheduler, without guidance."""
+    """The loop of StableVideoDiffusionPipeline around EulerDiscreteScheduler, without
+    guidance.
+    """
     steps, unet, given = 9, GaussianUNet(), condition()
     scheduler = build_scheduler(tiny_config())
     scheduler.set_timesteps(steps)
@@ -274,7 +314,9 @@ def test_sampling_is_the_loop_of_diffusers():
     image = given.latent[:, None].expand(-1, FRAMES, -1, -1, -1)
     for timestep in scheduler.timesteps:
         network_input = torch.cat([scheduler.scale_model_input(z, timestep), image], dim=2)
-        v = unet(network_input, timestep.expand(BATCH), given.token, given.polar, given.azimuth, 1e-5)
+        v = unet(
+            network_input, timestep.expand(BATCH), given.token, given.polar, given.azimuth, 1e-5
+        )
         z = scheduler.step(v, timestep, z).prev_sample
     assert torch.allclose(run(steps), z, atol=1e-3)
 

@@ -1,4 +1,6 @@
-"""Stage 2: the 3D loss reaches the LoRA through the frozen decoder, and nothing else moves."""
+"""Stage 2: the 3D loss reaches the LoRA through the frozen decoder, and nothing else
+moves.
+"""
 
 import os
 import subprocess
@@ -16,7 +18,15 @@ from gsv3d_lib.config import preset
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.distillation import DistillationStage, sigma_weight
 from gsv3d_lib.encoders import build_clip, build_dino
-from gsv3d_lib.lora import IDLE, LORA_FILE, add_lora, load_lora, lora_parameters, save_lora, set_lora_scale
+from gsv3d_lib.lora import (
+    IDLE,
+    LORA_FILE,
+    add_lora,
+    load_lora,
+    lora_parameters,
+    save_lora,
+    set_lora_scale,
+)
 from gsv3d_lib.pretraining import DiffusionStage
 from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.training import draw_batch
@@ -32,7 +42,13 @@ def base_unet() -> SV3DUNet:
 
 def unet_inputs() -> tuple:
     azimuth = torch.arange(4.0)[None]
-    return randn(1, 4, 8, 4, 4), torch.zeros(1), randn(1, 1, CONFIG.clip_dim, seed=1), azimuth + 1, azimuth
+    return (
+        randn(1, 4, 8, 4, 4),
+        torch.zeros(1),
+        randn(1, 1, CONFIG.clip_dim, seed=1),
+        azimuth + 1,
+        azimuth,
+    )
 
 
 def train_lora_a_little(unet: SV3DUNet, size: float = 0.1) -> SV3DUNet:
@@ -49,7 +65,12 @@ def parts():
     """CLIP, decoder and DINO with random weights, and orbits of two ball scenes."""
     torch.manual_seed(1)
     decoder = shake(build_decoder(CONFIG), size=0.05).eval()
-    return build_clip(CONFIG).eval(), decoder, build_dino(CONFIG).eval(), random_orbits(ball_views())
+    return (
+        build_clip(CONFIG).eval(),
+        decoder,
+        build_dino(CONFIG).eval(),
+        random_orbits(ball_views()),
+    )
 
 
 def build_stage(parts, unet=None, **changes) -> DistillationStage:
@@ -85,7 +106,9 @@ def test_a_fresh_lora_is_the_base():
 
 def test_a_quarter_of_the_lora_cannot_change_any_result():
     unet = train_lora_a_little(add_lora(base_unet(), 3))
-    idle = {name: p for name, p in lora_parameters(unet).items() if any(layer in name for layer in IDLE)}
+    idle = {
+        name: p for name, p in lora_parameters(unet).items() if any(layer in name for layer in IDLE)
+    }
     assert 4 * len(idle) == len(lora_parameters(unet))
     with torch.no_grad():
         before = unet(*unet_inputs())
@@ -93,15 +116,20 @@ def test_a_quarter_of_the_lora_cannot_change_any_result():
             p.normal_()
         assert torch.allclose(unet(*unet_inputs()), before, atol=1e-6)
     with torch.enable_grad():
-        assert torch.allclose(unet(*unet_inputs()), before, atol=1e-5)  # where queries and keys are computed
+        # where queries and keys are computed
+        assert torch.allclose(unet(*unet_inputs()), before, atol=1e-5)
 
 
 def test_lora_sits_on_every_projection_of_every_attention():
     unet = add_lora(base_unet(), 3)
     hosts = {name.split(".lora_")[0] for name in lora_parameters(unet)}
     attentions = [name for name, m in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
-    assert hosts == {f"{a}.{target}" for a in attentions for target in ("to_q", "to_k", "to_v", "to_out.0")}
-    assert any("temporal" in host for host in hosts) and any("temporal" not in host for host in hosts)
+    assert hosts == {
+        f"{a}.{target}" for a in attentions for target in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    assert any("temporal" in host for host in hosts) and any(
+        "temporal" not in host for host in hosts
+    )
     ranks = {p.shape[0] for name, p in lora_parameters(unet).items() if "lora_A" in name}
     assert ranks == {3}
 
@@ -111,7 +139,9 @@ def test_the_seed_of_a_lora_is_its_own():
     state = torch.get_rng_state()
     a, b, c = (add_lora(base_unet(), 2, seed) for seed in (1, 1, 2))
     base_unet()
-    values = [torch.cat([p.flatten() for p in lora_parameters(unet).values()]) for unet in (a, b, c)]
+    values = [
+        torch.cat([p.flatten() for p in lora_parameters(unet).values()]) for unet in (a, b, c)
+    ]
     assert torch.equal(values[0], values[1]) and not torch.equal(values[0], values[2])
     torch.set_rng_state(state)
     unet, state = base_unet(), torch.get_rng_state()
@@ -139,23 +169,31 @@ def test_a_saved_lora_is_the_same_lora(tmp_path):
     save_lora(unet, tmp_path)
     again = load_lora(base_unet(), tmp_path)
     assert torch.allclose(again(*unet_inputs()), unet(*unet_inputs()), atol=1e-6)
-    save_lora(again, tmp_path / "second")  # what was loaded can be saved, as the export of weights does
+    # what was loaded can be saved, as the export of weights does
+    save_lora(again, tmp_path / "second")
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}
     assert len(stored) == len(lora_parameters(unet))
-    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"  # diffusers' names, without an adapter's
+    # diffusers' names, without an adapter's
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     host = unet.get_submodule(attention)
-    assert torch.equal(stored[f"{attention}.to_q.lora_B.weight"], host.to_q.lora_B["default"].weight)
+    assert torch.equal(
+        stored[f"{attention}.to_q.lora_B.weight"], host.to_q.lora_B["default"].weight
+    )
 
 
 @torch.no_grad()
 def test_the_lora_is_a_plain_low_rank_update(tmp_path):
-    """W + B A (alpha = r), added by hand to diffusers' own U-Net, predicts what ours does: nothing hides in it."""
+    """W + B A (alpha = r), added by hand to diffusers' own U-Net, predicts what ours
+    does: nothing hides in it.
+    """
     unet = train_lora_a_little(add_lora(base_unet(), 2))
     save_lora(unet, tmp_path / "lora")
     base_unet().save_pretrained(tmp_path / "unet")
     merged = base_unet()
-    theirs = UNetSpatioTemporalConditionModel.from_pretrained(tmp_path / "unet", local_files_only=True)
+    theirs = UNetSpatioTemporalConditionModel.from_pretrained(
+        tmp_path / "unet", local_files_only=True
+    )
     with safe_open(tmp_path / "lora/pytorch_lora_weights.safetensors", "pt") as file:
         for name in (n for n in file.keys() if "lora_A" in n):
             low_rank = file.get_tensor(name.replace("lora_A", "lora_B")) @ file.get_tensor(name)
@@ -172,7 +210,9 @@ def test_a_missing_or_truncated_lora_is_one_sentence(tmp_path):
     path = tmp_path / "pytorch_lora_weights.safetensors"
     whole = load_file(path)
     save_file(dict(list(whole.items())[1:]), path)
-    with pytest.raises(ValueError, match=f"it has {len(whole) - 1} tensors, this U-Net's LoRA {len(whole)}"):
+    with pytest.raises(
+        ValueError, match=f"it has {len(whole) - 1} tensors, this U-Net's LoRA {len(whole)}"
+    ):
         load_lora(base_unet(), tmp_path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="cannot be read") as error:
@@ -191,7 +231,8 @@ def test_gradients_reach_the_lora_and_nothing_else(parts):
     largest = max(size.values())
     for name, p in stage.named_parameters():
         if "lora_B" in name and any(layer in name for layer in IDLE):
-            assert size[name] < 1e-5 * largest, name  # attention to one token: no query or key can matter
+            # attention to one token: no query or key can matter
+            assert size[name] < 1e-5 * largest, name
         elif "lora_B" in name:
             assert size[name] > 1e-4 * largest, name
         elif "lora_A" in name:
@@ -214,7 +255,9 @@ def test_stage_1_s_alpha_term_is_not_stage_2_s(parts):
                 {"lambda_alpha_stage2": 2.0},
             )
         )
-    assert plain == same and with_alpha - plain == pytest.approx(2 * float(scores["alpha_mse"]), rel=1e-3)
+    assert plain == same and with_alpha - plain == pytest.approx(
+        2 * float(scores["alpha_mse"]), rel=1e-3
+    )
     assert all(preset(name).lambda_alpha_stage2 == 0 for name in ("tiny", "small", "paper"))
 
 
@@ -240,7 +283,9 @@ def test_a_lora_has_the_same_bytes_in_every_process(tmp_path):
 
 
 def test_the_3d_loss_alone_reaches_every_lora_b(parts):
-    """Without L_2D: the path renderer -> Gaussians -> frozen decoder -> z_hat -> LoRA is whole."""
+    """Without L_2D: the path renderer -> Gaussians -> frozen decoder -> z_hat -> LoRA
+    is whole.
+    """
     stage = build_stage(parts)
     batch = kept_batch(stage)
     with torch.no_grad():
@@ -250,7 +295,8 @@ def test_the_3d_loss_alone_reaches_every_lora_b(parts):
     z_hat = randn(2, 4, 4, 4, 4, seed=3).requires_grad_()
     loss_3d, _ = stage.loss_3d(z_hat, batch)
     (gradient,) = torch.autograd.grad(loss_3d, z_hat)
-    assert torch.isfinite(gradient).all() and (gradient.abs().amax((2, 3, 4)) > 0).all()  # every view of every object
+    # every view of every object
+    assert torch.isfinite(gradient).all() and (gradient.abs().amax((2, 3, 4)) > 0).all()
 
 
 def test_no_weight_moves_but_the_lora(parts):
@@ -274,7 +320,9 @@ def test_distillation_lowers_its_loss(parts):
 
 @torch.no_grad()
 def test_without_noise_the_3d_loss_is_that_of_stage_1(parts):
-    """sigma -> 0: z_hat is z0, so the same latents give the same Gaussians and the same loss."""
+    """sigma -> 0: z_hat is z0, so the same latents give the same Gaussians and the same
+    loss.
+    """
     _, decoder, dino, orbits = parts
     stage = build_stage(parts)
     batch = kept_batch(stage, sigma=(1e-5, 1e-5))
@@ -295,17 +343,23 @@ def test_lambda_0_is_plain_lora_fine_tuning(parts):
     ours, plain = gradients(distilling, batch), gradients(fine_tuning, batch)
     assert ours.keys() == plain.keys()
     assert all(torch.equal(ours[name], plain[name]) for name in ours)
-    for name, value in draw_batch(fine_tuning, 0, 5, 2).items():  # and it learns from the same draws
+    # and it learns from the same draws
+    for name, value in draw_batch(fine_tuning, 0, 5, 2).items():
         assert value.shape == draw_batch(distilling, 0, 5, 2)[name].shape
 
 
 def test_the_gradient_is_linear_in_lambda(parts):
     unet = train_lora_a_little(add_lora(base_unet(), CONFIG.lora_rank), 0.02)
     batch = kept_batch(build_stage(parts, unet))
-    at = {value: gradients(build_stage(parts, unet, lambda_3d=value), batch) for value in (0.0, 1.0, 3.0)}
+    at = {
+        value: gradients(build_stage(parts, unet, lambda_3d=value), batch)
+        for value in (0.0, 1.0, 3.0)
+    }
     share = torch.cat([(at[1.0][name] - at[0.0][name]).flatten() for name in at[0.0]])
     threefold = torch.cat([(at[3.0][name] - at[0.0][name]).flatten() for name in at[0.0]])
-    assert share.norm() > 0 and torch.allclose(threefold, 3 * share, atol=1e-3 * float(threefold.abs().max()))
+    assert share.norm() > 0 and torch.allclose(
+        threefold, 3 * share, atol=1e-3 * float(threefold.abs().max())
+    )
 
 
 def test_sigma_weighting(parts):

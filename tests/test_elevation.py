@@ -1,4 +1,6 @@
-"""The elevation of a picture: what the estimator sees, that it learns what can be learned, and how it is asked for."""
+"""The elevation of a picture: what the estimator sees, that it learns what can be
+learned, and how it is asked for.
+"""
 
 import argparse
 import math
@@ -16,22 +18,31 @@ from gsv3d_lib.system.command import degrees
 
 
 def stripes(angle: float, size: int = 64) -> torch.Tensor:
-    """A square of stripes that run in direction `angle` (degrees, image x to the right, y down) on white [1, S, S, 3]."""
-    y, x = torch.meshgrid(torch.arange(size) - size / 2, torch.arange(size) - size / 2, indexing="ij")
+    """A square of stripes that run in direction `angle` (degrees, image x to the right,
+    y down) on white [1, S, S, 3].
+    """
+    y, x = torch.meshgrid(
+        torch.arange(size) - size / 2, torch.arange(size) - size / 2, indexing="ij"
+    )
     across = -math.sin(math.radians(angle)) * x + math.cos(math.radians(angle)) * y
     wave = 0.5 + 0.4 * torch.sin(across)
-    return torch.where((x.abs() < 20) & (y.abs() < 20), wave, 1.0)[None, ..., None].expand(-1, -1, -1, 3)
+    return torch.where((x.abs() < 20) & (y.abs() < 20), wave, 1.0)[None, ..., None].expand(
+        -1, -1, -1, 3
+    )
 
 
 def poles(objects: int) -> ViewTensors:
-    """Discs that lie on the ground: their outline is an ellipse that opens with the elevation."""
+    """Discs that lie on the ground: their outline is an ellipse that opens with the
+    elevation.
+    """
     generator = torch.Generator().manual_seed(0)
     elevations = torch.rand(objects, 24, generator=generator) * 50 - 10
     azimuths = torch.rand(objects, 24, generator=generator) * 360
     rows = []
     for e, a in zip(elevations, azimuths, strict=True):
         disc = [
-            ((0.7 * math.cos(t), 0.7 * math.sin(t), 0.0), 0.1, (0.2, 0.3, 0.4)) for t in torch.arange(0, 6.28, 0.25)
+            ((0.7 * math.cos(t), 0.7 * math.sin(t), 0.0), 0.1, (0.2, 0.3, 0.4))
+            for t in torch.arange(0, 6.28, 0.25)
         ]
         rows.append(ball_pictures(orbit_cameras(a, e, SIZE), disc)[:2])
     rgb, alpha = (torch.stack(column) for column in zip(*rows, strict=True))
@@ -41,8 +52,13 @@ def poles(objects: int) -> ViewTensors:
 
 
 def test_the_direction_of_edges_is_what_is_measured():
-    for angle, expected in ((0.0, 90), (30.0, 120), (90.0, 0), (160.0, 70)):  # edges run along, gradients across
-        histogram = el.edge_histograms(stripes(angle)).reshape(el.BINS, el.CELLS, el.CELLS)[:, 3:5, 3:5].sum((1, 2))
+    # edges run along, gradients across
+    for angle, expected in ((0.0, 90), (30.0, 120), (90.0, 0), (160.0, 70)):
+        histogram = (
+            el.edge_histograms(stripes(angle))
+            .reshape(el.BINS, el.CELLS, el.CELLS)[:, 3:5, 3:5]
+            .sum((1, 2))
+        )
         centre = (histogram.argmax() / el.BINS - 0.5) * 180  # of the bin, as a direction
         assert abs((centre - expected + 90) % 180 - 90) <= 180 / el.BINS
     dark = el.edge_histograms(1 - stripes(30.0))
@@ -58,7 +74,8 @@ def test_place_size_and_brightness_of_edges_do_not_matter():
     assert torch.allclose(a, b, atol=1e-5) and (a - c).abs().mean() < 0.01
     rows = torch.nonzero((a[0] < 0.95).any(-1).any(1)).flatten()
     assert abs(len(rows) / el.SIZE - el.DEFAULT_FILL) < 0.04
-    assert torch.equal(el.framed(torch.ones(1, 64, 64, 3)), torch.ones(1, 64, 64, 3))  # nothing to frame
+    # nothing to frame
+    assert torch.equal(el.framed(torch.ones(1, 64, 64, 3)), torch.ones(1, 64, 64, 3))
 
 
 def test_ridge_is_the_minimiser():
@@ -67,9 +84,9 @@ def test_ridge_is_the_minimiser():
     deviation = features.std(0) + 1e-3
 
     def objective(weights, bias):
-        return (bias + (features - fitted.mean) @ weights - truth).pow(2).mean() + 0.3 * (deviation * weights).pow(
-            2
-        ).sum()
+        return (bias + (features - fitted.mean) @ weights - truth).pow(2).mean() + 0.3 * (
+            deviation * weights
+        ).pow(2).sum()
 
     weights, bias = fitted.weights.clone().requires_grad_(), fitted.bias.clone().requires_grad_()
     for gradient in torch.autograd.grad(objective(weights, bias), (weights, bias)):
@@ -81,8 +98,11 @@ def test_what_can_be_learned_is_learned_and_kept(tmp_path):
     estimator, scores = el.fit(views)
     assert scores["error"] < 0.4 * scores["constant"]
     rgb = views.rgb[0].float() / 255
-    assert torch.allclose(estimator(rgb), estimator(rgb.flip(2)), atol=0.01)  # a mirror image has the same elevation
-    answers = estimator(torch.cat([rgb, torch.rand(4, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(0))]))
+    # a mirror image has the same elevation
+    assert torch.allclose(estimator(rgb), estimator(rgb.flip(2)), atol=0.01)
+    answers = estimator(
+        torch.cat([rgb, torch.rand(4, SIZE, SIZE, 3, generator=torch.Generator().manual_seed(0))])
+    )
     assert answers.min() >= -10 and answers.max() <= 40 and el.RANGE == RANDOM_ELEVATIONS
     estimator.save(tmp_path)
     assert torch.equal(el.load_elevation(tmp_path)(rgb), estimator(rgb))
@@ -103,9 +123,10 @@ def test_what_can_be_learned_is_learned_and_kept(tmp_path):
     ],
 )
 def test_an_estimator_with_wrong_numbers_is_one_sentence(tmp_path, change, sentence):
-    el.Elevation(**{"weights": torch.zeros(576), "mean": torch.zeros(576), "bias": torch.tensor(9.0)} | change).save(
-        tmp_path
-    )
+    el.Elevation(
+        **{"weights": torch.zeros(576), "mean": torch.zeros(576), "bias": torch.tensor(9.0)}
+        | change
+    ).save(tmp_path)
     with pytest.raises(ValueError, match=f"cannot be read .*{sentence}") as error:
         el.load_elevation(tmp_path)
     one_sentence(error)
@@ -113,7 +134,8 @@ def test_an_estimator_with_wrong_numbers_is_one_sentence(tmp_path, change, sente
 
 def test_only_free_views_are_measured_on(monkeypatch, tmp_path, capsys):
     views = poles(2)
-    views.alpha[0, el.RING_VIEWS[0]] = 0  # a ring view that shows nothing takes no free view with it
+    # a ring view that shows nothing takes no free view with it
+    views.alpha[0, el.RING_VIEWS[0]] = 0
     assert [len(e) for _, e in el.view_features(views)] == [10, 11]
     assert [len(e) for _, e in el.view_features(views, ring=())] == [8, 8]
     (tmp_path / "gsv3d.json").write_text("{}")
@@ -126,7 +148,12 @@ def test_only_free_views_are_measured_on(monkeypatch, tmp_path, capsys):
 def test_the_pipeline_estimates_when_asked(monkeypatch):
     asked = []
     pipe = GSV3DPipeline(
-        None, None, None, None, None, estimator=lambda images: asked.append(images) or torch.tensor([21.0])
+        None,
+        None,
+        None,
+        None,
+        None,
+        estimator=lambda images: asked.append(images) or torch.tensor([21.0]),
     )
     picture = torch.rand(8, 8, 3)
     assert pipe.elevation_of(picture) == 21.0 and torch.equal(asked[0][0], picture)

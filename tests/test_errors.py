@@ -43,7 +43,9 @@ def test_a_doubt_is_one_sentence_too_and_ends_nothing(capsys):
         warnings.showwarning = lambda *said: sys.stderr.write(warnings.formatwarning(*said))
         assert exit_code(run, ArgumentParser(), []) == 0
     err = capsys.readouterr().err
-    assert err.startswith("gsv3d: in mug.png a frame was taken off.\nother.py:2: UserWarning: another")
+    assert err.startswith(
+        "gsv3d: in mug.png a frame was taken off.\nother.py:2: UserWarning: another"
+    )
     assert warnings.formatwarning is usual and warnings.showwarning is shown
 
 
@@ -56,7 +58,11 @@ def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ValueError, match="broadcast"):
         exit_code(lambda args: np.ones(2) + np.ones(3), ArgumentParser(), [])
     with pytest.raises(FileNotFoundError):
-        exit_code(raising(FileNotFoundError(errno.ENOENT, "No such file", "ours.bin")), ArgumentParser(), [])
+        exit_code(
+            raising(FileNotFoundError(errno.ENOENT, "No such file", "ours.bin")),
+            ArgumentParser(),
+            [],
+        )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,8 @@ def test_control_c_has_its_own_status(capsys):
 
 
 def test_what_the_machine_does_is_told_by_other_libraries_too(capsys):
-    said = "Error while serializing: I/O error: No space left on device (os error 28)"  # safetensors
+    # safetensors
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"
     assert exit_code(raising(RuntimeError(said)), ArgumentParser(), []) == 2
     assert "the disk is full" in capsys.readouterr().err
     assert exit_code(raising(MemoryError()), ArgumentParser(), []) == 2
@@ -114,7 +121,9 @@ def talk(tail: str, shell: str = "", **environment) -> subprocess.CompletedProce
     """The command above in a shell, whose `tail` says what becomes of its output."""
     line = f'{shell} "$PYTHON" -c "$TALKS" {tail}'
     environment = {**os.environ, "PYTHON": sys.executable, "TALKS": TALKS, **environment}
-    return subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, errors="replace")
+    return subprocess.run(
+        ["bash", "-c", line], env=environment, capture_output=True, text=True, errors="replace"
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,7 +140,9 @@ def test_a_console_that_is_not_utf8_is_no_error(environment, option):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
-@pytest.mark.parametrize("tail", ["--long | head -1; exit ${PIPESTATUS[0]}", "| true; exit ${PIPESTATUS[0]}"])
+@pytest.mark.parametrize(
+    "tail", ["--long | head -1; exit ${PIPESTATUS[0]}", "| true; exit ${PIPESTATUS[0]}"]
+)
 def test_a_reader_that_goes_away_is_quiet(tail):
     done = talk(tail)
     assert done.stderr == "" and done.returncode in (0, command.READER_GONE)
@@ -142,7 +153,9 @@ def test_output_that_cannot_be_written_is_one_sentence():
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     done = talk("> /dev/full")
-    assert done.returncode == 2 and "the disk is full" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and "the disk is full" in done.stderr and done.stderr.count("\n") == 1
+    )
 
 
 def test_output_that_is_closed_is_no_error():
@@ -190,7 +203,9 @@ def test_every_command_has_options_and_refuses_others(name, capsys):
 
 
 def test_no_command_is_left_out():
-    """Every module with a `main` stands behind the door, which says so, and ends through `exit_code`."""
+    """Every module with a `main` stands behind the door, which says so, and ends
+    through `exit_code`.
+    """
     library = Path(door.__file__).parent
     sources = {path: path.read_text(encoding="utf-8") for path in library.rglob("*.py")}
     mains = {path for path, source in sources.items() if "\ndef main(" in source}

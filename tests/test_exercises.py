@@ -40,7 +40,10 @@ def test_a_stub_is_not_wrong(capsys):
         (lambda x: [1.0, 2.0], r"should be a tensor of shape \(2,\); got \[1.0, 2.0\]"),
         (lambda x: x / 0 - x / 0, "inf or nan"),
         (lambda x: x.no_such_method(), r"\(tensor \[2\]\) stops with AttributeError"),
-        (partial(lambda x: x.no_such_method()), r"your function\(tensor \[2\]\) stops with AttributeError"),
+        (
+            partial(lambda x: x.no_such_method()),
+            r"your function\(tensor \[2\]\) stops with AttributeError",
+        ),
     ],
 )
 def test_a_wrong_answer_is_one_sentence(halve, message):

@@ -1,4 +1,6 @@
-"""Experiments: arms differ in what they say, finished runs are kept, and differences are paired by seed and object."""
+"""Experiments: arms differ in what they say, finished runs are kept, and differences
+are paired by seed and object.
+"""
 
 import json
 import math
@@ -34,9 +36,20 @@ def place(tmp_path_factory):
 
 
 def run(place, work, name, *more) -> int:
-    """The exit status of a short run of one experiment, whose record goes to work/NAME.json."""
+    """The exit status of a short run of one experiment, whose record goes to
+    work/NAME.json.
+    """
     objects = str(place / "objects")
-    paths = ["--weights", str(place / "weights"), "--data", objects, "--objects", objects, "--work", str(work / "work")]
+    paths = [
+        "--weights",
+        str(place / "weights"),
+        "--data",
+        objects,
+        "--objects",
+        objects,
+        "--work",
+        str(work / "work"),
+    ]
     out = ["--out", str(work / f"{name}.json")]
     return ex.main([name, *paths, *out, "--steps", "2", "--sampling-steps", "1", *more])
 
@@ -52,16 +65,27 @@ def command(place, work, name, *more) -> dict:
 def test_every_arm_is_a_valid_configuration_and_differs_from_the_others():
     for name, experiment in ex.EXPERIMENTS.items():
         assert experiment.reference in {arm.name for arm in experiment.arms}
-        configs = [ex.configure(preset("tiny"), experiment, arm, 1, 7, 2) for arm in experiment.arms]
-        keys = {(config, arm.trained, arm.warm) for config, arm in zip(configs, experiment.arms, strict=True)}
+        configs = [
+            ex.configure(preset("tiny"), experiment, arm, 1, 7, 2) for arm in experiment.arms
+        ]
+        keys = {
+            (config, arm.trained, arm.warm)
+            for config, arm in zip(configs, experiment.arms, strict=True)
+        }
         assert len(keys) == len(experiment.arms), name
-        assert all(c.seed == 1 and getattr(c, experiment.defaults["stage"]).steps == 7 for c in configs)
+        assert all(
+            c.seed == 1 and getattr(c, experiment.defaults["stage"]).steps == 7 for c in configs
+        )
     with pytest.raises(ValueError, match="There is no arm 'nothing'; choose from dino, no_dino"):
         ex.EXPERIMENTS["dino"].arm("nothing")
 
 
 def test_the_sweep_is_the_one_that_was_asked_for():
-    weights = {a.changes["lambda_3d"] for a in ex.EXPERIMENTS["distillation"].arms if "lambda_3d" in a.changes}
+    weights = {
+        a.changes["lambda_3d"]
+        for a in ex.EXPERIMENTS["distillation"].arms
+        if "lambda_3d" in a.changes
+    }
     assert weights | {preset("tiny").lambda_3d} >= {0.0, 0.1, 0.3, 1.0, 3.0}
     assert {a.changes.get("num_frames", 16) for a in ex.EXPERIMENTS["frames"].arms} == {2, 4, 8, 16}
     assert {a.changes.get("lora_rank", 16) for a in ex.EXPERIMENTS["rank"].arms} == {4, 16, 64}
@@ -92,18 +116,32 @@ def test_distillation_runs_are_scored_paired_and_not_repeated(place, tmp_path, c
     for arm in record["arms"].values():
         assert list(arm["scores"]) == ["0", "1"]
         scores = arm["scores"]["0"]
-        assert {"psnr", "ssim", "chamfer", "f_score", "reprojection", "split_psnr", "ghosting"} <= set(scores)
+        assert {
+            "psnr",
+            "ssim",
+            "chamfer",
+            "f_score",
+            "reprojection",
+            "split_psnr",
+            "ghosting",
+        } <= set(scores)
         assert all(len(column) == 2 for column in scores.values())
         assert scores["chamfer"][1] is None  # no true shape was given for the second object
     base, tuned = (np.array(record["arms"][k]["scores"]["0"]["psnr"]) for k in ("none", "lambda_3"))
     assert (base != tuned).any()
-    assert record["arms"]["none"]["scores"]["0"]["true_psnr"] == record["arms"]["lambda_3"]["scores"]["0"]["true_psnr"]
+    assert (
+        record["arms"]["none"]["scores"]["0"]["true_psnr"]
+        == record["arms"]["lambda_3"]["scores"]["0"]["true_psnr"]
+    )
     assert record["differences"].keys() == {"none", "lambda_3"}
     assert "| λ = 3 | 2 |" in capsys.readouterr().out
     assert not list((tmp_path / "work").rglob("checkpoint-*"))
 
     monkeypatch.setattr(ex, "timed_training", lambda *_: pytest.fail("a finished run was repeated"))
-    assert command(place, tmp_path, "distillation", *arms, "--seeds", "0", "1")["arms"] == record["arms"]
+    assert (
+        command(place, tmp_path, "distillation", *arms, "--seeds", "0", "1")["arms"]
+        == record["arms"]
+    )
 
 
 def test_the_frozen_decoder_is_scored_once_for_all_arms(place, tmp_path, monkeypatch):
@@ -111,14 +149,19 @@ def test_the_frozen_decoder_is_scored_once_for_all_arms(place, tmp_path, monkeyp
     monkeypatch.setattr(ex, "score_decoder", lambda *args: frames.append(args[2]) or scored(*args))
     record = command(place, tmp_path, "frames", "--arms", "n_2", "n_4", "--seeds", "0", "1")
     assert frames == [2, 4]
-    true = {name: [scores["true_psnr"] for scores in arm["scores"].values()] for name, arm in record["arms"].items()}
+    true = {
+        name: [scores["true_psnr"] for scores in arm["scores"].values()]
+        for name, arm in record["arms"].items()
+    }
     assert true["n_2"][0] == true["n_2"][1] != true["n_4"][0]
 
 
 def test_a_run_that_was_killed_while_scoring_is_not_trained_again(place, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(ex, "score_generations", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            ex, "score_generations", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert run(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0") == 130
     killed = command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0")
     whole = command(place, tmp_path / "whole", "rank", "--arms", "rank_4", "--seeds", "0")
@@ -136,14 +179,40 @@ def test_decoders_are_trained_from_scratch_with_and_without_dino(place, tmp_path
 
 
 def test_overfitting_lowers_the_loss_on_the_one_object(place, tmp_path):
-    record = command(place, tmp_path, "overfit", "--ids", "balls", "--seeds", "0", "--steps", "30", "--arms", "scratch")
-    first = command(place, tmp_path, "overfit", "--ids", "balls", "--seeds", "0", "--steps", "1", "--arms", "scratch")
+    record = command(
+        place,
+        tmp_path,
+        "overfit",
+        "--ids",
+        "balls",
+        "--seeds",
+        "0",
+        "--steps",
+        "30",
+        "--arms",
+        "scratch",
+    )
+    first = command(
+        place,
+        tmp_path,
+        "overfit",
+        "--ids",
+        "balls",
+        "--seeds",
+        "0",
+        "--steps",
+        "1",
+        "--arms",
+        "scratch",
+    )
     last, start = (r["arms"]["scratch"]["scores"]["0"]["psnr"][0] for r in (record, first))
     assert record["ids"] == ["balls"] and last > start
 
 
 def test_finished_runs_are_found_in_the_results_file(place, tmp_path, monkeypatch, capsys):
-    """Without --work, by their fingerprint; those of other weights, steps or objects are left out and said to be."""
+    """Without --work, by their fingerprint; those of other weights, steps or objects
+    are left out and said to be.
+    """
     first = command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0")
     shutil.rmtree(tmp_path / "work")
     second = command(place, tmp_path, "rank", "--arms", "rank_4", "rank_16", "--seeds", "1")
@@ -165,13 +234,18 @@ def test_finished_runs_are_found_in_the_results_file(place, tmp_path, monkeypatc
     del others["fingerprint"], others["arms"]["rank_4"]["runs"]  # as files were written before
     (tmp_path / "rank.json").write_text(json.dumps(others))
     command(place, tmp_path, "rank", "--arms", "rank_4", "--seeds", "0", "--ids", "balls")
-    assert "1 of 1 runs are of other weights, data or steps, or do not say of which" in capsys.readouterr().out
+    assert (
+        "1 of 1 runs are of other weights, data or steps, or do not say of which"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_fingerprint_is_of_what_arms_start_from(place, tmp_path):
     shutil.copytree(place / "weights", tmp_path / "copy")
     (tmp_path / "copy/lora").mkdir()
-    (tmp_path / "copy/lora/pytorch_lora_weights.safetensors").write_bytes(b"arms do not start from it")
+    (tmp_path / "copy/lora/pytorch_lora_weights.safetensors").write_bytes(
+        b"arms do not start from it"
+    )
     same = ex.weights_fingerprint(place / "weights")
     assert ex.weights_fingerprint(tmp_path / "copy") == same
     (file,) = (tmp_path / "copy/unet").glob("*.safetensors")
@@ -190,8 +264,10 @@ def test_differences_are_paired_by_seed_and_object():
     reference, better = arm([10.0, 20, 30], [11, 21, 31]), arm([11.0, 21, 31], [13, 23, 33])
     found = ex.compare(better, reference, "psnr")
     assert found["seeds"] == [1, 2] and found["mean"] == pytest.approx(1.5)
-    assert found["low"] == pytest.approx(1.5) and found["high"] == pytest.approx(1.5)  # every object gained the same
-    assert ex.compare(arm([11.0, 21, 31]), reference, "psnr")["seeds"] == [1]  # only the seed that both have
+    # every object gained the same
+    assert found["low"] == pytest.approx(1.5) and found["high"] == pytest.approx(1.5)
+    # only the seed that both have
+    assert ex.compare(arm([11.0, 21, 31]), reference, "psnr")["seeds"] == [1]
 
 
 def test_an_object_without_a_number_is_left_out():

@@ -28,19 +28,31 @@ from gsv3d_lib.export.mesh import fuse_mesh, save_mesh
 from gsv3d_lib.gaussians import Gaussians, turn_axes
 from gsv3d_lib.rendering import render
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+)
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
 
 
 def scene(count: int = 600, seed: int = 0) -> Gaussians:
-    """Long, flat, overlapping, half-transparent Gaussians of every colour, without any symmetry."""
+    """Long, flat, overlapping, half-transparent Gaussians of every colour, without any
+    symmetry.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape):
         return torch.rand(*shape, generator=generator)
 
-    means = (uniform(count, 3) - 0.5) * torch.tensor([1.2, 0.8, 1.0]) + torch.tensor([0.1, -0.1, 0.05])
-    return Gaussians(means, uniform(count, 4) - 0.5, 0.01 + 0.06 * uniform(count, 3), uniform(count), uniform(count, 3))
+    means = (uniform(count, 3) - 0.5) * torch.tensor([1.2, 0.8, 1.0]) + torch.tensor(
+        [0.1, -0.1, 0.05]
+    )
+    return Gaussians(
+        means,
+        uniform(count, 4) - 0.5,
+        0.01 + 0.06 * uniform(count, 3),
+        uniform(count),
+        uniform(count, 3),
+    )
 
 
 # ---------------------------------------------------------------- turntables
@@ -67,7 +79,11 @@ def test_turntable_files_hold_the_frames(tmp_path):
     assert np.abs(np.stack(video) - truth).mean() < 6
 
     animation = Image.open(gif)
-    assert animation.n_frames == 6 and animation.info["loop"] == 0 and animation.info["duration"] in (80, 83)
+    assert (
+        animation.n_frames == 6
+        and animation.info["loop"] == 0
+        and animation.info["duration"] in (80, 83)
+    )
     animation.seek(4)
     frame = np.asarray(animation.convert("RGB"))
     assert np.abs(frame - truth[4]).mean() < 6
@@ -117,8 +133,12 @@ def unpack(data: bytes):
 
 
 def load_splat(path) -> Gaussians:
-    means, scales, rgba, quats = (torch.tensor(part, dtype=torch.float32) for part in unpack(path.read_bytes()))
-    return turn_axes(Gaussians(means, quats, scales, rgba[:, 3], rgba[:, :3]), "y-down", to_file=False)
+    means, scales, rgba, quats = (
+        torch.tensor(part, dtype=torch.float32) for part in unpack(path.read_bytes())
+    )
+    return turn_axes(
+        Gaussians(means, quats, scales, rgba[:, 3], rgba[:, :3]), "y-down", to_file=False
+    )
 
 
 def test_packed_splats_hold_the_gaussians():
@@ -141,7 +161,12 @@ def test_splat_file_is_turned_to_y_down_and_sorted(tmp_path):
     order = (gaussians.opacities * gaussians.scales.prod(-1)).argsort(descending=True)
     turn = torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # our z becomes -y
     assert np.allclose(means, gaussians.means[order] @ turn.T)
-    stored = Gaussians(*(torch.tensor(a.astype(np.float32)) for a in (means, quats, scales, rgba[:, 3], rgba[:, :3])))
+    stored = Gaussians(
+        *(
+            torch.tensor(a.astype(np.float32))
+            for a in (means, quats, scales, rgba[:, 3], rgba[:, :3])
+        )
+    )
     expected = turn @ gaussians.covariances()[order] @ turn.T
     assert (stored.covariances() - expected).abs().max() < 2e-4
 
@@ -167,16 +192,27 @@ def test_files_of_splats_render_as_they_were(tmp_path, kind):
 
 
 def test_a_glb_is_read_back_and_looks_the_same(tmp_path):
-    """Through `load_mesh`, as a mesh of one's own: turned from y up to z up, its linear colours made sRGB again."""
-    means = torch.nn.functional.normalize(torch.randn(3000, 3, generator=torch.Generator().manual_seed(1)), dim=-1)
+    """Through `load_mesh`, as a mesh of one's own: turned from y up to z up, its linear
+    colours made sRGB again.
+    """
+    means = torch.nn.functional.normalize(
+        torch.randn(3000, 3, generator=torch.Generator().manual_seed(1)), dim=-1
+    )
     colors = (means.sign() + 1) / 2 * 0.8 + 0.1  # another colour in every octant
     quats, scales = torch.tensor([1.0, 0, 0, 0]).expand(3000, 4), torch.full((3000, 3), 0.03)
     means = means * torch.tensor([0.7, 0.45, 0.3])
-    fused = fuse_mesh(Gaussians(means, quats, scales, torch.full((3000,), 0.95), colors), 48, num_views=16, size=64)
+    fused = fuse_mesh(
+        Gaussians(means, quats, scales, torch.full((3000,), 0.95), colors),
+        48,
+        num_views=16,
+        size=64,
+    )
     save_mesh(fused, tmp_path / "object.glb")
     cameras = orbit_cameras([0.0, 100.0, 215.0], [0.0, 30.0, -20.0], 48)
     back, expected = load_mesh(tmp_path / "object.glb"), normalized(fused)
-    (rgba, depth), (true_rgba, true_depth) = (render_mesh(mesh, cameras, supersample=1) for mesh in (back, expected))
+    (rgba, depth), (true_rgba, true_depth) = (
+        render_mesh(mesh, cameras, supersample=1) for mesh in (back, expected)
+    )
     assert (depth > 0).sum() > 500 and np.abs(depth - true_depth).max() < 1e-4
     assert np.abs(rgba - true_rgba).max() < 1e-4
     assert np.ptp(rgba[rgba[..., 3] == 1], axis=0)[:3].min() > 0.5  # not white
@@ -269,16 +305,21 @@ def a_full_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault", [no_ffmpeg, another_ffmpeg, a_program_that_is_no_ffmpeg, a_folder_in_its_place, a_full_disk]
+    "fault",
+    [no_ffmpeg, another_ffmpeg, a_program_that_is_no_ffmpeg, a_folder_in_its_place, a_full_disk],
 )
 def test_what_one_export_lacks_does_not_cost_the_others(fault, small, tmp_path, monkeypatch):
     missing, sentence = fault(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=f"^not written: .*{missing}: .*({sentence})") as raised:
         save_object(shell(), tmp_path / "out")
     written = [name for name in ALL if name != missing]
-    assert [name for name in names(tmp_path / "out") if (tmp_path / "out" / name).is_file()] == written
+    assert [
+        name for name in names(tmp_path / "out") if (tmp_path / "out" / name).is_file()
+    ] == written
     assert str(raised.value).count("\n") == 0
-    assert all(str(tmp_path / "out" / name) in str(raised.value).split("Written: ")[1] for name in written)
+    assert all(
+        str(tmp_path / "out" / name) in str(raised.value).split("Written: ")[1] for name in written
+    )
 
 
 def test_what_fails_for_the_same_reason_is_said_once(small, tmp_path):
@@ -286,7 +327,9 @@ def test_what_fails_for_the_same_reason_is_said_once(small, tmp_path):
     with pytest.raises(ValueError) as raised:
         save_object(shell(), tmp_path / "out")
     assert str(raised.value).count("is a file where a folder belongs") == 1
-    assert all(name in str(raised.value) for name in ALL) and str(raised.value).endswith("Written: nothing.")
+    assert all(name in str(raised.value) for name in ALL) and str(raised.value).endswith(
+        "Written: nothing."
+    )
 
 
 def test_an_object_that_cannot_be_meshed_still_leaves_splats_and_pictures(small, tmp_path):
@@ -304,10 +347,14 @@ def test_a_bug_keeps_its_traceback(small, tmp_path, monkeypatch):
 
 
 def test_odd_places(tmp_path, monkeypatch):
-    """Relative, with a colon, which ffmpeg takes for a protocol, a dash, a percent sign, and as long as may be."""
+    """Relative, with a colon, which ffmpeg takes for a protocol, a dash, a percent
+    sign, and as long as may be.
+    """
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "-a:b %d 'ü' {x}"
-    save_turntable(shell(9), f"{folder.name}/a:b.mp4", f"{folder.name}/-{'g' * 250}.gif", size=16, num_frames=2)
+    save_turntable(
+        shell(9), f"{folder.name}/a:b.mp4", f"{folder.name}/-{'g' * 250}.gif", size=16, num_frames=2
+    )
     assert names(folder) == [f"-{'g' * 250}.gif", "a:b.mp4"]
 
 
@@ -317,9 +364,13 @@ def test_broken_gaussians_are_not_written(tmp_path):
     faint = scene(10)
     faint.opacities[3] = torch.nan  # neither below 1 / 255 nor above
     for save in (save_splat, save_viewer_page, Gaussians.save_ply, save_object):
-        with pytest.raises(ValueError, match="scales of the Gaussians to save hold NaN or infinite"):
+        with pytest.raises(
+            ValueError, match="scales of the Gaussians to save hold NaN or infinite"
+        ):
             save(gaussians, tmp_path / "file")
-        with pytest.raises(ValueError, match="opacities of the Gaussians to save hold NaN or infinite"):
+        with pytest.raises(
+            ValueError, match="opacities of the Gaussians to save hold NaN or infinite"
+        ):
             save(faint, tmp_path / "file")
     assert not list(tmp_path.iterdir())
 
@@ -331,7 +382,9 @@ def test_page_is_complete_and_loads_nothing(tmp_path):
     gaussians = scene()
     save_viewer_page(gaussians, tmp_path / "page.html", title="A <b>bold</b> bus", azimuth=30)
     page = (tmp_path / "page.html").read_text()
-    assert "<title>A &lt;b&gt;bold&lt;/b&gt; bus</title>" in page and "__" not in re.sub(r"[\w+/=]{100,}", "", page)
+    assert "<title>A &lt;b&gt;bold&lt;/b&gt; bus</title>" in page and "__" not in re.sub(
+        r"[\w+/=]{100,}", "", page
+    )
     assert not re.search(r"https?://|src=|href=|import |fetch\(", page)
     stored = base64.b64decode(re.search(r'type="text/plain">([^<]*)<', page)[1])
     assert stored == pack_splats(gaussians.prune())
@@ -347,8 +400,12 @@ def test_titles_are_text_whatever_they_hold(tmp_path):
 @pytest.fixture(scope="module")
 def chromium():
     if CHROMIUM is None:
-        pytest.skip("no chromium here: apt-get install chromium to test the viewer page in a real browser")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright to test the viewer page")
+        pytest.skip(
+            "no chromium here: apt-get install chromium to test the viewer page in a real browser"
+        )
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="pip install playwright to test the viewer page"
+    )
     with playwright.sync_playwright() as context:
         with context.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as instance:
             yield instance
@@ -356,12 +413,17 @@ def chromium():
 
 @pytest.fixture
 def viewer(chromium, tmp_path):
-    """The viewer at 96 x 96 pixels, opened from file://, with every error and request recorded."""
+    """The viewer at 96 x 96 pixels, opened from file://, with every error and request
+    recorded.
+    """
     save_viewer_page(scene(), tmp_path / "page.html", azimuth=300, elevation=20)
     page = chromium.new_page(viewport={"width": 96, "height": 96})
     page.problems, page.requests = [], []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console",
+        lambda message: page.problems.append(message.text) if message.type == "error" else None,
+    )
     page.on("request", lambda request: page.requests.append(request.url))
     page.goto((tmp_path / "page.html").as_uri())
     page.evaluate("document.getElementById('note').remove()")
@@ -395,7 +457,8 @@ def test_dragging_turns_and_the_wheel_zooms(viewer):
     viewer.mouse.down()
     viewer.mouse.move(48 - 25, 48 + 10)
     viewer.mouse.up()
-    assert np.abs(settled(viewer) - expected(300 + 10, 20 + 4)).mean() < 0.004  # 0.4 degrees a pixel
+    # 0.4 degrees a pixel
+    assert np.abs(settled(viewer) - expected(300 + 10, 20 + 4)).mean() < 0.004
     viewer.mouse.wheel(0, -300)
     closer = settled(viewer)
     assert (closer < 0.99).any(-1).mean() > (first < 0.99).any(-1).mean() * 1.2

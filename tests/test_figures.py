@@ -30,7 +30,9 @@ def flat(*color, size=8) -> torch.Tensor:
 
 def test_grid_shows_every_image_in_reading_order():
     red, green, blue, grey = flat(1.0, 0, 0), flat(0, 1.0, 0), flat(0, 0, 1.0), flat(0.5)
-    drawn = pixels(figures.image_grid([red, green, blue, grey], ["a", "b", "c", "d"], columns=2)).astype(int)
+    drawn = pixels(
+        figures.image_grid([red, green, blue, grey], ["a", "b", "c", "d"], columns=2)
+    ).astype(int)
     height, width = drawn.shape[:2]
     corners = [drawn[int(y * height), int(x * width)] for y in (0.3, 0.7) for x in (0.3, 0.7)]
     expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128)]
@@ -38,7 +40,9 @@ def test_grid_shows_every_image_in_reading_order():
 
 
 def test_grid_labels_and_short_last_row():
-    figure = figures.image_grid(torch.rand(5, 6, 9, 3), columns=3, titles=["x", "y", "z"], row_titles=["one", "two"])
+    figure = figures.image_grid(
+        torch.rand(5, 6, 9, 3), columns=3, titles=["x", "y", "z"], row_titles=["one", "two"]
+    )
     assert [axis.get_title() for axis in figure.axes] == ["x", "y", "z", "", "", ""]
     assert [axis.get_ylabel() for axis in figure.axes] == ["one", "", "", "two", "", ""]
     assert [len(axis.images) for axis in figure.axes] == [1, 1, 1, 1, 1, 0]
@@ -61,9 +65,18 @@ def test_images_are_checked():
 
 
 def test_views_are_spread_and_labelled():
-    rgb, depth, alpha = torch.rand(16, 8, 8, 3), torch.full((16, 8, 8, 1), 3.0), torch.ones(16, 8, 8, 1)
+    rgb, depth, alpha = (
+        torch.rand(16, 8, 8, 3),
+        torch.full((16, 8, 8, 1), 3.0),
+        torch.ones(16, 8, 8, 1),
+    )
     figure = figures.show_views(rgb, depth, alpha, max_views=4)
-    assert [axis.get_title() for axis in figure.axes[:4]] == ["view 0", "view 5", "view 10", "view 15"]
+    assert [axis.get_title() for axis in figure.axes[:4]] == [
+        "view 0",
+        "view 5",
+        "view 10",
+        "view 15",
+    ]
     assert len(figure.axes) == 12
     shown = np.asarray(figure.axes[1].images[0].get_array())
     assert np.allclose(shown, rgb[5].numpy())
@@ -76,7 +89,8 @@ def test_depth_is_bright_when_near_and_white_where_nothing_is():
     assert colors.shape == (1, 4, 3) and (colors[0, 0] == 1).all()
     assert luminance[0, 1] > luminance[0, 2] > luminance[0, 3]
     shared = figures.color_depth(depth[:, 2:3], near=2.5, far=4.5)
-    assert torch.equal(shared[0, 0], colors[0, 2])  # the same depth, the same colour, on a shared scale
+    # the same depth, the same colour, on a shared scale
+    assert torch.equal(shared[0, 0], colors[0, 2])
     assert (figures.color_depth(torch.zeros(2, 2, 1)) == 1).all()
     with pytest.raises(ValueError, match=r"\[..., H, W, 1\], got \(4, 4\)"):
         figures.color_depth(torch.zeros(4, 4))
@@ -86,11 +100,17 @@ def test_depth_is_bright_when_near_and_white_where_nothing_is():
 
 
 def rows(count=100, scale=1.0):
-    return [{"step": 10 * i, "time": 5.0 * i, "loss": scale * 0.9**i, "note": "text"} for i in range(count)]
+    return [
+        {"step": 10 * i, "time": 5.0 * i, "loss": scale * 0.9**i, "note": "text"}
+        for i in range(count)
+    ]
 
 
 def test_curves_from_a_file_hold_its_numbers(tmp_path):
-    table = rows() + [{"step": 1000, "psnr": 20.0}, {"step": 1010, "psnr": float("nan"), "loss": None}]
+    table = rows() + [
+        {"step": 1000, "psnr": 20.0},
+        {"step": 1010, "psnr": float("nan"), "loss": None},
+    ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in table) + "\n")
     figure = figures.plot_metrics(path)
@@ -124,12 +144,19 @@ def test_curves_without_data(tmp_path):
 
 def scene(count: int) -> Gaussians:
     generator = torch.Generator().manual_seed(0)
-    means, colors = torch.rand(count, 3, generator=generator) - 0.5, torch.rand(count, 3, generator=generator)
-    return Gaussians(means, torch.ones(count, 4), torch.full((count, 3), 0.01), torch.full((count,), 0.5), colors)
+    means, colors = (
+        torch.rand(count, 3, generator=generator) - 0.5,
+        torch.rand(count, 3, generator=generator),
+    )
+    return Gaussians(
+        means, torch.ones(count, 4), torch.full((count, 3), 0.01), torch.full((count,), 0.5), colors
+    )
 
 
 def test_plotly_figure_is_small_and_holds_gaussians():
-    figure = figures.plotly_gaussians(scene(20_000), orbit_cameras(torch.arange(0, 360, 22.5), 15.0, 64))
+    figure = figures.plotly_gaussians(
+        scene(20_000), orbit_cameras(torch.arange(0, 360, 22.5), 15.0, 64)
+    )
     assert len(plotly.io.to_json(figure)) < 300_000
     dots = figure.data[0]
     assert len(dots.x) == 3000 and len(set(zip(dots.x, dots.y, dots.z, strict=True))) == 3000
@@ -147,7 +174,8 @@ def test_thinning_repeats_prefers_the_visible_and_skips_the_invisible():
     assert (picks[0].x == picks[1].x).all()
     shown = {tuple(p) for p in np.stack([picks[0].x, picks[0].y, picks[0].z], -1).tolist()}
     groups = [
-        sum(tuple(p) in shown for p in gaussians.means[part].tolist()) for part in (slice(1000), slice(1000, 2000))
+        sum(tuple(p) in shown for p in gaussians.means[part].tolist())
+        for part in (slice(1000), slice(1000, 2000))
     ]
     assert groups[0] == 0 and groups[1] < 50
 
@@ -158,7 +186,10 @@ def test_pyramids_stand_where_the_cameras_are_and_span_the_image():
     points = torch.tensor(np.stack([lines.x, lines.y, lines.z], -1)).reshape(2, 12, 3).float()
     assert torch.isnan(points[:, -1]).all()  # the pen is lifted between cameras
     assert torch.allclose(points[:, 0], cameras.positions(), atol=1e-6)
-    local = torch.einsum("vij,vpj->vpi", cameras.viewmats[:, :3, :3], points[:, :-1]) + cameras.viewmats[:, None, :3, 3]
+    local = (
+        torch.einsum("vij,vpj->vpi", cameras.viewmats[:, :3, :3], points[:, :-1])
+        + cameras.viewmats[:, None, :3, 3]
+    )
     uv = torch.einsum("vij,vpj->vpi", cameras.Ks, local)[:, [1, 2, 4, 5]]
     uv = (uv[..., :2] / uv[..., 2:]).round()
     assert uv.tolist() == [[[0, 0], [64, 0], [64, 64], [0, 64]]] * 2
@@ -169,6 +200,8 @@ def test_plotly_without_gaussians():
 
 
 def test_a_stack_shows_what_it_was_given():
-    (axis,) = figures.plot_stack({"a": 1.0, "b": 2.5}, {"card": 3.0}, "{total:.1f} GB", limit=2).axes
+    (axis,) = figures.plot_stack(
+        {"a": 1.0, "b": 2.5}, {"card": 3.0}, "{total:.1f} GB", limit=2
+    ).axes
     assert axis.get_xlabel() == "3.5 GB" and axis.get_xlim()[1] > 3.5
     assert [patch.get_x() for patch in axis.patches] == [0.0, 1.0]

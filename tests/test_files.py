@@ -1,4 +1,6 @@
-"""Files are whole, on the disk, and open to whom the umask says; one that may not be read is not called damaged."""
+"""Files are whole, on the disk, and open to whom the umask says; one that may not be
+read is not called damaged.
+"""
 
 import contextlib
 import errno
@@ -66,14 +68,22 @@ def test_a_copied_file_of_tensors_follows_the_umask(tmp_path, umask):
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     done, sync, rename = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (done.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle)),
+    )
     monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), rename(*names)))
     with atomic_path(tmp_path / "file") as path:
         path.write_text("x")
     assert done == [str(path), "rename", str(tmp_path)]
     done.clear()
     place_whole(tmp_path / "folder", write_tensors)
-    assert done == [str(tmp_path / ".folder.tmp/a.safetensors"), str(tmp_path / ".folder.tmp"), str(tmp_path)]
+    assert done == [
+        str(tmp_path / ".folder.tmp/a.safetensors"),
+        str(tmp_path / ".folder.tmp"),
+        str(tmp_path),
+    ]
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_one_before(tmp_path):
@@ -116,11 +126,16 @@ for how in (one_file, lambda path: place_whole(path, write)):
 
 
 def test_a_write_that_the_machine_refuses_is_the_machine_s_sentence(tmp_path):
-    """safetensors tells of it in an exception of its own; a limit on file sizes stands for a full disk."""
+    """safetensors tells of it in an exception of its own; a limit on file sizes stands
+    for a full disk.
+    """
     paths = [str(Path(__file__).parents[1])]
     command = [sys.executable, "-c", FULL.format(paths=paths), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == 2 * f"{tmp_path / 'name'} is larger than this file system or your limits allow.\n"
+    assert (
+        done.stdout
+        == 2 * f"{tmp_path / 'name'} is larger than this file system or your limits allow.\n"
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -144,7 +159,9 @@ def test_what_dead_processes_left_is_removed(tmp_path):
     for name in names:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
-    assert {name for name, stays in names.items() if stays} == {path.name for path in tmp_path.iterdir()}
+    assert {name for name, stays in names.items() if stays} == {
+        path.name for path in tmp_path.iterdir()
+    }
     remove_leftovers(tmp_path, alone=True)
     assert {".weights.tmp", "a.1.tmp"} == {path.name for path in tmp_path.iterdir()}
 
@@ -154,7 +171,9 @@ def test_what_dead_processes_left_is_removed(tmp_path):
 
 @pytest.fixture
 def place():
-    """A folder that others may enter: pytest's own are closed, and the root user has to become somebody else."""
+    """A folder that others may enter: pytest's own are closed, and the root user has to
+    become somebody else.
+    """
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
@@ -193,7 +212,10 @@ READERS = {
         lambda folder: load_lora(build_unet(CONFIG), folder),
     ),
     "estimator": (
-        lambda folder: ((folder / "elevation").mkdir(), save_file(TENSORS, folder / "elevation/elevation.safetensors")),
+        lambda folder: (
+            (folder / "elevation").mkdir(),
+            save_file(TENSORS, folder / "elevation/elevation.safetensors"),
+        ),
         load_elevation,
     ),
     "LPIPS": (
@@ -206,10 +228,15 @@ READERS = {
     ),
     "cache": (
         lambda folder: save_file(TENSORS, folder / "latents.safetensors"),
-        lambda folder: load_orbits(ball_views(), build_vae(CONFIG), 1, folder / "latents.safetensors"),
+        lambda folder: load_orbits(
+            ball_views(), build_vae(CONFIG), 1, folder / "latents.safetensors"
+        ),
     ),
     "dataset": (
-        lambda folder: (write_object(folder, object_views("a")), write_index(folder, [{"id": "a"}])),
+        lambda folder: (
+            write_object(folder, object_views("a")),
+            write_index(folder, [{"id": "a"}]),
+        ),
         lambda folder: load_views([folder], CONFIG.image_size, progress=False),
     ),
 }
@@ -221,7 +248,9 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(place, what):
     write(place)
     with closed(place), pytest.raises(PermissionError) as error:
         read(place)
-    assert "may not be read" in machine_fault(error.value) and str(place) in machine_fault(error.value)
+    assert "may not be read" in machine_fault(error.value) and str(place) in machine_fault(
+        error.value
+    )
 
 
 def test_a_shard_that_may_not_be_read_is_not_called_damaged(place):
@@ -233,7 +262,9 @@ def test_a_shard_that_may_not_be_read_is_not_called_damaged(place):
     with closed(place / "shards"):
         for read in (
             lambda: views.rgb[0, 0],
-            lambda: write_shards([place / "data"], vae, place / "shards", CONFIG.image_size, progress=False),
+            lambda: write_shards(
+                [place / "data"], vae, place / "shards", CONFIG.image_size, progress=False
+            ),
         ):
             with pytest.raises(PermissionError) as error:
                 read()

@@ -45,11 +45,17 @@ def write_table(path, columns: dict, dtype: str = "float", header: str = "") -> 
 def test_rotation_matrices_are_rotations_whatever_the_length_of_the_quaternion():
     quats = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     matrices = rotation_matrices(quats)
-    assert torch.allclose(matrices @ matrices.mT, torch.eye(3, dtype=torch.float64).expand(50, 3, 3), atol=1e-12)
+    assert torch.allclose(
+        matrices @ matrices.mT, torch.eye(3, dtype=torch.float64).expand(50, 3, 3), atol=1e-12
+    )
     assert torch.allclose(torch.linalg.det(matrices), torch.ones(50, dtype=torch.float64))
     assert torch.allclose(rotation_matrices(-3 * quats), matrices)
-    quarter_turn_about_z = rotation_matrices(torch.tensor([math.cos(math.pi / 4), 0, 0, math.sin(math.pi / 4)]))
-    assert torch.allclose(quarter_turn_about_z @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]), atol=1e-6)
+    quarter_turn_about_z = rotation_matrices(
+        torch.tensor([math.cos(math.pi / 4), 0, 0, math.sin(math.pi / 4)])
+    )
+    assert torch.allclose(
+        quarter_turn_about_z @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]), atol=1e-6
+    )
 
 
 def test_quaternion_product_is_the_product_of_rotations():
@@ -63,7 +69,11 @@ def test_covariances_have_the_scales_as_axes():
     eigenvalues = torch.linalg.eigvalsh(scene.covariances())
     assert torch.allclose(eigenvalues, scene.scales.sort(-1).values ** 2)
     turned = Gaussians(
-        torch.zeros(1, 3), torch.tensor([[1.0, 0, 0, 1]]), torch.tensor([[3.0, 2, 1]]), torch.ones(1), torch.ones(1, 3)
+        torch.zeros(1, 3),
+        torch.tensor([[1.0, 0, 0, 1]]),
+        torch.tensor([[3.0, 2, 1]]),
+        torch.ones(1),
+        torch.ones(1, 3),
     )
     assert torch.allclose(turned.covariances()[0], torch.diag(torch.tensor([4.0, 9, 1])), atol=1e-6)
 
@@ -71,9 +81,15 @@ def test_covariances_have_the_scales_as_axes():
 def test_select_prune_and_concatenate():
     scene = random_scene(10)
     scene.opacities[:4] = torch.tensor([0.0, 0.001, 0.5, 1.0])
-    assert len(scene) == 10 and len(scene.select([1, 2])) == 2 and len(scene.select(slice(0, 3))) == 3
-    assert torch.equal(scene.select(scene.opacities > 0.4).means, scene.means[scene.opacities > 0.4])
-    assert (scene.prune().opacities >= 1 / 255).all() and len(scene.prune(0.9)) == (scene.opacities >= 0.9).sum()
+    assert (
+        len(scene) == 10 and len(scene.select([1, 2])) == 2 and len(scene.select(slice(0, 3))) == 3
+    )
+    assert torch.equal(
+        scene.select(scene.opacities > 0.4).means, scene.means[scene.opacities > 0.4]
+    )
+    assert (scene.prune().opacities >= 1 / 255).all() and len(scene.prune(0.9)) == (
+        scene.opacities >= 0.9
+    ).sum()
     both = Gaussians.concatenate([scene, scene.select([0])])
     assert len(both) == 11 and torch.equal(both.quats[10], scene.quats[0])
     with pytest.raises(ValueError, match="at least one scene"):
@@ -83,7 +99,10 @@ def test_select_prune_and_concatenate():
 def test_to_and_detach():
     scene = random_scene(5)
     scene.means.requires_grad_()
-    assert scene.to(torch.float64).means.dtype == torch.float64 and scene.to(torch.float64).means.requires_grad
+    assert (
+        scene.to(torch.float64).means.dtype == torch.float64
+        and scene.to(torch.float64).means.requires_grad
+    )
     assert not scene.detach().means.requires_grad
 
 
@@ -166,20 +185,31 @@ def test_stored_numbers_are_read_bit_for_bit(tmp_path):
     columns = {name: generator.normal(size=50).astype(np.float32) for name in PLY_COLUMNS}
     write_table(tmp_path / "a.ply", columns)
     table, _ = read_ply_table(tmp_path / "a.ply")
-    assert all(np.array_equal(table[name].view(np.uint32), columns[name].view(np.uint32)) for name in PLY_COLUMNS)
+    assert all(
+        np.array_equal(table[name].view(np.uint32), columns[name].view(np.uint32))
+        for name in PLY_COLUMNS
+    )
 
 
 def test_other_programs_files_load(tmp_path):
-    """Other order, doubles, no normals, higher spherical harmonics, comments, further elements."""
+    """Other order, doubles, no normals, higher spherical harmonics, comments, further
+    elements.
+    """
     generator = np.random.default_rng(0)
-    names = [name for name in reversed(PLY_COLUMNS) if name[0] != "n"] + [f"f_rest_{i}" for i in range(45)]
+    names = [name for name in reversed(PLY_COLUMNS) if name[0] != "n"] + [
+        f"f_rest_{i}" for i in range(45)
+    ]
     columns = {name: generator.normal(size=5) for name in names}
-    write_table(tmp_path / "a.ply", columns, "double", header="comment made elsewhere\nobj_info none\n")
+    write_table(
+        tmp_path / "a.ply", columns, "double", header="comment made elsewhere\nobj_info none\n"
+    )
     data = (tmp_path / "a.ply").read_bytes()
     more = b"element camera 1\nproperty list uchar int ids\nend_header\n"
     (tmp_path / "a.ply").write_bytes(data.replace(b"end_header\n", more) + b"\x00")
     scene = Gaussians.load_ply(tmp_path / "a.ply")
-    assert np.allclose(scene.means[:, 1], columns["y"]) and np.allclose(scene.quats[:, 3], columns["rot_3"])
+    assert np.allclose(scene.means[:, 1], columns["y"]) and np.allclose(
+        scene.quats[:, 3], columns["rot_3"]
+    )
     assert np.allclose(scene.scales[:, 0], np.exp(columns["scale_0"]))
     assert np.allclose(scene.opacities, 1 / (1 + np.exp(-columns["opacity"])))
 
@@ -189,8 +219,12 @@ def splat_columns(count: int = 5) -> dict:
     return {name: generator.normal(size=count) for name in PLY_COLUMNS if name[0] != "n"}
 
 
-def ply(columns: dict, order: str = "<", ends: str = "\n", before: str = "", data: bytes = b"") -> bytes:
-    """A PLY of float32 numbers in a byte order, with line ends, and with another element before the vertices."""
+def ply(
+    columns: dict, order: str = "<", ends: str = "\n", before: str = "", data: bytes = b""
+) -> bytes:
+    """A PLY of float32 numbers in a byte order, with line ends, and with another
+    element before the vertices.
+    """
     table = np.stack(list(columns.values()), -1).astype(f"{order}f4")
     name = {"<": "binary_little_endian", ">": "binary_big_endian"}[order]
     lines = f"ply\nformat {name} 1.0\ncomment end_header\n{before}element vertex {len(table)}\n"
@@ -202,7 +236,8 @@ def ply(columns: dict, order: str = "<", ends: str = "\n", before: str = "", dat
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
 def test_byte_orders_line_ends_and_elements_before_the_vertices(tmp_path, order, ends):
     columns = splat_columns()
-    columns["x"][0] = np.frombuffer(b"\n\n\n\n", f"{order}f4")[0]  # bytes that look like a line's end
+    # bytes that look like a line's end
+    columns["x"][0] = np.frombuffer(b"\n\n\n\n", f"{order}f4")[0]
     faces = "element camera 2\nproperty double a\nproperty uchar b\n"
     faces += "element face 3\nproperty uchar flags\nproperty list uchar int corners\nproperty list int short more\n"
     data, integer, short = b"\0" * 18, f"{order}i4", f"{order}i2"
@@ -232,7 +267,9 @@ def test_a_compressed_file_is_named_with_what_unpacks_it(tmp_path):
         f"property uint packed_{name}\n" for name in ("position", "rotation", "scale", "color")
     )
     (tmp_path / "a.compressed.ply").write_bytes(f"{header}end_header\n".encode() + b"\0" * 40)
-    with pytest.raises(ValueError, match="is a compressed PLY: unpack it, .*`splat-transform a.compressed.ply"):
+    with pytest.raises(
+        ValueError, match="is a compressed PLY: unpack it, .*`splat-transform a.compressed.ply"
+    ):
         Gaussians.load_ply(tmp_path / "a.compressed.ply")
 
 
@@ -299,12 +336,16 @@ def test_a_file_that_seems_to_store_activated_values_is_told(tmp_path, recwarn):
 
 
 def test_comments_that_only_begin_like_ours(tmp_path):
-    data = ply(splat_columns()).replace(b"comment end_header", b"comment axes are in metres\ncomment axes metres")
+    data = ply(splat_columns()).replace(
+        b"comment end_header", b"comment axes are in metres\ncomment axes metres"
+    )
     (tmp_path / "a.ply").write_bytes(data)
     assert read_ply_table(tmp_path / "a.ply")[1] == "z-up"
 
 
-@pytest.mark.parametrize(("axes", "up"), [("z-up", (0, 0, 1)), ("y-up", (0, 1, 0)), ("y-down", (0, -1, 0))])
+@pytest.mark.parametrize(
+    ("axes", "up"), [("z-up", (0, 0, 1)), ("y-up", (0, 1, 0)), ("y-down", (0, -1, 0))]
+)
 def test_axes_of_the_file(tmp_path, axes, up):
     scene = random_scene(20)
     scene.means[0], scene.scales[0] = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.1, 0.1, 0.5])
@@ -331,7 +372,9 @@ def test_numbers_that_are_not_finite_are_neither_written_nor_read(tmp_path, name
     good = path.read_bytes()
     assert b"comment axes y-down" in good  # a plain call opens upright in viewers
     getattr(scene, name)[2] = float("nan")
-    with pytest.raises(ValueError, match=f"The {name} of the Gaussians to save hold NaN or infinite"):
+    with pytest.raises(
+        ValueError, match=f"The {name} of the Gaussians to save hold NaN or infinite"
+    ):
         scene.save_ply(path)
     assert path.read_bytes() == good
     column = {"means": 0, "colors": 6, "opacities": 9, "scales": 10, "quats": 13}[name]
@@ -355,19 +398,27 @@ def test_broken_files_say_what_is_wrong(tmp_path):
         "not a PLY file: it does not begin": b"",
         "does not begin with the line": b"plyx" + good[3:],
         "cut off inside": b"ply\n" + b"comment\n" * 10,
-        "not a binary PLY, its format is ascii 1.0": good.replace(b"binary_little_endian", b"ascii"),
+        "not a binary PLY, its format is ascii 1.0": good.replace(
+            b"binary_little_endian", b"ascii"
+        ),
         "its format is missing": good.replace(b"format", b"comment"),
         "no property opacity": good.replace(b"float opacity", b"float opacitx"),
-        "that of a table of numbers .vertex holds lists": good.replace(b"float x", b"list uchar float x"),
+        "that of a table of numbers .vertex holds lists": good.replace(
+            b"float x", b"list uchar float x"
+        ),
         "no element vertex": good.replace(b"element vertex", b"element face"),
         "'five' is no number": good.replace(b"vertex 5", b"vertex five"),
         "'-1' is no number": good.replace(b"vertex 5", b"vertex -1"),
-        "its 1000000000000 splats take 68000000000000 bytes": good.replace(b"vertex 5", b"vertex 1000000000000"),
+        "its 1000000000000 splats take 68000000000000 bytes": good.replace(
+            b"vertex 5", b"vertex 1000000000000"
+        ),
         "that of a table": good.replace(b"vertex 5", b"vertex " + b"9" * 5000),
         "two properties x": good.replace(b"float y", b"float x"),
         "'half'": good.replace(b"float y", b"half y"),
         "table of numbers": good.replace(b"element vertex 5\n", b""),
-        "cut off: its 5 splats": good.replace(b"element v", b"element f 99999999999\nproperty int x\nelement v"),
+        "cut off: its 5 splats": good.replace(
+            b"element v", b"element f 99999999999\nproperty int x\nelement v"
+        ),
         "cut off: its 5 splat": good.replace(
             b"element v", b"element f 99999999999\nproperty list char char x\nelement v"
         ),

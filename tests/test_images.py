@@ -1,4 +1,6 @@
-"""Any picture in, one square white-backed condition out; what cannot be used is refused in one sentence."""
+"""Any picture in, one square white-backed condition out; what cannot be used is refused
+in one sentence.
+"""
 
 import io
 import struct
@@ -23,7 +25,9 @@ def disc(size: int = 64, colour=(200, 40, 30), radius: float = 0.3, at=(0.5, 0.5
     """An opaque disc on nothing; radius and position in units of the frame."""
     y, x = np.mgrid[:size, :size] + 0.5
     inside = (x - at[0] * size) ** 2 + (y - at[1] * size) ** 2 <= (radius * size) ** 2
-    return Image.fromarray(np.dstack([np.full((size, size, 3), colour), inside * 255]).astype(np.uint8), "RGBA")
+    return Image.fromarray(
+        np.dstack([np.full((size, size, 3), colour), inside * 255]).astype(np.uint8), "RGBA"
+    )
 
 
 def on_colour(image: Image.Image, colour) -> Image.Image:
@@ -49,7 +53,9 @@ def test_formats_and_sizes(kind, size, tmp_path):
     assert np.abs(np.asarray(image).astype(int) - (90, 140, 30, 255)).max() <= 3
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "RGBX"]
+)
 def test_modes_keep_the_picture(mode):
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1)))
     if mode == "PA":
@@ -65,7 +71,9 @@ def test_modes_keep_the_picture(mode):
 def test_transparency_in_every_form():
     picture = disc()
     alpha = np.asarray(picture)[..., 3]
-    key_colour = Image.fromarray(np.where(alpha[..., None] > 0, 200, 7).repeat(3, -1).astype(np.uint8))
+    key_colour = Image.fromarray(
+        np.where(alpha[..., None] > 0, 200, 7).repeat(3, -1).astype(np.uint8)
+    )
     sources = [
         encoded(picture, "PNG"),
         encoded(picture, "WEBP", lossless=True),
@@ -80,7 +88,11 @@ def test_transparency_in_every_form():
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    for source in (encoded(Image.fromarray(values), "PNG"), values, Image.fromarray(values.astype(np.int32))):
+    for source in (
+        encoded(Image.fromarray(values), "PNG"),
+        values,
+        Image.fromarray(values.astype(np.int32)),
+    ):
         grey = np.asarray(load_image(source))[..., 0].astype(int)
         assert (grey == np.round(values / 257)).all()
         assert grey.min() == 0 and grey.max() == 255 and len(np.unique(grey)) == 256
@@ -105,7 +117,9 @@ def test_arrays(dtype, shape):
     array[:4] = 0
     pixels = np.asarray(load_image(array))
     assert (pixels[:4, :, :3] == 0).all() and (pixels[4:, :, :3] == 255).all()
-    assert (np.asarray(load_image(torch.from_numpy(array.astype(np.float32) / top))) == pixels).all()
+    assert (
+        np.asarray(load_image(torch.from_numpy(array.astype(np.float32) / top))) == pixels
+    ).all()
 
 
 def test_large_pictures_are_shrunk_while_loading(monkeypatch):
@@ -161,7 +175,8 @@ def test_not_an_image():
 
 
 def test_decompression_bombs_are_refused_before_decoding():
-    # 20000 x 20000 and 11000 x 10000 pixels of one colour are small files; the size is known from the header alone.
+    # 20000 x 20000 and 11000 x 10000 pixels of one colour are small files; the size is
+    # known from the header alone.
     for width, height in ((20000, 20000), (11000, 10000)):
         header = bytearray(encoded(Image.new("RGB", (1, 1)), "PNG"))
         header[16:24] = struct.pack(">II", width, height)
@@ -267,7 +282,9 @@ def overlap(picture, truth: Image.Image) -> float:
 
 
 def with_alpha(picture: Image.Image, alpha) -> Image.Image:
-    return Image.fromarray(np.dstack([np.asarray(picture)[..., :3], np.asarray(alpha)]).astype(np.uint8), "RGBA")
+    return Image.fromarray(
+        np.dstack([np.asarray(picture)[..., :3], np.asarray(alpha)]).astype(np.uint8), "RGBA"
+    )
 
 
 def rounded(size: int, radius: float) -> np.ndarray:
@@ -304,7 +321,8 @@ def test_alpha_that_is_no_mask_does_not_make_the_picture_the_object(kind):
 
 
 def test_what_a_mask_leaves_is_the_object_even_where_it_looks_like_a_picture():
-    circle = with_alpha(photo(), rounded(128, 64))  # a round plate with a disc painted on it, or a cropped photograph
+    # a round plate with a disc painted on it, or a cropped photograph
+    circle = with_alpha(photo(), rounded(128, 64))
     with pytest.warns(Doubt, match="all of it was taken"):
         assert overlap(circle, with_alpha(photo(), rounded(128, 64))) == 1
     box = np.asarray(photo()).copy()
@@ -320,11 +338,14 @@ def untouched(picture: Image.Image) -> bool:
 
 
 def test_boxes_glass_hairs_pieces_and_cut_objects_keep_their_alpha_in_silence():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+    )
     margin = opaque_but(np.s_[:4], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:])
     assert untouched(with_alpha(noise, margin))  # a printed box that fills its picture
     assert untouched(with_alpha(disc(128), np.asarray(disc(128))[..., 3] * 0.3))  # glass
-    assert untouched(with_alpha(disc(128, (9, 9, 9)), np.asarray(disc(128))[..., 3] * 0.5))  # smoked glass
+    # smoked glass
+    assert untouched(with_alpha(disc(128, (9, 9, 9)), np.asarray(disc(128))[..., 3] * 0.5))
     hair = np.asarray(disc(128))[..., 3].copy()
     hair[4:40, 64] = 255
     assert untouched(with_alpha(noise, hair))
@@ -343,7 +364,11 @@ def test_specks_haze_and_drop_shadows_do_not_move_the_box():
     dots[rng.integers(0, 128, 30), rng.integers(0, 128, 30)] = 255
     stray = own.copy()
     stray[2, 2] = 255
-    veils = [np.full(own.shape, 30), rng.integers(1, 11, own.shape), rng.integers(10, 61, own.shape)]
+    veils = [
+        np.full(own.shape, 30),
+        rng.integers(1, 11, own.shape),
+        rng.integers(10, 61, own.shape),
+    ]
     for alpha in (stray, dots, *(np.maximum(own, veil) for veil in veils)):
         assert overlap(with_alpha(disc(128), alpha), disc(128)) > 0.9
     shadow = ndimage.gaussian_filter(np.roll(own, (9, 6), (0, 1)).astype(float), 5) * 0.45
@@ -407,7 +432,9 @@ def test_small_and_thin_objects_are_found():
 def test_vignettes_dust_and_two_pieces():
     y, x = np.mgrid[-1:1:128j, -1:1:128j]
     ground = (220 * (1 - 0.2 * (x**2 + y**2)))[..., None].repeat(3, -1)
-    pair = Image.alpha_composite(disc(128, radius=0.16, at=(0.25, 0.5)), disc(128, radius=0.14, at=(0.75, 0.5)))
+    pair = Image.alpha_composite(
+        disc(128, radius=0.16, at=(0.25, 0.5)), disc(128, radius=0.14, at=(0.75, 0.5))
+    )
     rows, columns = np.random.default_rng(0).integers(0, 128, (2, 20))
     ground[rows, columns] = 60
     backdrop = Image.fromarray(ground.astype(np.uint8)).convert("RGBA")
@@ -431,7 +458,10 @@ def test_of_an_animation_the_first_frame_that_shows_something(kind):
 
 def test_an_animation_of_nothing_is_refused():
     data = encoded(
-        Image.new("RGBA", (9, 9)), "PNG", save_all=True, append_images=[Image.new("RGBA", (9, 9), (1, 1, 1, 1))]
+        Image.new("RGBA", (9, 9)),
+        "PNG",
+        save_all=True,
+        append_images=[Image.new("RGBA", (9, 9), (1, 1, 1, 1))],
     )
     with pytest.raises(UserError, match="fully transparent"):
         prepare_condition(data, 32)
@@ -447,10 +477,17 @@ def swapped_profile() -> bytes:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_colour_profiles_are_converted_to_srgb(kind):
     picture = Image.new("RGB", (16, 16), (200, 40, 30))
-    red, green, blue, alpha = load_image(encoded(picture, kind, icc_profile=swapped_profile())).getpixel((8, 8))
+    red, green, blue, alpha = load_image(
+        encoded(picture, kind, icc_profile=swapped_profile())
+    ).getpixel((8, 8))
     assert abs(red - 40) < 6 and abs(green - 200) < 6 and abs(blue - 30) < 6 and alpha == 255
     plain = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert load_image(encoded(picture, "PNG", icc_profile=plain)).getpixel((8, 8)) == (200, 40, 30, 255)
+    assert load_image(encoded(picture, "PNG", icc_profile=plain)).getpixel((8, 8)) == (
+        200,
+        40,
+        30,
+        255,
+    )
 
 
 def test_a_profile_keeps_transparency_and_a_bad_one_is_said():
@@ -458,7 +495,12 @@ def test_a_profile_keeps_transparency_and_a_bad_one_is_said():
     assert np.array_equal(np.asarray(source)[..., 3], np.asarray(disc())[..., 3])
     for data in (b"junk" * 50, swapped_profile()[:200]):
         with pytest.warns(Doubt, match="colour profile.*ignored"):
-            assert load_image(encoded(disc(), "PNG", icc_profile=data)).getpixel((32, 32)) == (200, 40, 30, 255)
+            assert load_image(encoded(disc(), "PNG", icc_profile=data)).getpixel((32, 32)) == (
+                200,
+                40,
+                30,
+                255,
+            )
 
 
 # ---------------------------------------------------------------- bounds
@@ -541,13 +583,16 @@ def test_invisible_colours_do_not_bleed_and_averages_are_by_area():
     rgba[-1, -1] = (255, 0, 0, 255)
     rgb, alpha = prepare_condition(rgba, 4, fill=1.0)
     assert torch.allclose(alpha[:3, :3], torch.tensor(0.25))
-    assert torch.allclose(rgb[0, 0], torch.tensor([1.0, 0.75, 0.75]))  # a quarter red on white: no green tint
+    # a quarter red on white: no green tint
+    assert torch.allclose(rgb[0, 0], torch.tensor([1.0, 0.75, 0.75]))
 
 
 def test_framing_can_be_kept():
     source = disc(64, radius=0.2, at=(0.3, 0.5)).crop((0, 0, 64, 32))
     _, alpha = prepare_condition(source, 64, fill=None)
-    assert torch.equal(alpha[16:48, :, 0], torch.from_numpy(np.asarray(source)[..., 3] / 255.0).float())
+    assert torch.equal(
+        alpha[16:48, :, 0], torch.from_numpy(np.asarray(source)[..., 3] / 255.0).float()
+    )
     assert alpha[:16].max() == 0
 
 
@@ -571,4 +616,6 @@ def test_a_training_render_comes_back_as_it_was(shared_objects):
     rgb, alpha = prepare_condition(view, 128, fill=None)
     straight = torch.from_numpy(np.asarray(view).astype(np.float32) / 255)
     expected = straight[..., :3] * straight[..., 3:] + 1 - straight[..., 3:]
-    assert torch.allclose(rgb, expected, atol=1e-6) and torch.allclose(alpha, straight[..., 3:], atol=1e-6)
+    assert torch.allclose(rgb, expected, atol=1e-6) and torch.allclose(
+        alpha, straight[..., 3:], atol=1e-6
+    )

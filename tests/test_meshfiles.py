@@ -1,4 +1,6 @@
-"""Mesh files with something wrong in them: left out with a sentence, never drawn grey or with holes."""
+"""Mesh files with something wrong in them: left out with a sentence, never drawn grey
+or with holes.
+"""
 
 import base64
 import io
@@ -32,7 +34,9 @@ def picture(kind: str = "PNG", size: int = 8, mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
-def write_obj(folder: Path, material=TEXTURED, texture=None, vertices=VERTICES, faces=FACES, head=None) -> Path:
+def write_obj(
+    folder: Path, material=TEXTURED, texture=None, vertices=VERTICES, faces=FACES, head=None
+) -> Path:
     """A tetrahedron with the material m."""
     folder.mkdir(parents=True, exist_ok=True)
     head = ["mtllib t.mtl", "usemtl m"] if head is None else head
@@ -62,7 +66,9 @@ def first_color(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TGA", "TIFF", "GIF", "JPEG"])
 def test_textures_of_the_kinds_that_are_named_are_drawn(tmp_path, kind):
-    rgba, _ = render_mesh(load_mesh(write_obj(tmp_path, texture=picture(kind))), orbit_cameras([-90.0], [0.0], 9))
+    rgba, _ = render_mesh(
+        load_mesh(write_obj(tmp_path, texture=picture(kind))), orbit_cameras([-90.0], [0.0], 9)
+    )
     red, green, blue, _ = rgba[0][rgba[0, ..., 3] == 1].mean(0)
     assert red / green == pytest.approx(RED[0] / RED[1], rel=0.1) and green > blue
 
@@ -118,12 +124,20 @@ def test_a_material_that_no_file_describes_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "stated",
-    ["/etc/passwd", "../../../../../../../../../../etc/passwd", "{elsewhere}/red.png", "../../elsewhere/red.png"],
+    [
+        "/etc/passwd",
+        "../../../../../../../../../../etc/passwd",
+        "{elsewhere}/red.png",
+        "../../elsewhere/red.png",
+    ],
 )
 def test_a_material_does_not_choose_what_is_read(tmp_path, stated):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "red.png").write_bytes(picture())
-    path = write_obj(tmp_path / "a" / "b", f"newmtl m\nmap_Kd {stated.format(elsewhere=tmp_path / 'elsewhere')}\n")
+    path = write_obj(
+        tmp_path / "a" / "b",
+        f"newmtl m\nmap_Kd {stated.format(elsewhere=tmp_path / 'elsewhere')}\n",
+    )
     assert "which is not there or cannot be read" in refusal(path)
 
 
@@ -142,13 +156,19 @@ def test_pipes_and_devices_are_no_textures(tmp_path):
         ({"vertices": ["v 0 -inf 0", *VERTICES[1:]]}, "it holds 'v 0 -inf 0'"),
         ({"vertices": ["v 0 0 1e400", *VERTICES[1:]]}, "coordinates that are not finite"),
         ({"vertices": [*VERTICES[:-1], "vt nan 1"]}, "it holds 'vt nan 1'"),
-        ({"vertices": [*VERTICES[:-1], "vt 1e30 1"]}, "texture coordinates are not finite, too large"),
+        (
+            {"vertices": [*VERTICES[:-1], "vt 1e30 1"]},
+            "texture coordinates are not finite, too large",
+        ),
         ({"vertices": ["v 0 0 0 nan 0 0", *VERTICES[1:]]}, "it holds 'v 0 0 0 nan 0 0'"),
         ({"faces": [*FACES, "f 1/1 2/2 99/3"]}, "out of bounds"),
         ({"faces": [*FACES, "f 0/1 2/2 3/3"]}, "a face has the index 0"),
         ({"faces": ["f 1 3 2", "f 1 2 4"]}, "it has a texture, and no coordinates"),
         ({"faces": ["f 1/1 3/2 2/99"]}, "it has a texture, and no coordinates"),
-        ({"vertices": VERTICES[:3], "faces": ["f -3 -2 -1", "v 9 9 9"]}, "count backwards from vertices amid the file"),
+        (
+            {"vertices": VERTICES[:3], "faces": ["f -3 -2 -1", "v 9 9 9"]},
+            "count backwards from vertices amid the file",
+        ),
     ],
 )
 def test_numbers_that_are_none_are_refused(tmp_path, change, sentence):
@@ -160,7 +180,10 @@ def test_numbers_that_are_none_are_refused(tmp_path, change, sentence):
 def test_a_mesh_of_any_scale_is_drawn(tmp_path, scale):
     small = [line.replace(" 1", f" {scale}") if line[:2] == "v " else line for line in VERTICES]
     views = [
-        render_mesh(load_mesh(write_obj(tmp_path, texture=picture(), vertices=v)), orbit_cameras([-90.0], [0.0], 17))
+        render_mesh(
+            load_mesh(write_obj(tmp_path, texture=picture(), vertices=v)),
+            orbit_cameras([-90.0], [0.0], 17),
+        )
         for v in (VERTICES, small)
     ]
     assert np.allclose(views[0][0], views[1][0], atol=1e-3) and views[0][0][..., 3].any()
@@ -172,7 +195,9 @@ def test_a_mesh_of_any_scale_is_drawn(tmp_path, scale):
 def cube() -> tuple[dict, bytearray]:
     """The tree and the data of a textured cube, no vertex shared."""
     box = trimesh.creation.box()
-    corners = trimesh.Trimesh(box.vertices[box.faces].reshape(-1, 3), np.arange(36).reshape(-1, 3), process=False)
+    corners = trimesh.Trimesh(
+        box.vertices[box.faces].reshape(-1, 3), np.arange(36).reshape(-1, 3), process=False
+    )
     material = PBRMaterial(baseColorTexture=Image.open(io.BytesIO(picture())))
     uv = np.tile([[0, 0], [1, 0], [1, 1]], (12, 1))
     corners.visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
@@ -185,20 +210,28 @@ def write_glb(path: Path, tree, data: bytes, **lies) -> Path:
     text = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
     text, data = text + b" " * (-len(text) % 4), bytes(data)
     length = lies.get("length", 28 + len(text) + len(data))
-    head = struct.pack("<4sII", b"glTF", 2, length) + struct.pack("<I4s", lies.get("json", len(text)), b"JSON")
-    path.write_bytes(head + text + struct.pack("<I4s", lies.get("blob", len(data)), b"BIN\0") + data)
+    head = struct.pack("<4sII", b"glTF", 2, length) + struct.pack(
+        "<I4s", lies.get("json", len(text)), b"JSON"
+    )
+    path.write_bytes(
+        head + text + struct.pack("<I4s", lies.get("blob", len(data)), b"BIN\0") + data
+    )
     return path
 
 
 def accessor(tree: dict, name: str) -> dict:
     primitive = tree["meshes"][0]["primitives"][0]
-    return tree["accessors"][primitive["indices"] if name == "indices" else primitive["attributes"][name]]
+    return tree["accessors"][
+        primitive["indices"] if name == "indices" else primitive["attributes"][name]
+    ]
 
 
 def poke(tree: dict, data: bytearray, name: str, value) -> None:
     """Another first value of an accessor."""
     found = accessor(tree, name)
-    start = tree["bufferViews"][found["bufferView"]].get("byteOffset", 0) + found.get("byteOffset", 0)
+    start = tree["bufferViews"][found["bufferView"]].get("byteOffset", 0) + found.get(
+        "byteOffset", 0
+    )
     kind = {5121: "<B", 5123: "<H", 5125: "<I", 5126: "<f"}[found["componentType"]]
     struct.pack_into(kind, data, start, value)
 
@@ -225,7 +258,13 @@ def test_a_good_cube_is_drawn_in_its_colour(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [picture(size=64)[:90], b"no picture", b"", b"\xabKTX 20\xbb\r\n\x1a\n" + bytes(90), picture("EPS")],
+    [
+        picture(size=64)[:90],
+        b"no picture",
+        b"",
+        b"\xabKTX 20\xbb\r\n\x1a\n" + bytes(90),
+        picture("EPS"),
+    ],
     ids=["cut", "text", "empty", "KTX2", "EPS"],
 )
 def test_a_texture_inside_that_cannot_be_decoded_is_left_out_not_grey(tmp_path, content):
@@ -233,7 +272,10 @@ def test_a_texture_inside_that_cannot_be_decoded_is_left_out_not_grey(tmp_path, 
     tree, data = cube()
     with_picture(tree, data, content)
     write_glb(tmp_path / "meshes" / "t.glb", tree, data)
-    assert make_dataset(mesh_jobs(tmp_path / "meshes"), tmp_path / "set", size=16, progress=False) == []
+    assert (
+        make_dataset(mesh_jobs(tmp_path / "meshes"), tmp_path / "set", size=16, progress=False)
+        == []
+    )
     (noted,) = skipped_rows(tmp_path / "set")
     assert "baseColorTexture cannot be decoded" in noted["reason"]
 
@@ -267,28 +309,66 @@ def change(path: str, value):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda tree, data: poke(tree, data, "POSITION", np.nan), "coordinates that are not finite"),
-        (lambda tree, data: poke(tree, data, "TEXCOORD_0", np.inf), "texture coordinates are not finite"),
-        (lambda tree, data: poke(tree, data, "indices", 200), "a triangle names vertex 200 of 36"),
-        (lambda tree, data: accessor(tree, "POSITION").update(count=10**9), "is longer than its data"),
-        (lambda tree, data: accessor(tree, "POSITION").pop("bufferView"), "POSITION are sparse or packed"),
-        (lambda tree, data: accessor(tree, "POSITION").update(sparse={}), "POSITION are sparse or packed"),
         (
-            lambda tree, data: tree["accessors"].append({"componentType": 5126, "type": "VEC3", "count": 10**9}),
+            lambda tree, data: poke(tree, data, "POSITION", np.nan),
+            "coordinates that are not finite",
+        ),
+        (
+            lambda tree, data: poke(tree, data, "TEXCOORD_0", np.inf),
+            "texture coordinates are not finite",
+        ),
+        (lambda tree, data: poke(tree, data, "indices", 200), "a triangle names vertex 200 of 36"),
+        (
+            lambda tree, data: accessor(tree, "POSITION").update(count=10**9),
+            "is longer than its data",
+        ),
+        (
+            lambda tree, data: accessor(tree, "POSITION").pop("bufferView"),
+            "POSITION are sparse or packed",
+        ),
+        (
+            lambda tree, data: accessor(tree, "POSITION").update(sparse={}),
+            "POSITION are sparse or packed",
+        ),
+        (
+            lambda tree, data: tree["accessors"].append(
+                {"componentType": 5126, "type": "VEC3", "count": 10**9}
+            ),
             "its arrays claim 12,000,00",
         ),
         (change("bufferViews.0.byteLength", 10**7), "a view is longer than its buffer"),
         (change("bufferViews.0.byteOffset", -4), "it gives -4 where a whole number belongs"),
         (change("textures.0.source", None), "is of a kind that is not known here"),
-        (change("images.0", {"uri": "../../../../../../../etc/passwd"}), "which is not there or cannot be read"),
-        (change("images.0", {"uri": "http://example.com/a.png"}), "which is not there or cannot be read"),
+        (
+            change("images.0", {"uri": "../../../../../../../etc/passwd"}),
+            "which is not there or cannot be read",
+        ),
+        (
+            change("images.0", {"uri": "http://example.com/a.png"}),
+            "which is not there or cannot be read",
+        ),
         (change("images.0", {"uri": "data:image/png;base64,AAAA"}), "cannot be decoded"),
         (change("images.0.mimeType", "image/ktx2"), "is said to be KTX2"),
-        (change("materials.0.pbrMetallicRoughness.baseColorTexture.texCoord", 1), "on a second set of coordinates"),
-        (change("materials.0.pbrMetallicRoughness.baseColorFactor", [2, 1, 1, 1]), "baseColorFactor is"),
-        (change("materials.0.pbrMetallicRoughness.baseColorFactor", [float("nan")] * 4), "it holds NaN"),
-        (change("extensionsRequired", ["KHR_draco_mesh_compression"]), "requires the extension KHR_draco"),
-        (change("extensionsRequired", ["EXT_meshopt_compression"]), "requires the extension EXT_meshopt"),
+        (
+            change("materials.0.pbrMetallicRoughness.baseColorTexture.texCoord", 1),
+            "on a second set of coordinates",
+        ),
+        (
+            change("materials.0.pbrMetallicRoughness.baseColorFactor", [2, 1, 1, 1]),
+            "baseColorFactor is",
+        ),
+        (
+            change("materials.0.pbrMetallicRoughness.baseColorFactor", [float("nan")] * 4),
+            "it holds NaN",
+        ),
+        (
+            change("extensionsRequired", ["KHR_draco_mesh_compression"]),
+            "requires the extension KHR_draco",
+        ),
+        (
+            change("extensionsRequired", ["EXT_meshopt_compression"]),
+            "requires the extension EXT_meshopt",
+        ),
         (change("meshes.0.primitives.0.mode", 6), "it draws in mode 6"),
         (change("nodes.0.children", [0]), "one has two parents"),
         (lambda tree, data: tree["nodes"].extend([{"mesh": 0}] * 10_001), "nodes, above 10,000"),
@@ -334,7 +414,9 @@ def test_copies_are_counted_before_they_are_made(tmp_path, monkeypatch):
 
 def test_buffers_of_a_gltf_lie_beside_it_or_inside(tmp_path):
     tree, data = cube()
-    tree["buffers"][0]["uri"] = "data:application/octet-stream;base64," + base64.b64encode(data).decode()
+    tree["buffers"][0]["uri"] = (
+        "data:application/octet-stream;base64," + base64.b64encode(data).decode()
+    )
     (tmp_path / "t.gltf").write_text(json.dumps(tree))
     assert first_color(tmp_path / "t.gltf") == pytest.approx(RED, abs=2)
     (tmp_path / "data.buffer").write_bytes(data)
@@ -381,7 +463,9 @@ def test_a_ply_with_indices_that_are_none_is_refused(tmp_path):
         assert "a triangle names vertex" in refusal(tmp_path / "t.ply")
     (tmp_path / "t.ply").write_bytes(data.replace(b"element vertex 8", b"element vertex 800000000"))
     assert "Cannot read t.ply" in refusal(tmp_path / "t.ply")
-    (tmp_path / "t.ply").write_bytes(data.replace(b"end_header", b"comment TextureFile no.png\nend_header"))
+    (tmp_path / "t.ply").write_bytes(
+        data.replace(b"end_header", b"comment TextureFile no.png\nend_header")
+    )
     assert "t.ply names no.png" in refusal(tmp_path / "t.ply")
 
 

@@ -31,7 +31,8 @@ def test_psnr_of_known_errors():
     truth = torch.zeros(2, 4, 4, 3)
     assert psnr(truth + 0.1, truth) == pytest.approx(20)
     two_errors = torch.stack([truth[0] + 0.1, truth[1] + 0.01])
-    assert psnr(two_errors, truth) == pytest.approx(30)  # the mean of 20 and 40 dB, not the dB of the mean
+    # the mean of 20 and 40 dB, not the dB of the mean
+    assert psnr(two_errors, truth) == pytest.approx(30)
     assert psnr(truth[0] + 1, truth[0]) == pytest.approx(0)
     assert psnr(truth, truth) == math.inf
     assert psnr(truth.numpy() + 0.1, truth) == pytest.approx(20)
@@ -46,19 +47,28 @@ def test_ssim_bounds_and_order():
 
 
 def test_ssim_of_two_flat_images_has_a_closed_form():
-    # No variance: only the luminance term (2ab + C1) / (a^2 + b^2 + C1) with C1 = 0.01^2 is left.
+    # No variance: only the luminance term (2ab + C1) / (a^2 + b^2 + C1) with C1 =
+    # 0.01^2 is left.
     a, b = 0.3, 0.7
     expected = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)
-    assert ssim(torch.full((16, 16, 3), a), torch.full((16, 16, 3), b)) == pytest.approx(expected, abs=1e-6)
+    assert ssim(torch.full((16, 16, 3), a), torch.full((16, 16, 3), b)) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_ssim_matches_the_formula_at_one_pixel():
     # An 11 x 11 image has one full window; Wang's SSIM there, written out.
-    a, b = random_images(11, 11, 3).double().numpy(), random_images(11, 11, 3, seed=1).double().numpy()
+    a, b = (
+        random_images(11, 11, 3).double().numpy(),
+        random_images(11, 11, 3, seed=1).double().numpy(),
+    )
     line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     weight = np.outer(line, line)[..., None] / np.outer(line, line).sum()
     mean_a, mean_b = (weight * a).sum((0, 1)), (weight * b).sum((0, 1))
-    var_a, var_b = (weight * a * a).sum((0, 1)) - mean_a**2, (weight * b * b).sum((0, 1)) - mean_b**2
+    var_a, var_b = (
+        (weight * a * a).sum((0, 1)) - mean_a**2,
+        (weight * b * b).sum((0, 1)) - mean_b**2,
+    )
     cov = (weight * a * b).sum((0, 1)) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
     top, bottom = (
@@ -79,7 +89,9 @@ def test_depth_l1_is_over_the_true_foreground():
 def test_shapes_of_images_are_checked():
     image = torch.zeros(16, 16, 3)
     for metric in (psnr, ssim):
-        with pytest.raises(ValueError, match=r"\[..., H, W, 3\], got \(16, 16, 3\) and \(8, 16, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"\[..., H, W, 3\], got \(16, 16, 3\) and \(8, 16, 3\)"
+        ):
             metric(image, image[:8])
     with pytest.raises(ValueError, match="one shape"):
         psnr(image.movedim(-1, 0), image.movedim(-1, 0))
@@ -111,7 +123,8 @@ def test_chamfer_of_concentric_spheres_is_their_gap():
 
 def test_f_score_counts_both_ways():
     truth = np.array([[float(i), 0, 0] for i in range(4)])
-    predicted = np.array([[0.0, 0.04, 0], [1, 0.06, 0]])  # one of two is near; it covers one of four
+    # one of two is near; it covers one of four
+    predicted = np.array([[0.0, 0.04, 0], [1, 0.06, 0]])
     assert f_score(predicted, truth, 0.05) == pytest.approx(2 * 0.5 * 0.25 / 0.75)
     assert f_score(truth, truth, 0.0) == 1
     assert f_score(truth + 10, truth) == 0
@@ -174,7 +187,9 @@ def test_point_sets_are_checked(points):
 def test_bootstrap_interval_is_that_of_a_mean():
     values = np.random.default_rng(1).normal(1.0, 2.0, 400)
     half = 1.96 * values.std() / math.sqrt(400)
-    assert bootstrap_interval(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
+    assert bootstrap_interval(values) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=0.03
+    )
     assert bootstrap_interval(values) == bootstrap_interval(np.append(values, np.nan))
     assert bootstrap_interval(np.full(7, 0.25)) == (0.25, 0.25)
     assert all(math.isnan(end) for end in bootstrap_interval(np.array([np.nan])))
@@ -182,5 +197,8 @@ def test_bootstrap_interval_is_that_of_a_mean():
 
 def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    inside = [low < 0 < high for low, high in (bootstrap_interval(rng.normal(size=40), 300) for _ in range(300))]
+    inside = [
+        low < 0 < high
+        for low, high in (bootstrap_interval(rng.normal(size=40), 300) for _ in range(300))
+    ]
     assert 0.90 < np.mean(inside) < 0.98

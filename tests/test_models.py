@@ -1,4 +1,6 @@
-"""The networks: their size at paper scale, their kinship with diffusers, what the decoder promises of geometry."""
+"""The networks: their size at paper scale, their kinship with diffusers, what the
+decoder promises of geometry.
+"""
 
 import json
 import math
@@ -82,7 +84,8 @@ def test_configurations_name_what_is_wrong():
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no field 'frames'"):
         preset("tiny", frames=3)
-    with pytest.raises(ValueError, match="'1e-3'"):  # what papermill makes of a YAML number without a point
+    # what papermill makes of a YAML number without a point
+    with pytest.raises(ValueError, match="'1e-3'"):
         preset("tiny", lambda_3d="1e-3")
     assert preset("tiny", lambda_3d=2).lambda_3d == 2 and preset("tiny").lambda_3d == 1.0
 
@@ -122,12 +125,17 @@ def test_saved_weights_open_in_diffusers(unet, twin):
 
 @torch.no_grad()
 def test_with_one_angle_for_all_frames_we_are_diffusers(unet, twin):
-    """diffusers adds one embedding to the whole clip. Given our features, its forward must say what ours says."""
+    """diffusers adds one embedding to the whole clip. Given our features, its forward
+    must say what ours says.
+    """
     inputs = unet_inputs()
     inputs["azimuth"] = torch.tensor([0.4, 2.0])[:, None].expand(-1, FRAMES).contiguous()
-    features = angle_features(inputs["polar"], inputs["azimuth"], 1e-5)[:, 0]  # [B, 1280], instead of time ids
+    # [B, 1280], instead of time ids
+    features = angle_features(inputs["polar"], inputs["azimuth"], 1e-5)[:, 0]
     twin.add_time_proj = nn.Identity()
-    theirs = twin(inputs["sample"], inputs["timestep"], inputs["token"], added_time_ids=features).sample
+    theirs = twin(
+        inputs["sample"], inputs["timestep"], inputs["token"], added_time_ids=features
+    ).sample
     assert torch.allclose(unet(**inputs), theirs, atol=1e-5)
 
 
@@ -137,7 +145,8 @@ def test_angles_act_per_frame_and_orbits_do_not_mix(unet):
     before = unet(**inputs)
     inputs["azimuth"][0, 2] += 1.0
     change = (unet(**inputs) - before).abs().amax((2, 3, 4))
-    assert change[0, 2] == change.max() > 1e-3  # most in its own frame, neighbours through the temporal layers
+    # most in its own frame, neighbours through the temporal layers
+    assert change[0, 2] == change.max() > 1e-3
     assert change[1].max() < 1e-6
     inputs["polar"][1, 0] += 0.5
     assert (unet(**inputs) - before).abs()[1].max() > 1e-4
@@ -209,7 +218,8 @@ def test_calibration_gives_unit_variance_and_changes_no_reconstruction(vae, imag
     latents = encode_scaled(vae, images)
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3)
     assert torch.allclose(decode_scaled(vae, latents), before, atol=1e-4)
-    after = vae.encode(to_network(images)).latent_dist  # the posterior scales as a whole, not its mean alone
+    # the posterior scales as a whole, not its mean alone
+    after = vae.encode(to_network(images)).latent_dist
     assert torch.allclose(after.std * deviation[:, None, None], spread.std, rtol=1e-3)
     assert torch.allclose(calibrate(vae, images), torch.ones(4), atol=1e-3)
 
@@ -305,11 +315,15 @@ def test_activations_are_bounded(decoder, extreme):
     origins, directions = ray_grid(cameras_of(1), 2, 2)
     scene = decoder.to_gaussians(torch.full((1, 2, 2, 12), extreme), origins, directions)
     distance = DISTANCE + math.copysign(CONFIG.object_radius, extreme)
-    assert torch.allclose((scene.means - origins.reshape(-1, 3)).norm(dim=-1), torch.tensor(distance), atol=1e-5)
+    assert torch.allclose(
+        (scene.means - origins.reshape(-1, 3)).norm(dim=-1), torch.tensor(distance), atol=1e-5
+    )
     scale = 2 * CONFIG.scale_range[extreme > 0]
     assert torch.allclose(scene.scales, torch.tensor(scale), rtol=1e-4)
     bound = 1.0 if extreme > 0 else 0.0
-    assert torch.allclose(scene.opacities, torch.tensor(bound)) and torch.allclose(scene.colors, torch.tensor(bound))
+    assert torch.allclose(scene.opacities, torch.tensor(bound)) and torch.allclose(
+        scene.colors, torch.tensor(bound)
+    )
 
 
 @torch.no_grad()
@@ -321,14 +335,21 @@ def test_the_number_of_views_is_free(decoder):
 
 @torch.no_grad()
 def test_views_are_told_apart_by_their_rays_alone(decoder):
-    """Permuting the views together with their cameras permutes the Gaussians, and nothing else."""
+    """Permuting the views together with their cameras permutes the Gaussians, and
+    nothing else.
+    """
     latents, cameras, order = randn(1, FRAMES, 4, 4, 4), cameras_of(FRAMES), [2, 0, 3, 1]
     (scene,) = decoder(latents, [cameras], features())
     (permuted,) = decoder(latents[:, order], [cameras[order]], features())
     for before, after in zip(scene.tensors(), permuted.tensors(), strict=True):
-        assert torch.allclose(before.unflatten(0, (FRAMES, -1))[order].flatten(0, 1), after, atol=1e-5)
-    (mixed,) = decoder(latents[:, order], [cameras], features())  # without their cameras it is another object
-    assert (mixed.colors.unflatten(0, (FRAMES, -1)) - scene.colors.unflatten(0, (FRAMES, -1))[order]).abs().max() > 1e-3
+        assert torch.allclose(
+            before.unflatten(0, (FRAMES, -1))[order].flatten(0, 1), after, atol=1e-5
+        )
+    # without their cameras it is another object
+    (mixed,) = decoder(latents[:, order], [cameras], features())
+    assert (
+        mixed.colors.unflatten(0, (FRAMES, -1)) - scene.colors.unflatten(0, (FRAMES, -1))[order]
+    ).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -357,13 +378,17 @@ def test_dino_matters_in_every_block_and_can_be_left_out(decoder):
     without = build_decoder(tiny_config(dino="none"))
     assert all(block.cross is None for block in without.blocks)
     assert len(without(latents, cameras)[0]) == len(a)
-    assert not [name for name, _ in without.named_parameters() if "cross" in name or "context" in name]
+    assert not [
+        name for name, _ in without.named_parameters() if "cross" in name or "context" in name
+    ]
 
 
 @torch.no_grad()
 def test_patches_and_upsampling_set_the_number_of_gaussians():
     for patch, upsample, side in ((1, 4, 16), (2, 2, 4), (2, 4, 8)):
-        decoder = build_decoder(tiny_config(decoder_patch=patch, decoder_upsample=upsample, dino="none"))
+        decoder = build_decoder(
+            tiny_config(decoder_patch=patch, decoder_upsample=upsample, dino="none")
+        )
         maps, origins, _ = decoder.output_maps(randn(1, 2, 4, 4, 4), [cameras_of(2)])
         assert maps.shape == (1, 2, side, side, 12) and origins.shape == (1, 2, side, side, 3)
 
@@ -372,7 +397,8 @@ def test_patches_and_upsampling_set_the_number_of_gaussians():
 def test_a_doubled_decoder_says_of_enlarged_latents_what_the_old_one_says():
     old = shake(build_decoder(tiny_config(decoder_planes=0)), size=0.2)
     old.embed.weight[:, 4:] = 0  # rays through finer pixels are other rays
-    old.to_maps.weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0  # and neighbours other neighbours
+    # and neighbours other neighbours
+    old.to_maps.weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0
     new = doubled(old)
     assert (new.config.patch, new.config.upsample) == (2, 4)
     latents = randn(1, 2, 4, 4, 4)
@@ -385,23 +411,29 @@ def test_a_doubled_decoder_says_of_enlarged_latents_what_the_old_one_says():
 
 @torch.no_grad()
 def test_the_plane_sweep_reads_where_points_project():
-    """View 0 is zero, view 1 holds u / width as a ramp, which bilinear reading reproduces: the largest value of the two
-    is then the projected u of each point on each ray, in closed form."""
+    """View 0 is zero, view 1 holds u / width as a ramp, which bilinear reading
+    reproduces: the largest value of the two is then the projected u of each point on
+    each ray, in closed form.
+    """
     cameras, side, planes = orbit_cameras([0.0, 50.0], [10.0, 30.0], SIZE), 16, 5
     ramp = (torch.arange(side) + 0.5) / side
     latents = torch.stack([torch.zeros(4, side, side), ramp.expand(4, side, side)])
-    config = SimpleNamespace(planes=planes, object_radius=0.4)  # a small ball: every point is inside both frames
+    # a small ball: every point is inside both frames
+    config = SimpleNamespace(planes=planes, object_radius=0.4)
     swept = plane_sweep(latents, cameras, (6, 6), config).unflatten(1, (planes, len(SWEEP), 4))
     assert swept.shape == (2 * 6 * 6, planes, 4, 4)
 
     origins, directions = ray_grid(cameras, 6, 6)
     steps = DISTANCE + torch.linspace(-0.4, 0.4, planes)
-    points = (origins[..., None, :] + steps[:, None] * directions[..., None, :]).reshape(-1, planes, 3)
+    points = (origins[..., None, :] + steps[:, None] * directions[..., None, :]).reshape(
+        -1, planes, 3
+    )
     local = points @ cameras.viewmats[1, :3, :3].T + cameras.viewmats[1, :3, 3]
     u = (cameras.Ks[1, 0, 0] * local[..., 0] / local[..., 2] + cameras.Ks[1, 0, 2]) / SIZE
     inside = (u > 0.5 / side) & (u < 1 - 0.5 / side)
     inside &= (local[..., 1] / local[..., 2]).abs() < 0.28  # the field of view ends at 0.30
-    expected = torch.stack([u / 2, u / 2, torch.zeros_like(u), u], -1)  # mean, deviation, smallest, largest
+    # mean, deviation, smallest, largest
+    expected = torch.stack([u / 2, u / 2, torch.zeros_like(u), u], -1)
     assert inside.float().mean() > 0.7
     for channel in range(4):
         assert torch.allclose(swept[..., channel][inside], expected[inside], atol=1e-4)
@@ -419,7 +451,9 @@ def test_along_its_own_ray_a_view_reads_its_own_pixel():
 
 
 def test_the_sweep_has_finite_gradients_where_views_agree(decoder):
-    """The deviation of equal values has no derivative; a plain background must not turn it into NaN."""
+    """The deviation of equal values has no derivative; a plain background must not turn
+    it into NaN.
+    """
     latents = torch.full((1, FRAMES, 4, 4, 4), 0.3, requires_grad=True)
     decoder(latents, [cameras_of(FRAMES)], features())[0].colors.sum().backward()
     assert torch.isfinite(latents.grad).all() and (latents.grad != 0).any()
@@ -430,7 +464,9 @@ def test_the_sweep_has_finite_gradients_where_views_agree(decoder):
 def test_the_sweep_can_be_left_out():
     assert preset("paper").decoder_planes == 0 and CONFIG.decoder_planes > 0
     without = build_decoder(CONFIG.replace(decoder_planes=0))
-    assert without.sweep is None and not [name for name, _ in without.named_parameters() if "sweep" in name]
+    assert without.sweep is None and not [
+        name for name, _ in without.named_parameters() if "sweep" in name
+    ]
     assert len(without(randn(1, 2, 4, 4, 4), [cameras_of(2)], features())[0]) == 2 * 64
 
 
@@ -478,7 +514,10 @@ def test_checkpointing_changes_memory_and_not_gradients(build):
         def forward():
             return model(**inputs)
     else:
-        model, given = shake(build_decoder(CONFIG)), (randn(1, 3, 4, 4, 4), [cameras_of(3)], features())
+        model, given = (
+            shake(build_decoder(CONFIG)),
+            (randn(1, 3, 4, 4, 4), [cameras_of(3)], features()),
+        )
 
         def forward():
             return model.output_maps(*given)[0]

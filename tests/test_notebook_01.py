@@ -1,4 +1,6 @@
-"""Notebook 01: what its cells define equals the library, and its checkers know right from wrong."""
+"""Notebook 01: what its cells define equals the library, and its checkers know right
+from wrong.
+"""
 
 import math
 
@@ -23,12 +25,18 @@ def randn(*shape, seed=0):
 SIGMA = torch.tensor([0.2, 6.0])
 CLEAN, NOISE = randn(2, 3, 4, 2, 2), randn(2, 3, 4, 2, 2, seed=1)
 NOISY = CLEAN + diffusion.frames_like(SIGMA, CLEAN) * NOISE
-CONDITION = diffusion.Condition(randn(2, 1, 8), randn(2, 4, 2, 2), torch.ones(2, 3), torch.ones(2, 3))
+CONDITION = diffusion.Condition(
+    randn(2, 1, 8), randn(2, 4, 2, 2), torch.ones(2, 3), torch.ones(2, 3)
+)
 
 
 def network(sample, c_noise, token, *_):
-    """A stand-in for the U-Net: some function of what it is given, each orbit for itself."""
-    return sample[:, :, :4].tanh() + 0.1 * diffusion.frames_like(token.mean((1, 2)) + c_noise, sample)
+    """A stand-in for the U-Net: some function of what it is given, each orbit for
+    itself.
+    """
+    return sample[:, :, :4].tanh() + 0.1 * diffusion.frames_like(
+        token.mean((1, 2)) + c_noise, sample
+    )
 
 
 # ---------------------------------------------------------------- the notebook's functions
@@ -39,7 +47,9 @@ def test_scaled_latents(cells):
     autoencoder = vae.build_vae(tiny_config()).requires_grad_(False)
     images = torch.rand(2, 64, 64, 3)
     assert torch.allclose(
-        cells["scaled_latents"](autoencoder, images), vae.encode_scaled(autoencoder, images), atol=1e-5
+        cells["scaled_latents"](autoencoder, images),
+        vae.encode_scaled(autoencoder, images),
+        atol=1e-5,
     )
 
 
@@ -50,7 +60,9 @@ def test_scalings_and_both_directions(cells):
     v = cells["v_from_clean"](CLEAN, NOISY, SIGMA)
     assert torch.allclose(v, diffusion.v_target(CLEAN, NOISY, SIGMA), atol=1e-5)
     assert torch.allclose(
-        cells["clean_from_v"](NOISE, NOISY, SIGMA), diffusion.clean_estimate(NOISE, NOISY, SIGMA), atol=1e-5
+        cells["clean_from_v"](NOISE, NOISY, SIGMA),
+        diffusion.clean_estimate(NOISE, NOISY, SIGMA),
+        atol=1e-5,
     )
 
 
@@ -60,10 +72,14 @@ def test_the_weighted_loss_is_the_library_s(cells):
 
 
 def test_estimate_at_one_level(cells):
-    one = diffusion.Condition(*(x[:1] for x in (CONDITION.token, CONDITION.latent, CONDITION.polar, CONDITION.azimuth)))
+    one = diffusion.Condition(
+        *(x[:1] for x in (CONDITION.token, CONDITION.latent, CONDITION.polar, CONDITION.azimuth))
+    )
     z, estimate = cells["estimate_at"](network, CLEAN[0], NOISE[0], 6.0, one)
     assert torch.allclose(z, CLEAN[0] + 6 * NOISE[0])
-    assert torch.allclose(estimate, diffusion.denoise(network, z[None], torch.tensor([6.0]), one)[0], atol=1e-5)
+    assert torch.allclose(
+        estimate, diffusion.denoise(network, z[None], torch.tensor([6.0]), one)[0], atol=1e-5
+    )
 
 
 def test_the_mixture_denoiser_is_the_score(cells):
@@ -84,16 +100,24 @@ def test_the_exact_path_of_one_normal(cells):
     quantiles = torch.tensor([0.1, 0.5, 0.9]).double()
     for sigma in (0.0, 1.0, 80.0):
         expected = 0.4 + math.hypot(0.3, sigma) * torch.special.ndtri(quantiles)
-        assert torch.allclose(cells["exact_path"](quantiles, sigma, one, mean, 0.3), expected, atol=1e-6)
+        assert torch.allclose(
+            cells["exact_path"](quantiles, sigma, one, mean, 0.3), expected, atol=1e-6
+        )
 
 
 def test_many_euler_steps_follow_the_exact_path(cells):
-    mixture = dict(weights=torch.tensor([0.4, 0.6]).double(), means=torch.tensor([-1.0, 1.0]).double(), spread=0.3)
+    mixture = dict(
+        weights=torch.tensor([0.4, 0.6]).double(),
+        means=torch.tensor([-1.0, 1.0]).double(),
+        spread=0.3,
+    )
     quantiles = torch.tensor([0.1, 0.3, 0.6, 0.9]).double()
     start, truth = (cells["exact_path"](quantiles, sigma, **mixture) for sigma in (80.0, 0.0))
     errors = []
     for steps in (50, 200):
-        points = cells["euler_mixture"](start, cells["karras_sigmas"](steps, 0.002, 80.0), **mixture)
+        points = cells["euler_mixture"](
+            start, cells["karras_sigmas"](steps, 0.002, 80.0), **mixture
+        )
         errors.append((points[-1] - truth).abs().mean())
     assert points.shape == (201, 4) and errors[1] < 0.4 * errors[0] and errors[1] < 0.02
 
@@ -110,28 +134,47 @@ def test_sampler_by_hand(cells):
     start = randn(2, 3, 4, 2, 2) * scheduler.init_noise_sigma
     options = dict(steps=6, progress=False)
     library = diffusion.sample(
-        network, CONDITION, config, guidance=1.0, generator=torch.Generator().manual_seed(0), **options
+        network,
+        CONDITION,
+        config,
+        guidance=1.0,
+        generator=torch.Generator().manual_seed(0),
+        **options,
     )
     seen = []
-    ours = cells["euler_sample"](network, CONDITION, levels.float(), start, lambda *step: seen.append(step))
+    ours = cells["euler_sample"](
+        network, CONDITION, levels.float(), start, lambda *step: seen.append(step)
+    )
     assert torch.allclose(ours, library, atol=1e-4) and len(seen) == 6
 
 
 def test_guidance_by_hand(cells):
     config = tiny_config()
     for frames, peak in ((16, 2.5), (5, 4.0)):
-        assert torch.allclose(cells["triangle"](frames, peak), diffusion.triangular_guidance(frames, peak), atol=1e-5)
+        assert torch.allclose(
+            cells["triangle"](frames, peak), diffusion.triangular_guidance(frames, peak), atol=1e-5
+        )
     weight = torch.tensor([0.0, 1.0, 3.0])
     guided = cells["guide"](CLEAN, NOISE, weight)
     assert torch.allclose(guided[:, 0], NOISE[:, 0]) and torch.allclose(guided[:, 1], CLEAN[:, 1])
     assert torch.allclose(guided[:, 2], 3 * CLEAN[:, 2] - 2 * NOISE[:, 2], atol=1e-5)
 
-    one = diffusion.Condition(*(x[:1] for x in (CONDITION.token, CONDITION.latent, CONDITION.polar, CONDITION.azimuth)))
+    one = diffusion.Condition(
+        *(x[:1] for x in (CONDITION.token, CONDITION.latent, CONDITION.polar, CONDITION.azimuth))
+    )
     levels = cells["karras_sigmas"](5, config.sigma_min, config.sigma_max).float()
     start = randn(1, 3, 4, 2, 2) * (levels[0] ** 2 + 1).sqrt()
-    ours = cells["guided_sample"](network, one, diffusion.triangular_guidance(3, 3.0), levels, start)
+    ours = cells["guided_sample"](
+        network, one, diffusion.triangular_guidance(3, 3.0), levels, start
+    )
     library = diffusion.sample(
-        network, one, config, guidance=3.0, steps=5, generator=torch.Generator().manual_seed(0), progress=False
+        network,
+        one,
+        config,
+        guidance=3.0,
+        steps=5,
+        generator=torch.Generator().manual_seed(0),
+        progress=False,
     )
     assert torch.allclose(ours, library[0], atol=1e-4)
 
@@ -147,7 +190,9 @@ def right_scalings(sigma, sigma_data):
 
 WRONG_SCALINGS = {
     "wrong sign": lambda s, d: (lambda a, b, c, e: (a, -b, c, e))(*right_scalings(s, d)),
-    "divide by its standard deviation": lambda s, d: (lambda a, b, c, e: (a, b, c**2, e))(*right_scalings(s, d)),
+    "divide by its standard deviation": lambda s, d: (lambda a, b, c, e: (a, b, c**2, e))(
+        *right_scalings(s, d)
+    ),
     "nothing changes with sigma_data = 0.5": lambda s, d: diffusion.scalings(s),
     "quarter of the logarithm": lambda s, d: (*right_scalings(s, d)[:3], s.log()),
     "the data's share": lambda s, d: (1 - right_scalings(s, d)[0], *right_scalings(s, d)[1:]),
@@ -178,9 +223,13 @@ def column(weight):
 
 WRONG_STEPS = {
     "swapped": lambda z, v, n, w, s, t: right_step(z, n, v, w, s, t),
-    "columns of the latents": lambda z, v, n, w, s, t: right_step(z, n + w * (v - n), n, torch.ones_like(w), s, t),
+    "columns of the latents": lambda z, v, n, w, s, t: right_step(
+        z, n + w * (v - n), n, torch.ones_like(w), s, t
+    ),
     "You followed v itself": lambda z, v, n, w, s, t: z + (t - s) * (n + column(w) * (v - n)),
-    "You took v for the clean estimate": lambda z, v, n, w, s, t: z + (t - s) * (z - (n + column(w) * (v - n))) / s,
+    "You took v for the clean estimate": lambda z, v, n, w, s, t: (
+        z + (t - s) * (z - (n + column(w) * (v - n))) / s
+    ),
     "up in noise": lambda z, v, n, w, s, t: 2 * z - right_step(z, v, n, w, s, t),
     "division by sigma": lambda z, v, n, w, s, t: z + s * (right_step(z, v, n, w, s, t) - z),
     "guidance is missing": lambda z, v, n, w, s, t: right_step(z, v, n, torch.ones_like(w), s, t),
@@ -195,7 +244,9 @@ def test_check_guided_step():
 
 
 def right_guidance(azimuth, peak):
-    """The library's triangle over many frames, whose first and last both stand at the front, looked up by azimuth."""
+    """The library's triangle over many frames, whose first and last both stand at the
+    front, looked up by azimuth.
+    """
     fine = diffusion.triangular_guidance(3601, peak)  # entry k stands at 2 pi k / 3600
     position = (azimuth / (2 * math.pi) * 3600) % 3600
     low = position.floor().long()
@@ -220,7 +271,11 @@ def test_check_guidance_at():
 
 @pytest.mark.parametrize(
     ("check", "stub"),
-    [("check_scalings", "scalings_for"), ("check_guided_step", "guided_step"), ("check_guidance_at", "guidance_at")],
+    [
+        ("check_scalings", "scalings_for"),
+        ("check_guided_step", "guided_step"),
+        ("check_guidance_at", "guidance_at"),
+    ],
 )
 def test_stubs_are_not_written_yet(cells, check, stub, capsys):
     assert not getattr(checks, check)(cells[stub])

@@ -1,4 +1,6 @@
-"""Notebook 02: its derivations are the library's, and its checkers know right from typically wrong."""
+"""Notebook 02: its derivations are the library's, and its checkers know right from
+typically wrong.
+"""
 
 import math
 
@@ -55,12 +57,16 @@ def test_rotation_and_covariance(notebook, scene):
 
 
 def test_axis_quaternion_turns_by_the_angle(notebook):
-    turned = rotation_matrices(notebook["axis_quaternion"]((0, 0, 1), 90)) @ torch.tensor([1.0, 0, 0])
+    turned = rotation_matrices(notebook["axis_quaternion"]((0, 0, 1), 90)) @ torch.tensor(
+        [1.0, 0, 0]
+    )
     assert_close(turned, torch.tensor([0.0, 1, 0]))
 
 
 def test_projection(notebook, scene, camera, splats):
-    ours = notebook["project_gaussians"](scene.means, scene.covariances(), camera.viewmats[0], camera.Ks[0])
+    ours = notebook["project_gaussians"](
+        scene.means, scene.covariances(), camera.viewmats[0], camera.Ks[0]
+    )
     assert_close(ours[0], splats[0])
     assert_close(ours[1], splats[1])
 
@@ -70,7 +76,9 @@ def test_points_are_projected_exactly(notebook, camera):
     torch.manual_seed(0)
     mean, sigma = torch.tensor([0.3, 0.2, 0.1]), torch.diag(torch.tensor([1e-4, 4e-4, 2e-4]))
     pixels = notebook["exact_pixels"](mean, sigma, camera.viewmats[0], camera.Ks[0], 20_000)
-    _, linear = notebook["project_gaussians"](mean[None], sigma[None], camera.viewmats[0], camera.Ks[0], blur=0.0)
+    _, linear = notebook["project_gaussians"](
+        mean[None], sigma[None], camera.viewmats[0], camera.Ks[0], blur=0.0
+    )
     assert (pixels.T.cov() - linear[0]).norm() < 0.05 * linear[0].norm()
 
 
@@ -79,10 +87,14 @@ def test_footprint_and_its_gradient(notebook, scene, splats):
     theirs = reference.splat_alphas(*splats, scene.opacities, grid, grid)
     assert_close(notebook["footprint"](*splats, scene.opacities, SIZE, SIZE), theirs)
     centre = torch.tensor([[14.0, 16.0]], requires_grad=True)
-    alpha = reference.splat_alphas(centre, splats[1][:1], torch.tensor([0.8]), grid[14:15], grid[15:16])[0, 0, 0]
+    alpha = reference.splat_alphas(
+        centre, splats[1][:1], torch.tensor([0.8]), grid[14:15], grid[15:16]
+    )[0, 0, 0]
     (automatic,) = torch.autograd.grad(alpha, centre)
     pixel = torch.tensor([15.5, 14.5])
-    by_hand = notebook["footprint_gradient"](alpha.detach(), centre[0].detach(), splats[1][0], pixel)
+    by_hand = notebook["footprint_gradient"](
+        alpha.detach(), centre[0].detach(), splats[1][0], pixel
+    )
     assert automatic.abs().max() > 1e-4
     assert_close(by_hand, automatic[0])
 
@@ -94,9 +106,14 @@ def test_compositing(notebook):
 
 
 def test_gradient_of_compositing(notebook):
-    alphas, colors = torch.linspace(0.1, 0.6, 5, dtype=torch.float64), torch.rand(5, 3, dtype=torch.float64)
+    alphas, colors = (
+        torch.linspace(0.1, 0.6, 5, dtype=torch.float64),
+        torch.rand(5, 3, dtype=torch.float64),
+    )
     by_alpha, by_color = notebook["blend_gradient"](alphas, colors)
-    alpha_jacobian, color_jacobian = torch.autograd.functional.jacobian(reference.composite, (alphas, colors))
+    alpha_jacobian, color_jacobian = torch.autograd.functional.jacobian(
+        reference.composite, (alphas, colors)
+    )
     assert_close(by_alpha, alpha_jacobian.T)
     assert_close(by_color, color_jacobian[0, :, 0])
 
@@ -133,11 +150,16 @@ def test_figures_that_move(notebook):
 
 def test_figures_of_splatting(scene, camera):
     assert len(plot_ellipsoids(scene.select(slice(3)), camera).axes) == 6
-    assert len(plot_ellipsoids(scene.select(slice(3)), camera, ["a", "b", "c"], footprints=False).axes) == 3
+    assert (
+        len(plot_ellipsoids(scene.select(slice(3)), camera, ["a", "b", "c"], footprints=False).axes)
+        == 3
+    )
     depths, alphas = torch.tensor([[3.0, 4.0], [4.0, 3.0]]), torch.full((2, 2), 0.5)
     figure = plot_rays(depths, alphas, torch.eye(3)[:2], ["one", "two"])
     near_red, near_green = (axis.images[0].get_array()[0, 0].tolist() for axis in figure.axes[1::2])
-    assert near_red == pytest.approx([0.75, 0.5, 0.25]) and near_green == pytest.approx([0.5, 0.75, 0.25])
+    assert near_red == pytest.approx([0.75, 0.5, 0.25]) and near_green == pytest.approx(
+        [0.5, 0.75, 0.25]
+    )
 
 
 # ---------------------------------------------------------------- exercises
@@ -167,8 +189,12 @@ def test_right_answers_are_accepted(notebook):
 
 def test_checker_of_extent_explains():
     def of(cutoff, size):
-        """An extent sqrt(2 cutoff) * size, from what a learner makes of opacities and covariances."""
-        return lambda covariances, opacities: (2 * cutoff(opacities)).sqrt()[:, None] * size(covariances)
+        """An extent sqrt(2 cutoff) * size, from what a learner makes of opacities and
+        covariances.
+        """
+        return lambda covariances, opacities: (
+            (2 * cutoff(opacities)).sqrt()[:, None] * size(covariances)
+        )
 
     logarithm = lambda opacities: torch.log(255 * opacities).clamp(min=0)  # noqa: E731
     sigmas = lambda covariances: covariances.diagonal(dim1=-2, dim2=-1).sqrt()  # noqa: E731
@@ -187,11 +213,15 @@ def test_checker_of_depth_explains(notebook):
     before = notebook["transmittance"]
 
     def mean(weights, divisor):
-        """sum weights z / divisor, from functions of the alphas; 0 where the divisor is."""
+        """sum weights z / divisor, from functions of the alphas; 0 where the divisor
+        is.
+        """
 
         def depth(alphas, depths):
             below = divisor(alphas).sum(-1)
-            return torch.where(below > 0, (weights(alphas) * depths).sum(-1) / torch.where(below > 0, below, 1), 0)
+            return torch.where(
+                below > 0, (weights(alphas) * depths).sum(-1) / torch.where(below > 0, below, 1), 0
+            )
 
         return depth
 

@@ -1,4 +1,6 @@
-"""Notebook 03: what its cells define equals the library, and its checkers know right from wrong."""
+"""Notebook 03: what its cells define equals the library, and its checkers know right
+from wrong.
+"""
 
 import pytest
 import torch
@@ -35,7 +37,9 @@ def test_cameras_are_the_library_s(cells, cameras):
     mine = torch.stack([cells["view_matrix"](a, e, cam.DISTANCE) for a, e in angles])
     assert torch.allclose(mine, cameras.viewmats, atol=1e-5)
     assert torch.allclose(cells["pinhole"](SIZE, cam.FOV_DEG), cameras.Ks[0], atol=1e-5)
-    assert torch.allclose(cells["flip_camera_axes"](cameras.c2w()), cam.opencv_to_opengl(cameras.c2w()), atol=1e-5)
+    assert torch.allclose(
+        cells["flip_camera_axes"](cameras.c2w()), cam.opencv_to_opengl(cameras.c2w()), atol=1e-5
+    )
 
 
 def test_projection_is_where_the_rasteriser_puts_a_splat(cells, cameras):
@@ -70,7 +74,10 @@ def sphere_views(cameras, radius=0.8):
     along = -(origins * directions).sum(-1)
     gap = radius**2 - (origins.square().sum(-1) - along**2)
     points = origins + (along - gap.clamp(min=0).sqrt())[..., None] * directions
-    z = torch.einsum("vhwi,vi->vhw", points, cameras.viewmats[:, 2, :3]) + cameras.viewmats[:, 2, 3, None, None]
+    z = (
+        torch.einsum("vhwi,vi->vhw", points, cameras.viewmats[:, 2, :3])
+        + cameras.viewmats[:, 2, 3, None, None]
+    )
     return torch.where((gap > 0)[..., None], 0.5 + 0.5 * points, 1.0), torch.where(gap > 0, z, 0)
 
 
@@ -79,7 +86,9 @@ def test_consistency_tells_one_object_from_two(cells):
     rgb, depth = sphere_views(ring)
     painted, seen = cells["carry"](rgb, depth, ring, 0, 1)
     inside = seen & (painted.amax(-1) < 0.95)  # without pixels that interpolate with the background
-    assert seen.sum() > 0.4 * (depth[0] > 0).sum() and (painted - rgb[0])[inside].abs().mean() < 0.02
+    assert (
+        seen.sum() > 0.4 * (depth[0] > 0).sum() and (painted - rgb[0])[inside].abs().mean() < 0.02
+    )
     other = rgb.clone()
     other[1::2] = 1 - other[1::2]
     same, different = (cells["consistency"](x, depth, ring) for x in (rgb, other))
@@ -142,15 +151,29 @@ def test_orbit_checker():
     right = cam.sv3d_azimuths
     assert accepts(checks.check_orbit, orbit_with(right))
     assert rejects(
-        checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n + 1)[:-1]), "condition view is first"
+        checks.check_orbit,
+        orbit_with(lambda n: torch.linspace(0, 360, n + 1)[:-1]),
+        "condition view is first",
     )
-    assert rejects(checks.check_orbit, orbit_with(right, polar=lambda e: e), "That is the elevation")
-    assert rejects(checks.check_orbit, orbit_with(right, polar=lambda e: 90 + e), "sign of the elevation")
-    assert rejects(checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n + 1)[1:]), "modulo 360")
-    assert rejects(checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n)), "N \\+ 1 points")
-    assert rejects(checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n) % 360), "N \\+ 1 points")
+    assert rejects(
+        checks.check_orbit, orbit_with(right, polar=lambda e: e), "That is the elevation"
+    )
+    assert rejects(
+        checks.check_orbit, orbit_with(right, polar=lambda e: 90 + e), "sign of the elevation"
+    )
+    assert rejects(
+        checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n + 1)[1:]), "modulo 360"
+    )
+    assert rejects(
+        checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n)), "N \\+ 1 points"
+    )
+    assert rejects(
+        checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n) % 360), "N \\+ 1 points"
+    )
     assert rejects(checks.check_orbit, orbit_with(lambda n: -right(n) % 360), "the other way")
-    assert rejects(checks.check_orbit, lambda n, e: orbit_with(right)(n, e).flip(-1), "columns are exchanged")
+    assert rejects(
+        checks.check_orbit, lambda n, e: orbit_with(right)(n, e).flip(-1), "columns are exchanged"
+    )
     assert rejects(checks.check_orbit, lambda n, e: orbit_with(right)(n, e).deg2rad(), "radians")
     assert rejects(checks.check_orbit, lambda n, e: right(n), "shape")
 
@@ -158,7 +181,9 @@ def test_orbit_checker():
 # ---------------------------------------------------------------- exercise 2
 
 
-def rays_with(half=0.5, unit=True, world=True, transpose=False, scaled=True, order="right", indexing="ij"):
+def rays_with(
+    half=0.5, unit=True, world=True, transpose=False, scaled=True, order="right", indexing="ij"
+):
     def latent_rays(K, c2w, size, grid):
         at = (torch.arange(grid) + half) * (size / grid if scaled else 1)
         v, u = torch.meshgrid(at, at, indexing=indexing)
@@ -195,11 +220,23 @@ def test_from_opengl_checker():
         return torch.diag(torch.tensor([*values, 1.0]))
 
     inverse = torch.linalg.inv
-    assert accepts(checks.check_from_opengl, lambda c2w: cam.invert_rigid(cam.opengl_to_opencv(c2w)))
+    assert accepts(
+        checks.check_from_opengl, lambda c2w: cam.invert_rigid(cam.opengl_to_opencv(c2w))
+    )
     assert rejects(checks.check_from_opengl, lambda c2w: c2w @ FLIP, "still camera to world")
     assert rejects(checks.check_from_opengl, lambda c2w: inverse(c2w), "did not flip")
     assert rejects(checks.check_from_opengl, lambda c2w: inverse(FLIP @ c2w), "turns the WORLD")
-    assert rejects(checks.check_from_opengl, lambda c2w: inverse(c2w @ diagonal(1.0, -1.0, 1.0)), "Only y is flipped")
-    assert rejects(checks.check_from_opengl, lambda c2w: inverse(c2w @ diagonal(1.0, 1.0, -1.0)), "Only z is flipped")
-    assert rejects(checks.check_from_opengl, lambda c2w: inverse(c2w @ diagonal(-1.0, 1.0, -1.0)), "x and z")
+    assert rejects(
+        checks.check_from_opengl,
+        lambda c2w: inverse(c2w @ diagonal(1.0, -1.0, 1.0)),
+        "Only y is flipped",
+    )
+    assert rejects(
+        checks.check_from_opengl,
+        lambda c2w: inverse(c2w @ diagonal(1.0, 1.0, -1.0)),
+        "Only z is flipped",
+    )
+    assert rejects(
+        checks.check_from_opengl, lambda c2w: inverse(c2w @ diagonal(-1.0, 1.0, -1.0)), "x and z"
+    )
     assert rejects(checks.check_from_opengl, lambda c2w: (c2w @ FLIP).mT, "does not invert")

@@ -77,14 +77,17 @@ def test_sweep_along_one_ray_is_the_librarys(notebook, cameras):
     swept = plane_sweep(latents, cameras, (8, 8), config).unflatten(0, (4, 8, 8))
     origins, directions = ray_grid(cameras, 8, 8)
     planes = torch.linspace(-1, 1, config.planes)
-    seen = notebook["latents_along"](origins[2, 3, 5], directions[2, 3, 5], planes, latents, cameras)
+    seen = notebook["latents_along"](
+        origins[2, 3, 5], directions[2, 3, 5], planes, latents, cameras
+    )
     assert torch.allclose(notebook["statistics"](seen).T.flatten(), swept[2, 3, 5], atol=1e-4)
 
 
 def test_dino_targets_are_the_stages(notebook):
     torch.manual_seed(0)
     config = preset("tiny", dino_layers=1)
-    stage = DINOStage(build_dino(config), None, config).eval()  # views are for drawing examples only
+    # views are for drawing examples only
+    stage = DINOStage(build_dino(config), None, config).eval()
     stage.center.normal_(std=0.1)
     crops = torch.rand(3, 2, 64, 64, 3)
     loss, metrics = stage({"crops": crops})
@@ -100,7 +103,9 @@ def test_dino_targets_are_the_stages(notebook):
 def test_principal_colors_fill_the_range(notebook):
     colors = notebook["principal_colors"](torch.randn(64, 20))
     assert colors.shape == (64, 3)
-    assert torch.allclose(colors.amin(0), torch.zeros(3)) and torch.allclose(colors.amax(0), torch.ones(3))
+    assert torch.allclose(colors.amin(0), torch.zeros(3)) and torch.allclose(
+        colors.amax(0), torch.ones(3)
+    )
 
 
 # ---------------------------------------------------------------- checkers
@@ -108,7 +113,11 @@ def test_principal_colors_fill_the_range(notebook):
 
 @pytest.mark.parametrize(
     "stub, checker",
-    [("pixel_shuffle", "check_shuffle"), ("depth_logits", "check_depth_logits"), ("dino_loss", "check_dino_loss")],
+    [
+        ("pixel_shuffle", "check_shuffle"),
+        ("depth_logits", "check_depth_logits"),
+        ("dino_loss", "check_dino_loss"),
+    ],
 )
 def test_stub_is_not_written_yet(notebook, stub, checker, capsys):
     assert not getattr(checks, checker)(notebook[stub])
@@ -129,7 +138,11 @@ def test_shuffle_checker():
     assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 2, 3, 4, 5)), "without moving axes")
     assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 4, 3, 5, 2)), "i and j are swapped")
     assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 2, 4, 3, 5)), "slow index")
-    assert rejects(checks.check_shuffle, lambda x, r: F.pixel_shuffle(_regrouped(x, r), r), "grouped the wrong way")
+    assert rejects(
+        checks.check_shuffle,
+        lambda x, r: F.pixel_shuffle(_regrouped(x, r), r),
+        "grouped the wrong way",
+    )
     assert rejects(checks.check_shuffle, lambda x, r: x, "should have shape")
 
 
@@ -137,7 +150,9 @@ def _regrouped(x, r):
     return x.unflatten(1, (r * r, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def depth_solution(distance=lambda z, cos: z / cos, last=torch.logit, scale=lambda offset, radius: offset / radius):
+def depth_solution(
+    distance=lambda z, cos: z / cos, last=torch.logit, scale=lambda offset, radius: offset / radius
+):
     def depth_logits(depth, origins, directions, forward, radius):
         t = distance(depth, (directions * forward).sum(-1, keepdim=True))
         return last((scale(t - origins.norm(dim=-1, keepdim=True), radius) + 1) / 2)
@@ -150,17 +165,23 @@ def test_depth_checker():
     assert accepts(check, depth_solution())
     assert accepts(check, checks.depth_logits_for)
     assert rejects(check, depth_solution(distance=lambda z, cos: z), "z-depth for the distance")
-    assert rejects(check, depth_solution(distance=lambda z, cos: z * cos), "multiplied by the cosine")
+    assert rejects(
+        check, depth_solution(distance=lambda z, cos: z * cos), "multiplied by the cosine"
+    )
     assert rejects(check, depth_solution(last=lambda u: u), "sigmoid of the logit")
     assert rejects(check, depth_solution(last=lambda u: 2 * u - 1), r"2 sigmoid\(x\) - 1")
-    assert rejects(check, depth_solution(scale=lambda offset, radius: offset), "units of the object's radius")
+    assert rejects(
+        check, depth_solution(scale=lambda offset, radius: offset), "units of the object's radius"
+    )
 
 
 def dino_solution(tau_s=0.1, tau_t=0.05, sign=-1.0, other=True, keep_gradient=False, factor=0.5):
     def dino_loss(student, teacher, center):
         targets = ((teacher + sign * center) / tau_t).softmax(-1)
         targets = targets if keep_gradient else targets.detach()
-        return factor * sum(F.cross_entropy(student[a] / tau_s, targets[1 - a if other else a]) for a in (0, 1))
+        return factor * sum(
+            F.cross_entropy(student[a] / tau_s, targets[1 - a if other else a]) for a in (0, 1)
+        )
 
     return dino_loss
 
@@ -179,7 +200,9 @@ def test_dino_checker():
 
 
 def test_the_cost_of_attention_as_the_notebook_counts_it():
-    """16 x 36 x 36 tokens at paper scale, whose weights fill 430 million numbers per head."""
+    """16 x 36 x 36 tokens at paper scale, whose weights fill 430 million numbers per
+    head.
+    """
     config = preset("paper")
     tokens = config.num_frames * (config.latent_size // config.decoder_patch) ** 2
     assert tokens == 20_736 and math.isclose(tokens**2, 4.3e8, rel_tol=1e-2)

@@ -1,4 +1,6 @@
-"""Notebook 05: what its cells define equals the library, and its checkers know right from wrong."""
+"""Notebook 05: what its cells define equals the library, and its checkers know right
+from wrong.
+"""
 
 import copy
 
@@ -38,7 +40,9 @@ def test_lora_by_hand_is_peft_s(cells):
     layer = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight.normal_()
     x = randn(5, A.shape[1])
-    assert torch.allclose(cells["lora_linear"](x, layer.base_layer.weight, A, B, 3.0), layer(x), atol=1e-5)
+    assert torch.allclose(
+        cells["lora_linear"](x, layer.base_layer.weight, A, B, 3.0), layer(x), atol=1e-5
+    )
     scaled = cells["lora_linear"](x, layer.base_layer.weight, A, B, 6.0) - layer.base_layer(x)
     assert torch.allclose(scaled, 2 * (layer(x) - layer.base_layer(x)), atol=1e-4)
 
@@ -56,23 +60,35 @@ def test_noise_and_estimate(cells):
     noisy = cells["add_noise"](CLEAN, NOISE, SIGMA)
     assert torch.allclose(noisy, CLEAN + diffusion.frames_like(SIGMA, CLEAN) * NOISE)
     assert torch.allclose(
-        cells["one_step_estimate"](V, noisy, SIGMA), diffusion.clean_estimate(V, noisy, SIGMA), atol=1e-5
+        cells["one_step_estimate"](V, noisy, SIGMA),
+        diffusion.clean_estimate(V, noisy, SIGMA),
+        atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("kind", ["none", "snr"])
 def test_weight(cells, kind):
-    assert torch.allclose(cells["weight_by_hand"](SIGMA, kind), sigma_weight(SIGMA, kind), atol=1e-6)
+    assert torch.allclose(
+        cells["weight_by_hand"](SIGMA, kind), sigma_weight(SIGMA, kind), atol=1e-6
+    )
 
 
 def test_3d_loss(cells):
     config = tiny_config(lambda_alpha=0.7)
     cameras = orbit_cameras(torch.tensor([0.0, 80.0]), 15.0, 24)
     logits = randn(50, 4, seed=3).sigmoid()
-    scene = Gaussians(0.3 * randn(50, 3), randn(50, 4, seed=1), torch.full((50, 3), 0.1), logits[:, 0], logits[:, 1:])
+    scene = Gaussians(
+        0.3 * randn(50, 3),
+        randn(50, 4, seed=1),
+        torch.full((50, 3), 0.1),
+        logits[:, 0],
+        logits[:, 1:],
+    )
     alpha = (randn(2, 24, 24, 1, seed=4) > 0).float()
     truth = randn(2, 24, 24, 3, seed=5).sigmoid(), 3.4 * alpha, alpha
-    by_hand = cells["loss_3d_by_hand"](render(scene, cameras), *truth, config.lambda_depth, config.lambda_alpha)
+    by_hand = cells["loss_3d_by_hand"](
+        render(scene, cameras), *truth, config.lambda_depth, config.lambda_alpha
+    )
     assert torch.allclose(by_hand, rendering_loss(scene, cameras, *truth, config)[0], atol=1e-5)
 
 
@@ -150,7 +166,9 @@ def test_latent_gradient():
 
     def losses(decoder, z, cameras, features, targets, config):
         scenes = decoder(z, cameras, features)
-        return torch.stack([rendering_loss(scene, *truth, config)[0] for scene, truth in zip(scenes, targets)])
+        return torch.stack(
+            [rendering_loss(scene, *truth, config)[0] for scene, truth in zip(scenes, targets)]
+        )
 
     def no_grad(decoder, z_hat, *rest):
         z = z_hat.requires_grad_()

@@ -1,4 +1,6 @@
-"""Notebook 06: its derivations equal the library, its checkers find typical errors, and its protocol card is the code's."""
+"""Notebook 06: its derivations equal the library, its checkers find typical errors, and
+its protocol card is the code's.
+"""
 
 import inspect
 import json
@@ -53,15 +55,21 @@ def random_gaussians(count=40, seed=0) -> Gaussians:
 def test_image_metrics_equal_the_library(notebook):
     a, b = random_images(3, 24, 24, 3), random_images(3, 24, 24, 3, seed=1)
     assert notebook["psnr_by_hand"](a, b).item() == pytest.approx(metrics.psnr(a, b), abs=1e-5)
-    assert notebook["ssim_map"](a[0], b[0]).mean().item() == pytest.approx(metrics.ssim(a[0], b[0]), abs=1e-5)
+    assert notebook["ssim_map"](a[0], b[0]).mean().item() == pytest.approx(
+        metrics.ssim(a[0], b[0]), abs=1e-5
+    )
     depths = [x[..., 0] * (x[..., 1] > 0.3) for x in (a, b)]
-    assert notebook["depth_l1_by_hand"](*depths).item() == pytest.approx(metrics.depth_l1(*depths), abs=1e-5)
+    assert notebook["depth_l1_by_hand"](*depths).item() == pytest.approx(
+        metrics.depth_l1(*depths), abs=1e-5
+    )
 
 
 def test_shape_metrics_equal_the_library(notebook):
     a, b = notebook["sphere"](500, 0.9, seed=1), notebook["sphere"](300, 1.0, seed=2)
     there, back = notebook["nearest_distances"](a, b), notebook["nearest_distances"](b, a)
-    assert (there.mean() + back.mean()).item() / 2 == pytest.approx(metrics.chamfer_distance(a, b), abs=1e-5)
+    assert (there.mean() + back.mean()).item() / 2 == pytest.approx(
+        metrics.chamfer_distance(a, b), abs=1e-5
+    )
     for threshold in (0.05, 0.12, 0.2):
         by_hand = notebook["f_score_by_hand"](a, b, threshold)
         assert by_hand == pytest.approx(metrics.f_score(a, b, threshold), abs=1e-5)
@@ -77,7 +85,9 @@ def test_fusion_equals_the_library(notebook):
     line = torch.linspace(-mesh.EXTENT, mesh.EXTENT, 24)
     points = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), dim=-1).reshape(-1, 3)
     step = (line[1] - line[0]).item()
-    by_hand = notebook["fuse"](points, torch.from_numpy(depth), around, mesh.TRUNCATION * step).reshape(24, 24, 24)
+    by_hand = notebook["fuse"](
+        points, torch.from_numpy(depth), around, mesh.TRUNCATION * step
+    ).reshape(24, 24, 24)
     difference = (by_hand - torch.from_numpy(library)).abs()
     # a point whose image falls on the border of two pixels may round either way
     assert (difference < 1e-5).float().mean() > 0.998
@@ -108,7 +118,9 @@ def test_ghosting_knows_a_solid_from_a_double(notebook):
         count = len(y)
         means = torch.stack([torch.full_like(y, x), y, z], dim=-1)
         quats = torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
-        return Gaussians(means, quats, torch.full((count, 3), 0.03), torch.full((count,), opacity), means * 0)
+        return Gaussians(
+            means, quats, torch.full((count, 3), 0.03), torch.full((count,), opacity), means * 0
+        )
 
     mask = torch.zeros(1, 32, 32, 1)
     mask[:, 13:19, 13:19] = 1
@@ -140,7 +152,11 @@ def test_bootstrap_interval_equals_the_library(notebook):
 def test_an_arm_is_judged_by_two_seeds_or_more_that_agree(notebook, seeds, low, high, end):
     def results(sign):
         ends = (None, None) if low is None else sorted((sign * low, sign * high))
-        difference = {"mean": sign * np.mean(seeds) if seeds else None, "low": ends[0], "high": ends[1]}
+        difference = {
+            "mean": sign * np.mean(seeds) if seeds else None,
+            "low": ends[0],
+            "high": ends[1],
+        }
         return {"differences": {"x": {"psnr": difference | {"seeds": [sign * s for s in seeds]}}}}
 
     for sign, better in ((1, "higher"), (-1, "lower")):
@@ -152,7 +168,9 @@ def test_the_readmes_claims_are_judged_as_the_notebook_does(notebook):
     for _, name, arm, metric, sign in experiments.CLAIMS:
         results = json.loads((ROOT / "data" / "results" / f"{name}.json").read_text())
         word = words[experiments.holds(results["differences"][arm][metric], sign)]
-        assert notebook["verdict"](results, arm, metric, "higher" if sign > 0 else "lower").endswith(word)
+        assert notebook["verdict"](
+            results, arm, metric, "higher" if sign > 0 else "lower"
+        ).endswith(word)
 
 
 def test_ghosting_and_detail_equal_the_library(notebook):
@@ -160,9 +178,14 @@ def test_ghosting_and_detail_equal_the_library(notebook):
     mask = torch.zeros(2, 32, 32, 1)
     mask[:, 8:24, 8:24] = 1
     expected = consistency.ghosting(gaussians, views, mask)
-    assert notebook["ghosting"](gaussians, views, mask) == pytest.approx(expected) and 0 < expected <= 1
+    assert (
+        notebook["ghosting"](gaussians, views, mask) == pytest.approx(expected)
+        and 0 < expected <= 1
+    )
     made, truth = random_images(2, 32, 32, 3), random_images(2, 32, 32, 3, seed=1)
-    assert notebook["detail"](made, truth, mask) == pytest.approx(consistency.detail(made, truth, mask))
+    assert notebook["detail"](made, truth, mask) == pytest.approx(
+        consistency.detail(made, truth, mask)
+    )
 
 
 def test_failure_numbers_have_their_closed_forms(notebook):
@@ -179,7 +202,8 @@ def test_failure_numbers_have_their_closed_forms(notebook):
         local = g.means @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
         return torch.cat([local[:, :2] / local[:, 2:], g.scales / local[:, 2:]], dim=1)
 
-    assert torch.allclose(project(moved), project(card), atol=1e-5)  # same place and size in the picture
+    # same place and size in the picture
+    assert torch.allclose(project(moved), project(card), atol=1e-5)
     assert (moved.means - card.means).norm(dim=1).mean() > 0.2
 
 
@@ -188,7 +212,10 @@ def test_a_two_faced_ring_repeats_its_front(notebook):
     made = notebook["two_faced"](ring)
     front = [(protocol.FRONT + step) % 16 for step in range(-4, 5)]
     assert torch.equal(made[front], ring[front])
-    assert notebook["front_back_similarity"](made[protocol.FRONT], made[(protocol.FRONT + 8) % 16]) == math.inf
+    assert (
+        notebook["front_back_similarity"](made[protocol.FRONT], made[(protocol.FRONT + 8) % 16])
+        == math.inf
+    )
 
 
 # ---------------------------------------------------------------- exercises
@@ -212,7 +239,10 @@ def inside_error(predicted, truth, mask):
         (lambda p, t, m: (-10 * inside_error(p, t, m).log()).mean(), "natural logarithm"),
         (lambda p, t, m: (-20 * inside_error(p, t, m).log10()).mean(), "factor is 10"),
         (lambda p, t, m: (10 * inside_error(p, t, m).log10()).mean(), "sign"),
-        (lambda p, t, m: (-10 * (((p - t) ** 2 * m).mean((1, 2, 3))).log10()).mean(), "inside the mask only"),
+        (
+            lambda p, t, m: (-10 * (((p - t) ** 2 * m).mean((1, 2, 3))).log10()).mean(),
+            "inside the mask only",
+        ),
         (lambda p, t, m: (-10 * (3 * inside_error(p, t, m)).log10()).mean(), "three channels"),
         (lambda p, t, m: -10 * inside_error(p, t, m).mean().log10(), "dB per view first"),
     ],
@@ -242,11 +272,17 @@ def test_chamfer_loss_rejects(wrong, hint):
     assert rejects(exercises.check_chamfer_loss, wrong, hint)
 
 
-def resampled(ours, theirs, draws=4000, replace=True, paired=True, quantiles=(0.025, 0.975), of_means=True):
+def resampled(
+    ours, theirs, draws=4000, replace=True, paired=True, quantiles=(0.025, 0.975), of_means=True
+):
     rng, count = np.random.default_rng(1), len(ours)
 
     def indices():
-        return rng.integers(count, size=(draws, count)) if replace else rng.random((draws, count)).argsort(axis=1)
+        return (
+            rng.integers(count, size=(draws, count))
+            if replace
+            else rng.random((draws, count)).argsort(axis=1)
+        )
 
     i = indices()
     j = i if paired else indices()
@@ -276,7 +312,10 @@ def test_ratio_interval_accepts_another_generator():
 
 
 def test_card_names_the_objects_of_the_table():
-    assert CARD["objects"] == [row["id"] for row in TABLE["rows"]] and TABLE["objects"] == len(CARD["objects"]) == 41
+    assert (
+        CARD["objects"] == [row["id"] for row in TABLE["rows"]]
+        and TABLE["objects"] == len(CARD["objects"]) == 41
+    )
     assert CARD["sampler"]["seed"] == TABLE["seed"]
 
 
@@ -288,13 +327,19 @@ def test_card_views_are_those_of_the_code():
     assert CARD["decoder_input_views"] == list(range(dataset.RING))
     assert CARD["decoder_target_views"] == list(range(dataset.RING, len(azimuths)))
     camera = CARD["input_camera"]
-    assert camera["azimuth_deg"] == azimuths[protocol.FRONT] and camera["elevation_deg"] == elevations[protocol.FRONT]
+    assert (
+        camera["azimuth_deg"] == azimuths[protocol.FRONT]
+        and camera["elevation_deg"] == elevations[protocol.FRONT]
+    )
     assert CARD["ring"] == {
         "views": dataset.RING,
         "step_deg": azimuths[1],
         "elevation_deg": make_dataset.RING_ELEVATION,
     }
-    free = {"views": make_dataset.RANDOM_VIEWS, "elevation_deg": list(make_dataset.RANDOM_ELEVATIONS)}
+    free = {
+        "views": make_dataset.RANDOM_VIEWS,
+        "elevation_deg": list(make_dataset.RANDOM_ELEVATIONS),
+    }
     assert CARD["free_views"] == free
     assert CARD["camera"] == {"field_of_view_deg": cameras.FOV_DEG, "distance": cameras.DISTANCE}
 
@@ -302,23 +347,44 @@ def test_card_views_are_those_of_the_code():
 def test_card_scales_and_sampler_are_the_presets():
     for config in (preset("tiny"), load_config(ROOT / "data" / "checkpoints" / "tiny")):
         assert CARD["resolution_px"] == config.image_size and config.object_radius == 1
-        assert CARD["sampler"]["steps"] == config.sampling_steps and CARD["sampler"]["guidance"] == config.guidance
+        assert (
+            CARD["sampler"]["steps"] == config.sampling_steps
+            and CARD["sampler"]["guidance"] == config.guidance
+        )
 
 
 def test_card_formulas_are_the_metrics():
     def default(function, name):
         return inspect.signature(function).parameters[name].default
 
-    assert CARD["chamfer"]["points"] == metrics.NUM_POINTS == default(metrics.surface_points, "count")
+    assert (
+        CARD["chamfer"]["points"] == metrics.NUM_POINTS == default(metrics.surface_points, "count")
+    )
     assert CARD["chamfer"]["mesh_seed"] == default(metrics.surface_points, "seed")
-    assert CARD["f_score"]["threshold"] == metrics.F_SCORE_THRESHOLD == default(metrics.f_score, "threshold")
-    assert CARD["volume_iou"]["grid"] == metrics.GRID_RESOLUTION == default(metrics.occupancy_grid, "resolution")
+    assert (
+        CARD["f_score"]["threshold"]
+        == metrics.F_SCORE_THRESHOLD
+        == default(metrics.f_score, "threshold")
+    )
+    assert (
+        CARD["volume_iou"]["grid"]
+        == metrics.GRID_RESOLUTION
+        == default(metrics.occupancy_grid, "resolution")
+    )
     assert CARD["depth_l1"]["missing"] == default(metrics.depth_l1, "missing")
     fusion = CARD["mesh"]
     assert (fusion["extent"], fusion["truncation_voxels"]) == (mesh.EXTENT, mesh.TRUNCATION)
     assert fusion["background_weight"] == mesh.BACKGROUND_WEIGHT
     measured = set(TABLE["rows"][0]["generated"])
-    assert {"chamfer", "f_score", "iou", "reprojection", "split_psnr", "ghosting", "detail"} <= measured
+    assert {
+        "chamfer",
+        "f_score",
+        "iou",
+        "reprojection",
+        "split_psnr",
+        "ghosting",
+        "detail",
+    } <= measured
     assert not measured & {"fid", "kid", "clip_iqa"}
     weights = {key: CARD["lpips"][key] for key in ("net", "sha256")}
     assert TABLE.get("lpips") == (weights if "lpips" in measured else None)
@@ -327,7 +393,10 @@ def test_card_formulas_are_the_metrics():
     assert (stated["background_alpha"], stated["margin_px"]) == (backprojection.VISIBLE_ALPHA, 1)
     assert CARD["reprojection"]["occluded"] == consistency.OCCLUDED
     assert CARD["reprojection"]["alpha_threshold"] == mesh.SURFACE_ALPHA
-    assert (CARD["ghosting"]["depth_spread"], CARD["ghosting"]["opaque"]) == (mesh.MIXED_DEPTH, consistency.OPAQUE)
+    assert (CARD["ghosting"]["depth_spread"], CARD["ghosting"]["opaque"]) == (
+        mesh.MIXED_DEPTH,
+        consistency.OPAQUE,
+    )
 
 
 def test_card_states_how_experiments_are_run():
@@ -348,12 +417,17 @@ def test_card_mesh_is_the_one_that_is_evaluated(monkeypatch):
         raise mesh.NoSurface("no surface")
 
     monkeypatch.setattr(protocol, "fuse_mesh", fuse)
-    scores = protocol.mesh_scores(random_gaussians(), protocol.Truth(np.zeros((1, 3)), np.zeros((64, 64, 64), bool)))
+    scores = protocol.mesh_scores(
+        random_gaussians(), protocol.Truth(np.zeros((1, 3)), np.zeros((64, 64, 64), bool))
+    )
     assert math.isnan(scores["chamfer"])  # null in the file
     assert "iou" not in protocol.mesh_scores(
         random_gaussians(), protocol.Truth(np.zeros((1, 3)), None)
     )  # unknown solid
-    assert scores["f_score"] == CARD["f_score"]["no_surface"] and scores["iou"] == CARD["volume_iou"]["no_surface"]
+    assert (
+        scores["f_score"] == CARD["f_score"]["no_surface"]
+        and scores["iou"] == CARD["volume_iou"]["no_surface"]
+    )
     assert asked == {
         "resolution": CARD["mesh"]["grid"],
         "num_views": CARD["mesh"]["views"],

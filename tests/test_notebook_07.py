@@ -14,7 +14,11 @@ def test_bytes_by_hand_are_the_ledgers():
     ledger = Ledger(model.parameters())
     with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda t: t):
         result = model(x)
-    assert definitions("07")["kept_bytes"](model, x) == ledger.bytes == 4 * (x.numel() + result.numel())
+    assert (
+        definitions("07")["kept_bytes"](model, x)
+        == ledger.bytes
+        == 4 * (x.numel() + result.numel())
+    )
 
 
 # ---------------------------------------------------------------- exercise 1
@@ -31,7 +35,11 @@ def test_memory_of_a_training():
     assert rejects(check, lambda p, t, a, m, h: 8 * p + m * a, "16 in all")
     assert rejects(check, lambda p, t, a, m, h: 16 * p + m * a, "Only what is trained")
     assert rejects(check, lambda p, t, a, m, h: 4 * p + 12 * t + a, "multiply by the micro-batch")
-    assert rejects(check, lambda p, t, a, m, h: memory(p, t, a, m, False) / (1 + h), "halves the activations only")
+    assert rejects(
+        check,
+        lambda p, t, a, m, h: memory(p, t, a, m, False) / (1 + h),
+        "halves the activations only",
+    )
 
 
 # ---------------------------------------------------------------- exercise 2
@@ -90,7 +98,9 @@ def test_sharing_a_batch():
     assert not check(definitions("07")["share_of_batch"])
     assert rejects(check, lambda r, w, n: list(range(n)), "once each")
     assert rejects(
-        check, lambda r, w, n: list(range(r * n // w, (r + 1) * n // w)), "deals the examples out like cards"
+        check,
+        lambda r, w, n: list(range(r * n // w, (r + 1) * n // w)),
+        "deals the examples out like cards",
     )
     assert rejects(check, lambda r, w, n: range(r, n, w), "Return a list")
     whole = draw_batch(Recorder(), 0, 0, 6)["x"]

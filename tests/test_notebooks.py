@@ -1,4 +1,6 @@
-"""What every notebook of the course promises a reader, checked without running it. nbval runs them."""
+"""What every notebook of the course promises a reader, checked without running it.
+nbval runs them.
+"""
 
 import ast
 import re
@@ -15,13 +17,18 @@ from gsv3d_lib.course.parameters import check_parameters, declared_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-COURSE = [path for path in NOTEBOOKS if not path.name.startswith("00")]  # 00 shows, the others teach
+# 00 shows, the others teach
+COURSE = [path for path in NOTEBOOKS if not path.name.startswith("00")]
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 teaching = pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
 
 
 def cells(path: Path, kind: str) -> list:
-    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind and c.source.strip()]
+    return [
+        c
+        for c in nbformat.read(path, as_version=4).cells
+        if c.cell_type == kind and c.source.strip()
+    ]
 
 
 def prose(path: Path) -> str:
@@ -46,7 +53,9 @@ def test_executed_in_order_small_and_clean(path):
     nbformat.validate(notebook)
     assert "widgets" not in notebook.metadata, "GitHub refuses notebooks that carry widget state"
     code = cells(path, "code")
-    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "run it in order on a fresh kernel"
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), (
+        "run it in order on a fresh kernel"
+    )
     outputs = [out for cell in code for out in cell.outputs]
     assert not [out for out in outputs if out.output_type == "error"]
     assert not [out for out in outputs if WIDGET in out.get("data", {})], "run `make notebooks`"
@@ -56,12 +65,16 @@ def test_executed_in_order_small_and_clean(path):
 
 @every
 def test_one_cell_of_literal_parameters(path):
-    """papermill needs exactly one cell with the tag `parameters`, made of literals, one per line, each explained."""
+    """papermill needs exactly one cell with the tag `parameters`, made of literals, one
+    per line, each explained.
+    """
     (cell,) = tagged(path, "parameters")
     for statement in ast.parse(cell.source).body:
         assert isinstance(statement, ast.Assign), ast.unparse(statement)
         ast.literal_eval(statement.value)
-    unexplained = [line for line in cell.source.splitlines() if "#" not in line and not line.startswith("seed")]
+    unexplained = [
+        line for line in cell.source.splitlines() if "#" not in line and not line.startswith("seed")
+    ]
     assert unexplained == []
 
 
@@ -73,7 +86,10 @@ def test_a_notebook_has_its_parts_in_order(path):
     wanted = ["Before you start", "The result first", "Quick check", "Recap"]
     if path in COURSE:
         wanted[2:3] = ["Equations and where they live", "Quick check", "Exercises", "Full run"]
-    places = [next((i for i, h in enumerate(headings) if h.endswith(w) or h.startswith(w)), None) for w in wanted]
+    places = [
+        next((i for i, h in enumerate(headings) if h.endswith(w) or h.startswith(w)), None)
+        for w in wanted
+    ]
     assert None not in places, f"{wanted} in {headings}"
     assert places == sorted(places), headings
     assert "**Different from the paper" in text
@@ -82,19 +98,31 @@ def test_a_notebook_has_its_parts_in_order(path):
 
 @every
 def test_time_and_memory_are_measured_and_within_bounds(path):
-    """The numbers of the last refresh, the same in the notebook and in the README's table."""
+    """The numbers of the last refresh, the same in the notebook and in the README's
+    table.
+    """
     (stated,) = MEASURED.findall(prose(path))
     seconds, gigabytes = map(float, re.search(r">(\d+) s, ([\d.]+) GB", stated).groups())
     assert seconds <= 180 and gigabytes <= 8
-    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if f"](notebooks/{path.name})" in line]
+    (row,) = [
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if f"](notebooks/{path.name})" in line
+    ]
     assert stated in row
 
 
 @every
 def test_code_is_short_enough_to_read(path):
-    """A cell that does not define a function or a figure is a few lines; none is a page."""
+    """A cell that does not define a function or a figure is a few lines; none is a
+    page.
+    """
     for cell in cells(path, "code"):
-        lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("#")]
+        lines = [
+            line
+            for line in cell.source.splitlines()
+            if line.strip() and not line.strip().startswith("#")
+        ]
         assert len(lines) <= 45, cell.source[:200]
 
 
@@ -106,7 +134,11 @@ def test_some_outputs_are_compared_by_nbval(path):
 @every
 def test_links_and_named_notebooks_exist(path):
     text = prose(path)
-    local = [t.split("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if not t.startswith(("http", "#"))]
+    local = [
+        t.split("#")[0]
+        for t in re.findall(r"\]\(([^)\s]+)\)", text)
+        if not t.startswith(("http", "#"))
+    ]
     assert [t for t in local if not (path.parent / t).exists()] == []
     stems = {p.stem for p in NOTEBOOKS}
     assert [name for name in re.findall(r"`(\d\d_[a-z]\w+)`", text) if name not in stems] == []
@@ -138,7 +170,9 @@ def test_exercises_are_rated_stubbed_and_checked(path):
     checked = [c for c in cells(path, "code") if re.search(r"^\w+\.check_\w+\(", c.source, re.M)]
     assert len(checked) == count
     for cell in checked:
-        stub = next(node for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef))
+        stub = next(
+            node for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef)
+        )
         assert len(ast.get_docstring(stub) or "") > 60 and stub.returns is not None
         assert "not written yet" in "".join(out.get("text", "") for out in cell.outputs)
         assert (ROOT / "tests" / f"test_notebook_{path.name[:2]}.py").is_file()
@@ -149,7 +183,8 @@ def test_an_interactive_figure_follows_a_static_one(path):
     kinds = [
         "interactive" if "interactive" in cell.metadata.get("tags", []) else "static"
         for cell in cells(path, "code")
-        if "interactive" in cell.metadata.get("tags", []) or any("image/png" in o.get("data", {}) for o in cell.outputs)
+        if "interactive" in cell.metadata.get("tags", [])
+        or any("image/png" in o.get("data", {}) for o in cell.outputs)
     ]
     assert "interactive" in kinds and kinds[0] == "static"
 
@@ -161,16 +196,22 @@ def test_the_last_code_cell_accepts_or_refuses_the_result(path):
 
 @teaching
 def test_a_picture_follows_nearly_every_idea(path):
-    pictures = [c for c in cells(path, "code") if any("image/png" in o.get("data", {}) for o in c.outputs)]
+    pictures = [
+        c for c in cells(path, "code") if any("image/png" in o.get("data", {}) for o in c.outputs)
+    ]
     assert len(pictures) >= 4 or path.name.startswith("07")
 
 
 @every
 def test_commands_in_the_prose_are_ones_that_work(path):
-    """`papermill notebooks/X.ipynb ... -p NAME VALUE` and `python -m gsv3d_lib COMMAND --OPTION` name what exists."""
+    """`papermill notebooks/X.ipynb ... -p NAME VALUE` and `python -m gsv3d_lib COMMAND
+    --OPTION` name what exists.
+    """
     text = prose(path).replace("\\\n", " ")
     for stem, options in re.findall(r"papermill notebooks/(\w+)\.ipynb([^\n]*)", text):
         declared = declared_parameters(ROOT / "notebooks" / f"{stem}.ipynb")
         values = dict(re.findall(r"-p (\w+) (\S+)", options.split("#")[0]))
-        check_parameters({name: parse_setting(f"{name}={value}")[1] for name, value in values.items()}, declared)
+        check_parameters(
+            {name: parse_setting(f"{name}={value}")[1] for name, value in values.items()}, declared
+        )
     check_commands(text)

@@ -1,11 +1,21 @@
-"""Procedural objects: deterministic, normalised, painted, with a front; the primitives and textures they are made of."""
+"""Procedural objects: deterministic, normalised, painted, with a front; the primitives
+and textures they are made of.
+"""
 
 import numpy as np
 import pytest
 
 from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.data.procedural import textures as tx
-from gsv3d_lib.data.procedural.objects import FAMILIES, car, family_of, lamp, mug, procedural_object, touching_point
+from gsv3d_lib.data.procedural.objects import (
+    FAMILIES,
+    car,
+    family_of,
+    lamp,
+    mug,
+    procedural_object,
+    touching_point,
+)
 from gsv3d_lib.data.procedural.shapes import (
     TEXTURE_EDGE,
     ball,
@@ -44,7 +54,9 @@ def test_the_seed_decides_everything(family):
     first, second, other = (procedural_object(seed, family) for seed in (5, 5, 6))
     assert np.array_equal(first.vertices, second.vertices)
     assert np.array_equal(first.visual.vertex_colors, second.visual.vertex_colors)
-    assert len(first.vertices) != len(other.vertices) or not np.allclose(first.vertices, other.vertices)
+    assert len(first.vertices) != len(other.vertices) or not np.allclose(
+        first.vertices, other.vertices
+    )
 
 
 def test_without_a_family_the_seed_chooses_and_two_fifths_are_composed():
@@ -70,8 +82,14 @@ def test_fronts_face_minus_y():
     parts = car(np.random.default_rng(1))
     assert center_of(parts, tx.YELLOW)[1] < -0.5, "headlights in front"
     assert center_of(parts, tx.RED)[1] > 0.5, "tail lights behind"
-    front, back = (render_mesh(procedural_object(1, "face"), orbit_cameras([az], [5.0], 64))[0] for az in (270.0, 90.0))
-    white = [((rgba[0, ..., :3].min(-1) > 0.7) & (rgba[0, ..., 3] > 0.5))[15:40].sum() for rgba in (front, back)]
+    front, back = (
+        render_mesh(procedural_object(1, "face"), orbit_cameras([az], [5.0], 64))[0]
+        for az in (270.0, 90.0)
+    )
+    white = [
+        ((rgba[0, ..., :3].min(-1) > 0.7) & (rgba[0, ..., 3] > 0.5))[15:40].sum()
+        for rgba in (front, back)
+    ]
     assert white[0] > 5 and white[1] == 0, "the whites of the eyes are seen from the front only"
 
 
@@ -103,7 +121,17 @@ def test_families_vary():
         (loft([(-1, 0, 1, -1, 1), (1, 0, 1, -1, 1)], 1.0, 96), 2 * np.pi),
         (lathe([(1, 0), (1, 1), (0.5, 1), (0.5, 0.5)], 128), np.pi * (1 - 0.125)),
     ],
-    ids=["box", "ball", "superellipsoid", "cylinder", "cone", "torus", "prism", "loft", "hollow lathe"],
+    ids=[
+        "box",
+        "ball",
+        "superellipsoid",
+        "cylinder",
+        "cone",
+        "torus",
+        "prism",
+        "loft",
+        "hollow lathe",
+    ],
 )
 def test_volumes_match_the_closed_forms_and_triangles_look_outward(mesh, volume):
     assert mesh.volume == pytest.approx(volume, rel=0.04)
@@ -115,17 +143,26 @@ def test_a_superellipsoid_of_little_roundness_is_a_box():
 
 def test_place_lays_turns_and_moves():
     rod = place(cylinder(0.1, 2), at=(5, 0, 0), along="x")
-    assert np.ptp(rod.vertices, axis=0).argmax() == 0 and rod.centroid == pytest.approx([5, 0, 0], abs=1e-9)
-    assert np.ptp(place(cylinder(0.1, 2), turn=(0, 0, 90), along="x").vertices, axis=0).argmax() == 1
+    assert np.ptp(rod.vertices, axis=0).argmax() == 0 and rod.centroid == pytest.approx(
+        [5, 0, 0], abs=1e-9
+    )
+    assert (
+        np.ptp(place(cylinder(0.1, 2), turn=(0, 0, 90), along="x").vertices, axis=0).argmax() == 1
+    )
 
 
 def test_mirrored_keeps_triangles_outward():
     right, left = mirrored(place(ball(0.2), (1, 0, 0)))
-    assert left.centroid == pytest.approx([-1, 0, 0], abs=1e-9) and left.volume == pytest.approx(right.volume)
+    assert left.centroid == pytest.approx([-1, 0, 0], abs=1e-9) and left.volume == pytest.approx(
+        right.volume
+    )
 
 
 def test_texture_cuts_triangles_and_a_plain_colour_does_not():
-    plain, textured = paint(box((1, 1, 1)), tx.RED), paint(box((1, 1, 1)), tx.checkers(tx.RED, tx.WHITE, 0.2))
+    plain, textured = (
+        paint(box((1, 1, 1)), tx.RED),
+        paint(box((1, 1, 1)), tx.checkers(tx.RED, tx.WHITE, 0.2)),
+    )
     assert len(plain.faces) == 12
     assert textured.edges_unique_length.max() <= TEXTURE_EDGE
     assert textured.area == pytest.approx(6)
@@ -161,7 +198,9 @@ def test_stripes_take_their_share():
 
 
 def test_gradient_ends_and_middle():
-    red = tx.gradient((0, 0, 0), (1, 0, 0), (0, 0, 2), -1, 1)(np.array([[0, 0, -5.0], [0, 0, 0], [0, 0, 1]]))[:, 0]
+    red = tx.gradient((0, 0, 0), (1, 0, 0), (0, 0, 2), -1, 1)(
+        np.array([[0, 0, -5.0], [0, 0, 0], [0, 0, 1]])
+    )[:, 0]
     assert red == pytest.approx([0, 0.5, 1])
 
 

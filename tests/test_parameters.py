@@ -1,4 +1,6 @@
-"""Parameters of notebooks: no value that a notebook cannot use gets through, no file costs more than a moment."""
+"""Parameters of notebooks: no value that a notebook cannot use gets through, no file
+costs more than a moment.
+"""
 
 import resource
 import time
@@ -6,7 +8,12 @@ import time
 import pytest
 
 from gsv3d_lib.course import parameters, run
-from gsv3d_lib.course.parameters import RULES, check_parameters, declared_parameters, read_parameters
+from gsv3d_lib.course.parameters import (
+    RULES,
+    check_parameters,
+    declared_parameters,
+    read_parameters,
+)
 from gsv3d_lib.system.errors import MissingFile, UserError
 
 NUMBERS = [path.name[:2] for path in parameters.find_notebooks([])]
@@ -19,8 +26,18 @@ def declared(number: str) -> dict:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_every_parameter_of_a_notebook_has_a_rule_or_another_check(number):
-    """Numbers and lists have a rule; text is a path, or the scale and stages that `check_training` sees."""
-    elsewhere = {"weights", "image_path", *parameters.PLACES, "scale", "full_run", "full_stages", "full_data"}
+    """Numbers and lists have a rule; text is a path, or the scale and stages that
+    `check_training` sees.
+    """
+    elsewhere = {
+        "weights",
+        "image_path",
+        *parameters.PLACES,
+        "scale",
+        "full_run",
+        "full_stages",
+        "full_data",
+    }
     values = declared(number)
     assert [name for name in values if name not in RULES and name not in elsewhere] == []
     assert check_parameters({}, values) == {}  # the defaults are in their ranges
@@ -64,7 +81,10 @@ def test_indices_may_be_zero():
         (["05", "--set", "steps=-5"], "steps is from 1"),
         (["05", "--set", "weights=data/checkpoints/none"], "is no GSV3D checkpoint"),
         (["05", "--set", "full_stages=['vea']"], "The stages are"),
-        (["05", "--set", "full_run=True", "--set", "full_data=['nowhere']"], "There is no dataset in nowhere"),
+        (
+            ["05", "--set", "full_run=True", "--set", "full_data=['nowhere']"],
+            "There is no dataset in nowhere",
+        ),
         (["07", "--set", "scale=tiny"], "cannot be shared equally by 4 processes"),
         (["00", "--set", "image_path=none.png"], "There is no picture 'none.png'"),
         (["00", "--set", "out_dir=pyproject.toml"], "is no folder that you may write to"),

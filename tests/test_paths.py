@@ -1,4 +1,6 @@
-"""One rule for paths; files are written in full or not at all; a kernel cache is found where nothing can be written."""
+"""One rule for paths; files are written in full or not at all; a kernel cache is found
+where nothing can be written.
+"""
 
 import errno
 import os
@@ -69,7 +71,9 @@ def test_what_cannot_be_written_names_the_path_that_the_user_gave(place, tmp_pat
     (tmp_path / "file").touch()
     with pytest.raises(OSError) as raised, atomic_path(tmp_path / place) as temporary:
         temporary.write_text("x")
-    assert place.split("/")[0] in str(raised.value.filename) and ".tmp" not in str(raised.value.filename)
+    assert place.split("/")[0] in str(raised.value.filename) and ".tmp" not in str(
+        raised.value.filename
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
@@ -83,7 +87,9 @@ def test_a_full_disk_leaves_nothing_and_names_the_path(tmp_path):
 def test_other_libraries_errors_name_the_path_too(tmp_path, capsys):
     def run(_):
         with atomic_path(tmp_path / "x.safetensors"):
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
 
     assert exit_code(run, ArgumentParser(), []) == 2
     assert f"the disk is full: {tmp_path / 'x.safetensors'} could" in capsys.readouterr().err
@@ -104,12 +110,15 @@ def test_a_read_only_installation_without_a_home_keeps_kernels_in_a_temporary_fo
     ignore = shutil.ignore_patterns("__pycache__", "exercises")
     shutil.copytree(ROOT / "gsv3d_lib", package / "gsv3d_lib", ignore=ignore)
     (tmp_path / "temporary").mkdir()
-    (package / "gsv3d_lib/rendering/__pycache__").touch()  # a file, so that no user, not even root, can write below it
+    # a file, so that no user, not even root, can write below it
+    (package / "gsv3d_lib/rendering/__pycache__").touch()
     (tmp_path / "home").touch()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA", "XDG"))}
     environment |= {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}
     environment |= {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", DRAW], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", DRAW], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     said = done.stdout.split()
     assert done.returncode == 0, done.stderr
     assert said[0] == "True" and said[1].startswith(str(tmp_path / "temporary"))

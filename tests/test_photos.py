@@ -1,4 +1,6 @@
-"""Photographs with known cameras -> an object of a dataset: warps are exact, axes come back, wrong inputs are named."""
+"""Photographs with known cameras -> an object of a dataset: warps are exact, axes come
+back, wrong inputs are named.
+"""
 
 import json
 import math
@@ -16,7 +18,8 @@ from gsv3d_lib.config import Schedule
 from gsv3d_lib.data import photos
 from gsv3d_lib.data.dataset import ViewTensors, load_views, read_object, resize_views
 
-SHIFT, SCALE = torch.tensor([3.0, -2.0, 1.0]), 2.7  # of the world that the photographs' cameras are given in
+# of the world that the photographs' cameras are given in
+SHIFT, SCALE = torch.tensor([3.0, -2.0, 1.0]), 2.7
 WIDTH, HEIGHT = 120, 96
 K = torch.tensor([[110.0, 0, 63.0], [0, 112.0, 46.0], [0, 0, 1]])
 Z_UP = torch.eye(3, dtype=torch.float64)
@@ -29,11 +32,19 @@ def handheld(count: int, distance=(3.4, 3.6), seed: int = 0) -> Cameras:
     azimuths = torch.from_numpy(np.arange(count) * 360 / count + rng.uniform(-4, 4, count))
     elevations = torch.from_numpy(rng.uniform(5, 25, count))
     distances = torch.from_numpy(rng.uniform(*distance, count))
-    positions = orbit_cameras(azimuths, elevations, 8, distance=1.0).positions().double() * distances[:, None]
+    positions = (
+        orbit_cameras(azimuths, elevations, 8, distance=1.0).positions().double()
+        * distances[:, None]
+    )
     level = look_at(positions + torch.from_numpy(rng.normal(0, 0.05, (count, 3))))[:, :3, :3]
     roll = torch.from_numpy(rng.uniform(-0.1, 0.1, count))
     turn = torch.eye(3, dtype=torch.float64).repeat(count, 1, 1)
-    turn[:, 0, 0], turn[:, 0, 1], turn[:, 1, 0], turn[:, 1, 1] = roll.cos(), -roll.sin(), roll.sin(), roll.cos()
+    turn[:, 0, 0], turn[:, 0, 1], turn[:, 1, 0], turn[:, 1, 1] = (
+        roll.cos(),
+        -roll.sin(),
+        roll.sin(),
+        roll.cos(),
+    )
     viewmats = torch.eye(4, dtype=torch.float64).repeat(count, 1, 1)
     viewmats[:, :3, :3] = turn @ level
     viewmats[:, :3, 3:] = -turn @ level @ (SCALE * positions + SHIFT)[..., None]
@@ -41,11 +52,21 @@ def handheld(count: int, distance=(3.4, 3.6), seed: int = 0) -> Cameras:
 
 
 def photographed(folder: Path, cameras: Cameras) -> Path:
-    """The balls, moved and enlarged into the world of the cameras, as a folder of PNGs with transforms.json."""
-    balls = moved(BALLS, lambda *centre: tuple(SCALE * c + s for c, s in zip(centre, SHIFT.tolist(), strict=True)))
+    """The balls, moved and enlarged into the world of the cameras, as a folder of PNGs
+    with transforms.json.
+    """
+    balls = moved(
+        BALLS,
+        lambda *centre: tuple(SCALE * c + s for c, s in zip(centre, SHIFT.tolist(), strict=True)),
+    )
     balls = tuple((centre, SCALE * radius, color) for centre, radius, color in balls)
     rgb, alpha, _ = ball_pictures(cameras.resized(4 * WIDTH, 4 * HEIGHT), balls)
-    fine = torch.cat([rgb * alpha, alpha], -1).unflatten(1, (HEIGHT, 4)).unflatten(3, (WIDTH, 4)).mean((2, 4))
+    fine = (
+        torch.cat([rgb * alpha, alpha], -1)
+        .unflatten(1, (HEIGHT, 4))
+        .unflatten(3, (WIDTH, 4))
+        .mean((2, 4))
+    )
     fine[..., :3] /= fine[..., 3:].clamp(min=1e-6)
     folder.mkdir(parents=True, exist_ok=True)
     frames = []
@@ -87,7 +108,8 @@ def test_poses_and_lenses_come_back(read):
     [
         ({"camera_angle_x": math.radians(60)}, 50 / math.tan(math.radians(30))),
         ({"fl_x": 80.0}, 80.0),
-        ({"fl_x": 160.0, "cx": 100.0, "w": 200, "h": 160}, 80.0),  # given for pictures of twice the size
+        # given for pictures of twice the size
+        ({"fl_x": 160.0, "cx": 100.0, "w": 200, "h": 160}, 80.0),
     ],
 )
 def test_both_ways_to_state_a_lens(lens, focal):
@@ -119,9 +141,14 @@ def test_a_focal_length_in_pixels_of_a_picture_that_was_shrunk_needs_their_numbe
     with pytest.raises(ValueError, match="with w and h for which size") as error:
         photos.frame_intrinsics({"file_path": "a.png", "fl_x": 3000.0}, 2048, 1536)
     one_sentence(error)
-    K = photos.frame_intrinsics({"file_path": "a.png", "fl_x": 3000.0, "w": 4096, "h": 3072}, 2048, 1536)
+    K = photos.frame_intrinsics(
+        {"file_path": "a.png", "fl_x": 3000.0, "w": 4096, "h": 3072}, 2048, 1536
+    )
     assert K[0, 0] == 1500
-    assert photos.frame_intrinsics({"file_path": "a.png", "camera_angle_x": 1.0}, 2048, 1536)[0, 2] == 1024
+    assert (
+        photos.frame_intrinsics({"file_path": "a.png", "camera_angle_x": 1.0}, 2048, 1536)[0, 2]
+        == 1024
+    )
 
 
 def test_photographs_that_cut_the_object_or_show_none_are_left_out(folder, tmp_path):
@@ -132,14 +159,20 @@ def test_photographs_that_cut_the_object_or_show_none_are_left_out(folder, tmp_p
     cut[:, : WIDTH // 2] = (9, 9, 9, 255)
     Image.fromarray(cut).save(tmp_path / "005.png")
     pictures, left_out = photos.read_photos(tmp_path)
-    assert len(pictures) == 18 and "002: No object found" in left_out[0] and "cuts the object off" in left_out[1]
+    assert (
+        len(pictures) == 18
+        and "002: No object found" in left_out[0]
+        and "cuts the object off" in left_out[1]
+    )
 
 
 # ---------------------------------------------------------------- geometry
 
 
 def test_a_warp_is_what_the_turned_and_zoomed_camera_sees(read):
-    """Exactly, up to the blur of sampling a photograph: from the true place, with the true centre and radius."""
+    """Exactly, up to the blur of sampling a photograph: from the true place, with the
+    true centre and radius.
+    """
     size = 64
     for photo in read[:3]:
         (place,) = TRUE_WORLD.positions([photo])
@@ -169,7 +202,9 @@ def test_the_ball_looks_equally_large_from_everywhere():
     assert photos.displacement(3.509) == 0 and torch.allclose(
         photos.standard_intrinsics(3.509, 64).float(), intrinsics(64)
     )
-    outline = [photos.standard_intrinsics(d, 64)[0, 0] / math.sqrt(d * d - 1) for d in (2.0, 3.509, 9.0)]
+    outline = [
+        photos.standard_intrinsics(d, 64)[0, 0] / math.sqrt(d * d - 1) for d in (2.0, 3.509, 9.0)
+    ]
     assert max(outline) - min(outline) < 1e-9
     errors = [photos.displacement(d) for d in (3.4, 3.0, 2.5, 2.0)]
     assert errors == sorted(errors) and errors[0] < 0.005 and errors[-1] > 0.03
@@ -190,12 +225,16 @@ def test_lines_meet_and_level_cameras_know_up():
     target = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
     directions = torch.nn.functional.normalize(target - origins, dim=-1)
     assert torch.allclose(photos.nearest_point(origins, directions), target)
-    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
+    turn = torch.linalg.qr(
+        torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ).Q
     turn = turn * torch.linalg.det(turn)
     level = orbit_cameras([0.0, 50.0, 130.0], [10.0, 30.0, -5.0], 8).c2w().double()
     level[:, :3, :3] = turn @ level[:, :3, :3]
     made = [photos.Photo("", np.zeros((1, 1, 4), np.uint8), K, c2w) for c2w in level]
-    assert torch.allclose(photos.upright(made) @ turn[:, 2], torch.tensor([0.0, 0, 1]).double(), atol=1e-6)
+    assert torch.allclose(
+        photos.upright(made) @ turn[:, 2], torch.tensor([0.0, 0, 1]).double(), atol=1e-6
+    )
 
 
 def test_the_ring_takes_what_lies_nearest_and_the_rest_is_free():
@@ -205,16 +244,20 @@ def test_the_ring_takes_what_lies_nearest_and_the_rest_is_free():
     gaps = np.abs((azimuths[chosen[:16]] - np.arange(16) * 22.5 + 180) % 360 - 180)
     assert len(set(chosen)) == 24 and gaps.max() <= 6 and elevations[chosen[:16]].max() < 20
     few = photos.ring_and_free(azimuths[:18], elevations[:18], 24)
-    assert len(set(few[:16])) == 16 and set(few) == set(range(18))  # all are used before any is repeated
+    # all are used before any is repeated
+    assert len(set(few[:16])) == 16 and set(few) == set(range(18))
     assert np.bincount(few).max() == 2
-    assert photos.ring_and_free(azimuths, elevations, 24, front=38)[12] == 38  # though it was taken from high above
+    # though it was taken from high above
+    assert photos.ring_and_free(azimuths, elevations, 24, front=38)[12] == 38
 
 
 # ---------------------------------------------------------------- an object of a dataset
 
 
 def test_the_object_is_that_which_the_standard_cameras_see(folder, tmp_path):
-    """The whole path against rendering directly; distances within 3 % of the standard one, so perspective hardly differs."""
+    """The whole path against rendering directly; distances within 3 % of the standard
+    one, so perspective hardly differs.
+    """
     out = tmp_path / "mine"
     given = ["--center", *map(str, SHIFT.tolist()), "--radius", str(SCALE)]
     assert photos.main([str(folder), "--out", str(out), "--size", "64", *given]) == 0
@@ -243,24 +286,45 @@ def test_a_mirrored_irregular_ring_is_the_mirrored_object(read):
 
 def test_objects_share_a_dataset_and_the_front_can_be_named(folder, tmp_path):
     for id in ("one", "a two"):
-        assert photos.main([str(folder), "--out", str(tmp_path), "--id", id, "--size", "32", "--front", "007.png"]) == 0
+        assert (
+            photos.main(
+                [
+                    str(folder),
+                    "--out",
+                    str(tmp_path),
+                    "--id",
+                    id,
+                    "--size",
+                    "32",
+                    "--front",
+                    "007.png",
+                ]
+            )
+            == 0
+        )
     views = load_views([tmp_path], SIZE, progress=False)
     assert views.ids == ["a_two", "one"] and views.azimuths[0, 12] == 270
     assert photos.main([str(folder), "--out", str(tmp_path), "--id", "three", "--size", "64"]) == 2
 
 
 def test_training_on_photographs(folder, tmp_path):
-    """End to end: photographs -> dataset -> stage 2 with a finite loss and a LoRA that moved, though no depth is known."""
+    """End to end: photographs -> dataset -> stage 2 with a finite loss and a LoRA that
+    moved, though no depth is known.
+    """
     assert photos.main([str(folder), "--out", str(tmp_path / "mine"), "--size", str(SIZE)]) == 0
     views = load_views([tmp_path / "mine"], SIZE, progress=False)
     once = Schedule(steps=1, batch=1, lr=1e-3, warmup=0)
     config = tiny_config(
-        **{name: once for name in ("vae_schedule", "dino_schedule", "diffusion_schedule", "stage1")},
+        **{
+            name: once for name in ("vae_schedule", "dino_schedule", "diffusion_schedule", "stage1")
+        },
         stage2=Schedule(steps=3, batch=1, lr=1e-2, warmup=0),
         copies=2,
     )
     for stage in stages.STAGES:
-        history = stages.run_stage(stage, config, views, tmp_path / "run", progress=False, log_every=1)
+        history = stages.run_stage(
+            stage, config, views, tmp_path / "run", progress=False, log_every=1
+        )
         assert all(math.isfinite(value) for row in history for value in row.values())
     from safetensors.torch import load_file
 
@@ -281,17 +345,36 @@ def test_training_on_photographs(folder, tmp_path):
         ({"w": 300}, "120 x 96 pixels"),
         ({"frames": 3}, "no transforms.json"),
         ({"frames": [{"file_path": "./000"}]}, "no transform_matrix"),
-        ({"frames": [{"file_path": "./000", "transform_matrix": (2 * np.eye(4)).tolist()}]}, "no camera pose"),
-        ({"frames": [{"file_path": "./gone", "transform_matrix": np.eye(4).tolist()}]}, "no image file"),
         (
-            {"frames": [{"file_path": "./000", "transform_matrix": [[*row[:3], math.nan] for row in np.eye(4)]}]},
+            {"frames": [{"file_path": "./000", "transform_matrix": (2 * np.eye(4)).tolist()}]},
+            "no camera pose",
+        ),
+        (
+            {"frames": [{"file_path": "./gone", "transform_matrix": np.eye(4).tolist()}]},
+            "no image file",
+        ),
+        (
+            {
+                "frames": [
+                    {
+                        "file_path": "./000",
+                        "transform_matrix": [[*row[:3], math.nan] for row in np.eye(4)],
+                    }
+                ]
+            },
             "no camera pose",
         ),
         ({"frames": [{}]}, "file_path"),
         ({"w": math.nan, "h": math.nan}, "impossible lens"),
         ({"camera_model": ["OPENCV"]}, "distortion"),
-        ({"frames": [{"file_path": "../../000"}]}, "which is no file in its folder or one beside it"),
-        ({"frames": [{"file_path": "/etc/passwd"}]}, "which is no file in its folder or one beside it"),
+        (
+            {"frames": [{"file_path": "../../000"}]},
+            "which is no file in its folder or one beside it",
+        ),
+        (
+            {"frames": [{"file_path": "/etc/passwd"}]},
+            "which is no file in its folder or one beside it",
+        ),
         ({"frames": [{"file_path": "0\0"}]}, "which is no file in its folder or one beside it"),
     ],
 )
@@ -308,7 +391,9 @@ def test_a_mask_lies_in_the_folder_too(folder, tmp_path):
     for mask in ("/etc/hostname", "../../mask.png", 5):
         scene["frames"][3]["mask_path"] = mask
         (folder / "changed.json").write_text(json.dumps(scene))
-        with pytest.raises(ValueError, match="which is no file in its folder or one beside it") as error:
+        with pytest.raises(
+            ValueError, match="which is no file in its folder or one beside it"
+        ) as error:
             photos.read_photos(folder / "changed.json")
         one_sentence(error)
 
@@ -321,7 +406,9 @@ def test_a_mask_lies_in_the_folder_too(folder, tmp_path):
         (["--center", "nan", "0", "0", "--radius", "1"], "must be a number from"),
     ],
 )
-def test_options_that_no_object_can_have_are_said_first(folder, tmp_path, capsys, options, sentence):
+def test_options_that_no_object_can_have_are_said_first(
+    folder, tmp_path, capsys, options, sentence
+):
     with pytest.raises(SystemExit, match="2"):  # argparse's own, which ends by itself
         photos.main([str(folder), "--out", str(tmp_path), *options])
     assert sentence in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""The whole chain on models of a few thousand weights: train every stage, save, open, generate, measure."""
+"""The whole chain on models of a few thousand weights: train every stage, save, open,
+generate, measure.
+"""
 
 import dataclasses
 import json
@@ -14,7 +16,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_world import BALLS, SIZE, ball_pictures, ball_views, object_views, one_sentence, tiny_config, turned
+from tiny_world import (
+    BALLS,
+    SIZE,
+    ball_pictures,
+    ball_views,
+    object_views,
+    one_sentence,
+    tiny_config,
+    turned,
+)
 
 from gsv3d_lib import __main__ as command
 from gsv3d_lib import stages, train
@@ -45,7 +56,8 @@ CONFIG = tiny_config(
     dino_schedule=Schedule(steps=1, batch=1, lr=1e-3, warmup=0),
     diffusion_schedule=Schedule(steps=1, batch=1, lr=1e-3, warmup=0, ema=0.9),
     stage1=Schedule(steps=1, batch=1, lr=1e-3, warmup=0),
-    stage2=Schedule(steps=2, batch=1, lr=5e-2, warmup=0),  # long strides: the LoRA shall make a difference
+    # long strides: the LoRA shall make a difference
+    stage2=Schedule(steps=2, batch=1, lr=5e-2, warmup=0),
 )
 SIDE = SIZE // 8 * CONFIG.decoder_upsample  # Gaussians a view, squared
 QUICK = dict(steps=2, progress=False)
@@ -82,20 +94,37 @@ def picture() -> torch.Tensor:
 
 def test_init_takes_over_what_is_not_trained_and_starts_from_the_rest(weights, tmp_path):
     stages.take_over(weights, tmp_path, ["diffusion"], CONFIG)
-    assert {path.name for path in (tmp_path / "weights").iterdir()} == {"vae", "dino", "decoder", "gsv3d.json"}
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == {
+        "vae",
+        "dino",
+        "decoder",
+        "gsv3d.json",
+    }
     still = CONFIG.replace(diffusion_schedule=Schedule(steps=1, batch=1, lr=0.0, warmup=0))
     stages.run_stage("diffusion", still, ball_views(), tmp_path, init=weights, progress=False)
-    before, after = (checkpoint.load_model(folder, "unet").state_dict() for folder in (weights, tmp_path / "weights"))
+    before, after = (
+        checkpoint.load_model(folder, "unet").state_dict()
+        for folder in (weights, tmp_path / "weights")
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
-    done = {name: stages.schedule_of(CONFIG, name).steps for name in ("vae", "dino", "diffusion", "stage1")}
-    assert checkpoint.trained_steps(tmp_path / "weights") == done | {"diffusion": done["diffusion"] + 1}
+    done = {
+        name: stages.schedule_of(CONFIG, name).steps
+        for name in ("vae", "dino", "diffusion", "stage1")
+    }
+    assert checkpoint.trained_steps(tmp_path / "weights") == done | {
+        "diffusion": done["diffusion"] + 1
+    }
 
 
 def test_init_from_half_the_side_doubles_the_decoder(weights, tmp_path):
-    config = CONFIG.replace(image_size=2 * SIZE, decoder_patch=2, decoder_upsample=2 * CONFIG.decoder_upsample)
+    config = CONFIG.replace(
+        image_size=2 * SIZE, decoder_patch=2, decoder_upsample=2 * CONFIG.decoder_upsample
+    )
     config = config.replace(stage1=Schedule(steps=1, batch=1, lr=0.0, warmup=0))
     stages.take_over(weights, tmp_path, ["stage1"], config)
-    stages.run_stage("stage1", config, ball_views(1, 2 * SIZE), tmp_path, init=weights, progress=False)
+    stages.run_stage(
+        "stage1", config, ball_views(1, 2 * SIZE), tmp_path, init=weights, progress=False
+    )
     trained, fresh = checkpoint.load_model(weights, "decoder"), build_decoder(config).state_dict()
     started = checkpoint.load_model(tmp_path / "weights", "decoder").state_dict()
     assert {k: v.shape for k, v in started.items()} == {k: v.shape for k, v in fresh.items()}
@@ -128,7 +157,9 @@ def test_init_of_another_size_is_one_sentence(weights):
         ("decoder", {"scale_range": (1e-3, 1e-1)}),  # the same shapes, another meaning
         ("unet", {"unet_heads": tuple(2 * heads for heads in CONFIG.unet_heads)}),
     ):
-        with pytest.raises(ValueError, match=f"The {name} in .* is not of this configuration") as error:
+        with pytest.raises(
+            ValueError, match=f"The {name} in .* is not of this configuration"
+        ) as error:
             stages.initial(name, CONFIG.replace(**changes), weights)
         one_sentence(error)
 
@@ -182,7 +213,9 @@ def test_a_pickle_is_refused_and_not_opened(weights, tmp_path):
     for name in ("unet", "dino"):
         shutil.copytree(weights / name, tmp_path / name)
         (file,) = (tmp_path / name).glob("*.safetensors")
-        pickled = {"model.safetensors": "pytorch_model.bin"}.get(file.name, file.with_suffix(".bin").name)
+        pickled = {"model.safetensors": "pytorch_model.bin"}.get(
+            file.name, file.with_suffix(".bin").name
+        )
         torch.save({"weight": Payload(tmp_path / "opened")}, tmp_path / name / pickled)
         file.unlink()
         with pytest.raises(ValueError, match=f"The {name} weights in .* cannot be read") as error:
@@ -208,7 +241,9 @@ def test_finished_stages_are_not_trained_again(run, tmp_path, monkeypatch, capsy
     write_index(tmp_path / "data", [{"id": "balls"}])
     monkeypatch.setattr(train, "preset", lambda name: CONFIG)
     before = {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
-    train.main(["--data", str(tmp_path / "data"), "--out", str(run), "--stages", "vae", "diffusion"])
+    train.main(
+        ["--data", str(tmp_path / "data"), "--out", str(run), "--stages", "vae", "diffusion"]
+    )
     assert capsys.readouterr().out.count("to train again delete it") == 2
     assert before == {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
     for path in run.glob("views-*"):
@@ -222,17 +257,23 @@ def test_steps_override_one_stage():
     assert stages.with_steps(CONFIG, "dino", None) == CONFIG
 
 
-def test_exported_weights_are_half_the_size_and_nearly_the_same(run, weights, pipe, picture, tmp_path):
+def test_exported_weights_are_half_the_size_and_nearly_the_same(
+    run, weights, pipe, picture, tmp_path
+):
     train.main(["--out", str(run), "--export", str(tmp_path)])
     sizes = [sum(f.stat().st_size for f in p.rglob("*.safetensors")) for p in (weights, tmp_path)]
     assert 0.48 < sizes[1] / sizes[0] < 0.6
     shipped = GSV3DPipeline.from_pretrained(tmp_path, device="cpu")
     models = [getattr(shipped, name) for name in ("vae", "clip", "unet", "decoder", "dino")]
-    assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}  # the LoRA's too
+    # the LoRA's too
+    assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}
     ours, theirs = pipe(picture, **QUICK), shipped(picture, **QUICK)
-    assert (ours.means - theirs.means).abs().max() < 0.02 and (ours.colors - theirs.colors).abs().max() < 0.02
+    assert (ours.means - theirs.means).abs().max() < 0.02 and (
+        ours.colors - theirs.colors
+    ).abs().max() < 0.02
     assert set(json.loads((tmp_path / "curves.json").read_text())) == set(stages.STAGES)
-    assert all(str(run) not in path.read_text() for path in tmp_path.rglob("*.json"))  # nor any path of a machine
+    # nor any path of a machine
+    assert all(str(run) not in path.read_text() for path in tmp_path.rglob("*.json"))
 
 
 def test_an_export_keeps_what_the_run_took_over(tmp_path):
@@ -261,7 +302,8 @@ def test_generation_keeps_every_intermediate(pipe, picture):
     assert result.latents.shape == (frames, 4, SIZE // 8, SIZE // 8)
     assert len(result.gaussians) == frames * SIDE**2
     assert all(torch.isfinite(t).all() and not t.requires_grad for t in result.gaussians.tensors())
-    expected = orbit_cameras(sv3d_azimuths(frames), 7.0, SIZE)  # the input was seen from azimuth 0, the last camera
+    # the input was seen from azimuth 0, the last camera
+    expected = orbit_cameras(sv3d_azimuths(frames), 7.0, SIZE)
     assert torch.equal(result.cameras.viewmats, expected.viewmats)
     assert pipe.views_from(result.latents).shape == (frames, SIZE, SIZE, 3)
 
@@ -279,7 +321,10 @@ def test_the_chain_is_its_parts(pipe, picture):
     """sample -> decode, called by hand, is what `generate` does."""
     result = pipe.generate(picture, elevation=20.0, seed=5, steps=2, guidance=1.7, progress=False)
     condition = pipe.condition(picture, 20.0, CONFIG.num_frames)
-    assert torch.allclose(condition.polar, torch.tensor(math.radians(70.0))) and condition.azimuth[0, -1] == 0
+    assert (
+        torch.allclose(condition.polar, torch.tensor(math.radians(70.0)))
+        and condition.azimuth[0, -1] == 0
+    )
     assert torch.allclose(condition.latent, encode(pipe.vae, picture[None]))
     latents = sample(
         pipe.unet,
@@ -314,7 +359,10 @@ def test_the_number_of_frames_is_free(pipe, picture):
 def test_files_pictures_and_arrays_come_in(pipe, tmp_path):
     rgba = object_views().rgba[FRONT]
     Image.fromarray(rgba, "RGBA").save(tmp_path / "balls.png")
-    results = [pipe.generate(x, **QUICK) for x in (tmp_path / "balls.png", Image.fromarray(rgba, "RGBA"), rgba)]
+    results = [
+        pipe.generate(x, **QUICK)
+        for x in (tmp_path / "balls.png", Image.fromarray(rgba, "RGBA"), rgba)
+    ]
     assert results[0].image.shape == (SIZE, SIZE, 3)
     for other in results[1:]:
         assert torch.equal(other.image, results[0].image)
@@ -337,7 +385,9 @@ def weights_of(pipe: GSV3DPipeline) -> dict[str, torch.Tensor]:
     models = {"vae": pipe.vae, "clip": pipe.clip, "unet": pipe.unet, "decoder": pipe.decoder}
     models["dino"] = pipe.dino
     return {
-        f"{name}.{key}": tensor.clone() for name, model in models.items() for key, tensor in model.state_dict().items()
+        f"{name}.{key}": tensor.clone()
+        for name, model in models.items()
+        for key, tensor in model.state_dict().items()
     }
 
 
@@ -403,7 +453,9 @@ def test_the_scale_that_a_user_sets_stays(weights, picture):
     assert same(pipe.generate(picture, **QUICK), given[1.0])
     set_lora_scale(pipe.unet, 0.5)
     assert same(pipe.generate(picture, **QUICK), given[0.5])
-    assert all(same(pipe.generate(picture, lora_scale=s, **QUICK), made) for s, made in given.items())
+    assert all(
+        same(pipe.generate(picture, lora_scale=s, **QUICK), made) for s, made in given.items()
+    )
     assert same(pipe.generate(picture, **QUICK), given[0.5]) and not same(given[0.5], given[1.0])
 
 
@@ -420,7 +472,9 @@ def test_a_checkpoint_without_dino_needs_none(weights, picture, tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gsv3d.json is missing.*data/checkpoints/tiny") as error:
+    with pytest.raises(
+        FileNotFoundError, match="gsv3d.json is missing.*data/checkpoints/tiny"
+    ) as error:
         GSV3DPipeline.from_pretrained(tmp_path / "nowhere")
     one_sentence(error)
     for text in ('{"name": "ti', "[]", '{"name": "huge"}'):
@@ -435,7 +489,8 @@ def test_missing_and_truncated_weights_are_one_sentence(weights, tmp_path, name)
     folder = tmp_path / "weights"
     shutil.copytree(weights, folder)
     (file,) = (folder / name).glob("*.safetensors")
-    save_file(dict(list(load_file(file).items())[1:]), file, metadata={"format": "pt"})  # a tensor is missing
+    # a tensor is missing
+    save_file(dict(list(load_file(file).items())[1:]), file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{name}.*cannot be read.*tensors") as error:
         GSV3DPipeline.from_pretrained(folder)
     one_sentence(error)
@@ -454,7 +509,12 @@ def test_missing_and_truncated_weights_are_one_sentence(weights, tmp_path, name)
 
 
 def test_a_picture_tensor_must_be_an_image(pipe, picture):
-    for wrong in (picture.movedim(-1, 0), picture[:, :-1], (255 * picture).to(torch.uint8), picture * 255):
+    for wrong in (
+        picture.movedim(-1, 0),
+        picture[:, :-1],
+        (255 * picture).to(torch.uint8),
+        picture * 255,
+    ):
         with pytest.raises(ValueError, match="A tensor is taken for the condition image") as error:
             pipe(wrong, **QUICK)
         one_sentence(error)
@@ -482,7 +542,9 @@ BAD_NUMBERS = {
 @pytest.mark.parametrize("name", list(BAD_NUMBERS))
 def test_numbers_that_cannot_be_used_are_one_sentence_before_anything_runs(pipe, picture, name):
     for value in BAD_NUMBERS[name]:
-        with pytest.raises(UserError, match=f"^{name} is a (whole )?number (from|between) ") as error:
+        with pytest.raises(
+            UserError, match=f"^{name} is a (whole )?number (from|between) "
+        ) as error:
             pipe(None, **{name: value})  # no image: it is not even looked at
         one_sentence(error)
 
@@ -506,8 +568,12 @@ def test_numbers_at_their_ends_are_used():
     assert (left.num_frames, left.steps, left.guidance) == given
 
 
-@pytest.mark.parametrize(("option", "value"), [("--seed", str(2**64)), ("--guidance", "nan"), ("--steps", "5000")])
-def test_the_command_refuses_numbers_before_it_opens_weights(weights, tmp_path, capsys, option, value):
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seed", str(2**64)), ("--guidance", "nan"), ("--steps", "5000")]
+)
+def test_the_command_refuses_numbers_before_it_opens_weights(
+    weights, tmp_path, capsys, option, value
+):
     shutil.copytree(weights, tmp_path / "weights")
     for file in (tmp_path / "weights").rglob("*.safetensors"):
         file.unlink()
@@ -515,7 +581,9 @@ def test_the_command_refuses_numbers_before_it_opens_weights(weights, tmp_path, 
     with pytest.raises(SystemExit, match="2"):  # argparse's own, which ends by itself
         command.main([*words, option, value])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(rf"python -m gsv3d_lib: error: argument {option}: must be .*, got .*{value[:40]}.*", said)
+    assert re.fullmatch(
+        rf"python -m gsv3d_lib: error: argument {option}: must be .*, got .*{value[:40]}.*", said
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -537,36 +605,48 @@ def test_a_flat_card_is_the_picture_from_the_front(scene):
     assert (rgb[0] - scene.rgb[FRONT]).abs().mean(-1, keepdim=True)[inside].median() < 0.01
     assert len(card) == int((scene.alpha[FRONT] >= 0.5).sum())
     forward = camera.viewmats[0, 2, :3]
-    assert (card.means @ forward).abs().max() < 1e-4  # a plane through the centre, facing the camera
+    # a plane through the centre, facing the camera
+    assert (card.means @ forward).abs().max() < 1e-4
     side = orbit_cameras([90.0], 0.0, 64)
     assert render(card, side).alpha.mean() < 0.25 * alpha.mean()  # a card from the side is a line
 
 
 def test_a_flat_card_is_measured_by_as_many_points_as_the_protocol_allows(monkeypatch):
     large = ball_views(1, size=128).scene(0)
-    half = (torch.arange(128)[:, None, None] < 50).expand_as(large.alpha)  # a card of 6,400 Gaussians
+    # a card of 6,400 Gaussians
+    half = (torch.arange(128)[:, None, None] < 50).expand_as(large.alpha)
     large = dataclasses.replace(large, alpha=half.float())
     monkeypatch.setattr(protocol, "shape_scores", lambda points, *_: {"points": len(points)})
     truth = protocol.Truth(np.zeros((protocol.NUM_POINTS, 3), "f4"), None)
-    assert protocol.NUM_POINTS / 2 < protocol.Judge().baselines(large, truth)["card"]["points"] <= protocol.NUM_POINTS
+    assert (
+        protocol.NUM_POINTS / 2
+        < protocol.Judge().baselines(large, truth)["card"]["points"]
+        <= protocol.NUM_POINTS
+    )
 
 
 def test_the_average_object_is_the_mean_of_each_ring_view():
     views = ball_views(2)
     average = AverageObject.of(views)
     assert average.rgb.shape == (16, SIZE, SIZE, 3)
-    assert torch.allclose(average.rgb, (views.scene(0).rgb[:16] + views.scene(1).rgb[:16]) / 2, atol=1e-6)
+    assert torch.allclose(
+        average.rgb, (views.scene(0).rgb[:16] + views.scene(1).rgb[:16]) / 2, atol=1e-6
+    )
     depth, hit = views.depth[:, :16], views.depth[:, :16] > 0
     both, one = hit.all(0), hit.any(0) & ~hit.all(0)
     assert torch.allclose(average.depth[both], depth.mean(0)[both])
-    assert torch.allclose(average.depth[one], depth.sum(0)[one])  # where one object is, its own depth
+    # where one object is, its own depth
+    assert torch.allclose(average.depth[one], depth.sum(0)[one])
     seen = average.nearest_views(torch.tensor([0.0, 22.0, 180.0, 359.0]))
     assert all(torch.equal(a, average.rgb[k]) for a, k in zip(seen, (0, 1, 8, 0), strict=True))
 
 
 def test_the_mesh_of_the_average_of_one_object_is_that_object():
     mesh = AverageObject.of(ball_views(1, size=64)).mesh
-    gaps = [np.abs(np.linalg.norm(mesh.vertices - centre, axis=1) - radius) for centre, radius, _ in BALLS]
+    gaps = [
+        np.abs(np.linalg.norm(mesh.vertices - centre, axis=1) - radius)
+        for centre, radius, _ in BALLS
+    ]
     assert np.median(np.min(gaps, axis=0)) < 0.03
 
 
@@ -598,7 +678,9 @@ def ball_grid(balls=BALLS) -> np.ndarray:
     """The cells of a 64^3 grid whose centres are inside a ball."""
     line = (np.arange(64) + 0.5) / 32 - 1
     centres = np.stack(np.meshgrid(line, line, line, indexing="ij"), axis=-1)
-    return np.any([np.linalg.norm(centres - centre, axis=-1) < radius for centre, radius, _ in balls], axis=0)
+    return np.any(
+        [np.linalg.norm(centres - centre, axis=-1) < radius for centre, radius, _ in balls], axis=0
+    )
 
 
 def test_the_truth_is_read_as_it_was_written(tmp_path):
@@ -606,7 +688,10 @@ def test_the_truth_is_read_as_it_was_written(tmp_path):
     truth = protocol.load_truth(tmp_path, "balls")
     assert truth.points.shape == (4096, 3)
     assert np.array_equal(truth.points, protocol.load_truth(tmp_path, "balls").points)
-    gaps = [np.abs(np.linalg.norm(truth.points - centre, axis=1) - radius) for centre, radius, _ in BALLS]
+    gaps = [
+        np.abs(np.linalg.norm(truth.points - centre, axis=1) - radius)
+        for centre, radius, _ in BALLS
+    ]
     assert np.min(gaps, axis=0).max() < 2e-3  # half precision
     assert np.array_equal(truth.occupancy, ball_grid())
     assert protocol.load_truth(tmp_path, "other") is None and protocol.mesh_scores(None, None) == {}
@@ -629,7 +714,9 @@ def test_a_truth_with_wrong_numbers_is_one_sentence(tmp_path, change, sentence):
     with np.load(tmp_path / "balls.geometry.npz") as arrays:
         arrays = dict(arrays) | change
     np.savez(tmp_path / "balls.geometry.npz", **arrays)
-    with pytest.raises(ValueError, match=f"balls.geometry.npz cannot be read .*{sentence}") as error:
+    with pytest.raises(
+        ValueError, match=f"balls.geometry.npz cannot be read .*{sentence}"
+    ) as error:
         ev.load_truth(tmp_path, "balls")
     one_sentence(error)
 
@@ -645,12 +732,19 @@ def test_what_cannot_be_measured_on_is_said_before_anything_is_measured(tmp_path
 
 
 def test_a_result_is_turned_into_the_world_of_the_truth(tmp_path):
-    """Opaque Gaussians on the true surface, seen from azimuth 270: turned by it they fit, and not otherwise."""
+    """Opaque Gaussians on the true surface, seen from azimuth 270: turned by it they
+    fit, and not otherwise.
+    """
     points = write_geometry(tmp_path, "balls").astype("f4") @ protocol.turn_about_z(-270.0).T
     truth, count = protocol.load_truth(tmp_path, "balls"), len(points)
     means, quats = torch.from_numpy(points), torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
-    surface = Gaussians(means, quats, torch.full((count, 3), 0.015), torch.full((count,), 0.95), means.abs())
-    there, elsewhere = protocol.mesh_scores(surface, truth, 270.0), protocol.mesh_scores(surface, truth, 0.0)
+    surface = Gaussians(
+        means, quats, torch.full((count, 3), 0.015), torch.full((count,), 0.95), means.abs()
+    )
+    there, elsewhere = (
+        protocol.mesh_scores(surface, truth, 270.0),
+        protocol.mesh_scores(surface, truth, 0.0),
+    )
     assert there["chamfer"] < 0.05 and there["f_score"] > 0.9 and there["iou"] > 0.75
     assert elsewhere["chamfer"] > 0.1 and elsewhere["f_score"] < 0.6 and elsewhere["iou"] < 0.6
 
@@ -658,7 +752,11 @@ def test_a_result_is_turned_into_the_world_of_the_truth(tmp_path):
 def test_what_has_no_surface_scores_nothing(tmp_path):
     write_geometry(tmp_path, "balls")
     speck = Gaussians(
-        torch.zeros(1, 3), torch.eye(4)[:1], torch.full((1, 3), 1e-3), torch.full((1,), 0.1), torch.ones(1, 3)
+        torch.zeros(1, 3),
+        torch.eye(4)[:1],
+        torch.full((1, 3), 1e-3),
+        torch.full((1,), 0.1),
+        torch.ones(1, 3),
     )
     scores = protocol.mesh_scores(speck, protocol.load_truth(tmp_path, "balls"))
     assert math.isnan(scores["chamfer"]) and scores["f_score"] == scores["iou"] == 0
@@ -668,15 +766,21 @@ def test_a_strip_shows_input_truth_result_and_error(scene):
     camera = relative_cameras(scene, FRONT, torch.tensor([FRONT]))
     card = flat_card(scene.rgb[FRONT], scene.alpha[FRONT], camera)
     row = report.strip(card, scene).unfold(1, 64, 64).permute(1, 0, 3, 2)  # [10, 64, 64, 3]
-    assert torch.equal(row[0], scene.rgb[FRONT]) and torch.equal(row[3], scene.rgb[(FRONT + 8) % 16])
+    assert torch.equal(row[0], scene.rgb[FRONT]) and torch.equal(
+        row[3], scene.rgb[(FRONT + 8) % 16]
+    )
     assert torch.allclose(row[7:], 1 - (row[1:4] - row[4:7]).abs(), atol=1e-6)
 
 
 def test_image_scores_of_an_empty_scene_are_those_of_white(scene):
     one = torch.ones(1)
-    speck = Gaussians(torch.full((1, 3), 9.0), torch.eye(4)[:1], torch.full((1, 3), 1e-3), one, torch.ones(1, 3))
+    speck = Gaussians(
+        torch.full((1, 3), 9.0), torch.eye(4)[:1], torch.full((1, 3), 1e-3), one, torch.ones(1, 3)
+    )
     scores = protocol.image_scores(speck, scene, FRONT, torch.tensor([0, 5]))
-    assert scores["psnr"] == pytest.approx(psnr(torch.ones(2, 64, 64, 3), scene.rgb[[0, 5]]), abs=1e-3)
+    assert scores["psnr"] == pytest.approx(
+        psnr(torch.ones(2, 64, 64, 3), scene.rgb[[0, 5]]), abs=1e-3
+    )
     assert scores["depth_l1"] == pytest.approx(1.0)  # nothing there costs the object's radius
 
 
@@ -688,21 +792,36 @@ def test_averages_leave_nan_out_and_make_a_table():
     means = report.averages(rows)
     assert means == {"decoder": {"psnr": 21.0, "chamfer": 0.1}, "card": {"psnr": 10.5}}
     lines = report.table(means).split("\n")
-    assert lines[0] == "| method | psnr | ssim | depth_l1 | chamfer | f_score | iou |" and lines[1] == "|---" * 7 + "|"
-    assert lines[2:] == ["| decoder | 21.000 | - | - | 0.100 | - | - |", "| card | 10.500 | - | - | - | - | - |"]
+    assert (
+        lines[0] == "| method | psnr | ssim | depth_l1 | chamfer | f_score | iou |"
+        and lines[1] == "|---" * 7 + "|"
+    )
+    assert lines[2:] == [
+        "| decoder | 21.000 | - | - | 0.100 | - | - |",
+        "| card | 10.500 | - | - | - | - | - |",
+    ]
 
 
 def test_two_lpips_nets_are_two_columns(scene):
-    nets = {"lpips": LPIPS("alex").requires_grad_(False), "lpips_vgg": LPIPS("vgg").requires_grad_(False)}
+    nets = {
+        "lpips": LPIPS("alex").requires_grad_(False),
+        "lpips_vgg": LPIPS("vgg").requires_grad_(False),
+    }
     for number, net in enumerate(nets.values(), start=1):
         for weight in net.weights:
             weight.fill_(number)
     judge, pictures, truth = protocol.Judge(nets), scene.rgb[:2], scene.rgb[2:4]
     scores = judge.colors(pictures, truth)
     assert set(scores) == {"psnr", "ssim", "lpips", "lpips_vgg"}
-    assert all(scores[name] == pytest.approx(float(net(pictures, truth).mean())) for name, net in nets.items())
+    assert all(
+        scores[name] == pytest.approx(float(net(pictures, truth).mean()))
+        for name, net in nets.items()
+    )
     lines = report.table({"card": scores, "decoder": {"psnr": 20.0, "lpips_vgg": 0.25}}).split("\n")
-    assert lines[0] == "| method | psnr | ssim | lpips | lpips_vgg | depth_l1 | chamfer | f_score | iou |"
+    assert (
+        lines[0]
+        == "| method | psnr | ssim | lpips | lpips_vgg | depth_l1 | chamfer | f_score | iou |"
+    )
     assert lines[3] == "| decoder | 20.000 | - | - | 0.250 | - | - | - | - |"
     assert "lpips |" not in report.table({"decoder": {"lpips_vgg": 0.25}})
 
@@ -711,13 +830,21 @@ def test_two_files_of_one_lpips_net_are_refused(weights, tmp_path, capsys):
     """They would be one column."""
     path = tmp_path / "lpips.safetensors"
     save_file(LPIPS("alex").state_dict(), path, metadata={"lpips": "alex"})
-    arguments = ["--weights", str(weights), "--objects", str(tmp_path), "--out", str(tmp_path / "scores.json")]
+    arguments = [
+        "--weights",
+        str(weights),
+        "--objects",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "scores.json"),
+    ]
     assert ev.main([*arguments, "--lpips", str(path), str(path)]) == 2
     assert "one file for each kind of net; got alex, alex" in capsys.readouterr().err
     assert not (tmp_path / "scores.json").exists()
 
 
-@pytest.mark.filterwarnings("ignore:Mean of empty slice")  # the faint Gaussians of untrained models have no surface
+# the faint Gaussians of untrained models have no surface
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
 def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys):
     for folder, id in (("gso", "balls"), ("train", "others")):
         write_object(tmp_path / folder, object_views(id, 0.0 if id == "balls" else 60.0, size=SIZE))
@@ -741,7 +868,18 @@ def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys)
     ablations = {"generated_without_lora", "generated_without_projection"}
     assert set(record["mean"]) == {"decoder", "generated", "card", "average"} | ablations
     assert record["lpips"][0]["net"] == "alex" and "lpips" in record["mean"]["decoder"]
-    truthful = {"psnr", "ssim", "lpips", "depth_l1", "chamfer", "f_score", "iou", "front_psnr", "ghosting", "detail"}
+    truthful = {
+        "psnr",
+        "ssim",
+        "lpips",
+        "depth_l1",
+        "chamfer",
+        "f_score",
+        "iou",
+        "front_psnr",
+        "ghosting",
+        "detail",
+    }
     truthful |= {"reprojection", "split_psnr", "split_depth"}
     assert truthful | {"recognised"} == set(record["mean"]["generated"])
     assert {"psnr", "ssim", "lpips", "chamfer", "f_score", "iou"} == set(record["mean"]["average"])
@@ -764,7 +902,7 @@ def test_the_decoder_is_scored_on_views_that_it_did_not_get(pipe, monkeypatch):
         return {}
 
     monkeypatch.setattr(protocol.Judge, "pictures", spy)
-    assert set(protocol.Judge().decoder(pipe, scene)) == {"ghosting", "detail"} and seen["chosen"] == list(
-        range(16, 24)
-    )
+    assert set(protocol.Judge().decoder(pipe, scene)) == {"ghosting", "detail"} and seen[
+        "chosen"
+    ] == list(range(16, 24))
     assert math.isfinite(protocol.evaluate_vae(pipe, scene)["vae_psnr"])

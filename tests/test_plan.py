@@ -7,7 +7,17 @@ import pytest
 import torch
 from tiny_world import ball_views, randn, random_orbits, tiny_config
 
-from gsv3d_lib.cluster.plan import Ledger, Meter, advise, main, plan, plan_inference, rehearse, shapes, stage_on_meta
+from gsv3d_lib.cluster.plan import (
+    Ledger,
+    Meter,
+    advise,
+    main,
+    plan,
+    plan_inference,
+    rehearse,
+    shapes,
+    stage_on_meta,
+)
 from gsv3d_lib.config import preset
 from gsv3d_lib.pretraining import DiffusionStage
 from gsv3d_lib.stage1 import DecoderStage
@@ -20,7 +30,11 @@ def test_the_meter_counts_what_lives():
     weight = randn(100, 50)
     with Meter([weight]) as meter:
         a = weight @ randn(50, 100)  # 5,000 numbers for the other factor, 10,000 for the product
-        assert meter.live == 4 * 10_000 and meter.peak == 4 * 15_000 and meter.flops == 2 * 100 * 50 * 100
+        assert (
+            meter.live == 4 * 10_000
+            and meter.peak == 4 * 15_000
+            and meter.flops == 2 * 100 * 50 * 100
+        )
         b = a.T.flatten()[:10]  # a copy of the product, of which a view lives
         del a
         assert meter.live == 4 * 10_000 and weight.T.shape == (50, 100)
@@ -39,7 +53,9 @@ def test_copies_of_weights_are_told_apart():
 
 @pytest.mark.parametrize("stage", ["diffusion", "stage1"])
 def test_a_rehearsal_keeps_what_the_real_step_keeps(stage):
-    """The real stage on real data: the same buffers at the peak, most of which autograd puts aside."""
+    """The real stage on real data: the same buffers at the peak, most of which autograd
+    puts aside.
+    """
     from gsv3d_lib.decoder import build_decoder
     from gsv3d_lib.encoders import build_clip, build_dino
     from gsv3d_lib.unet import build_unet
@@ -67,12 +83,15 @@ def test_a_rehearsal_keeps_what_the_real_step_keeps(stage):
 def test_parameters_of_the_paper_preset():
     stage = stage_on_meta(preset("paper"), "stage2")
     unet, clip, decoder, dino = (
-        [p.numel() for p in getattr(stage, name).parameters()] for name in ("unet", "clip", "decoder", "dino")
+        [p.numel() for p in getattr(stage, name).parameters()]
+        for name in ("unet", "clip", "decoder", "dino")
     )
     trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     assert (sum(unet) - trained, trained) == (1_525_278_442, 6_639_616)
     assert (sum(clip), sum(decoder), sum(dino)) == (632_076_800, 113_557_772, 86_580_480)
-    with pytest.raises(ValueError, match="plan knows the stages diffusion, stage1, stage2; got 'vae'"):
+    with pytest.raises(
+        ValueError, match="plan knows the stages diffusion, stage1, stage2; got 'vae'"
+    ):
         stage_on_meta(preset("tiny"), "vae")
 
 
@@ -86,7 +105,11 @@ def test_memory_and_time_follow_their_causes():
     config = tiny_config()
     base = plan(config, "stage2", half=False)
     assert plan(config, "stage2", half=True).activations < base.activations
-    assert plan(config, "stage2", half=True).weights > base.weights == 4 * sum(p.parameters for p in base.parts)
+    assert (
+        plan(config, "stage2", half=True).weights
+        > base.weights
+        == 4 * sum(p.parameters for p in base.parts)
+    )
     assert plan(config, "stage2", half=False, micro_batch=3).activations == 3 * base.activations
     assert plan(config, "stage2", gpus=4).seconds == pytest.approx(base.seconds / 4)
     lighter = plan(config, "stage2", half=False, checkpointing=True)
@@ -99,7 +122,9 @@ def test_memory_and_time_follow_their_causes():
     assert (base.gradients, base.optimizer, base.average) == (4 * trained, 8 * trained, 0)
     averaged = config.replace(stage2=dataclasses.replace(config.stage2, ema=0.9))
     assert plan(averaged, "stage2", half=False).average == 4 * trained
-    longer = config.replace(stage2=dataclasses.replace(config.stage2, steps=2 * config.stage2.steps))
+    longer = config.replace(
+        stage2=dataclasses.replace(config.stage2, steps=2 * config.stage2.steps)
+    )
     assert plan(longer, "stage2").hours == pytest.approx(2 * base.hours)
 
 
@@ -107,7 +132,13 @@ def test_an_inference_is_smaller_than_a_training_and_knows_all_networks():
     config = tiny_config()
     whole = plan_inference(config)
     assert [part.name for part in whole.parts] == ["vae", "clip", "unet", "dino", "decoder"]
-    assert whole.gradients == whole.optimizer == 0 < whole.activations < plan(config, "stage2", half=False).activations
+    assert (
+        whole.gradients
+        == whole.optimizer
+        == 0
+        < whole.activations
+        < plan(config, "stage2", half=False).activations
+    )
     assert plan_inference(config.replace(dino="none")).weights < whole.weights
 
 
@@ -123,7 +154,10 @@ def test_the_advice_fits_the_card_with_as_little_as_possible():
         (0.8 * one.memory / 0.92e9, (8, True)),
     ):
         advice = advise(config, "stage2", size, half=False)
-        assert (advice.frames, advice.checkpointing) == expected and advice.plan.memory < 0.92e9 * size
+        assert (
+            advice.frames,
+            advice.checkpointing,
+        ) == expected and advice.plan.memory < 0.92e9 * size
     small = advise(config, "stage2", 0.4 * one.memory / 0.92e9, half=False)
     assert small.plan is None or small.frames < 8
     assert advise(config, "stage2", 0, half=False).plan is None

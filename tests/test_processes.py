@@ -1,7 +1,9 @@
-"""Several processes, as torchrun starts them on a cluster: the curve of one, and a clean stop when one of them dies.
+"""Several processes, as torchrun starts them on a cluster: the curve of one, and a
+clean stop when one of them dies.
 
-The stage is the real one, geometric distillation (U-Net with LoRA, frozen decoder, rasteriser) at the smallest sizes that
-its classes allow. gloo on the CPU stands for NCCL on GPUs, which no test here could run.
+The stage is the real one, geometric distillation (U-Net with LoRA, frozen decoder,
+rasteriser) at the smallest sizes that its classes allow. gloo on the CPU stands for
+NCCL on GPUs, which no test here could run.
 """
 
 import os
@@ -36,7 +38,9 @@ PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 SCHEDULE = Schedule(steps=5, batch=2, lr=1e-3, warmup=2, ema=0.9)
 DEATH = 3  # the step after which a worker is killed
 PROCESSES = 2
-PATIENCE = 400  # seconds for all of it on a busy machine; a run that hangs is stopped then and the test fails
+# seconds for all of it on a busy machine; a run that hangs is stopped then and the test
+# fails
+PATIENCE = 400
 STOP = 60  # seconds from the death of a worker to the end of the run
 
 
@@ -55,7 +59,15 @@ def dino_stage() -> DINOStage:
 
 
 def run(stage, folder: Path, processes: int = 1) -> list[dict]:
-    return train(stage, SCHEDULE, folder, log_every=1, progress=False, checkpoint_minutes=0, processes=processes)
+    return train(
+        stage,
+        SCHEDULE,
+        folder,
+        log_every=1,
+        progress=False,
+        checkpoint_minutes=0,
+        processes=processes,
+    )
 
 
 def work(folder: Path) -> None:
@@ -94,7 +106,10 @@ def assert_same_curve(rows: list[dict], truth: list[dict], tolerance: float = 1e
     for row, expected in zip(rows, truth, strict=True):
         assert row["step"] == expected["step"]
         for name in set(row) - {"time", "step"}:
-            assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), (row["step"], name)
+            assert row[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), (
+                row["step"],
+                name,
+            )
 
 
 def last_centre(run_dir: Path) -> torch.Tensor:
@@ -104,7 +119,9 @@ def last_centre(run_dir: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    """Folder, outcome and end of: DINO and stage 2 on two processes, then stage 2 with a worker that is killed."""
+    """Folder, outcome and end of: DINO and stage 2 on two processes, then stage 2 with
+    a worker that is killed.
+    """
     folder = tmp_path_factory.mktemp("processes")
     return folder, torchrun(folder), time.time()
 
@@ -125,7 +142,9 @@ def test_two_processes_distil_what_one_would(broken, alone):
 
 
 def test_the_centre_of_dino_is_that_of_the_whole_batch(broken, tmp_path):
-    """Its running mean is taken over all processes; a mean of one's own examples would give other targets."""
+    """Its running mean is taken over all processes; a mean of one's own examples would
+    give other targets.
+    """
     folder, done, _ = broken
     assert_same_curve(read_metrics(folder / "dino"), run(dino_stage(), tmp_path))
     together, alone = (last_centre(run_dir) for run_dir in (folder / "dino", tmp_path))
@@ -143,7 +162,9 @@ def test_a_killed_worker_stops_the_run_cleanly(broken):
 
 
 def test_a_run_with_a_killed_worker_resumes_to_the_same_curve(broken, alone):
-    """Here on one process, which also says that their number may change: a smaller queue, a machine that is gone."""
+    """Here on one process, which also says that their number may change: a smaller
+    queue, a machine that is gone.
+    """
     folder, _, _ = broken
     assert len(read_metrics(folder / "killed")) < SCHEDULE.steps
     run(distillation_stage(), folder / "killed")
@@ -152,7 +173,9 @@ def test_a_run_with_a_killed_worker_resumes_to_the_same_curve(broken, alone):
 
 def test_processes_that_resume_from_different_steps_are_refused():
     check_same_start([40, 40], Path("runs/x"))
-    with pytest.raises(ValueError, match=r"steps 40, 20\); the run folder must lie on a file system that all"):
+    with pytest.raises(
+        ValueError, match=r"steps 40, 20\); the run folder must lie on a file system that all"
+    ):
         check_same_start([40, 20], Path("runs/x"))
 
 
@@ -182,7 +205,9 @@ def started(printed: str) -> list[list[str]]:
 
 
 def check_torchrun(arguments: list[str], nodes: int, gpus: int):
-    """Both real parsers take the command, and what it would train exists -> the torchrun options."""
+    """Both real parsers take the command, and what it would train exists -> the
+    torchrun options.
+    """
     options = get_args_parser().parse_args(arguments)
     command, *words = options.training_script_args
     assert options.module and (options.training_script, command) == ("gsv3d_lib", "train")
@@ -190,7 +215,9 @@ def check_torchrun(arguments: list[str], nodes: int, gpus: int):
     assert (int(options.nnodes), int(options.nproc_per_node)) == (nodes, gpus)
     assert training.processes == nodes * gpus
     config = preset(training.preset)
-    assert all(schedule_of(config, stage).batch % training.processes == 0 for stage in training.stages)
+    assert all(
+        schedule_of(config, stage).batch % training.processes == 0 for stage in training.stages
+    )
     return options
 
 
@@ -205,12 +232,18 @@ def test_the_slurm_example_starts_a_training_that_parses(tmp_path):
     environment = shims(tmp_path, srun="{args}", scontrol="node7\\nnode8\\n")
     environment |= {"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_GPUS_PER_NODE": f"a100:{gpus}"}
     environment |= {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]"}
-    done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     prepare, train_all = started(done.stdout)
     assert build_parser().parse_args(prepare[prepare.index("gsv3d_lib") + 2 :]).prepare
     options = check_torchrun(train_all[train_all.index("torchrun") + 1 :], nodes, gpus)
-    assert (options.rdzv_endpoint, options.rdzv_id, options.max_restarts) == ("node7:29500", "42", 3)
+    assert (options.rdzv_endpoint, options.rdzv_id, options.max_restarts) == (
+        "node7:29500",
+        "42",
+        3,
+    )
 
 
 def test_the_kubernetes_example_starts_a_training_that_parses(tmp_path):
@@ -225,7 +258,9 @@ def test_the_kubernetes_example_starts_a_training_that_parses(tmp_path):
     nodes, gpus = int(environment["NODES"]), int(environment["GPUS"])
     assert spec["completions"] == spec["parallelism"] == nodes
     assert container["resources"]["limits"]["nvidia.com/gpu"] == gpus
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
     environment |= shims(tmp_path, torchrun="{args}") | {"JOB_COMPLETION_INDEX": "1"}
     command = [*container["command"], *container["args"]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

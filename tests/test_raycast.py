@@ -10,7 +10,15 @@ from PIL import Image
 
 from gsv3d_lib.cameras import DISTANCE, orbit_cameras, ray_grid
 from gsv3d_lib.data.dataset import read_object
-from gsv3d_lib.data.raycast import AMBIENT, SKY, Target, brightness, load_mesh, normalized, render_mesh
+from gsv3d_lib.data.raycast import (
+    AMBIENT,
+    SKY,
+    Target,
+    brightness,
+    load_mesh,
+    normalized,
+    render_mesh,
+)
 
 
 def colored_box(size=(1.0, 1.0, 1.0)) -> trimesh.Trimesh:
@@ -23,10 +31,14 @@ def colored_box(size=(1.0, 1.0, 1.0)) -> trimesh.Trimesh:
 
 
 def textured_quad(image: Image.Image) -> trimesh.Trimesh:
-    """A unit square in the plane y = 0; u runs along +x, v along +z, as its front (-y) shows the picture upright."""
+    """A unit square in the plane y = 0; u runs along +x, v along +z, as its front (-y)
+    shows the picture upright.
+    """
     corners = [(-0.5, 0, -0.5), (0.5, 0, -0.5), (0.5, 0, 0.5), (-0.5, 0, 0.5)]
     uv = [(0, 0), (1, 0), (1, 1), (0, 1)]
-    visual = trimesh.visual.TextureVisuals(uv=uv, material=trimesh.visual.material.SimpleMaterial(image=image))
+    visual = trimesh.visual.TextureVisuals(
+        uv=uv, material=trimesh.visual.material.SimpleMaterial(image=image)
+    )
     return trimesh.Trimesh(corners, [(0, 1, 2), (0, 2, 3)], visual=visual, process=False)
 
 
@@ -47,7 +59,9 @@ def test_depth_of_a_sphere_matches_the_closed_form():
 def test_depth_of_a_box_is_exact():
     cameras = orbit_cameras([0.0], [0.0], 32)
     _, depth = render_mesh(colored_box((0.6, 1.0, 1.0)), cameras, supersample=1)
-    assert depth[0, 12:20, 12:20] == pytest.approx(DISTANCE - 0.3, abs=2e-6), "z-depth, not the length of the ray"
+    assert depth[0, 12:20, 12:20] == pytest.approx(DISTANCE - 0.3, abs=2e-6), (
+        "z-depth, not the length of the ray"
+    )
 
 
 def test_depth_is_not_averaged_across_edges():
@@ -58,12 +72,18 @@ def test_depth_is_not_averaged_across_edges():
 def test_alpha_is_the_covered_share_of_a_pixel():
     rgba, _ = render_mesh(colored_box(), orbit_cameras([0.0], [0.0], 33), supersample=4)
     alpha, half = rgba[0, ..., 3], 16.5 / np.tan(np.radians(33.8 / 2)) * 0.5 / (DISTANCE - 0.5)
-    assert alpha[16].sum() == pytest.approx(2 * half, abs=0.5), "width of the middle row, to a quarter pixel per side"
+    assert alpha[16].sum() == pytest.approx(2 * half, abs=0.5), (
+        "width of the middle row, to a quarter pixel per side"
+    )
     assert ((alpha > 0) & (alpha < 1)).any()
-    assert np.allclose(rgba[0, ..., 0][(alpha > 0) & (alpha < 1)], rgba[0, 16, 16, 0]), "straight alpha"
+    assert np.allclose(rgba[0, ..., 0][(alpha > 0) & (alpha < 1)], rgba[0, 16, 16, 0]), (
+        "straight alpha"
+    )
 
 
-@pytest.mark.parametrize("azimuth, elevation, channel", [(0, 0, 0), (90, 0, 1), (0, 80, 2), (90, 80, 2)])
+@pytest.mark.parametrize(
+    "azimuth, elevation, channel", [(0, 0, 0), (90, 0, 1), (0, 80, 2), (90, 80, 2)]
+)
 def test_each_side_is_seen_from_its_own_direction(azimuth, elevation, channel):
     rgba, _ = render_mesh(colored_box(), orbit_cameras([float(azimuth)], [float(elevation)], 17))
     assert rgba[0, 8, 8, channel] > 0.6 and np.delete(rgba[0, 8, 8, :3], channel).max() < 0.05
@@ -71,7 +91,10 @@ def test_each_side_is_seen_from_its_own_direction(azimuth, elevation, channel):
 
 def test_up_is_up_and_right_is_right():
     ball = trimesh.creation.icosphere(subdivisions=2, radius=0.15)
-    above, right = ball.copy().apply_translation([0, 0, 0.7]), ball.copy().apply_translation([0.7, 0, 0])
+    above, right = (
+        ball.copy().apply_translation([0, 0, 0.7]),
+        ball.copy().apply_translation([0.7, 0, 0]),
+    )
     cameras = orbit_cameras([270.0], [0.0], 33)  # stands at -y and looks at the front
     rows, columns = np.nonzero(render_mesh(above, cameras)[1][0])
     assert rows.mean() < 10 and columns.mean() == pytest.approx(16)
@@ -102,7 +125,8 @@ def test_texture_colours_and_orientation():
 def test_texture_lookup_is_bilinear_and_wraps():
     ramp = Image.fromarray(np.array([[0, 100, 200, 100]], np.uint8).repeat(4, 0)).convert("RGB")
     lookup = Target(textured_quad(ramp)).lookups[0]
-    u = np.array([1 / 8, 2 / 8, 3 / 8, 0.0])  # texel centre, half way, texel centre, across the seam
+    # texel centre, half way, texel centre, across the seam
+    u = np.array([1 / 8, 2 / 8, 3 / 8, 0.0])
     weights = np.stack([1 - u, u, 0 * u], axis=1)
     red = lookup(np.zeros(4, int), weights)[:, 0] * 255
     assert red == pytest.approx([0, 50, 100, 50], abs=0.01)
@@ -151,7 +175,8 @@ def test_normalized_touches_the_unit_ball():
 
 def test_glb_is_read_as_y_up_and_its_front_turns_to_minus_y(tmp_path):
     spike = trimesh.creation.box(extents=(0.2, 2, 0.2))  # up, in a y-up file
-    nose = trimesh.creation.box(extents=(0.1, 0.1, 0.5)).apply_translation([0, 0, 0.5])  # the glTF front is +z
+    # the glTF front is +z
+    nose = trimesh.creation.box(extents=(0.1, 0.1, 0.5)).apply_translation([0, 0, 0.5])
     trimesh.Scene([spike, nose]).export(tmp_path / "thing.glb")
     bounds = load_mesh(tmp_path / "thing.glb").bounds
     assert np.ptp(bounds, axis=0).argmax() == 2
@@ -174,12 +199,16 @@ def test_a_gltf_material_multiplies_vertex_colours(tmp_path):
     mesh = textured_quad(Image.new("RGB", (4, 4), (255, 255, 128)))
     linear = 55  # of 255, which is 128 of 255 in sRGB
     material = trimesh.visual.material.PBRMaterial(
-        baseColorFactor=[linear, 255, 255, 255], baseColorTexture=mesh.visual.material.image, alphaMode="OPAQUE"
+        baseColorFactor=[linear, 255, 255, 255],
+        baseColorTexture=mesh.visual.material.image,
+        alphaMode="OPAQUE",
     )
     mesh.visual = trimesh.visual.TextureVisuals(uv=mesh.visual.uv, material=material)
     mesh.visual.vertex_attributes["color"] = np.full((4, 4), [255, linear, 255, 255], np.uint8)
     mesh.export(tmp_path / "quad.glb")
-    rgba, _ = render_mesh(load_mesh(tmp_path / "quad.glb", up="z"), orbit_cameras([-90.0], [0.0], 9))
+    rgba, _ = render_mesh(
+        load_mesh(tmp_path / "quad.glb", up="z"), orbit_cameras([-90.0], [0.0], 9)
+    )
     assert rgba[0, 4, 4, :3] / rgba[0, 4, 4, 0] == pytest.approx([1, 1, 1], abs=0.03)
 
 
@@ -221,7 +250,9 @@ def test_a_gltf_names_its_picture_by_an_address(tmp_path):
     with pytest.raises(ValueError, match="model.gltf names red%20one.png, which is not there"):
         load_mesh(tmp_path / "model.gltf")
     Image.new("RGB", (4, 4), (200, 20, 20)).save(tmp_path / "red one.png")
-    rgba, _ = render_mesh(load_mesh(tmp_path / "model.gltf", up="z"), orbit_cameras([-90.0], [0.0], 9))
+    rgba, _ = render_mesh(
+        load_mesh(tmp_path / "model.gltf", up="z"), orbit_cameras([-90.0], [0.0], 9)
+    )
     assert rgba[0, 4, 4, 0] > 5 * rgba[0, 4, 4, 1]
 
 
@@ -237,7 +268,9 @@ def test_a_mesh_without_its_picture_or_material_is_refused_not_grey(tmp_path, go
 def test_a_mesh_with_a_picture_of_an_unknown_kind_is_refused_not_grey(tmp_path):
     path = textured_obj(tmp_path / "square", "red.exr")
     (path.parent / "red.exr").write_bytes(b"v/1\x01 what PIL does not read")
-    with pytest.raises(ValueError, match="square.obj names red.exr, which is not there or cannot be read"):
+    with pytest.raises(
+        ValueError, match="square.obj names red.exr, which is not there or cannot be read"
+    ):
         load_mesh(path)
 
 
@@ -261,7 +294,9 @@ def test_agrees_with_the_shared_rendering_of_a_scan(shared_objects):
     id = "Android_Figure_Chrome"
     views = read_object(shared_objects / "gso", id)
     pick = [0, 5, 12, 17, 20]
-    rgba, depth = render_mesh(load_mesh(shared_objects / "meshes" / id / "model.obj"), views.cameras[pick])
+    rgba, depth = render_mesh(
+        load_mesh(shared_objects / "meshes" / id / "model.obj"), views.cameras[pick]
+    )
     ours, theirs = rgba[..., 3] > 0.5, views.rgba[pick, ..., 3] > 127
     assert (ours & theirs).sum() / (ours | theirs).sum() > 0.97
     both = (depth > 0) & (views.depth[pick] > 0)

@@ -1,4 +1,6 @@
-"""The decoder's convolutional upsampler: its shapes, what it starts from, and that detail of the latents reaches it."""
+"""The decoder's convolutional upsampler: its shapes, what it starts from, and that
+detail of the latents reaches it.
+"""
 
 import pytest
 import torch
@@ -16,11 +18,20 @@ CAMERAS = [orbit_cameras([0.0, 90.0], 10.0, SIZE)]
 
 def given(config, side: int = LATENT, seed: int = 0):
     """Latents of two views, their cameras, and DINO features."""
-    return randn(1, 2, 4, side, side, seed=seed), CAMERAS, randn(1, 5, config.dino_width, seed=seed + 1)
+    return (
+        randn(1, 2, 4, side, side, seed=seed),
+        CAMERAS,
+        randn(1, 5, config.dino_width, seed=seed + 1),
+    )
 
 
 def refined(patch: int = 1, channels=(16, 8), **changes):
-    return tiny_config(decoder_patch=patch, decoder_refiner=channels, decoder_upsample=2 ** len(channels), **changes)
+    return tiny_config(
+        decoder_patch=patch,
+        decoder_refiner=channels,
+        decoder_upsample=2 ** len(channels),
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -30,7 +41,13 @@ def test_each_level_doubles_the_grid_of_tokens(patch, channels):
     decoder = build_decoder(config)
     maps, origins, directions = decoder.output_maps(*given(config))
     side = LATENT // patch * 2 ** len(channels)
-    assert maps.shape == (1, 2, side, side, 12) and origins.shape == directions.shape == (1, 2, side, side, 3)
+    assert maps.shape == (1, 2, side, side, 12) and origins.shape == directions.shape == (
+        1,
+        2,
+        side,
+        side,
+        3,
+    )
     assert len(decoder(*given(config))[0]) == 2 * side * side
 
 
@@ -42,7 +59,9 @@ def test_a_level_begins_as_one_convolution_and_a_block_adds_nothing_at_first():
 
 
 def test_each_level_sees_its_own_latent():
-    """A latent that changes at one place changes the refiner's output there, and not far away."""
+    """A latent that changes at one place changes the refiner's output there, and not
+    far away.
+    """
     refiner = shake(Refiner(6, (8,)))
     for block in refiner.blocks:
         block.norm = torch.nn.Identity()  # it looks at the whole picture
@@ -78,7 +97,9 @@ def test_a_refined_decoder_is_saved_and_opened(tmp_path):
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_a_linear_decoder_grows_a_refiner_and_keeps_its_transformer(patch):
-    """Of the same pictures, and of pictures of twice the side, for which its first layer is doubled."""
+    """Of the same pictures, and of pictures of twice the side, for which its first
+    layer is doubled.
+    """
     linear, config = shake(build_decoder(tiny_config())), refined(patch)
     grown = linear.grown_to(config)
     old, new = linear.state_dict(), grown.state_dict()
@@ -114,7 +135,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence(start, wanted, tmp_path):
     one_sentence(error)
 
 
-@pytest.mark.parametrize("channels", [(7, 8), (0, 8), (-8, 8), ("a", "b"), (8.0, 8.0), (8,), (8, 8, 8)])
+@pytest.mark.parametrize(
+    "channels", [(7, 8), (0, 8), (-8, 8), ("a", "b"), (8.0, 8.0), (8,), (8, 8, 8)]
+)
 def test_refiners_that_cannot_be_are_one_sentence(channels):
     with pytest.raises(UserError, match="decoder_refiner") as error:
         tiny_config(decoder_refiner=channels, decoder_upsample=4)

@@ -1,4 +1,6 @@
-"""The three rasterisers: closed forms, agreement with each other and with gsplat, gradients, and awkward inputs."""
+"""The three rasterisers: closed forms, agreement with each other and with gsplat,
+gradients, and awkward inputs.
+"""
 
 import importlib.util
 import math
@@ -32,8 +34,12 @@ def random_scene(count: int = 100, seed: int = 0, dtype=torch.float32) -> Gaussi
 
 
 def views(width: int = 37, height: int = 21, dtype=torch.float32) -> Cameras:
-    """Three cameras whose images are no multiple of a tile and whose principal point is off the centre."""
-    cameras = orbit_cameras([10.0, 130.0, 250.0], [0.0, 20.0, -10.0], width, distance=2.5, fov_deg=45)
+    """Three cameras whose images are no multiple of a tile and whose principal point is
+    off the centre.
+    """
+    cameras = orbit_cameras(
+        [10.0, 130.0, 250.0], [0.0, 20.0, -10.0], width, distance=2.5, fov_deg=45
+    )
     Ks = cameras.Ks + torch.tensor([[0, 0, 1.5], [0, 0, height / 2 - width / 2], [0, 0, 0]])
     return Cameras(cameras.viewmats.to(dtype), Ks.to(dtype), width, height)
 
@@ -42,7 +48,9 @@ def front_camera(size: int = 33, distance: float = 3.0) -> Cameras:
     return orbit_cameras([0.0], 0.0, size, distance=distance)
 
 
-def one_gaussian(x: float = 0.0, scale: float = 0.05, opacity: float = 0.8, color=(0.2, 0.5, 0.9)) -> Gaussians:
+def one_gaussian(
+    x: float = 0.0, scale: float = 0.05, opacity: float = 0.8, color=(0.2, 0.5, 0.9)
+) -> Gaussians:
     return Gaussians(
         means=torch.tensor([[x, 0.0, 0.0]]),
         quats=torch.tensor([[1.0, 0.0, 0.0, 0.0]]),
@@ -57,7 +65,9 @@ def loss_weights(rendering) -> list[torch.Tensor]:
     return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in rendering]
 
 
-def gradients(scene: Gaussians, cameras: Cameras, backend: str, background=(1.0, 1.0, 1.0)) -> list[torch.Tensor]:
+def gradients(
+    scene: Gaussians, cameras: Cameras, backend: str, background=(1.0, 1.0, 1.0)
+) -> list[torch.Tensor]:
     """Of a fixed random combination of rgb, depth and alpha."""
     leaves = Gaussians(*(t.clone().requires_grad_() for t in scene.tensors()))
     rendering = render(leaves, cameras, background, backend)
@@ -70,7 +80,9 @@ def gradients(scene: Gaussians, cameras: Cameras, backend: str, background=(1.0,
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_one_gaussian_is_the_gaussian_it_should_be(backend):
-    """On the optical axis: variance (f s / z)^2 + 0.3 pixels^2, cut off at alpha = 1 / 255."""
+    """On the optical axis: variance (f s / z)^2 + 0.3 pixels^2, cut off at alpha = 1 /
+    255.
+    """
     camera = front_camera()
     rgb, depth, alpha = render(one_gaussian(), camera, (0.0, 0.0, 0.0), backend)
     offset = torch.arange(33) - 16.0  # 33 pixels: the axis goes through the centre of pixel 16
@@ -85,19 +97,30 @@ def test_one_gaussian_is_the_gaussian_it_should_be(backend):
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_the_nearer_of_two_is_blended_first(backend, order):
-    near, far = one_gaussian(0.5, opacity=0.6), one_gaussian(-0.5, opacity=0.5, color=(1.0, 0.0, 0.0))
-    rgb, depth, alpha = render(Gaussians.concatenate([near, far]).select(order), front_camera(), (0, 1, 0), backend)
+    near, far = (
+        one_gaussian(0.5, opacity=0.6),
+        one_gaussian(-0.5, opacity=0.5, color=(1.0, 0.0, 0.0)),
+    )
+    rgb, depth, alpha = render(
+        Gaussians.concatenate([near, far]).select(order), front_camera(), (0, 1, 0), backend
+    )
     weights = torch.tensor([0.6, 0.4 * 0.5])
     expected = 0.6 * near.colors[0] + 0.2 * far.colors[0] + 0.2 * torch.tensor([0.0, 1, 0])
     assert torch.allclose(rgb[0, 16, 16], expected, atol=1e-5)
     assert torch.allclose(alpha[0, 16, 16, 0], weights.sum(), atol=1e-5)
-    assert torch.allclose(depth[0, 16, 16, 0], (weights * torch.tensor([2.5, 3.5])).sum() / 0.8, atol=1e-5)
+    assert torch.allclose(
+        depth[0, 16, 16, 0], (weights * torch.tensor([2.5, 3.5])).sum() / 0.8, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_opaque_layers_end_a_pixel(backend):
-    """alpha is at most 0.999; after it, a second layer would leave 1e-6 of the light, so it is not drawn."""
-    layers = [one_gaussian(x, 0.2, 1.0, color) for x, color in ((0.5, (1.0, 0, 0)), (0.0, (0, 1.0, 0)))]
+    """alpha is at most 0.999; after it, a second layer would leave 1e-6 of the light,
+    so it is not drawn.
+    """
+    layers = [
+        one_gaussian(x, 0.2, 1.0, color) for x, color in ((0.5, (1.0, 0, 0)), (0.0, (0, 1.0, 0)))
+    ]
     rgb, depth, alpha = render(Gaussians.concatenate(layers), front_camera(), (0, 0, 0), backend)
     assert torch.allclose(rgb[0, 16, 16], torch.tensor([0.999, 0, 0]), atol=1e-6)
     assert torch.allclose(alpha[0, 16, 16, 0], torch.tensor(0.999)) and torch.allclose(
@@ -106,14 +129,22 @@ def test_opaque_layers_end_a_pixel(backend):
 
 
 def test_depth_of_a_ball_of_small_opaque_gaussians():
-    """Flat splats that tile a sphere: expected depth against ray-sphere intersection, away from the rim."""
+    """Flat splats that tile a sphere: expected depth against ray-sphere intersection,
+    away from the rim.
+    """
     count, radius = 20_000, 0.8
     k = torch.arange(count) + 0.5
-    polar, azimuth = torch.acos(1 - 2 * k / count), math.pi * (1 + 5**0.5) * k  # a Fibonacci lattice
-    normals = torch.stack([polar.sin() * azimuth.cos(), polar.sin() * azimuth.sin(), polar.cos()], -1)
-    quats = torch.stack([1 + normals[:, 2], -normals[:, 1], normals[:, 0], torch.zeros(count)], -1)  # turns z to normal
+    # a Fibonacci lattice
+    polar, azimuth = torch.acos(1 - 2 * k / count), math.pi * (1 + 5**0.5) * k
+    normals = torch.stack(
+        [polar.sin() * azimuth.cos(), polar.sin() * azimuth.sin(), polar.cos()], -1
+    )
+    # turns z to normal
+    quats = torch.stack([1 + normals[:, 2], -normals[:, 1], normals[:, 0], torch.zeros(count)], -1)
     scales = torch.tensor([0.012, 0.012, 0.001]).expand(count, 3)
-    ball = Gaussians(radius * normals, quats, scales, torch.full((count,), 0.95), torch.ones(count, 3))
+    ball = Gaussians(
+        radius * normals, quats, scales, torch.full((count,), 0.95), torch.ones(count, 3)
+    )
     cameras = orbit_cameras([0.0, 90.0], 20.0, 96)
     _, depth, alpha = render(ball, cameras)
 
@@ -143,26 +174,36 @@ def test_the_kernels_exponential_is_accurate():
     (torch.float32, 1e-4, 1e-3), (torch.float64, 1e-6, 1e-6)
 ])  # fmt: skip
 def test_numba_agrees_with_plain_torch(dtype, image_error, gradient_error):
-    scene, cameras, background = random_scene(dtype=dtype), views(dtype=dtype), torch.rand(3, 3, dtype=dtype)
+    scene, cameras, background = (
+        random_scene(dtype=dtype),
+        views(dtype=dtype),
+        torch.rand(3, 3, dtype=dtype),
+    )
     ours, reference = (render(scene, cameras, background, backend) for backend in CPU_BACKENDS)
     for name, a, b in zip(("rgb", "depth", "alpha"), ours, reference):
         assert a.dtype == dtype and a.shape == (3, 21, 37, 3 if name == "rgb" else 1)
         assert (a - b).abs().max() < image_error, name
     assert 0.2 < ours.alpha.mean() < 0.9 and ours.alpha.max() > 0.99
-    pairs = zip(NAMES, *(gradients(scene, cameras, backend, background) for backend in CPU_BACKENDS))
+    pairs = zip(
+        NAMES, *(gradients(scene, cameras, backend, background) for backend in CPU_BACKENDS)
+    )
     for name, a, b in pairs:
         assert (a - b).norm() / b.norm() < gradient_error, name
 
 
 def test_torch_backend_agrees_with_gsplats_own_torch_code():
-    """Ties the conventions down: quaternion order, eps2d, clamps, depth, expected depth."""
+    """Ties the conventions down: quaternion order, eps2d, clamps, depth, expected
+    depth.
+    """
     pytest.importorskip("gsplat")
     path = Path(__file__).parents[1] / "benchmarks" / "rasterizer.py"
     spec = importlib.util.spec_from_file_location("rasterizer_benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     scene, cameras = random_scene(dtype=torch.float64), views(dtype=torch.float64)
-    for a, b in zip(render(scene, cameras, backend="torch"), benchmark.render_gsplat_reference(scene, cameras)):
+    for a, b in zip(
+        render(scene, cameras, backend="torch"), benchmark.render_gsplat_reference(scene, cameras)
+    ):
         assert (a - b).abs().max() < 1e-6
 
 
@@ -181,7 +222,10 @@ def test_gsplat_kernels_agree_with_numba():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_agree_with_finite_differences(name):
-    scene, cameras = random_scene(40, seed=3, dtype=torch.float64), views(19, 18, dtype=torch.float64)
+    scene, cameras = (
+        random_scene(40, seed=3, dtype=torch.float64),
+        views(19, 18, dtype=torch.float64),
+    )
     gradient = dict(zip(NAMES, gradients(scene, cameras, "numba")))[name]
     generator = torch.Generator().manual_seed(7)
 
@@ -227,7 +271,9 @@ def test_a_view_does_not_depend_on_the_others():
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("case", ["empty", "behind", "on the camera plane", "transparent", "off the image"])
+@pytest.mark.parametrize(
+    "case", ["empty", "behind", "on the camera plane", "transparent", "off the image"]
+)
 def test_nothing_to_see(case, backend):
     scene = random_scene(20)
     if case == "empty":
@@ -259,7 +305,9 @@ def test_any_image_size(width, height):
 
 @pytest.mark.parametrize("length", [0.0, 1e-15])
 def test_quaternions_of_no_length_are_drawn_alike(length):
-    """`normalize` divides by 1e-12 at least, so a zero quaternion is no rotation; .splat files may hold one."""
+    """`normalize` divides by 1e-12 at least, so a zero quaternion is no rotation;
+    .splat files may hold one.
+    """
     scene, cameras = random_scene(20), views(24, 24)
     scene.quats[::2] *= length
     ours, reference = (render(scene, cameras, backend=backend) for backend in CPU_BACKENDS)
@@ -268,9 +316,12 @@ def test_quaternions_of_no_length_are_drawn_alike(length):
 
 
 def test_huge_and_tiny_gaussians_beside_the_camera():
-    """The linearised projection is far from valid here; it must still be finite and the same on both backends."""
+    """The linearised projection is far from valid here; it must still be finite and the
+    same on both backends.
+    """
     scene = random_scene(30, dtype=torch.float64)
-    scene.means[:10] = torch.tensor([2.3, 0.3, 0.1], dtype=torch.float64)  # 56 degrees off the axis: slopes are clamped
+    # 56 degrees off the axis: slopes are clamped
+    scene.means[:10] = torch.tensor([2.3, 0.3, 0.1], dtype=torch.float64)
     scene.scales[:5], scene.scales[5:10] = 1.0, 1e-7
     camera = front_camera(24, 2.5).to(torch.float64)
     ours, reference = (render(scene, camera, backend=backend) for backend in CPU_BACKENDS)
@@ -295,7 +346,9 @@ def test_unsupported_requests_are_refused():
     scene, cameras = random_scene(), views()
     with pytest.raises(ValueError, match="no gradients for cameras"):
         render(scene, Cameras(cameras.viewmats.clone().requires_grad_(), cameras.Ks, 37, 21))
-    with pytest.raises(ValueError, match="backend must be one of auto, gsplat, numba, torch; got 'opengl'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, gsplat, numba, torch; got 'opengl'"
+    ):
         render(scene, cameras, backend="opengl")
     with pytest.raises(ValueError, match="'gsplat' renders CUDA tensors"):
         render(scene, cameras, backend="gsplat")
@@ -312,10 +365,14 @@ def test_nan_is_reported_by_name(name):
 
 
 def test_outputs_may_be_changed_in_place_only_with_autograds_knowledge():
-    """The backward pass reads the rendered sums; autograd notices when somebody has overwritten them."""
+    """The backward pass reads the rendered sums; autograd notices when somebody has
+    overwritten them.
+    """
     scene, cameras = random_scene(), views()
     leaves = [t.clone().requires_grad_() for t in scene.tensors()]
-    sums, alpha = rasterizer.rasterize(*leaves, cameras.viewmats, cameras.Ks, cameras.width, cameras.height)
+    sums, alpha = rasterizer.rasterize(
+        *leaves, cameras.viewmats, cameras.Ks, cameras.width, cameras.height
+    )
     sums.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (sums.sum() + alpha.sum()).backward()

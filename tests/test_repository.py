@@ -1,4 +1,6 @@
-"""What the repository promises outside its code: installation, documents, notebooks, and what must not be in it."""
+"""What the repository promises outside its code: installation, documents, notebooks,
+and what must not be in it.
+"""
 
 import ast
 import json
@@ -30,7 +32,9 @@ LIBRARY = ROOT / "gsv3d_lib"
 MODULES = sorted(path for path in LIBRARY.rglob("*.py") if "__pycache__" not in path.parts)
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS += sorted(p for p in (ROOT / "data").rglob("*.md") if "cache" not in p.relative_to(ROOT).parts)
+DOCUMENTS += sorted(
+    p for p in (ROOT / "data").rglob("*.md") if "cache" not in p.relative_to(ROOT).parts
+)
 NOT_PINNED = {"rembg"}  # downloads its network when used, so no test ran with it
 
 
@@ -38,7 +42,9 @@ def repository_files() -> list[Path]:
     """Tracked files and those that would be added; skips outside a git checkout."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     try:
-        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this is not a git checkout, so there is no list of tracked files")
     return [ROOT / line for line in listing.splitlines() if (ROOT / line).is_file()]
@@ -52,20 +58,34 @@ def text_of(path: Path) -> str:
 
 @cache
 def names_of(module: Path) -> set[str]:
-    """What a module defines at its top level, and `Class.method` for its classes; of a package its modules too."""
+    """What a module defines at its top level, and `Class.method` for its classes; of a
+    package its modules too.
+    """
     names = set()
     if module.name == "__init__.py":
-        below = (path.relative_to(module.parent).with_suffix("") for path in module.parent.rglob("*.py"))
+        below = (
+            path.relative_to(module.parent).with_suffix("") for path in module.parent.rglob("*.py")
+        )
         names |= {".".join(path.parts).removesuffix(".__init__") for path in below}
     for node in ast.parse(module.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+            names |= {
+                f"{node.name}.{item.name}"
+                for item in node.body
+                if isinstance(item, ast.FunctionDef)
+            }
         targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
         )
-        names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        names |= {
+            name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)
+        }
     return names
 
 
@@ -78,9 +98,13 @@ def requirements() -> list[Requirement]:
 
 
 def pins() -> dict[str, Version]:
-    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    lines = (
+        line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()
+    )
     parsed = [Requirement(line) for line in lines if line]
-    assert all(re.fullmatch(r"==[^*]+", str(pin.specifier)) and not pin.url for pin in parsed), "exact versions only"
+    assert all(re.fullmatch(r"==[^*]+", str(pin.specifier)) and not pin.url for pin in parsed), (
+        "exact versions only"
+    )
     return {pin.name: Version(str(pin.specifier)[2:]) for pin in parsed}
 
 
@@ -96,7 +120,9 @@ def test_torch_is_a_range_that_gpu_machines_fit():
 
 
 def test_every_dependency_has_a_lower_end_and_only_gsplat_an_upper_one():
-    """gsplat 1.6 changes the largest alpha of a splat, which the other renderers would have to follow."""
+    """gsplat 1.6 changes the largest alpha of a splat, which the other renderers would
+    have to follow.
+    """
     for requirement in requirements():
         ends = sorted(s.operator for s in requirement.specifier)
         assert ends == (["<", ">="] if requirement.name == "gsplat" else [">="]), requirement
@@ -108,7 +134,11 @@ def test_every_dependency_has_a_lower_end_and_only_gsplat_an_upper_one():
 def test_every_dependency_is_pinned_within_its_range():
     pinned, wanted = pins(), {r.name: r for r in requirements() if r.name not in NOT_PINNED}
     assert set(pinned) == set(wanted)
-    outside = [f"{name} {version}" for name, version in pinned.items() if version not in wanted[name].specifier]
+    outside = [
+        f"{name} {version}"
+        for name, version in pinned.items()
+        if version not in wanted[name].specifier
+    ]
     assert not outside
 
 
@@ -123,23 +153,44 @@ def test_environment_yml_is_thin_and_agrees_with_pyproject():
 
 
 def test_every_import_is_a_declared_dependency():
-    """Of the library, its tests and its notebooks: nothing works only because something else installed it."""
-    distributions = {"PIL": "pillow", "skimage": "scikit-image", "yaml": "pyyaml", "imageio_ffmpeg": "imageio-ffmpeg"}
+    """Of the library, its tests and its notebooks: nothing works only because something
+    else installed it.
+    """
+    distributions = {
+        "PIL": "pillow",
+        "skimage": "scikit-image",
+        "yaml": "pyyaml",
+        "imageio_ffmpeg": "imageio-ffmpeg",
+    }
     # each of these distributions requires the package
-    distributions |= {"playwright": "pytest-playwright", "IPython": "ipykernel", "jupyter_client": "ipykernel"}
+    distributions |= {
+        "playwright": "pytest-playwright",
+        "IPython": "ipykernel",
+        "jupyter_client": "ipykernel",
+    }
     declared = {r.name.lower().replace("-", "_") for r in requirements()}
-    blender = {"bpy", "mathutils"}  # of Blender's own Python, under which blender.py renders (docs/data.md)
+    # of Blender's own Python, under which blender.py renders (docs/data.md)
+    blender = {"bpy", "mathutils"}
     own = {"gsv3d_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
     own |= {path.stem for path in TOOLS}
     folders = ("gsv3d_lib", "tests", "benchmarks", "tools")
-    for path in [*(path for folder in folders for path in (ROOT / folder).rglob("*.py")), *NOTEBOOKS]:
-        for name in imported_packages(path) - set(sys.stdlib_module_names) - own - {"torchvision"} - blender:
+    for path in [
+        *(path for folder in folders for path in (ROOT / folder).rglob("*.py")),
+        *NOTEBOOKS,
+    ]:
+        for name in (
+            imported_packages(path) - set(sys.stdlib_module_names) - own - {"torchvision"} - blender
+        ):
             distribution = distributions.get(name, name).lower().replace("-", "_")
-            assert distribution in declared, f"{path.name} imports {name}, which pyproject.toml does not name"
+            assert distribution in declared, (
+                f"{path.name} imports {name}, which pyproject.toml does not name"
+            )
 
 
 def source_of(path: Path) -> str:
-    """Python source of a module, or of all code cells of a notebook without their magics."""
+    """Python source of a module, or of all code cells of a notebook without their
+    magics.
+    """
     if path.suffix == ".py":
         return path.read_text()
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
@@ -159,7 +210,9 @@ def imported_packages(path: Path) -> frozenset[str]:
 
 
 def test_nothing_installs_or_imports_torchvision():
-    """It has no build that fits the tested torch, and a wrong one breaks transformers and diffusers."""
+    """It has no build that fits the tested torch, and a wrong one breaks transformers
+    and diffusers.
+    """
     for name in ("pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"):
         stated = "\n".join(line.split("#")[0] for line in (ROOT / name).read_text().splitlines())
         assert "torchvision" not in stated, name
@@ -170,14 +223,22 @@ def test_nothing_installs_or_imports_torchvision():
 
 def test_package_data_is_declared():
     """Every file of the package that is not Python travels with it."""
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
-    others = [p for p in LIBRARY.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", ".nbi", ".nbc")]
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["*"]
+    others = [
+        p
+        for p in LIBRARY.rglob("*")
+        if p.is_file() and p.suffix not in (".py", ".pyc", ".nbi", ".nbc")
+    ]
     assert all(any(path.match(pattern) for pattern in patterns) for path in others), others
 
 
 def test_import_is_light_and_public_names_resolve():
     code = "import gsv3d_lib, sys; print('numpy' in sys.modules, 'torch' in sys.modules, gsv3d_lib.preset('tiny').name)"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout
     assert answer.split() == ["False", "False", "tiny"]
     for name in gsv3d_lib.__all__:
         assert name in names_of(module_file(gsv3d_lib._HOMES[name]))
@@ -189,15 +250,24 @@ def test_import_is_light_and_public_names_resolve():
 
 
 def test_doctor_finds_nothing_broken_here(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "has_cuda", lambda: False)  # a GPU without a compiler would be a finding
+    # a GPU without a compiler would be a finding
+    monkeypatch.setattr(doctor, "has_cuda", lambda: False)
     assert doctor.main([]) == 0
     report = capsys.readouterr().out
-    assert report.startswith("ok    Python 3.") and report.endswith("Everything that GSV3D needs is here.\n")
-    assert "render()" in report and "data/checkpoints/tiny" in report and "data/checkpoints/small" in report
+    assert report.startswith("ok    Python 3.") and report.endswith(
+        "Everything that GSV3D needs is here.\n"
+    )
+    assert (
+        "render()" in report
+        and "data/checkpoints/tiny" in report
+        and "data/checkpoints/small" in report
+    )
 
 
 def test_doctor_says_how_to_fix_a_package():
-    missing, fine, too_new = (Requirement(line) for line in ("no-such-package>=1", "torch>=2", "torch>=999"))
+    missing, fine, too_new = (
+        Requirement(line) for line in ("no-such-package>=1", "torch>=2", "torch>=999")
+    )
     assert doctor.package_finding(fine) is None
     assert "run `pip install 'no-such-package>=1'`" in doctor.package_finding(missing).sentence
     assert "is outside >=999" in doctor.package_finding(too_new).sentence
@@ -237,14 +307,20 @@ def make_targets() -> set[str]:
 
 def test_make_help_lists_every_target():
     help_text = subprocess.run(
-        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert {line.split()[1] for line in help_text.splitlines()} == make_targets()
 
 
 def test_ci_runs_make_lint_and_make_test():
     script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK) and {"make lint", "make test"} <= set(script.read_text().splitlines())
+    assert os.access(script, os.X_OK) and {"make lint", "make test"} <= set(
+        script.read_text().splitlines()
+    )
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
@@ -263,7 +339,9 @@ def test_targets_of_make_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_and_their_options_exist(document):
-    """`python -m gsv3d_lib X --option` and `python tools/X.py --option` are ones that X declares."""
+    """`python -m gsv3d_lib X --option` and `python tools/X.py --option` are ones that X
+    declares.
+    """
     check_commands(document.read_text())
 
 
@@ -276,13 +354,26 @@ def test_every_command_has_a_parser_and_a_place_in_the_help():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_code_that_documents_name_exists(document):
-    """`data/dataset.py` is a module, named with its folder, and `cameras.orbit_cameras` is defined in cameras.py."""
+    """`data/dataset.py` is a module, named with its folder, and `cameras.orbit_cameras`
+    is defined in cameras.py.
+    """
     own = [path for path in MODULES if "exercises" not in path.parts]
-    modules = {path.parent.name if path.name == "__init__.py" else path.stem: path for path in [*TOOLS, *own]}
-    assert len(modules) == len(TOOLS) + len(own), "two modules of one name: documents could mean either"
+    modules = {
+        path.parent.name if path.name == "__init__.py" else path.stem: path
+        for path in [*TOOLS, *own]
+    }
+    assert len(modules) == len(TOOLS) + len(own), (
+        "two modules of one name: documents could mean either"
+    )
     text = document.read_text()
-    files = [name for name in re.findall(r"`([\w/]+\.py)\b[^`]*`", text) if not re.search(r"TOPIC|NN", name)]
-    assert [name for name in files if not ((LIBRARY / name).is_file() or (ROOT / name).is_file())] == []
+    files = [
+        name
+        for name in re.findall(r"`([\w/]+\.py)\b[^`]*`", text)
+        if not re.search(r"TOPIC|NN", name)
+    ]
+    assert [
+        name for name in files if not ((LIBRARY / name).is_file() or (ROOT / name).is_file())
+    ] == []
     for module, name in re.findall(r"`(\w+)\.([A-Za-z_][\w.]*)`", text):
         if module in modules and name not in ("py", "md", "png", "json", "html"):  # file names
             assert name in names_of(modules[module]), f"{document.name}: {module}.{name}"
@@ -307,7 +398,11 @@ FORBIDDEN = {
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_tracked_files_do_not_hold(what):
     pattern = re.compile(FORBIDDEN[what])
-    hits = [(path.relative_to(ROOT), m[0]) for path in repository_files() if (m := pattern.search(text_of(path)))]
+    hits = [
+        (path.relative_to(ROOT), m[0])
+        for path in repository_files()
+        if (m := pattern.search(text_of(path)))
+    ]
     assert hits == []
 
 
@@ -320,17 +415,25 @@ def test_tracked_files_are_small_and_free_of_pickles():
 
 
 def block_of_results(name: str) -> str:
-    """The text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in docs/results.md."""
+    """The text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in
+    docs/results.md.
+    """
     text = (ROOT / "docs" / "results.md").read_text()
     return re.search(rf"<!-- {name}: begin.*?-->\n(.*?)\n<!-- {name}: end -->", text, re.S).group(1)
 
 
 def test_the_document_of_results_states_what_the_results_files_say():
-    """The block of the paper's claims is `experiments.claims` of the committed files, word for word."""
+    """The block of the paper's claims is `experiments.claims` of the committed files,
+    word for word.
+    """
     assert block_of_results("claims") == claims(ROOT / "data" / "results")
 
 
 def test_the_document_of_results_compares_what_the_evaluations_measured():
-    """The block of results is `report.comparison` of the committed files, word for word."""
-    measured = comparison(*(ROOT / "data" / "results" / f"{name}-gso.json" for name in ("small", "tiny")))
+    """The block of results is `report.comparison` of the committed files, word for
+    word.
+    """
+    measured = comparison(
+        *(ROOT / "data" / "results" / f"{name}-gso.json" for name in ("small", "tiny"))
+    )
     assert block_of_results("results") == measured

@@ -1,4 +1,6 @@
-"""Where results go: a folder for every run, nothing overwritten, whatever a picture is called."""
+"""Where results go: a folder for every run, nothing overwritten, whatever a picture is
+called.
+"""
 
 import errno
 import os
@@ -35,7 +37,9 @@ def test_every_run_gets_a_folder_of_its_own(tmp_path):
 
 
 def test_folders_that_are_there(tmp_path):
-    """Empty, or with other files only: used. A link that leads nowhere counts as a file."""
+    """Empty, or with other files only: used. A link that leads nowhere counts as a
+    file.
+    """
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "empty").mkdir()
     (tmp_path / "linked").mkdir()
@@ -128,7 +132,9 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """The command without its models: every object is the name of its picture's first colour."""
+    """The command without its models: every object is the name of its picture's first
+    colour.
+    """
     monkeypatch.chdir(tmp_path)
 
     class Pipeline:
@@ -153,9 +159,15 @@ def test_the_command_overwrites_nothing_and_says_where_things_lie(quick, tmp_pat
     assert "holds another run's" not in capsys.readouterr().out
     assert command.main(["car.png", "--out", "mine"]) == 0
     said = capsys.readouterr().out
-    assert f"mine holds another run's results, which stay; these go to {tmp_path / 'mine-2'}." in said
+    assert (
+        f"mine holds another run's results, which stay; these go to {tmp_path / 'mine-2'}." in said
+    )
     assert str(tmp_path / "mine-2/viewer.html") in said
-    assert (tmp_path / "mine/object.ply").read_text() == first != (tmp_path / "mine-2/object.ply").read_text()
+    assert (
+        (tmp_path / "mine/object.ply").read_text()
+        == first
+        != (tmp_path / "mine-2/object.ply").read_text()
+    )
 
 
 def test_without_a_folder_every_picture_has_its_own(quick, tmp_path):
@@ -226,19 +238,37 @@ def test_what_stops_the_notebook_is_a_sentence_if_it_can_be_mended(tmp_path, mon
 def test_notebook_00_does_not_write_where_results_lie():
     """Run with its defaults, by `make test` or by hand, it fills a temporary folder."""
     notebook = nbformat.read(demo.NOTEBOOK, as_version=4)
-    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    (parameters,) = (
+        cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
+    )
     assert 'out_dir = ""' in parameters.source
     (saving,) = (cell.source for cell in notebook.cells if "save_object(" in cell.source)
     assert "tempfile.mkdtemp" in saving and "own_folder(" in saving
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
-@pytest.mark.parametrize("name", ["-my pic.png", 'it\'s $HOME `x` "$(y)".png', "a;b #1 (2) & ü.png"])
+@pytest.mark.parametrize(
+    "name", ["-my pic.png", 'it\'s $HOME `x` "$(y)".png', "a;b #1 (2) & ü.png"]
+)
 def test_make_hands_any_name_on(name, tmp_path):
     """To a stand-in for Python that writes down what it was given."""
     listener = tmp_path / "listen"
     listener.write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
     listener.chmod(0o755)
-    asked = ["make", "--silent", "demo", "INSTALLED=", f"PY={listener}", f"IMAGE={name}", "ELEVATION=-5"]
+    asked = [
+        "make",
+        "--silent",
+        "demo",
+        "INSTALLED=",
+        f"PY={listener}",
+        f"IMAGE={name}",
+        "ELEVATION=-5",
+    ]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["-m", "gsv3d_lib", "demo", f"--image={name}", "--elevation=-5"], done.stderr
+    assert done.stdout.splitlines() == [
+        "-m",
+        "gsv3d_lib",
+        "demo",
+        f"--image={name}",
+        "--elevation=-5",
+    ], done.stderr

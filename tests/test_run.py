@@ -1,4 +1,6 @@
-"""The runner checks before it starts, keeps what it has when a cell fails, and writes down what it did."""
+"""The runner checks before it starts, keeps what it has when a cell fails, and writes
+down what it did.
+"""
 
 import json
 import os
@@ -32,7 +34,8 @@ from gsv3d_lib.system.paths import ROOT
 def notebook(tmp_path):
     """A notebook with parameters of every type, which fails where `divisor` is 0."""
     parameters = new_code_cell(
-        'steps = 3  # of training\nlr = 0.1\nname = "a"\nfast = True\ndivisor = 1', metadata={"tags": ["parameters"]}
+        'steps = 3  # of training\nlr = 0.1\nname = "a"\nfast = True\ndivisor = 1',
+        metadata={"tags": ["parameters"]},
     )
     header = new_markdown_cell("| Time | <!-- measured -->old<!-- /measured --> |")
     cells = [header, parameters, new_code_cell("print(steps * lr)"), new_code_cell("1 / divisor")]
@@ -42,13 +45,18 @@ def notebook(tmp_path):
 
 
 def test_parameters_are_read_without_running(notebook):
-    assert parameters.declared_parameters(notebook) == dict(steps=3, lr=0.1, name="a", fast=True, divisor=1)
+    assert parameters.declared_parameters(notebook) == dict(
+        steps=3, lr=0.1, name="a", fast=True, divisor=1
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"stepz": 1}, "There is no parameter 'stepz'; the notebook has steps, lr, name, fast, divisor."),
+        (
+            {"stepz": 1},
+            "There is no parameter 'stepz'; the notebook has steps, lr, name, fast, divisor.",
+        ),
         ({"steps": 2.5}, r"steps is a int; got 2.5 \(float\)."),
         ({"steps": True}, r"steps is a int; got True \(bool\)."),
         ({"lr": "1e-3"}, "Write 1.0e-3, not 1e-3"),
@@ -56,7 +64,9 @@ def test_parameters_are_read_without_running(notebook):
         ({"fast": 1}, r"fast is a bool; got 1 \(int\)."),
     ],
 )
-def test_wrong_parameters_are_named_before_anything_runs(notebook, tmp_path, monkeypatch, capsys, given, message):
+def test_wrong_parameters_are_named_before_anything_runs(
+    notebook, tmp_path, monkeypatch, capsys, given, message
+):
     monkeypatch.setattr(run, "find_notebooks", lambda _: [notebook])
     (tmp_path / "given.yaml").write_text(yaml.dump(given))
     options = ["02", "--params", str(tmp_path / "given.yaml"), "--out", str(tmp_path / "out")]
@@ -66,7 +76,9 @@ def test_wrong_parameters_are_named_before_anything_runs(notebook, tmp_path, mon
 
 
 def test_a_whole_number_may_stand_for_a_float(notebook):
-    assert parameters.check_parameters({"lr": 1}, parameters.declared_parameters(notebook)) == {"lr": 1}
+    assert parameters.check_parameters({"lr": 1}, parameters.declared_parameters(notebook)) == {
+        "lr": 1
+    }
 
 
 def test_lists_are_checked_item_by_item():
@@ -79,16 +91,26 @@ def test_lists_are_checked_item_by_item():
 def test_a_run_is_recorded(notebook, tmp_path):
     cells = nbformat.read(notebook, as_version=4)
     cells.cells.append(
-        new_code_cell("from gsv3d_lib.course.notebook import record\nrecord(third=1 / 3, of={'steps': steps})")
+        new_code_cell(
+            "from gsv3d_lib.course.notebook import record\nrecord(third=1 / 3, of={'steps': steps})"
+        )
     )
     nbformat.write(cells, notebook)
     run_notebook(notebook, {"steps": 5}, tmp_path / "out")
     executed = nbformat.read(tmp_path / "out" / notebook.name, as_version=4)
-    assert "0.5" in "".join(o.get("text", "") for c in executed.cells if c.cell_type == "code" for o in c.outputs)
+    assert "0.5" in "".join(
+        o.get("text", "") for c in executed.cells if c.cell_type == "code" for o in c.outputs
+    )
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["state"] == "finished" and record["parameters"] == {"steps": 5} and record["seconds"] > 0
+    assert (
+        record["state"] == "finished"
+        and record["parameters"] == {"steps": 5}
+        and record["seconds"] > 0
+    )
     assert record["metrics"] == {"third": 0.333333, "of": {"steps": 5}}
-    assert re.fullmatch(r"[0-9a-f]{7,}", record["commit"]) and isinstance(record["changed_since_commit"], list)
+    assert re.fullmatch(r"[0-9a-f]{7,}", record["commit"]) and isinstance(
+        record["changed_since_commit"], list
+    )
     assert record["environment"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"torch", "diffusers", "numba"} <= set(record["environment"]["packages"])
     assert record["environment"]["gpus"] == [] or record["environment"]["cuda"]
@@ -104,18 +126,29 @@ sys.exit(run.main(["02", "--out", sys.argv[2]]))
 """
 
 
-@pytest.mark.parametrize(("signal_", "state"), [(signal.SIGKILL, "running"), (signal.SIGTERM, "stopped by Terminated")])
+@pytest.mark.parametrize(
+    ("signal_", "state"), [(signal.SIGKILL, "running"), (signal.SIGTERM, "stopped by Terminated")]
+)
 def test_a_killed_run_keeps_what_it_had(notebook, tmp_path, signal_, state):
-    """Killed in its third cell: the second's output is on disk, and the next run moves the stopped one aside."""
+    """Killed in its third cell: the second's output is on disk, and the next run moves
+    the stopped one aside.
+    """
     cells = nbformat.read(notebook, as_version=4)
-    cells.cells[3].source = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))"
+    cells.cells[
+        3
+    ].source = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))"
     cells.cells.append(new_code_cell("import time\ntime.sleep(300)"))
     nbformat.write(cells, notebook)
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, notebook, out], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-c", SLOW, notebook, out],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
-    assert within(240, lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()), "the cell never ran"
+    assert within(240, lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()), (
+        "the cell never ran"
+    )
     time.sleep(1)
     process.send_signal(signal_)
     message = process.communicate(timeout=120)[1].decode()
@@ -125,7 +158,9 @@ def test_a_killed_run_keeps_what_it_had(notebook, tmp_path, signal_, state):
     assert within(60, lambda: not alive(kernel)), "the kernel outlived its run"
 
     executed = nbformat.read(out / notebook.name, as_version=4)
-    assert "0.3" in "".join(o.get("text", "") for c in executed.cells if c.cell_type == "code" for o in c.outputs)
+    assert "0.3" in "".join(
+        o.get("text", "") for c in executed.cells if c.cell_type == "code" for o in c.outputs
+    )
     record = json.loads((out / "run.json").read_text())
     assert record["state"] == state and record["parameters"] == {}
     keep_stopped(notebook, out)
@@ -139,7 +174,11 @@ def test_a_damaged_record_is_one_of_a_stopped_run(tmp_path, record):
     (out / "02_small.ipynb").write_text("{")  # written by half
     if record is not None:
         (out / "run.json").write_text(record)
-    assert runner.collected_metrics(out / "02_small.ipynb") == {} == runner.collected_metrics(out / "none.ipynb")
+    assert (
+        runner.collected_metrics(out / "02_small.ipynb")
+        == {}
+        == runner.collected_metrics(out / "none.ipynb")
+    )
     runner.keep_stopped(tmp_path / "02_small.ipynb", out)
     assert (out / "02_small.stopped.ipynb").is_file() and not (out / "02_small.ipynb").exists()
 
@@ -161,16 +200,23 @@ def alive(pid: int) -> bool:
 
 def defunct(pid: int) -> bool:
     """A process that has ended and whose parent, gone too, has not asked for it."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+    ).stdout
     return not state or state.startswith("Z")
 
 
-def test_a_failing_cell_is_one_sentence_and_the_rest_is_kept(notebook, tmp_path, monkeypatch, capsys):
+def test_a_failing_cell_is_one_sentence_and_the_rest_is_kept(
+    notebook, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(run, "find_notebooks", lambda _: [notebook])
     assert run.main(["02", "--set", "divisor=0", "--out", str(tmp_path / "out")]) == 1
     assert "stopped: division by zero" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "out" / notebook.name).is_file()
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["state"] == "stopped by PapermillExecutionError"
+    assert (
+        json.loads((tmp_path / "out" / "run.json").read_text())["state"]
+        == "stopped by PapermillExecutionError"
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,12 +240,16 @@ def test_settings_are_literals_or_text():
         parse_setting("steps")
 
 
-@pytest.mark.parametrize("path", sorted(parameters.PARAMS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(parameters.PARAMS.glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_parameter_file_fits_its_notebook(path):
     (notebook,) = parameters.find_notebooks([path.stem[:2]])
     values = parameters.read_parameters(path)
     declared = parameters.declared_parameters(notebook)
-    assert values and parameters.check_parameters(values, declared) == yaml.safe_load(path.read_text())
+    assert values and parameters.check_parameters(values, declared) == yaml.safe_load(
+        path.read_text()
+    )
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
@@ -224,7 +274,9 @@ def test_every_training_notebook_has_three_scales(number, scale):
 @pytest.mark.parametrize("number", ["01", "03", "04", "05", "07"])
 def test_parameter_sets_in_the_prose_exist(number):
     (notebook,) = parameters.find_notebooks([number])
-    prose = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "markdown")
+    prose = "\n".join(
+        c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "markdown"
+    )
     named = set(re.findall(r"make full NB=(\d\d) PARAMS=(\w+)", prose))
     named |= set(re.findall(r"gsv3d_lib run (\d\d) --params (\w+)", prose))
     assert named and all((parameters.PARAMS / f"{nb}_{name}.yaml").is_file() for nb, name in named)
@@ -238,9 +290,18 @@ def test_parameter_sets_in_the_prose_exist(number):
     [
         ({"scale": "papre"}, "There is no preset 'papre'"),
         ({"full_stages": ["vea"]}, "The stages are vae, dino, diffusion, stage1, stage2; got vea"),
-        ({"full_stages": ["vae"], "full_processes": 3}, "The batch of vae, 8, cannot be shared equally by 3"),
-        ({"full_stages": ["stage2"], "full_steps": 7}, "stage2 needs vae, dino, diffusion, stage1: add them"),
-        ({"full_data": ["data/cache/nowhere"]}, "There is no dataset in data/cache/nowhere; make it with"),
+        (
+            {"full_stages": ["vae"], "full_processes": 3},
+            "The batch of vae, 8, cannot be shared equally by 3",
+        ),
+        (
+            {"full_stages": ["stage2"], "full_steps": 7},
+            "stage2 needs vae, dino, diffusion, stage1: add them",
+        ),
+        (
+            {"full_data": ["data/cache/nowhere"]},
+            "There is no dataset in data/cache/nowhere; make it with",
+        ),
     ],
 )
 def test_a_training_that_would_fail_is_refused_before_the_notebook_runs(changes, message):
@@ -291,7 +352,9 @@ def test_a_failing_training_is_one_sentence(capsys):
 
 @pytest.fixture
 def interruptible():
-    """Python's own answer to Ctrl-C, which a shell switches off in what it starts in the background."""
+    """Python's own answer to Ctrl-C, which a shell switches off in what it starts in
+    the background.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -312,12 +375,19 @@ def test_an_interrupted_training_is_ended(tmp_path, interruptible):
 
 def test_of_a_progress_bar_a_line_a_minute_and_the_last_are_shown():
     bar = [f"vae:  {k}%|#   | {k}/100" for k in range(100)]
-    assert list(launch.thinned(["reading", "", *bar, "done"])) == ["reading", bar[0], bar[-1], "done"]
+    assert list(launch.thinned(["reading", "", *bar, "done"])) == [
+        "reading",
+        bar[0],
+        bar[-1],
+        "done",
+    ]
     assert list(launch.thinned(bar)) == [bar[0], bar[-1]]
 
 
 def test_make_full_runs_a_parameter_set():
-    shown = subprocess.run(["make", "-n", "full", "NB=05", "PARAMS=paper"], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(
+        ["make", "-n", "full", "NB=05", "PARAMS=paper"], cwd=ROOT, capture_output=True, text=True
+    )
     assert "-m gsv3d_lib run 05 --params paper" in shown.stdout
     empty = subprocess.run(["make", "-n", "full"], cwd=ROOT, capture_output=True, text=True)
     assert empty.returncode and "say which notebook" in empty.stderr
@@ -343,7 +413,9 @@ def test_refresh_runs_measures_and_tidies(notebook, tmp_path):
     assert f"<!-- measured -->{sentence}<!-- /measured -->" in written.cells[0].source
     code = [cell for cell in written.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == [1, 2, 3] and len(written.cells) == 4
-    assert all("execution" not in cell.metadata for cell in code) and "widgets" not in written.metadata
+    assert (
+        all("execution" not in cell.metadata for cell in code) and "widgets" not in written.metadata
+    )
     seconds, gigabytes = (float(part.split()[0]) for part in sentence.split(", "))
     assert 0 <= seconds < 60 and 0 < gigabytes < 2
 
@@ -367,15 +439,24 @@ def test_refresh_writes_the_row_of_the_readme(tmp_path):
 
 
 def test_the_picture_of_the_readme_is_one_row_per_input(tmp_path):
-    refresh.draw_hero(tmp_path / "hero.png", ROOT / "data/checkpoints/tiny", names=("mug",), size=32)
+    refresh.draw_hero(
+        tmp_path / "hero.png", ROOT / "data/checkpoints/tiny", names=("mug",), size=32
+    )
     width, height = Image.open(tmp_path / "hero.png").size
     assert width == 1000 and 7 < width / height < 9  # the input and eight sides, with their titles
 
 
 def test_the_demo_gives_notebook_00_what_it_knows(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(demo, "execute", lambda path, parameters, out: asked.update(parameters | {"path": path}) or 0)
-    assert demo.main(["--image", "data/images/mug.png", "--elevation", "auto", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(
+        demo,
+        "execute",
+        lambda path, parameters, out: asked.update(parameters | {"path": path}) or 0,
+    )
+    assert (
+        demo.main(["--image", "data/images/mug.png", "--elevation", "auto", "--out", str(tmp_path)])
+        == 0
+    )
     declared = parameters.declared_parameters(asked.pop("path"))
     parameters.check_parameters(asked, declared)  # raises for a name it does not have
     assert (ROOT / asked["weights"] / "gsv3d.json").is_file() and -10 <= asked["elevation"] <= 40
@@ -383,7 +464,10 @@ def test_the_demo_gives_notebook_00_what_it_knows(tmp_path, monkeypatch):
 
 def test_refresh_drops_widgets_that_need_a_kernel():
     cell = new_code_cell(
-        "w", outputs=[nbformat.v4.new_output("display_data", {refresh.WIDGET: {}, "text/plain": "VBox()"})]
+        "w",
+        outputs=[
+            nbformat.v4.new_output("display_data", {refresh.WIDGET: {}, "text/plain": "VBox()"})
+        ],
     )
     kept = nbformat.v4.new_output("display_data", {"text/plain": "1"})
     cell.outputs.append(kept)
@@ -398,7 +482,18 @@ def test_training_takes_fields_of_the_preset(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_views", lambda *_, **__: None)
     monkeypatch.setattr(train, "run_stage", lambda name, config, *_, **__: seen.append(config))
     train.main(
-        ["--out", str(tmp_path), "--stages", "vae", "--steps", "7", "--set", "lambda_pixel=0.0", "--set", "dino=none"]
+        [
+            "--out",
+            str(tmp_path),
+            "--stages",
+            "vae",
+            "--steps",
+            "7",
+            "--set",
+            "lambda_pixel=0.0",
+            "--set",
+            "dino=none",
+        ]
     )
     assert (seen[0].lambda_pixel, seen[0].dino, seen[0].vae_schedule.steps) == (0.0, "none", 7)
     assert train.main(["--out", str(tmp_path), "--set", "lambda_pixl=0.0"]) == 2

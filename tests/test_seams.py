@@ -1,4 +1,6 @@
-"""The two seams, `rendering_with` and `attending_with`: they hold within a block, in one thread, and then no more."""
+"""The two seams, `rendering_with` and `attending_with`: they hold within a block, in
+one thread, and then no more.
+"""
 
 import threading
 

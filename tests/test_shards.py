@@ -1,4 +1,6 @@
-"""Training data on disk: the same numbers as in memory, written once, read in part, and damage is named."""
+"""Training data on disk: the same numbers as in memory, written once, read in part, and
+damage is named.
+"""
 
 import copy
 import io
@@ -19,7 +21,13 @@ from gsv3d_lib import train as command_line
 from gsv3d_lib.cluster import launch, shards
 from gsv3d_lib.config import Schedule
 from gsv3d_lib.data.dataset import list_objects, load_views, write_index, write_object
-from gsv3d_lib.data.examples import Orbits, ShuffledOrder, latent_fingerprint, load_orbits, make_variants
+from gsv3d_lib.data.examples import (
+    Orbits,
+    ShuffledOrder,
+    latent_fingerprint,
+    load_orbits,
+    make_variants,
+)
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.distillation import DistillationStage
 from gsv3d_lib.encoders import build_clip, build_dino, image_features
@@ -37,7 +45,9 @@ OBJECTS, COPIES = 5, 2
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A dataset of five objects, its models, and what `load_orbits` makes of them in memory."""
+    """A dataset of five objects, its models, and what `load_orbits` makes of them in
+    memory.
+    """
     folder = tmp_path_factory.mktemp("dataset")
     for k in range(OBJECTS):
         write_object(folder, object_views(f"balls_{k}", 40.0 * k))
@@ -46,7 +56,11 @@ def data(tmp_path_factory):
     vae, dino = build_vae(CONFIG).eval(), build_dino(CONFIG).eval()
     views = load_views([folder], CONFIG.image_size, progress=False)
     return SimpleNamespace(
-        folder=folder, vae=vae, dino=dino, views=views, orbits=load_orbits(views, vae, COPIES, seed=3, progress=False)
+        folder=folder,
+        vae=vae,
+        dino=dino,
+        views=views,
+        orbits=load_orbits(views, vae, COPIES, seed=3, progress=False),
     )
 
 
@@ -87,13 +101,17 @@ def stage_on(kind, orbits: Orbits, data):
     decoder = build_decoder(CONFIG)
     if kind is DecoderStage:
         return kind(decoder, data.dino, orbits, CONFIG)
-    return kind(add_lora(build_unet(CONFIG), 2), build_clip(CONFIG), decoder, data.dino, orbits, CONFIG)
+    return kind(
+        add_lora(build_unet(CONFIG), 2), build_clip(CONFIG), decoder, data.dino, orbits, CONFIG
+    )
 
 
 # ---------------------------------------------------------------- the same numbers
 
 
-@pytest.mark.parametrize("kind", [VAEStage, DINOStage, DiffusionStage, DecoderStage, DistillationStage])
+@pytest.mark.parametrize(
+    "kind", [VAEStage, DINOStage, DiffusionStage, DecoderStage, DistillationStage]
+)
 def test_a_batch_from_shards_is_the_batch_from_memory(kind, data, folder):
     orbits = shards.open_shards(folder).orbits(data.vae)
     memory, disk = (stage_on(kind, one, data) for one in (in_memory(data, orbits.order), orbits))
@@ -129,7 +147,9 @@ def test_stored_features_stand_for_running_dino(kind, data, folder, monkeypatch)
         batch = draw_batch(stage, 0, 1, 3)
         assert ("features" in batch) == (dino is not None)
         if dino is not None:
-            assert torch.allclose(batch["features"], image_features(dino, batch["image"]), atol=1e-5)
+            assert torch.allclose(
+                batch["features"], image_features(dino, batch["image"]), atol=1e-5
+            )
             monkeypatch.setattr(stage.dino, "forward", None)  # would fail if it were run
         losses.append(stage(batch)[0].item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -154,7 +174,9 @@ def test_depth_is_stored_without_loss(values):
     generator = torch.Generator().manual_seed(0)
     depth = torch.randint(values, (300, 300), generator=generator) / 7
     blob = shards.pack_depth(depth)
-    assert torch.equal(shards.unpack_depth(torch.tensor(list(blob), dtype=torch.uint8))[..., 0], depth)
+    assert torch.equal(
+        shards.unpack_depth(torch.tensor(list(blob), dtype=torch.uint8))[..., 0], depth
+    )
     assert values > 3 or len(blob) < 0.2 * depth.nbytes
 
 
@@ -185,13 +207,22 @@ def test_a_stopped_writing_goes_on_and_finished_shards_stay(data, tmp_path, monk
     monkeypatch.setattr(shards, "encode_object", counting)
     with pytest.raises(KeyboardInterrupt):
         write(data, tmp_path)
-    with pytest.raises(FileNotFoundError, match="no finished shards.*run `python -m gsv3d_lib shards` again"):
+    with pytest.raises(
+        FileNotFoundError, match="no finished shards.*run `python -m gsv3d_lib shards` again"
+    ):
         shards.open_shards(tmp_path)
     fail_at = None
     index = write(data, tmp_path)
     assert encoded == ["balls_0", "balls_1", "balls_2", "balls_2", "balls_3", "balls_4"]
-    assert index["objects"] == OBJECTS and [len(shard["ids"]) for shard in index["shards"]] == [2, 2, 1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"0000{k}.safetensors" for k in range(3)), "index.json"]
+    assert index["objects"] == OBJECTS and [len(shard["ids"]) for shard in index["shards"]] == [
+        2,
+        2,
+        1,
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(f"0000{k}.safetensors" for k in range(3)),
+        "index.json",
+    ]
     stamps = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*.safetensors"))]
     (tmp_path / "00001.safetensors").write_bytes(b"cut off")
     write(data, tmp_path)
@@ -213,10 +244,14 @@ def test_another_encoder_writes_anew_and_is_told_apart(data, broken):
 
 
 def test_latents_are_known_by_all_that_makes_them(data):
-    """What `calibrate` rescales lies behind the encoder, and mirrored or recoloured variants depend on a seed."""
+    """What `calibrate` rescales lies behind the encoder, and mirrored or recoloured
+    variants depend on a seed.
+    """
 
     def mark(vae, seed=3) -> bytes:
-        return bytes(latent_fingerprint(data.views, make_variants(OBJECTS, COPIES, seed), vae).tolist())
+        return bytes(
+            latent_fingerprint(data.views, make_variants(OBJECTS, COPIES, seed), vae).tolist()
+        )
 
     calibrated = copy.deepcopy(data.vae)
     calibrate(calibrated, data.views.rgb[:, 0].float() / 255)
@@ -244,21 +279,30 @@ def test_objects_with_other_numbers_of_views_are_refused(data, tmp_path):
     for size in (1, 64):  # in shards of their own, and in one
         with pytest.raises(ValueError, match="equally many views.*24.*20"):
             shards.write_shards(
-                [tmp_path / "few", data.folder], data.vae, tmp_path / f"{size}", 32, shard_size=size, progress=False
+                [tmp_path / "few", data.folder],
+                data.vae,
+                tmp_path / f"{size}",
+                32,
+                shard_size=size,
+                progress=False,
             )
 
 
 # ---------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("keep", [None, 0, 100, 0.6], ids=["missing", "empty", "header", "truncated"])
+@pytest.mark.parametrize(
+    "keep", [None, 0, 100, 0.6], ids=["missing", "empty", "header", "truncated"]
+)
 def test_a_shard_that_is_not_whole_is_named_on_opening(broken, keep):
     path = broken / "00001.safetensors"
     data = path.read_bytes()
     path.unlink()
     if keep is not None:
         path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
-    with pytest.raises(ValueError, match="00001.safetensors (is missing|has [0-9]+ bytes instead of)") as error:
+    with pytest.raises(
+        ValueError, match="00001.safetensors (is missing|has [0-9]+ bytes instead of)"
+    ) as error:
         shards.open_shards(broken)
     one_sentence(error)
 
@@ -276,7 +320,9 @@ def test_bytes_that_changed_are_found(broken, name):
     assert "00001.safetensors is damaged (its bytes are not those that were written)" in problem
     orbits = shards.open_shards(broken).orbits()  # of the same length
     if name != "latents":  # which have no redundancy of their own
-        with pytest.raises(ValueError, match="Shard .*00001.safetensors is damaged.*delete it and run") as error:
+        with pytest.raises(
+            ValueError, match="Shard .*00001.safetensors is damaged.*delete it and run"
+        ) as error:
             orbits.scene(2).rgb[0], orbits.scene(2).depth[0]
         one_sentence(error)
 
@@ -319,7 +365,9 @@ def test_an_index_with_wrong_numbers_is_one_sentence(broken, change, sentence):
     index = json.loads((broken / "index.json").read_text())
     (index["shards"][0] if set(change) & {"file", "ids"} else index).update(change)
     (broken / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=f"index.json cannot be read as shards.*{sentence}|{sentence}") as error:
+    with pytest.raises(
+        ValueError, match=f"index.json cannot be read as shards.*{sentence}|{sentence}"
+    ) as error:
         shards.open_shards(broken)
     one_sentence(error)
 
@@ -357,7 +405,9 @@ def test_a_shard_with_wrong_numbers_is_damaged(broken, name, value):
     index = json.loads((broken / "index.json").read_text())
     index["shards"][0]["bytes"] = path.stat().st_size
     (broken / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="Shard .*00000.safetensors is damaged.*delete it and run") as error:
+    with pytest.raises(
+        ValueError, match="Shard .*00000.safetensors is damaged.*delete it and run"
+    ) as error:
         orbits = shards.open_shards(broken).orbits()
         orbits.scene(0).rgb[0], orbits.scene(0).depth[0], orbits.orbit(0, 0, 4)
     one_sentence(error)
@@ -399,7 +449,9 @@ def test_training_from_shards_resumes_exactly(data, folder, tmp_path):
 
     def run(name, stop_at=None):
         stage = stage_on(DecoderStage, shards.open_shards(folder).orbits(dino=data.dino), data)
-        rows = train(stage, schedule, tmp_path / name, seed=6, log_every=1, progress=False, stop_at=stop_at)
+        rows = train(
+            stage, schedule, tmp_path / name, seed=6, log_every=1, progress=False, stop_at=stop_at
+        )
         return [row["loss"] for row in rows]
 
     whole = run("whole")
@@ -433,18 +485,34 @@ def test_the_command_writes_checks_and_explains(data, tmp_path, capsys):
         (["--out", str(data.folder), "--check"], "is a dataset folder, which `train --data` reads"),
     ):
         with pytest.raises(SystemExit, match="2"):  # one is argparse's own, which ends by itself
-            sys.exit(shards.main(["--weights", str(weights), "--data", str(data.folder), "--out", out, *wrong]))
+            sys.exit(
+                shards.main(
+                    ["--weights", str(weights), "--data", str(data.folder), "--out", out, *wrong]
+                )
+            )
         assert sentence in capsys.readouterr().err
     assert len(list_objects(data.folder)) == 5
 
 
 def test_train_reads_shards(data, folder, tmp_path, monkeypatch):
-    """All stages from the command line; encoders that would not fit what is stored are refused before anything starts."""
+    """All stages from the command line; encoders that would not fit what is stored are
+    refused before anything starts.
+    """
     monkeypatch.setattr(command_line, "preset", lambda *_, **__: CONFIG)
     out = tmp_path / "run"
 
     def command(*stages: str, more=()) -> None:
-        arguments = ["--shards", str(folder), "--out", str(out), "--steps", "1", *more, "--stages", *stages]
+        arguments = [
+            "--shards",
+            str(folder),
+            "--out",
+            str(out),
+            "--steps",
+            "1",
+            *more,
+            "--stages",
+            *stages,
+        ]
         command_line.run(command_line.build_parser().parse_args(arguments))
 
     with pytest.raises(ValueError, match="an earlier vae made.*train vae and dino first"):

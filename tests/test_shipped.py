@@ -1,4 +1,5 @@
-"""The weights that ship: what they make of a bundled picture, and how other libraries open them.
+"""The weights that ship: what they make of a bundled picture, and how other libraries
+open them.
 
     python tests/test_shipped.py
 
@@ -29,14 +30,16 @@ NUMBERS = ROOT / "tests/shipped.json"
 SHIPPED = sorted((ROOT / "data/checkpoints").iterdir())
 PICTURE = ROOT / "data/images/demo.png"
 AZIMUTHS = (45.0, 135.0, 225.0, 315.0)
-# How far a number may lie from the stored one. Rounding, as other machines have it, moves
-# means by 1e-5 and decibels by 1e-3; without the LoRA the means move by 4e-3 or more.
+# How far a number may lie from the stored one. Rounding, as other machines have it,
+# moves means by 1e-5 and decibels by 1e-3; without the LoRA the means move by 4e-3 or
+# more.
 BANDS = {"input_psnr": 0.1, "vae_psnr": 0.1, "elevation": 0.05}
 BAND = 1e-3
 
 
 def measure(pipe: GSV3DPipeline, **options) -> dict[str, float | list[float]]:
-    """What a checkpoint makes of the bundled picture, in numbers that hardly feel rounding.
+    """What a checkpoint makes of the bundled picture, in numbers that hardly feel
+    rounding.
 
     elevation: degrees, as estimated.
     input_psnr, vae_psnr: dB, the object's and the VAE's picture of the input view.
@@ -65,7 +68,10 @@ def measure(pipe: GSV3DPipeline, **options) -> dict[str, float | list[float]]:
 def outside(found: dict, stored: dict) -> list[str]:
     """The numbers that lie further from the stored ones than their band allows."""
     assert found.keys() == stored.keys()
-    gaps = {name: (torch.tensor(found[name]) - torch.tensor(stored[name])).abs().max().item() for name in stored}
+    gaps = {
+        name: (torch.tensor(found[name]) - torch.tensor(stored[name])).abs().max().item()
+        for name in stored
+    }
     return [f"{n}: {gap:.2g}" for n, gap in gaps.items() if not gap <= BANDS.get(n, BAND)]
 
 
@@ -95,8 +101,11 @@ def test_a_checkpoint_is_whole_and_small(folder, pipe):
 def test_the_weights_make_what_they_made_when_they_were_shipped(pipe, stored):
     found = measure(pipe)
     assert not outside(found, stored), "for new weights: python tests/test_shipped.py"
-    assert found["input_psnr"] > 18 and min(found["alpha"]) > 0.2  # the object of the picture, and all round
-    assert all(math.isfinite(x) for values in found.values() for x in torch.tensor(values).flatten())
+    # the object of the picture, and all round
+    assert found["input_psnr"] > 18 and min(found["alpha"]) > 0.2
+    assert all(
+        math.isfinite(x) for values in found.values() for x in torch.tensor(values).flatten()
+    )
 
 
 def test_the_bands_see_wrong_weights(pipe, stored):

@@ -1,4 +1,6 @@
-"""Lists of meshes: scans with their textures, Objaverse by licence. Everything is written here; nothing is downloaded."""
+"""Lists of meshes: scans with their textures, Objaverse by licence. Everything is
+written here; nothing is downloaded.
+"""
 
 import gzip
 import json
@@ -37,7 +39,9 @@ def test_scans_are_rendered_with_their_textures_wherever_these_lie(scans, tmp_pa
     assert [job.id for job in sources.scan_jobs(scans)] == ["Mug", "Toy_Bus"]
     md.main(["--scans", str(scans), "--size", "32", "--out", str(tmp_path / "set")])
     rows = list_objects(tmp_path / "set")
-    assert {row["licence"] for row in rows} == {"CC-BY-4.0"} and rows[0]["source"] == "Google Scanned Objects"
+    assert {row["licence"] for row in rows} == {"CC-BY-4.0"} and rows[0][
+        "source"
+    ] == "Google Scanned Objects"
     for row in rows:
         rgba = read_object(tmp_path / "set", row["id"]).rgba.astype(float)
         red, green, _ = rgba[..., :3][rgba[..., 3] == 255].mean(0)
@@ -48,7 +52,10 @@ def test_a_scan_without_its_texture_is_left_out_not_grey(scans, tmp_path):
     (scans / "Mug" / "meshes" / "texture.png").unlink()
     md.make_dataset(sources.scan_jobs(scans), tmp_path / "set", size=16, progress=False)
     (noted,) = md.skipped_rows(tmp_path / "set")
-    assert noted["id"] == "Mug" and "model.obj names texture.png, which is not there" in noted["reason"]
+    assert (
+        noted["id"] == "Mug"
+        and "model.obj names texture.png, which is not there" in noted["reason"]
+    )
 
 
 def test_listed_scans_only(scans, tmp_path):
@@ -69,7 +76,11 @@ def test_a_real_scan_keeps_its_look_when_its_texture_moves(shared_objects, tmp_p
     folder = tmp_path / "Dino_4"
     (folder / "meshes").mkdir(parents=True)
     (folder / "materials" / "textures").mkdir(parents=True)
-    for name, place in (("model.obj", "meshes"), ("model.mtl", "meshes"), ("texture.png", "materials/textures")):
+    for name, place in (
+        ("model.obj", "meshes"),
+        ("model.mtl", "meshes"),
+        ("texture.png", "materials/textures"),
+    ):
         shutil.copy(original / name, folder / place / name)
     moved, _ = md.render_object(sources.scan_jobs(tmp_path)[0], size=32, views=16)
     job = next(job for job in sources.mesh_jobs(original.parent, up="z") if job.id == "Dino_4")
@@ -81,10 +92,22 @@ def test_a_real_scan_keeps_its_look_when_its_texture_moves(shared_objects, tmp_p
 
 
 def row(licence: str, size: int = 1000, **more) -> dict:
-    return {"licence": licence, "author": "A", "name": "N", "address": "there", "bytes": size, **more}
+    return {
+        "licence": licence,
+        "author": "A",
+        "name": "N",
+        "address": "there",
+        "bytes": size,
+        **more,
+    }
 
 
-CATALOGUE = {"a": row("CC-BY-4.0"), "b": row("CC0", 500), "c": row("CC-BY-NC-4.0"), "d": row("CC-BY-4.0")}
+CATALOGUE = {
+    "a": row("CC-BY-4.0"),
+    "b": row("CC0", 500),
+    "c": row("CC-BY-NC-4.0"),
+    "d": row("CC-BY-4.0"),
+}
 
 
 def test_objects_are_chosen_by_licence_uid_and_number():
@@ -101,7 +124,8 @@ def test_objects_are_chosen_by_licence_uid_and_number():
 
 
 def test_licences_and_sizes_are_stated_before_anything_is_fetched(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "objaverse", None)  # so that any use of the network's package would fail
+    # so that any use of the network's package would fail
+    monkeypatch.setitem(sys.modules, "objaverse", None)
     path = tmp_path / "objaverse.json"
     sources.write_catalogue(path, CATALOGUE)
     sources.main(["--catalogue", str(path), "--licences", "by", "cc0"])
@@ -122,7 +146,9 @@ def test_a_catalogue_does_not_choose_where_is_written(tmp_path, key):
     trimesh.creation.box().export(tmp_path / "b.glb")
     sources.write_catalogue(tmp_path / "c.json", {key: row("CC0", path=str(tmp_path / "b.glb"))})
     out = tmp_path / "a" / "b" / "set"
-    assert md.main(["--objaverse", str(tmp_path / "c.json"), "--size", "16", "--out", str(out)]) == 0
+    assert (
+        md.main(["--objaverse", str(tmp_path / "c.json"), "--size", "16", "--out", str(out)]) == 0
+    )
     (made,) = list_objects(out)
     assert made["id"] == sources.plain_id(key)
     written = {path for path in tmp_path.rglob("*") if path.suffix in (".webp", ".npz")}
@@ -130,7 +156,15 @@ def test_a_catalogue_does_not_choose_where_is_written(tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    "change", [{"author": 5}, {"bytes": "5"}, {"bytes": float("nan")}, {"bytes": -1}, {"path": 5}, {"licence": None}]
+    "change",
+    [
+        {"author": 5},
+        {"bytes": "5"},
+        {"bytes": float("nan")},
+        {"bytes": -1},
+        {"path": 5},
+        {"licence": None},
+    ],
 )
 def test_a_row_that_is_none_is_one_sentence(tmp_path, change):
     sources.write_catalogue(tmp_path / "c.json", {"u": row("CC0") | change})
@@ -162,16 +196,36 @@ def test_downloaded_objects_become_jobs_with_their_licence(tmp_path):
     with pytest.raises(ValueError, match="is on this machine"):
         sources.objaverse_jobs(path)
     sources.write_catalogue(path, CATALOGUE | {"b": row("CC0", path=str(tmp_path / "b.glb"))})
-    md.main(["--objaverse", str(path), "--licences", "cc0", "--size", "16", "--out", str(tmp_path / "set")])
+    md.main(
+        [
+            "--objaverse",
+            str(path),
+            "--licences",
+            "cc0",
+            "--size",
+            "16",
+            "--out",
+            str(tmp_path / "set"),
+        ]
+    )
     (made,) = list_objects(tmp_path / "set")
-    assert (made["id"], made["source"], made["licence"], made["author"]) == ("b", "Objaverse", "CC0", "A")
+    assert (made["id"], made["source"], made["licence"], made["author"]) == (
+        "b",
+        "Objaverse",
+        "CC0",
+        "A",
+    )
     alpha = read_object(tmp_path / "set", "b").rgba[0, ..., 3] > 127
     assert alpha.any(1).sum() > 2 * alpha.any(0).sum()  # 3 along y, which is up in glTF: it stands
 
 
 def test_the_package_itself_on_a_cache_written_here(tmp_path, monkeypatch, capsys):
-    """Objaverse's own client, with everything that it would download lying in its cache."""
-    package = pytest.importorskip("objaverse", reason='pip install -e ".[data]" to test Objaverse\'s own client')
+    """Objaverse's own client, with everything that it would download lying in its
+    cache.
+    """
+    package = pytest.importorskip(
+        "objaverse", reason='pip install -e ".[data]" to test Objaverse\'s own client'
+    )
     monkeypatch.setattr(package, "_VERSIONED_PATH", str(tmp_path / "cache"))
     places = {uid: f"glbs/000-000/{uid}.glb" for uid in ("u1", "u2")}
     licences = {"u1": "by", "u2": "by-nc"}

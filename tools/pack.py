@@ -3,10 +3,11 @@
     python tools/pack.py data/cache/mine ... --out data/cache/pack/unet.safetensors --megabytes 28 --ring
     python tools/pack.py data/cache/mine ... --out data/cache/pack/stage1.safetensors --megabytes 28 --depth-bits 8
 
-Views travel as the WebP sheets that a dataset folder has anyway: as they are where they fit the
-given size, else encoded again at the best quality that does. --ring leaves the free views away,
-which the diffusion stage does not look at. Depth is added for stage 1, at 64 pixels a side and 8
-or 16 bits a pixel. `read_pack` gives `ViewTensors` as `data.dataset.load_views` does.
+Views travel as the WebP sheets that a dataset folder has anyway: as they are where they
+fit the given size, else encoded again at the best quality that does. --ring leaves the
+free views away, which the diffusion stage does not look at. Depth is added for stage 1,
+at 64 pixels a side and 8 or 16 bits a pixel. `read_pack` gives `ViewTensors` as
+`data.dataset.load_views` does.
 """
 
 from __future__ import annotations
@@ -42,7 +43,14 @@ from gsv3d_lib.data.dataset import (
     resize_views,
     split_sheet,
 )
-from gsv3d_lib.system.command import check_writable, exit_code, input_path, number, output_path, positive
+from gsv3d_lib.system.command import (
+    check_writable,
+    exit_code,
+    input_path,
+    number,
+    output_path,
+    positive,
+)
 from gsv3d_lib.system.errors import MissingFile, UserError
 from gsv3d_lib.system.files import UNREADABLE
 from gsv3d_lib.system.paths import atomic_path, check_readable, reason
@@ -57,14 +65,18 @@ SPARE = 0.97  # of the allowed size, because a sample is not the whole
 
 
 def sheet_bytes(rgba: np.ndarray, quality: int) -> bytes:
-    """Views uint8 [V, S, S, 4] as one WebP picture, as `data.dataset.write_object` makes it."""
+    """Views uint8 [V, S, S, 4] as one WebP picture, as `data.dataset.write_object`
+    makes it.
+    """
     buffer = io.BytesIO()
     Image.fromarray(join_sheet(rgba), "RGBA").save(buffer, format="WEBP", quality=quality, method=4)
     return buffer.getvalue()
 
 
 def depth_bytes(depth: np.ndarray, bits: int) -> tuple[bytes, float, float]:
-    """z-depth float32 [V, S, S] (0 = nothing) -> a lossless WebP, the least depth, and the range."""
+    """z-depth float32 [V, S, S] (0 = nothing) -> a lossless WebP, the least depth, and
+    the range.
+    """
     step = max(1, depth.shape[1] // DEPTH_SIDE)
     small = depth[:, step // 2 :: step, step // 2 :: step]
     hit = small > 0
@@ -96,8 +108,12 @@ def size_of(objects: list[dict]) -> int:
     return sum(len(one["sheet"]) + len(one["depth"]) for one in objects)
 
 
-def fitting_qualities(rows: list, views: int | None, bits: int, limit: float, pool) -> tuple[int | None, ...]:
-    """The qualities at which all objects should fit, by a sample, best first; None for the sheets as they are."""
+def fitting_qualities(
+    rows: list, views: int | None, bits: int, limit: float, pool
+) -> tuple[int | None, ...]:
+    """The qualities at which all objects should fit, by a sample, best first; None for
+    the sheets as they are.
+    """
     sample = rows[:: max(1, len(rows) // SAMPLE)]
 
     def too_large(quality: int | None) -> bool:
@@ -111,15 +127,26 @@ def fitting_qualities(rows: list, views: int | None, bits: int, limit: float, po
 
 
 def write_pack(
-    folders: list, out: Path, megabytes: float, ring: bool = False, bits: int = 0, limit: int | None = None
+    folders: list,
+    out: Path,
+    megabytes: float,
+    ring: bool = False,
+    bits: int = 0,
+    limit: int | None = None,
 ) -> dict:
-    """All objects of some dataset folders in one file. Returns its facts; raises UserError where they do not fit."""
+    """All objects of some dataset folders in one file. Returns its facts; raises
+    UserError where they do not fit.
+    """
     if bits not in (0, 8, 16):
         raise UserError(f"Depth is packed in 8 or 16 bits, or not at all (0); got {bits}.")
     rows, views = list_all(folders, limit), RING if ring else None
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         for quality in fitting_qualities(rows, views, bits, 1e6 * megabytes, pool):
-            objects = list(pool.map(partial(packed, views=views, quality=quality, bits=bits), rows, chunksize=8))
+            objects = list(
+                pool.map(
+                    partial(packed, views=views, quality=quality, bits=bits), rows, chunksize=8
+                )
+            )
             if size_of(objects) <= SPARE * 1e6 * megabytes:
                 break
         else:
@@ -128,7 +155,9 @@ def write_pack(
             )
     for name in ("azimuths", "side"):
         if len({np.size(one[name]) if name == "azimuths" else one[name] for one in objects}) > 1:
-            raise UserError("Objects of one pack have equally many views of one size; pack these folders apart.")
+            raise UserError(
+                "Objects of one pack have equally many views of one size; pack these folders apart."
+            )
     parts = [part for one in objects for part in (one["sheet"], one["depth"])]
     tensors = {
         "bytes": torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8),
@@ -146,11 +175,13 @@ def write_pack(
 # ---------------------------------------------------------------- reading
 
 
-def read_pack(path: str | Path, size: int, processes: int = 1, limit: int | None = None) -> ViewTensors:
+def read_pack(
+    path: str | Path, size: int, processes: int = 1, limit: int | None = None
+) -> ViewTensors:
     """The objects of a pack at `size` pixels.
 
-    processes: that decode; they must not be asked for once this process has used its GPU.
-    Without packed depth, `depth` is 0 everywhere and takes no memory.
+    processes: that decode; they must not be asked for once this process has used its
+        GPU. Without packed depth, `depth` is 0 everywhere and takes no memory.
     Raises MissingFile, and UserError where the file is damaged or of another size.
     """
     path = Path(path)
@@ -163,7 +194,10 @@ def read_pack(path: str | Path, size: int, processes: int = 1, limit: int | None
             facts = json.loads(file.metadata()["pack"])
         ids, count = facts["ids"][:limit], len(facts["ids"][:limit])
         views = tensors["azimuths"].shape[1]
-        columns = {"rgb": shared(count, views, size, size, 3), "alpha": shared(count, views, size, size, 1)}
+        columns = {
+            "rgb": shared(count, views, size, size, 3),
+            "alpha": shared(count, views, size, size, 1),
+        }
         if facts["bits"]:
             bytes_of_depth = shared(count, views, size, size, 4)
             columns["depth"] = bytes_of_depth.view(torch.float32)
@@ -172,7 +206,9 @@ def read_pack(path: str | Path, size: int, processes: int = 1, limit: int | None
         in_processes(work, shares)
     except UNREADABLE as error:
         raise (
-            error if isinstance(error, UserError) else UserError(f"{path} cannot be read ({reason(error)}).")
+            error
+            if isinstance(error, UserError)
+            else UserError(f"{path} cannot be read ({reason(error)}).")
         ) from error
     columns.setdefault("depth", torch.zeros(1).expand(count, views, size, size, 1))
     angles = (tensors[name][:count] for name in ("azimuths", "elevations"))
@@ -185,10 +221,13 @@ def shared(*shape: int) -> Tensor:
 
 
 def in_processes(work, shares: list[range]) -> None:
-    """`work(share)` for each share, in as many processes. Raises UserError where one fails."""
+    """`work(share)` for each share, in as many processes. Raises UserError where one
+    fails.
+    """
     if len(shares) == 1:
         return work(shares[0])
-    context = multiprocessing.get_context("fork")  # the others start anew and would import torch again
+    # the others start anew and would import torch again
+    context = multiprocessing.get_context("fork")
     children = [context.Process(target=alone, args=(work, share)) for share in shares]
     for child in children:
         child.start()
@@ -228,12 +267,16 @@ def picture(data: bytes, mode: str) -> np.ndarray:
 
 
 def depth_of(data: bytes, views: int, side: int, bits: int, low: float, span: float) -> np.ndarray:
-    """The inverse of `depth_bytes`: float32 [V, side, side], each packed value repeated over its block."""
+    """The inverse of `depth_bytes`: float32 [V, side, side], each packed value repeated
+    over its block.
+    """
     sheet = picture(data, "RGBA").astype("u2")
     packed_side = sheet.shape[1] // COLUMNS
     tiles = split_sheet(sheet, views, packed_side, packed_side)
     codes = tiles[..., 0] * np.uint16(256) + tiles[..., 1]
-    depth = np.where(codes > 0, low + (codes.astype("f4") - 1) * np.float32(span / (2**bits - 2)), 0)
+    depth = np.where(
+        codes > 0, low + (codes.astype("f4") - 1) * np.float32(span / (2**bits - 2)), 0
+    )
     block = side // packed_side
     return depth.repeat(block, 1).repeat(block, 2)
 
@@ -242,10 +285,14 @@ def depth_of(data: bytes, views: int, side: int, bits: int, low: float, span: fl
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=input_path, help="dataset folders")
     parser.add_argument("--out", type=output_path, required=True, metavar="FILE")
-    parser.add_argument("--megabytes", type=number(0.01, 1000), default=28.0, help="what the file may have")
+    parser.add_argument(
+        "--megabytes", type=number(0.01, 1000), default=28.0, help="what the file may have"
+    )
     parser.add_argument("--ring", action="store_true", help="the 16 views of the ring only")
     parser.add_argument("--depth-bits", type=int, choices=(0, 8, 16), default=0, help="0: no depth")
     parser.add_argument("--limit", type=positive, help="only the first objects")
@@ -254,7 +301,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     check_writable(options.out)
-    facts = write_pack(options.folders, options.out, options.megabytes, options.ring, options.depth_bits, options.limit)
+    facts = write_pack(
+        options.folders,
+        options.out,
+        options.megabytes,
+        options.ring,
+        options.depth_bits,
+        options.limit,
+    )
     quality = "sheets as they were" if facts["quality"] is None else f"quality {facts['quality']}"
     print(
         f"{options.out}: {facts['objects']} objects, {facts['views']} views of {facts['side']} px, {quality}, "

@@ -1,11 +1,14 @@
-"""Run notebooks in place and write what a reader sees: outputs, and the time and memory in their headers.
+"""Run notebooks in place and write what a reader sees: outputs, and the time and memory
+in their headers.
 
     python tools/refresh.py [02 05 ...] [--out FOLDER]
     python tools/refresh.py --hero docs/images/hero.png    # the README's picture instead
 
-Every notebook runs on a fresh kernel in the notebooks' folder. The text between `<!-- measured -->` and `<!-- /measured -->`
-in its first cells, and in its row of the README's table, is replaced by what was measured. What GitHub cannot show is left
-out: widget state, widgets without a kernel, and cell timings. A notebook that fails is left as it was.
+Every notebook runs on a fresh kernel in the notebooks' folder. The text between `<!--
+measured -->` and `<!-- /measured -->` in its first cells, and in its row of the
+README's table, is replaced by what was measured. What GitHub cannot show is left
+out: widget state, widgets without a kernel, and cell timings. A notebook that fails is
+    left as it was.
 """
 
 from __future__ import annotations
@@ -27,11 +30,14 @@ from gsv3d_lib.system.paths import BEST, ROOT, atomic_path, find
 MEASURED = re.compile(r"<!-- measured -->.*?<!-- /measured -->")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HERO = ("house", "car", "chair", "face", "mug")  # the README's picture
-PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"  # GB on Linux
+# GB on Linux
+PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
 
 
 def run_notebook(path: Path, cell_timeout: int = 900) -> tuple[nbformat.NotebookNode, float, float]:
-    """Execute a notebook -> (it with outputs, seconds, peak memory of its kernel in GB)."""
+    """Execute a notebook -> (it with outputs, seconds, peak memory of its kernel in
+    GB).
+    """
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
@@ -92,7 +98,9 @@ def refresh(path: Path, out: Path) -> str:
 def update_readme(name: str, sentence: str, readme: Path = ROOT / "README.md") -> None:
     """The notebook's row of the README's table."""
     lines = [
-        write_measured(line, sentence) if line.startswith("|") and f"notebooks/{name}" in line else line
+        write_measured(line, sentence)
+        if line.startswith("|") and f"notebooks/{name}" in line
+        else line
         for line in readme.read_text(encoding="utf-8").split("\n")
     ]
     with atomic_path(readme) as temporary:
@@ -100,7 +108,9 @@ def update_readme(name: str, sentence: str, readme: Path = ROOT / "README.md") -
 
 
 def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: int = 160) -> None:
-    """Bundled pictures and what `weights` make of them, seen from eight sides, as a PNG."""
+    """Bundled pictures and what `weights` make of them, seen from eight sides, as a
+    PNG.
+    """
     import torch
 
     from gsv3d_lib.cameras import orbit_cameras
@@ -113,19 +123,27 @@ def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: in
     angles, pictures = torch.arange(8) * 45.0, []
     for name in tqdm(names, unit="picture"):
         image = ROOT / "data" / "images" / f"{name}.png"
-        seen = render(pipe(image, seed=0, progress=False), orbit_cameras(angles, 15.0, size)).rgb.clamp(0, 1)
+        seen = render(
+            pipe(image, seed=0, progress=False), orbit_cameras(angles, 15.0, size)
+        ).rgb.clamp(0, 1)
         pictures += [prepare_condition(image, size)[0], *seen]
     titles = ["input", *(f"{angle:.0f}°" for angle in angles)]
     with atomic_path(path) as temporary:
-        image_grid(pictures, titles=titles, columns=9, width=10).savefig(temporary, dpi=100, format="png")
+        image_grid(pictures, titles=titles, columns=9, width=10).savefig(
+            temporary, dpi=100, format="png"
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(prog="python tools/refresh.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python tools/refresh.py", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("numbers", nargs="*", help="such as 02; all notebooks by default")
     parser.add_argument("--out", type=output_path, help="folder to write to (default: in place)")
-    parser.add_argument("--hero", type=output_path, metavar="PNG", help="only draw the README's picture")
+    parser.add_argument(
+        "--hero", type=output_path, metavar="PNG", help="only draw the README's picture"
+    )
     return parser
 
 
@@ -146,7 +164,8 @@ def run(args: argparse.Namespace) -> int:
         check_writable(out / path.name)
         try:
             sentence = refresh(path, out)
-        except (CellControlSignal, DeadKernelError) as error:  # a failing cell: its message is the news
+        # a failing cell: its message is the news
+        except (CellControlSignal, DeadKernelError) as error:
             print(f"{path.stem} failed and was left as it was.\n{error}", file=sys.stderr)
             failed = 1
             continue

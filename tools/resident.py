@@ -1,8 +1,10 @@
-"""Orbits that live on the device: examples are drawn there, hundreds at once, without a loop.
+"""Orbits that live on the device: examples are drawn there, hundreds at once, without a
+loop.
 
-`ResidentOrbits` holds all pictures as bytes and all latents, and gives for many items and start
-views together what `data.examples.Orbits` gives for one (tests/test_ten_minutes.py compares the
-two). All randomness comes from one generator on the device.
+`ResidentOrbits` holds all pictures as bytes and all latents, and gives for many items
+and start views together what `data.examples.Orbits` gives for one
+(tests/test_ten_minutes.py compares the two). All randomness comes from one generator on
+the device.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from gsv3d_lib.vae import encode
 
 
 class ResidentOrbits:
-    """Variants of the objects in `views`, on `device`; `encode` must come before `orbit`."""
+    """Variants of the objects in `views`, on `device`; `encode` must come before
+    `orbit`.
+    """
 
     def __init__(self, views: ViewTensors, variants: list[Variant], latent_scale: float, device):
         self.rgb, self.alpha = views.rgb.to(device), views.alpha.to(device)
@@ -26,7 +30,9 @@ class ResidentOrbits:
         self.depth = views.depth[:1].to(device) if flat else views.depth.to(device)
         self.has_depth, self.latent_scale, self.device = not flat, latent_scale, device
         places = [views.places(v.index, v.mirror) for v in variants]
-        self.order, self.azimuths, self.elevations = (torch.stack(t).to(device) for t in zip(*places))
+        self.order, self.azimuths, self.elevations = (
+            torch.stack(t).to(device) for t in zip(*places)
+        )
         self.index = torch.tensor([v.index for v in variants], device=device)
         self.mirror = torch.tensor([v.mirror for v in variants], device=device)
         self.palette = torch.tensor([v.palette for v in variants], device=device)
@@ -38,7 +44,9 @@ class ResidentOrbits:
     # ------------------------------------------------------------ what is stored
 
     def seen(self, stored: Tensor, items: Tensor, views: Tensor) -> Tensor:
-        """Views [B, K] of items [B] from stored [O, V, S, S, C], mirrored where the variant is."""
+        """Views [B, K] of items [B] from stored [O, V, S, S, C], mirrored where the
+        variant is.
+        """
         source = self.order[items].gather(1, views)
         found = stored[self.index[items][:, None], source]
         return torch.where(self.mirror[items].reshape(-1, 1, 1, 1, 1), found.flip(-2), found)
@@ -70,9 +78,12 @@ class ResidentOrbits:
 
     # ------------------------------------------------------------ examples
 
-    def orbit(self, items: Tensor, starts: Tensor, num_frames: int, shifts: Tensor | None = None) -> Example:
-        """`Orbits.orbit` of items [B] with condition views starts [B]; the frames of orbit b then
-        `pretraining.rolled` by shifts[b]."""
+    def orbit(
+        self, items: Tensor, starts: Tensor, num_frames: int, shifts: Tensor | None = None
+    ) -> Example:
+        """`Orbits.orbit` of items [B] with condition views starts [B]; the frames of
+        orbit b then `pretraining.rolled` by shifts[b].
+        """
         places = torch.arange(num_frames, device=self.device).expand(len(items), -1)
         if shifts is not None:
             places = (places - shifts[:, None]) % num_frames
@@ -135,13 +146,17 @@ class ResidentOrbits:
         }
         return orbit | draws
 
-    def decoder_batch(self, generator: torch.Generator, batch: int, frames: int, config: Config) -> Example:
+    def decoder_batch(
+        self, generator: torch.Generator, batch: int, frames: int, config: Config
+    ) -> Example:
         """What `DecoderStage.example` draws, B times, for orbits of so many frames."""
         items, starts = self.draw(generator, batch)
         views = torch.rand(batch, self.rgb.shape[1], generator=generator, device=self.device)
         chosen = views.argsort(1)[:, : config.target_views]
         drawn = self.orbit(items, starts, frames) | self.targets(items, starts, chosen)
-        return drawn | (self.own_pixels(items, starts, frames, config) if config.lambda_pixel else {})
+        return drawn | (
+            self.own_pixels(items, starts, frames, config) if config.lambda_pixel else {}
+        )
 
 
 def pooled(images: Tensor, block: int) -> Tensor:

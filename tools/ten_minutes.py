@@ -6,10 +6,11 @@
     python tools/ten_minutes.py decoder --out $OUT ...        second call: parity, paper-size steps, stage 1
     python tools/ten_minutes.py collect FOLDER --into runs/gpu        what came back -> weights that open
 
-The packs are made by tools/pack.py. How a person with a lent machine goes on, command by command,
-stands in tools/README.md. The stages, their losses and their models are the library's own
-(`DiffusionStage`, `DecoderStage`, `DistillationStage`); only the loop around them is another one:
-everything stays on the device, and the learning rate follows the clock.
+The packs are made by tools/pack.py. How a person with a lent machine goes on, command
+by command, stands in tools/README.md. The stages, their losses and their models are the
+library's own (`DiffusionStage`, `DecoderStage`, `DistillationStage`); only the loop
+around them is another one: everything stays on the device, and the learning rate
+follows the clock.
 """
 
 from __future__ import annotations
@@ -39,7 +40,15 @@ from gsv3d_lib.pretraining import DiffusionStage
 from gsv3d_lib.rendering import rendering_with
 from gsv3d_lib.stage1 import DecoderStage
 from gsv3d_lib.stages import STAGES, build_stage, initial, schedule_of, take_over
-from gsv3d_lib.system.command import exit_code, input_path, number, output_path, positive, training_seed, whole
+from gsv3d_lib.system.command import (
+    exit_code,
+    input_path,
+    number,
+    output_path,
+    positive,
+    training_seed,
+    whole,
+)
 from gsv3d_lib.system.errors import MissingFile, UserError
 from gsv3d_lib.system.paths import atomic_path
 from gsv3d_lib.training import BETAS, CLIP_NORM, Stage, learning_rate, update_average
@@ -59,7 +68,15 @@ MEMORY_SHARE = 0.4  # of the card for the U-Net's batch; a second process compil
 # Seconds of the two calls. Training gets what the others leave of --seconds.
 TIMES = {
     "unet": {"read": 20, "encode": 15, "probe": 10, "train": None, "save": 15},
-    "decoder": {"read": 20, "encode": 15, "paper": 60, "gsplat": 120, "parity": 15, "train": None, "save": 15},
+    "decoder": {
+        "read": 20,
+        "encode": 15,
+        "paper": 60,
+        "gsplat": 120,
+        "parity": 15,
+        "train": None,
+        "save": 15,
+    },
 }
 
 
@@ -90,7 +107,9 @@ class Clock:
 
 
 def environment() -> dict:
-    """Card, versions, and the rate of a large bfloat16 product, against which shares are stated."""
+    """Card, versions, and the rate of a large bfloat16 product, against which shares
+    are stated.
+    """
     facts = {"torch": torch.__version__, "cuda": torch.version.cuda, "cores": os.cpu_count()}
     if not torch.cuda.is_available():
         return facts | {"device": "cpu"}
@@ -119,17 +138,28 @@ def timed(action, device: str, repeats: int = 3) -> float:
 
 
 def compile_gsplat(folder: Path) -> subprocess.Popen | None:
-    """Begin to compile gsplat's kernels in the background; None, with a sentence, without nvcc."""
-    if subprocess.run(["which", "nvcc"], capture_output=True).returncode or not torch.cuda.is_available():
+    """Begin to compile gsplat's kernels in the background; None, with a sentence,
+    without nvcc.
+    """
+    if (
+        subprocess.run(["which", "nvcc"], capture_output=True).returncode
+        or not torch.cuda.is_available()
+    ):
         print("gsplat is not compiled: that takes nvcc and a CUDA device.")
         return None
     major, minor = torch.cuda.get_device_capability()
-    extra = {"TORCH_EXTENSIONS_DIR": str(folder), "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "VERBOSE": "1"}
+    extra = {
+        "TORCH_EXTENSIONS_DIR": str(folder),
+        "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}",
+        "VERBOSE": "1",
+    }
     extra["MAX_JOBS"] = str(max(1, (os.cpu_count() or 2) - 4))
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", "from gsplat.cuda._backend import _C; assert _C is not None"]
     with open(folder / "log.txt", "w") as log:
-        return subprocess.Popen(command, env=os.environ | extra, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, env=os.environ | extra, stdout=log, stderr=subprocess.STDOUT
+        )
 
 
 def library_of_gsplat(folder: Path) -> Path:
@@ -137,7 +167,9 @@ def library_of_gsplat(folder: Path) -> Path:
 
 
 def gsplat_ready(process: subprocess.Popen | None, folder: Path, seconds: float = 0.0) -> bool:
-    """Whether the kernels can be used now, after waiting at most so long; then they are loaded."""
+    """Whether the kernels can be used now, after waiting at most so long; then they are
+    loaded.
+    """
     if process is not None:
         try:
             process.wait(timeout=max(0.0, seconds))
@@ -149,7 +181,9 @@ def gsplat_ready(process: subprocess.Popen | None, folder: Path, seconds: float 
     from torch.utils.cpp_extension import _import_module_from_library
 
     try:  # gsplat asks for a compiled `gsplat.csrc` first
-        sys.modules.setdefault("gsplat.csrc", _import_module_from_library("gsplat_cuda", str(library.parent), True))
+        sys.modules.setdefault(
+            "gsplat.csrc", _import_module_from_library("gsplat_cuda", str(library.parent), True)
+        )
         from gsplat.cuda._backend import _C
     except Exception as error:
         print(f"gsplat's kernels were compiled but do not open: {error}")
@@ -165,7 +199,9 @@ def tail(path: Path, lines: int = 30) -> list[str]:
 
 
 class Learner:
-    """One stage on the device: steps without a look at the numbers, and averages of the weights."""
+    """One stage on the device: steps without a look at the numbers, and averages of the
+    weights.
+    """
 
     def __init__(self, stage: Stage, schedule: Schedule, device: str):
         self.stage, self.schedule, self.device = stage.to(device).train(), schedule, device
@@ -194,7 +230,9 @@ class Learner:
         self.done += 1
         return loss.detach()
 
-    def until(self, end: float, clock: Clock, fraction, draw, each_minute, changed=None, every: int = 50) -> None:
+    def until(
+        self, end: float, clock: Clock, fraction, draw, each_minute, changed=None, every: int = 50
+    ) -> None:
         """Steps until the clock shows `end`, one at least.
 
         fraction(): the share of the training's time that is spent.  draw(): a batch.
@@ -209,8 +247,18 @@ class Learner:
                 if value != value:
                     raise UserError(f"The loss of step {self.done} is {value}.")
                 pace = (clock.spent - mark) / max(1, (self.done - 1) % every + 1)
-                self.rows.append({"step": self.done, "seconds": round(clock.spent, 2), "loss": value, "pace": pace})
-                print(f"[{clock.spent:6.1f} s] step {self.done}: loss {value:.4f}, {pace:.4f} s a step", flush=True)
+                self.rows.append(
+                    {
+                        "step": self.done,
+                        "seconds": round(clock.spent, 2),
+                        "loss": value,
+                        "pace": pace,
+                    }
+                )
+                print(
+                    f"[{clock.spent:6.1f} s] step {self.done}: loss {value:.4f}, {pace:.4f} s a step",
+                    flush=True,
+                )
                 mark = clock.spent
                 if changed is not None:
                     changed()
@@ -228,7 +276,9 @@ def half_precision(device: str):
 
 
 def fitting_batch(learner: Learner, draw, asked: int, share: float = MEMORY_SHARE) -> int:
-    """The largest batch up to `asked` that takes at most this share of the card, by two small steps."""
+    """The largest batch up to `asked` that takes at most this share of the card, by two
+    small steps.
+    """
     if learner.device != "cuda":
         return asked
     peaks, sizes = [], (8, 24)
@@ -247,9 +297,9 @@ def fitting_batch(learner: Learner, draw, asked: int, share: float = MEMORY_SHAR
 class Compiled:
     """`torch.compile` of the U-Net without waiting for it.
 
-    Another process compiles the same step into inductor's cache while this one trains without.
-    When it is done, this one takes the compiled code from there. Where it fails or takes too
-    long, training goes on as it was.
+    Another process compiles the same step into inductor's cache while this one trains
+    without. When it is done, this one takes the compiled code from there. Where it
+    fails or takes too long, training goes on as it was.
     """
 
     def __init__(self, unet: nn.Module, command: list[str], folder: Path, seconds: float):
@@ -285,7 +335,9 @@ def diffusion_stage(config: Config, base: Path, fresh: bool) -> DiffusionStage:
 
 
 def compile_ahead(options: argparse.Namespace) -> None:
-    """The work of the process behind `Compiled`: one step at every size, on numbers of no meaning."""
+    """The work of the process behind `Compiled`: one step at every size, on numbers of
+    no meaning.
+    """
     stage = diffusion_stage(unet_config(options), options.base, options.fresh).cuda().train()
     torch.set_float32_matmul_precision("high")
     stage.unet.compile(mode="default", dynamic=False)
@@ -304,7 +356,10 @@ def compile_ahead(options: argparse.Namespace) -> None:
 
 def random_batch(config: Config, stage: str, batch: int, device: str) -> dict[str, Tensor]:
     """Numbers of no meaning in the shapes of a batch."""
-    drawn = {name: torch.rand(batch, *shape, device=device) for name, shape in shapes(config, stage).items()}
+    drawn = {
+        name: torch.rand(batch, *shape, device=device)
+        for name, shape in shapes(config, stage).items()
+    }
     for name in ("azimuth", "target_azimuth"):
         if name in drawn:
             drawn[name] *= 360
@@ -317,8 +372,12 @@ def unet_config(options: argparse.Namespace) -> Config:
     heads = tuple(max(1, width // 32) for width in options.channels)
     if tuple(options.channels) != config.unet_channels:
         config = config.replace(unet_channels=tuple(options.channels), unet_heads=heads)
-    schedule = dataclasses.replace(config.diffusion_schedule, steps=9_999_999, batch=options.batch, lr=options.lr)
-    return config.replace(diffusion_schedule=dataclasses.replace(schedule, ema=options.ema), copies=options.copies)
+    schedule = dataclasses.replace(
+        config.diffusion_schedule, steps=9_999_999, batch=options.batch, lr=options.lr
+    )
+    return config.replace(
+        diffusion_schedule=dataclasses.replace(schedule, ema=options.ema), copies=options.copies
+    )
 
 
 def on_device(views, config: Config, vae, device: str, clock: Clock) -> ResidentOrbits:
@@ -333,26 +392,37 @@ def cores() -> int:
 
 
 def train_unet(options: argparse.Namespace) -> dict:
-    """The first call. Everything is read before the GPU is used: processes are forked to decode."""
+    """The first call. Everything is read before the GPU is used: processes are forked
+    to decode.
+    """
     clock, device = Clock(options.seconds), "cuda" if torch.cuda.is_available() else "cpu"
     config, results = unet_config(options), {"plan": TIMES["unet"]}
-    views = {s: clock.step(f"read {s} px", read_pack, options.pack, s, cores(), options.limit) for s in options.sizes}
+    views = {
+        s: clock.step(f"read {s} px", read_pack, options.pack, s, cores(), options.limit)
+        for s in options.sizes
+    }
     results["environment"] = clock.step("environment", environment)
     gsplat = compile_gsplat(options.work / "gsplat")
     vae = load_model(options.base, "vae").to(device).requires_grad_(False)
     orbits = {s: on_device(views.pop(s), config, vae, device, clock) for s in options.sizes}
-    learner = Learner(diffusion_stage(config, options.base, options.fresh), config.diffusion_schedule, device)
+    learner = Learner(
+        diffusion_stage(config, options.base, options.fresh), config.diffusion_schedule, device
+    )
     generator = torch.Generator(device).manual_seed(options.seed)
 
     def draw(size: int, batch: int):
         return orbits[size].diffusion_batch(generator, batch, config)
 
-    batches = {s: fitting_batch(learner, lambda n, s=s: draw(s, n), options.batch) for s in options.sizes}
+    batches = {
+        s: fitting_batch(learner, lambda n, s=s: draw(s, n), options.batch) for s in options.sizes
+    }
     results["batches"] = batches
     print(f"orbits: {len(orbits[options.sizes[0]])}, batches {batches}", flush=True)
     compiled = None
     if device == "cuda" and not options.no_compile:
-        compiled = Compiled(learner.stage.unet, compile_command(options, batches), options.work / "compiled", 200)
+        compiled = Compiled(
+            learner.stage.unet, compile_command(options, batches), options.work / "compiled", 200
+        )
 
     def save():
         record = {
@@ -377,14 +447,19 @@ def train_unet(options: argparse.Namespace) -> dict:
             change,
             options.every,
         )
-        results[f"peak share {size} px"] = share_of_peak(learner, options.predictions, size, batches[size])
+        results[f"peak share {size} px"] = share_of_peak(
+            learner, options.predictions, size, batches[size]
+        )
     clock.step("save", save)
     if compiled:
         compiled.stop()
         results["compile log"] = tail(options.work / "compiled" / "log.txt")
     results |= {"steps": learner.done, "curve": learner.rows}
     library = library_of_gsplat(options.work / "gsplat")
-    results["gsplat"] = {"compiled": library.is_file(), "log": tail(options.work / "gsplat" / "log.txt")}
+    results["gsplat"] = {
+        "compiled": library.is_file(),
+        "log": tail(options.work / "gsplat" / "log.txt"),
+    }
     if gsplat is not None and gsplat.poll() is None and clock.left > 0:
         gsplat_ready(gsplat, options.work / "gsplat", clock.left)
     if library.is_file() and library.stat().st_size < PIECE:
@@ -394,13 +469,22 @@ def train_unet(options: argparse.Namespace) -> dict:
 
 def compile_command(options: argparse.Namespace, batches: dict[int, int]) -> list[str]:
     command = [sys.executable, __file__, "compile", "--folder", str(options.work / "compiled")]
-    command += ["--base", str(options.base), "--seed", str(options.seed), "--batches", *map(str, batches.values())]
+    command += [
+        "--base",
+        str(options.base),
+        "--seed",
+        str(options.seed),
+        "--batches",
+        *map(str, batches.values()),
+    ]
     command += ["--sizes", *map(str, options.sizes), "--channels", *map(str, options.channels)]
     return [*command, *(["--fresh"] if options.fresh else [])]
 
 
 def share_of_peak(learner: Learner, predictions: Path, size: int, batch: int) -> float | None:
-    """Of the card's bfloat16 peak, by the operations that `plan` counts and the last pace."""
+    """Of the card's bfloat16 peak, by the operations that `plan` counts and the last
+    pace.
+    """
     found = read_json(predictions).get(f"diffusion {size}")
     if learner.device != "cuda" or not found or len(learner.rows) < 2:
         return None
@@ -411,7 +495,9 @@ def share_of_peak(learner: Learner, predictions: Path, size: int, batch: int) ->
 
 
 def parity(device: str, gaussians: int = 2000, views: int = 2, size: int = 64) -> dict:
-    """Largest differences of images and gradients between gsplat's kernels and `rendering/plain.py`, and times."""
+    """Largest differences of images and gradients between gsplat's kernels and
+    `rendering/plain.py`, and times.
+    """
     from gsv3d_lib.cameras import orbit_cameras
     from gsv3d_lib.gaussians import Gaussians
     from gsv3d_lib.rendering import render
@@ -440,7 +526,9 @@ def parity(device: str, gaussians: int = 2000, views: int = 2, size: int = 64) -
     for backend, where in ways.items():
         try:
             made[backend] = pictures(backend, where)
-            times[backend] = timed(lambda b=backend, w=where: pictures(b, w), where, 3 if backend != "torch" else 1)
+            times[backend] = timed(
+                lambda b=backend, w=where: pictures(b, w), where, 3 if backend != "torch" else 1
+            )
         except ImportError as error:
             print(f"{backend} is not measured: {error}")
     image, gradients = made["torch"]
@@ -448,7 +536,10 @@ def parity(device: str, gaussians: int = 2000, views: int = 2, size: int = 64) -
     for backend in made.keys() - {"torch"}:
         pairs = zip(parts, made[backend][1], gradients)
         errors = {n: float((a - b).norm() / b.norm()) for n, a, b in pairs}
-        report[backend] = {"image": float((made[backend][0] - image).abs().max()), "gradients, relative": errors}
+        report[backend] = {
+            "image": float((made[backend][0] - image).abs().max()),
+            "gradients, relative": errors,
+        }
     return report
 
 
@@ -461,7 +552,9 @@ def train_decoder(options: argparse.Namespace) -> dict:
     config = load_config(options.base).replace(seed=options.seed, copies=options.copies)
     changes = {"lambda_lpips": options.lpips, "lambda_ssim": options.ssim}
     config = config.replace(**changes, lpips_weights=str(options.lpips_weights))
-    schedule = dataclasses.replace(config.stage1, steps=9_999_999, batch=options.batch, lr=options.lr, ema=options.ema)
+    schedule = dataclasses.replace(
+        config.stage1, steps=9_999_999, batch=options.batch, lr=options.lr, ema=options.ema
+    )
     config, results = config.replace(stage1=schedule), {"plan": TIMES["decoder"]}
     size = config.image_size
     views = clock.step(f"read {size} px", read_pack, options.pack, size, cores(), options.limit)
@@ -477,20 +570,34 @@ def train_decoder(options: argparse.Namespace) -> dict:
     ready = gsplat_ready(compiling, folder)
     results["paper"] = paper_steps(clock, device, options.predictions, ready, options.paper)
     if not ready:
-        ready = clock.step("wait for gsplat", gsplat_ready, compiling, folder, TIMES["decoder"]["gsplat"])
+        ready = clock.step(
+            "wait for gsplat", gsplat_ready, compiling, folder, TIMES["decoder"]["gsplat"]
+        )
     results["gsplat"] = {"ready": ready, "log": tail(folder / "log.txt")}
-    results["parity"] = attempted(lambda: clock.step("parity", parity, device)) if ready or device == "cpu" else None
+    results["parity"] = (
+        attempted(lambda: clock.step("parity", parity, device))
+        if ready or device == "cpu"
+        else None
+    )
     decoder, dino = initial("decoder", config, options.base), load_dino(config, options.base)
     learner = Learner(DecoderStage(decoder, dino, None, config), config.stage1, device)
-    batch = options.batch if ready or device == "cpu" else 1  # plain PyTorch keeps every meeting of a pixel and a splat
-    generator, host = torch.Generator(device).manual_seed(options.seed), torch.Generator().manual_seed(options.seed)
+    # plain PyTorch keeps every meeting of a pixel and a splat
+    batch = options.batch if ready or device == "cpu" else 1
+    generator, host = (
+        torch.Generator(device).manual_seed(options.seed),
+        torch.Generator().manual_seed(options.seed),
+    )
 
     def draw():
         frames = config.view_counts[int(torch.randint(len(config.view_counts), (), generator=host))]
         return orbits.decoder_batch(generator, batch, frames, config)
 
     def save():
-        record = {"config": dataclasses.asdict(config), "trained": {"stage1": learner.done}, "models": ["decoder"]}
+        record = {
+            "config": dataclasses.asdict(config),
+            "trained": {"stage1": learner.done},
+            "models": ["decoder"],
+        }
         write_pieces(learner.averaged(), record, options.out)
 
     start, end = clock.spent, options.seconds - TIMES["decoder"]["save"]
@@ -516,7 +623,9 @@ def plain_rendering():
 
 
 def attempted(action):
-    """What an action returns, or the first line of why not: one measurement must not end the others."""
+    """What an action returns, or the first line of why not: one measurement must not
+    end the others.
+    """
     try:
         return action()
     except Exception as error:
@@ -529,11 +638,15 @@ def attempted(action):
 
 
 def paper_steps(clock: Clock, device: str, predictions: Path, gsplat: bool, scale: str) -> dict:
-    """One step of stage 1 and of stage 2 with random weights, beside what `plan` predicts."""
+    """One step of stage 1 and of stage 2 with random weights, beside what `plan`
+    predicts.
+    """
     found = {}
     if device == "cuda" or scale != "paper":
         for stage in ("stage2", "stage1"):
-            found[stage] = attempted(lambda s=stage: clock.step(f"{scale} {s}", full_step, s, device, gsplat, scale))
+            found[stage] = attempted(
+                lambda s=stage: clock.step(f"{scale} {s}", full_step, s, device, gsplat, scale)
+            )
             found[stage]["predicted"] = read_json(predictions).get(f"{scale} {stage}")
             flops = (found[stage]["predicted"] or {}).get("flops")
             if flops and "seconds" in found[stage]:
@@ -546,7 +659,9 @@ def paper_steps(clock: Clock, device: str, predictions: Path, gsplat: bool, scal
 
 
 def full_step(stage_name: str, device: str, gsplat: bool, scale: str = "paper") -> dict:
-    """Seconds and peak memory of one micro-batch, forward and backward, and of the optimiser's step."""
+    """Seconds and peak memory of one micro-batch, forward and backward, and of the
+    optimiser's step.
+    """
     config = preset(scale)
     orbits = max(1, schedule_of(config, stage_name).micro_batch)
     spec = STAGES[stage_name]
@@ -575,18 +690,28 @@ def full_step(stage_name: str, device: str, gsplat: bool, scale: str = "paper") 
         update = timed(optimizer.step, device, repeats)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
     rendered = "gsplat" if gsplat else "nothing: a stand-in takes the rasteriser's place"
-    return {"orbits": orbits, "seconds": seconds, "optimiser": update, "peak_gb": peak, "rendered by": rendered}
+    return {
+        "orbits": orbits,
+        "seconds": seconds,
+        "optimiser": update,
+        "peak_gb": peak,
+        "rendered by": rendered,
+    }
 
 
 def no_rendering(means, quats, scales, opacities, colors, viewmats, Ks, width: int, height: int):
-    """A picture of one colour that has gradients for all five tensors, in next to no time."""
+    """A picture of one colour that has gradients for all five tensors, in next to no
+    time.
+    """
     mixed = torch.stack([t.float().mean() for t in (means, quats, scales, opacities)]).sum()
     sums = torch.cat([colors.float().mean(0), mixed[None]]).expand(len(viewmats), height, width, 4)
     return sums, opacities.float().mean().expand(len(viewmats), height, width, 1)
 
 
 def predict(options: argparse.Namespace) -> None:
-    """What `plan` says of the steps that will be measured; takes a minute without a GPU."""
+    """What `plan` says of the steps that will be measured; takes a minute without a
+    GPU.
+    """
     found = {}
     for stage in ("stage1", "stage2"):
         config = preset(options.paper)
@@ -595,7 +720,9 @@ def predict(options: argparse.Namespace) -> None:
         found[f"{options.paper} {stage}"] = {"flops": step.flops, "memory_gb": said.memory / 1e9}
     config = unet_config(options)
     for size in options.sizes:
-        found[f"diffusion {size}"] = {"flops": rehearse(config.replace(image_size=size), "diffusion", True).flops}
+        found[f"diffusion {size}"] = {
+            "flops": rehearse(config.replace(image_size=size), "diffusion", True).flops
+        }
     write_json(options.out, found)
     print(json.dumps(found, indent=1))
 
@@ -612,15 +739,20 @@ def read_json(path: Path | None) -> dict:
     return json.loads(path.read_text()) if path is not None and path.is_file() else {}
 
 
-def write_pieces(tensors: dict[str, Tensor], record: dict, folder: Path, limit: int = PIECE) -> None:
-    """Tensors in files of at most `limit` bytes, with `record` in each; those of before are replaced together.
+def write_pieces(
+    tensors: dict[str, Tensor], record: dict, folder: Path, limit: int = PIECE
+) -> None:
+    """Tensors in files of at most `limit` bytes, with `record` in each; those of before
+    are replaced together.
 
     Raises ValueError for a tensor that is larger than a file may be.
     """
     pieces, room = [], 0
     for name, tensor in tensors.items():
         if tensor.nbytes > limit - 200_000:
-            raise ValueError(f"{name} has {tensor.nbytes} bytes and does not fit a file of {limit}.")
+            raise ValueError(
+                f"{name} has {tensor.nbytes} bytes and does not fit a file of {limit}."
+            )
         if tensor.nbytes > room:
             pieces.append({})
             room = limit - 200_000  # for names and the record
@@ -638,7 +770,9 @@ def write_pieces(tensors: dict[str, Tensor], record: dict, folder: Path, limit: 
 
 
 def read_pieces(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """The inverse. Raises MissingFile where there are none, UserError where they are not of one moment."""
+    """The inverse. Raises MissingFile where there are none, UserError where they are
+    not of one moment.
+    """
     paths = sorted(folder.glob("weights-*.safetensors"))
     if not paths:
         raise MissingFile(f"There are no weights-*.safetensors in {folder}.")
@@ -648,25 +782,34 @@ def read_pieces(folder: Path) -> tuple[dict[str, Tensor], dict]:
             records.append(json.loads(file.metadata()["record"]))
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
     if any(record != records[0] for record in records) or len(paths) != records[0]["pieces"]:
-        raise UserError(f"The pieces in {folder} are not those of one checkpoint: fetch all of them again.")
+        raise UserError(
+            f"The pieces in {folder} are not those of one checkpoint: fetch all of them again."
+        )
     return tensors, records[0]
 
 
 def collect(options: argparse.Namespace) -> None:
     """What came back -> INTO/weights, with the models of --base that were not trained.
 
-    `python -m gsv3d_lib train --out INTO --export FOLDER` then makes a folder in half precision.
+    `python -m gsv3d_lib train --out INTO --export FOLDER` then makes a folder in half
+    precision.
     """
     tensors, record = read_pieces(options.folder)
     weights, names = options.into / "weights", record["models"]
     known = load_config(weights if (weights / "gsv3d.json").is_file() else options.base)
-    fields = {n: tuple(v) if isinstance(v, list) else v for n, v in record["config"].items() if not isinstance(v, dict)}
+    fields = {
+        n: tuple(v) if isinstance(v, list) else v
+        for n, v in record["config"].items()
+        if not isinstance(v, dict)
+    }
     prefixes = ("image_size", *(f"{name}_" for name in names))
     config = known.replace(**{n: v for n, v in fields.items() if n.startswith(prefixes)})
     take_over(options.base, options.into, list(record["trained"]), config)
     for name in names:
         model = builders()[name](config)
-        model.load_state_dict({n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")})
+        model.load_state_dict(
+            {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        )
         save_model(model, weights, name, config, record["trained"])
     print(f"{', '.join(names)} after {record['trained']} steps are in {weights}.")
 
@@ -693,10 +836,15 @@ def rehearsal(options: argparse.Namespace) -> None:
         for name, extra in (("unet", ["--ring"]), ("stage1", ["--depth-bits", "8"])):
             import pack
 
-            assert pack.main([str(data), "--out", str(packs / name), "--megabytes", "1", *extra]) == 0
+            assert (
+                pack.main([str(data), "--out", str(packs / name), "--megabytes", "1", *extra]) == 0
+            )
         common = ["--batch", "1", "--copies", "2", "--every", "1", "--work", str(place / "work")]
         one = ["--sizes", "64", "--seconds", str(seconds + 20), "--pack", str(packs / "unet")]
-        assert main(["predict", "--paper", "tiny", "--sizes", "64", "--out", str(packs / "said.json")]) == 0
+        assert (
+            main(["predict", "--paper", "tiny", "--sizes", "64", "--out", str(packs / "said.json")])
+            == 0
+        )
         common += ["--predictions", str(packs / "said.json")]
         assert main(["unet", *one, *common, "--out", str(place / "one")]) == 0
         two = [
@@ -712,16 +860,25 @@ def rehearsal(options: argparse.Namespace) -> None:
         assert main(["decoder", *two, *common, "--out", str(place / "two")]) == 0
         for folder in ("one", "two"):
             base = ["--base", BASE if folder == "one" else "data/checkpoints/tiny"]
-            assert main(["collect", str(place / folder), "--into", str(place / f"run-{folder}"), *base]) == 0
+            assert (
+                main(
+                    ["collect", str(place / folder), "--into", str(place / f"run-{folder}"), *base]
+                )
+                == 0
+            )
         results = {k: read_json(place / k / "results.json") for k in ("one", "two")}
         for name, result in results.items():
             print(f"{name}: {result['steps']} steps, seconds {result['seconds']}")
             print(f"parity: {result.get('parity')}")
-    print("Left out, for want of CUDA: bfloat16, fused AdamW, torch.compile, the memory probe, gsplat's kernels.")
+    print(
+        "Left out, for want of CUDA: bfloat16, fused AdamW, torch.compile, the memory probe, gsplat's kernels."
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     rehearse_ = commands.add_parser("rehearse", help="all that needs no GPU, small")
     rehearse_.add_argument("--seconds", type=number(0, 600), default=10.0, help="of each training")
@@ -732,38 +889,71 @@ def build_parser() -> argparse.ArgumentParser:
     guess = commands.add_parser("predict", help="what plan says, to carry along")
     decoder = commands.add_parser("decoder", help="the second call")
     for one in (unet, compile_, guess, decoder):
-        one.add_argument("--base", type=input_path, default=input_path(BASE), help="weights to start from")
+        one.add_argument(
+            "--base", type=input_path, default=input_path(BASE), help="weights to start from"
+        )
         one.add_argument("--seed", type=training_seed, default=0)
     for one in (unet, compile_, guess):
         one.add_argument("--channels", nargs="+", type=positive, default=[64, 128])
-        one.add_argument("--sizes", nargs="+", type=whole(16, 1024), default=[64, 128], help="pixels, in order")
-        one.add_argument("--fresh", action="store_true", help="new weights; needed for other channels")
+        one.add_argument(
+            "--sizes", nargs="+", type=whole(16, 1024), default=[64, 128], help="pixels, in order"
+        )
+        one.add_argument(
+            "--fresh", action="store_true", help="new weights; needed for other channels"
+        )
     for one in (unet, guess):
         one.set_defaults(batch=256, lr=6e-4, ema=0.999, copies=4)
-    for one, seconds, pack, batch, lr in ((unet, 420, "unet", 256, 6e-4), (decoder, 230, "stage1", 16, 4e-4)):
-        one.add_argument("--seconds", type=number(1, 3600), default=seconds, help="of the whole call")
-        one.add_argument("--pack", type=input_path, default=input_path(f"data/cache/pack/{pack}.safetensors"))
-        one.add_argument("--out", type=output_path, default=output_path(os.environ.get("OUT", "runs/ten_minutes")))
+    for one, seconds, pack, batch, lr in (
+        (unet, 420, "unet", 256, 6e-4),
+        (decoder, 230, "stage1", 16, 4e-4),
+    ):
+        one.add_argument(
+            "--seconds", type=number(1, 3600), default=seconds, help="of the whole call"
+        )
+        one.add_argument(
+            "--pack", type=input_path, default=input_path(f"data/cache/pack/{pack}.safetensors")
+        )
+        one.add_argument(
+            "--out",
+            type=output_path,
+            default=output_path(os.environ.get("OUT", "runs/ten_minutes")),
+        )
         one.add_argument("--work", type=output_path, default=output_path("/tmp/ten_minutes"))
-        one.add_argument("--predictions", type=input_path, default=input_path("data/cache/pack/predictions.json"))
+        one.add_argument(
+            "--predictions", type=input_path, default=input_path("data/cache/pack/predictions.json")
+        )
         one.add_argument("--batch", type=positive, default=batch, help="orbits, at most")
         one.add_argument("--lr", type=number(0, 1), default=lr)
         one.add_argument("--ema", type=number(0, 0.999999), default=0.999)
         one.add_argument("--copies", type=whole(1, 64), default=4, help="variants of each object")
         one.add_argument("--limit", type=positive, help="only the first objects")
-        one.add_argument("--every", type=positive, default=50, help="steps between two rows of the log")
-    unet.add_argument("--share", type=number(0.01, 1), default=0.35, help="of the time for the first size")
+        one.add_argument(
+            "--every", type=positive, default=50, help="steps between two rows of the log"
+        )
+    unet.add_argument(
+        "--share", type=number(0.01, 1), default=0.35, help="of the time for the first size"
+    )
     unet.add_argument("--no-compile", action="store_true")
     compile_.add_argument("--folder", type=output_path, required=True)
     compile_.add_argument("--batches", nargs="+", type=positive, required=True)
     compile_.set_defaults(batch=256, lr=6e-4, ema=0.999, copies=4, action=compile_ahead)
-    guess.add_argument("--out", type=output_path, default=output_path("data/cache/pack/predictions.json"))
+    guess.add_argument(
+        "--out", type=output_path, default=output_path("data/cache/pack/predictions.json")
+    )
     guess.add_argument("--paper", default="paper")
     guess.set_defaults(action=predict)
-    decoder.add_argument("--gsplat", type=input_path, help="a gsplat_cuda.so that came back from the first call")
-    decoder.add_argument("--lpips", type=number(0, 100), default=0.0, help="weight of LPIPS in the loss")
-    decoder.add_argument("--ssim", type=number(0, 100), default=0.0, help="weight of 1 - SSIM in the loss")
-    decoder.add_argument("--lpips-weights", type=input_path, default="data/cache/lpips/alex.safetensors")
+    decoder.add_argument(
+        "--gsplat", type=input_path, help="a gsplat_cuda.so that came back from the first call"
+    )
+    decoder.add_argument(
+        "--lpips", type=number(0, 100), default=0.0, help="weight of LPIPS in the loss"
+    )
+    decoder.add_argument(
+        "--ssim", type=number(0, 100), default=0.0, help="weight of 1 - SSIM in the loss"
+    )
+    decoder.add_argument(
+        "--lpips-weights", type=input_path, default="data/cache/lpips/alex.safetensors"
+    )
     decoder.add_argument("--paper", default="paper", help="preset of the full-size steps")
     unet.set_defaults(action=train_unet)
     decoder.set_defaults(action=train_decoder)
@@ -780,7 +970,11 @@ def run(options: argparse.Namespace) -> None:
     results = options.action(options)
     if results is not None:
         write_json(options.out / "results.json", results)
-        print(json.dumps({name: value for name, value in results.items() if name != "curve"}, indent=1))
+        print(
+            json.dumps(
+                {name: value for name, value in results.items() if name != "curve"}, indent=1
+            )
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

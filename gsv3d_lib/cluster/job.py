@@ -1,4 +1,6 @@
-"""A training as a job: its command, its folder, and all that can be known to fail before it starts."""
+"""A training as a job: its command, its folder, and all that can be known to fail
+before it starts.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,42 @@ def run_folder(scale: str, steps: int = 0) -> Path:
     return base() / "runs" / (f"{scale}-trial-{steps}" if steps else scale)
 
 
-def train_command(scale: str, stages: list[str], data: list[str], processes: int = 1, steps: int = 0) -> list[str]:
-    """What follows `python` on the command line: `-m gsv3d_lib train ...`, through torchrun for several processes."""
+def train_command(
+    scale: str, stages: list[str], data: list[str], processes: int = 1, steps: int = 0
+) -> list[str]:
+    """What follows `python` on the command line: `-m gsv3d_lib train ...`, through
+    torchrun for several processes.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     trial = ["--steps", str(steps)] if steps else []
     source = ["--shards" if is_shards(find(data[0])) else "--data", *map(from_root, data)]
-    options = ["--preset", scale, "--stages", *stages, *source, *trial, "--processes", str(processes)]
+    options = [
+        "--preset",
+        scale,
+        "--stages",
+        *stages,
+        *source,
+        *trial,
+        "--processes",
+        str(processes),
+    ]
     out = run_folder(scale, steps)
     out = out.relative_to(base()) if out.is_relative_to(base()) else out
-    return [*(torchrun if processes > 1 else []), "-m", "gsv3d_lib", "train", *options, "--out", str(out)]
+    return [
+        *(torchrun if processes > 1 else []),
+        "-m",
+        "gsv3d_lib",
+        "train",
+        *options,
+        "--out",
+        str(out),
+    ]
 
 
 def from_root(folder: str) -> str:
-    """A folder to read from as the training finds it, which starts in the repository's root."""
+    """A folder to read from as the training finds it, which starts in the repository's
+    root.
+    """
     return folder if resolve(folder) == base() / folder else str(resolve(folder))
 
 
@@ -49,21 +74,33 @@ def check_request(scale: str, stages: list[str], data: list[str], processes: int
     if unknown or not stages:
         raise UserError(f"The stages are {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}.")
     if stages != sorted(stages, key=list(STAGES).index):
-        raise UserError(f"Stages build on each other, so give them in this order: {', '.join(STAGES)}.")
+        raise UserError(
+            f"Stages build on each other, so give them in this order: {', '.join(STAGES)}."
+        )
     for stage in stages:
         batch = schedule_of(config, stage).batch
         if batch % processes:
-            raise UserError(f"The batch of {stage}, {batch}, cannot be shared equally by {processes} processes.")
+            raise UserError(
+                f"The batch of {stage}, {batch}, cannot be shared equally by {processes} processes."
+            )
 
 
 def check(scale: str, stages: list[str], data: list[str], processes: int, out: Path) -> None:
-    """Everything that can be known to fail. Raises ValueError or FileNotFoundError with what to do."""
+    """Everything that can be known to fail. Raises ValueError or FileNotFoundError with
+    what to do.
+    """
     check_request(scale, stages, data, processes)
     for stage in stages:
-        missing = [need for need in STAGES[stage].needs if need not in stages and not is_trained(need, out / "weights")]
+        missing = [
+            need
+            for need in STAGES[stage].needs
+            if need not in stages and not is_trained(need, out / "weights")
+        ]
         if missing:
             fetched = (
-                f" (`python -m gsv3d_lib sv3d stabilityai/sv3d --download --out {out}`)" if scale == "paper" else ""
+                f" (`python -m gsv3d_lib sv3d stabilityai/sv3d --download --out {out}`)"
+                if scale == "paper"
+                else ""
             )
             raise UserError(
                 f"{stage} needs {', '.join(missing)}: add them to the stages, or put their weights into "
@@ -75,4 +112,6 @@ def check(scale: str, stages: list[str], data: list[str], processes: int, out: P
                 f"There is no dataset in {folder}; make it with `python -m gsv3d_lib make_dataset --out {folder} ...`."
             )
         if len(data) > 1 and is_shards(find(folder)):
-            raise UserError(f"{folder} holds shards, and a training reads one folder of those and nothing else.")
+            raise UserError(
+                f"{folder} holds shards, and a training reads one folder of those and nothing else."
+            )

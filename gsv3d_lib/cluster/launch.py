@@ -1,7 +1,9 @@
-"""A whole training from a notebook: planned, and, if asked for, started on several processes and watched to its end.
+"""A whole training from a notebook: planned, and, if asked for, started on several
+processes and watched to its end.
 
-The notebooks' section "Full run" is one call of `launch`. It starts `gsv3d_lib.train` in processes of its own, because a
-notebook's kernel can neither become several processes nor be killed and resumed as a job can.
+The notebooks' section "Full run" is one call of `launch`. It starts `gsv3d_lib.train`
+in processes of its own, because a notebook's kernel can neither become several
+processes nor be killed and resumed as a job can.
 """
 
 from __future__ import annotations
@@ -25,14 +27,21 @@ BAR_SECONDS = 60.0  # a progress bar that is redrawn all the time becomes a line
 
 
 def launch(
-    scale: str, stages: list[str], data: list[str], processes: int = 1, steps: int = 0, start: bool = False
+    scale: str,
+    stages: list[str],
+    data: list[str],
+    processes: int = 1,
+    steps: int = 0,
+    start: bool = False,
 ) -> dict[str, dict]:
-    """Print the plan and the command of a training; with `start`, run it -> the last metrics of every stage.
+    """Print the plan and the command of a training; with `start`, run it -> the last
+    metrics of every stage.
 
     data: dataset folders, or one folder of shards.
-    steps: of each stage; 0 is the preset's schedule. Another number is a trial, in a folder of its own.
-    Raises ValueError or FileNotFoundError, in one sentence, for what could not be trained, before anything starts;
-    RuntimeError where the training ends with an error.
+    steps: of each stage; 0 is the preset's schedule. Another number is a trial, in a
+        folder of its own.
+    Raises ValueError or FileNotFoundError, in one sentence, for what could not be
+    trained, before anything starts; RuntimeError where the training ends with an error.
     """
     check_request(scale, stages, data, processes)
     command = train_command(scale, stages, data, processes, steps)
@@ -48,8 +57,12 @@ def launch(
 
 
 def report(config: Config, stages: list[str], processes: int = 1) -> str:
-    """Steps, memory per process in both precisions, and arithmetic of every stage, as a table."""
-    lines = [f"{'stage':10}{'steps x batch':>16}{'GB bf16':>9}{'float32':>9}{'TFLOP/step':>12}{'PFLOP in all':>14}"]
+    """Steps, memory per process in both precisions, and arithmetic of every stage, as a
+    table.
+    """
+    lines = [
+        f"{'stage':10}{'steps x batch':>16}{'GB bf16':>9}{'float32':>9}{'TFLOP/step':>12}{'PFLOP in all':>14}"
+    ]
     for stage in stages:
         schedule = schedule_of(config, stage)
         line = f"{stage:10}{f'{schedule.steps:,} x {schedule.batch}':>16}"
@@ -61,14 +74,18 @@ def report(config: Config, stages: list[str], processes: int = 1) -> str:
             total = half.flops * schedule.steps / 1e15
             line += f"{half.memory / GB:9.1f}{whole.memory / GB:9.1f}{half.flops / 1e12:12.3g}{total:14.3g}"
         lines.append(line if stage in PLANNED else line + "   (not counted by plan.py)")
-    lines.append(f"(GB per process, of {processes}; a device that sustains 100 TFLOP/s does 360 PFLOP in an hour)")
+    lines.append(
+        f"(GB per process, of {processes}; a device that sustains 100 TFLOP/s does 360 PFLOP in an hour)"
+    )
     return "\n".join(lines)
 
 
 def watch(command: list[str]) -> None:
-    """Run `python COMMAND` in the repository's root and print its lines. Raises RuntimeError where it fails.
+    """Run `python COMMAND` in the repository's root and print its lines. Raises
+    RuntimeError where it fails.
 
-    When this process is interrupted the training is told to end; it resumes from its checkpoints when started again.
+    When this process is interrupted the training is told to end; it resumes from its
+    checkpoints when started again.
     """
     process = subprocess.Popen(
         [sys.executable, *command],

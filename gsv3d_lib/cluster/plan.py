@@ -1,12 +1,16 @@
-"""Memory and time of a stage before anything is trained, and of an inference: rehearsed with tensors that have no data.
+"""Memory and time of a stage before anything is trained, and of an inference: rehearsed
+with tensors that have no data.
 
     python -m gsv3d_lib plan --scale paper --stage stage2 --gpus 4 --frames 16 --rank 16
 
-`rehearse` runs one real training step, the code of `stages.py` and `distillation.py` itself, with torch's fake tensors:
-shapes, types and lifetimes are true, numbers are not there. Every buffer that comes and goes is counted, and every matrix
-product. So the plan follows the code, not a formula. Assumed are how fast the device computes (`--tflops`), and that a GPU's
-autocast does what a CPU's does (a GPU keeps norms in float32, so expect somewhat more). The rasteriser cannot run without
-numbers; a stand-in has its outputs and, roughly, its buffers. benchmarks/memory.py holds the plan against measurements.
+`rehearse` runs one real training step, the code of `stages.py` and `distillation.py`
+itself, with torch's fake tensors: shapes, types and lifetimes are true, numbers are not
+there. Every buffer that comes and goes is counted, and every matrix product. So the
+plan follows the code, not a formula. Assumed are how fast the device computes
+(`--tflops`), and that a GPU's autocast does what a CPU's does (a GPU keeps norms in
+float32, so expect somewhat more). The rasteriser cannot run without numbers; a stand-in
+has its outputs and, roughly, its buffers. benchmarks/memory.py holds the plan against
+measurements.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ USABLE = 0.92  # of a card; the rest is taken by CUDA itself and by gaps between
 PLANNED = ("diffusion", "stage1", "stage2")
 NETWORKS = ("vae", "clip", "unet", "dino", "decoder")
 SPLAT_BYTES = (
-    96  # that `rendering/rasterizer.py` keeps of one Gaussian in one view: splat 64, box 20, place in a list 8; rounded
+    # that `rendering/rasterizer.py` keeps of one Gaussian in one view: splat 64, box
+    # 20, place in a list 8; rounded
+    96
 )
 
 
@@ -59,7 +65,9 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """What one step on one example takes, or one inference. Bytes, parameters and their gradients left out."""
+    """What one step on one example takes, or one inference. Bytes, parameters and their
+    gradients left out.
+    """
 
     parts: tuple[Part, ...]
     peak: int  # of all that is alive at once
@@ -78,7 +86,9 @@ class Plan:
     average: int  # of the weights, where the schedule asks for one
     activations: int
     micro_batch: int
-    together: bool  # gradients are there when activations peak: kept between micro-batches, or blocks recomputed
+    # gradients are there when activations peak: kept between micro-batches, or blocks
+    # recomputed
+    together: bool
     flops: int  # per optimiser step, all GPUs together
     seconds: float  # per optimiser step
     hours: float  # of the stage
@@ -86,7 +96,12 @@ class Plan:
     @property
     def memory(self) -> int:
         pair = self.gradients, self.activations
-        return self.weights + self.optimizer + self.average + (sum(pair) if self.together else max(pair))
+        return (
+            self.weights
+            + self.optimizer
+            + self.average
+            + (sum(pair) if self.together else max(pair))
+        )
 
 
 # ---------------------------------------------------------------- counting
@@ -97,7 +112,8 @@ class Ledger:
 
     def __init__(self, parameters: Iterable[Tensor]):
         self.known = {p.untyped_storage()._cdata for p in parameters}
-        self.tensors: dict[int, Tensor] = {}  # held, so that no storage is freed and its address used again
+        # held, so that no storage is freed and its address used again
+        self.tensors: dict[int, Tensor] = {}
 
     def keep(self, tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
@@ -111,7 +127,9 @@ class Ledger:
 
 
 class Meter(TorchDispatchMode):
-    """Within the block every new buffer is counted until it is freed, and the operations of every matrix product."""
+    """Within the block every new buffer is counted until it is freed, and the
+    operations of every matrix product.
+    """
 
     def __init__(self, parameters: Iterable[Tensor]):
         super().__init__()
@@ -124,7 +142,10 @@ class Meter(TorchDispatchMode):
         formula = flop_formulas().get(function._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        copies = function is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.parameters
+        copies = (
+            function is torch.ops.aten._to_copy.default
+            and args[0].untyped_storage()._cdata in self.parameters
+        )
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.add(tensor.untyped_storage(), copies)
@@ -155,7 +176,10 @@ def flop_formulas() -> dict:
     from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
     aten = torch.ops.aten
-    fused = aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
+    fused = (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
     return flop_registry | dict(zip(fused, (sdpa_flop, sdpa_backward_flop)))
 
 
@@ -163,11 +187,15 @@ def flop_formulas() -> dict:
 
 
 class _Splats(torch.autograd.Function):
-    """A rasteriser without numbers: five tensors [G, ...] -> sums [V, H, W, 4] and alpha [V, H, W, 1]."""
+    """A rasteriser without numbers: five tensors [G, ...] -> sums [V, H, W, 4] and
+    alpha [V, H, W, 1].
+    """
 
     @staticmethod
     def forward(ctx, views: int, width: int, height: int, *gaussians: Tensor):
-        image, alpha = (gaussians[0].new_empty(views, height, width, channels) for channels in (4, 1))
+        image, alpha = (
+            gaussians[0].new_empty(views, height, width, channels) for channels in (4, 1)
+        )
         splats = image.new_empty(views, len(gaussians[0]), SPLAT_BYTES // 4)
         ctx.save_for_backward(*gaussians, image, alpha, splats)
         return image, alpha
@@ -183,8 +211,8 @@ class _Splats(torch.autograd.Function):
 def imagined() -> Iterator[None]:
     """Within the block tensors have no data.
 
-    The rasteriser cannot run without numbers and has a stand-in. Attention is torch's own,
-    because ours on a CPU is slower, larger and more exact than what a GPU does.
+    The rasteriser cannot run without numbers and has a stand-in. Attention is torch's
+    own, because ours on a CPU is slower, larger and more exact than what a GPU does.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -201,11 +229,15 @@ def imagined() -> Iterator[None]:
 
 
 def without_data(model: nn.Module) -> nn.Module:
-    """The parameters and buffers of a model on the meta device as tensors of the CPU without data, in place."""
+    """The parameters and buffers of a model on the meta device as tensors of the CPU
+    without data, in place.
+    """
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(p.shape, device="cpu"), p.requires_grad)
+                module._parameters[name] = nn.Parameter(
+                    torch.empty(p.shape, device="cpu"), p.requires_grad
+                )
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
@@ -238,23 +270,42 @@ def stage_on_meta(config: Config, stage: str) -> Stage:
 
 def shapes(config: Config, stage: str) -> dict[str, tuple[int, ...]]:
     """What `example` of a stage draws, by name: the shapes of one example."""
-    size, latent, frames, targets = config.image_size, config.latent_size, config.num_frames, config.target_views
-    found = {"latents": (frames, 4, latent, latent), "image": (size, size, 3), "image_latent": (4, latent, latent)}
+    size, latent, frames, targets = (
+        config.image_size,
+        config.latent_size,
+        config.num_frames,
+        config.target_views,
+    )
+    found = {
+        "latents": (frames, 4, latent, latent),
+        "image": (size, size, 3),
+        "image_latent": (4, latent, latent),
+    }
     found |= {"azimuth": (frames,), "elevation": (frames,)}
     if stage != "stage1":
         found |= {"noise": found["latents"], "sigma": (), "keep": ()}
     if stage != "diffusion":
-        found |= {f"target_{name}": (targets, size, size, n) for name, n in (("rgb", 3), ("depth", 1), ("alpha", 1))}
+        found |= {
+            f"target_{name}": (targets, size, size, n)
+            for name, n in (("rgb", 3), ("depth", 1), ("alpha", 1))
+        }
         found |= {"target_azimuth": (targets,), "target_elevation": (targets,)}
     if stage == "stage1" and config.lambda_pixel:
         side = latent * config.decoder_upsample // config.decoder_patch
-        found |= {f"own_{name}": (frames, side, side, n) for name, n in (("rgb", 3), ("depth", 1), ("alpha", 1))}
+        found |= {
+            f"own_{name}": (frames, side, side, n)
+            for name, n in (("rgb", 3), ("depth", 1), ("alpha", 1))
+        }
     return found
 
 
 @contextmanager
-def watched(models: dict[str, nn.Module], meter: Meter, kept: dict, forward: dict) -> Iterator[None]:
-    """Within the block, what each model's forward pass leaves behind and computes is added up under its name."""
+def watched(
+    models: dict[str, nn.Module], meter: Meter, kept: dict, forward: dict
+) -> Iterator[None]:
+    """Within the block, what each model's forward pass leaves behind and computes is
+    added up under its name.
+    """
     entered, handles = [], []
     for name, model in models.items():
 
@@ -263,7 +314,9 @@ def watched(models: dict[str, nn.Module], meter: Meter, kept: dict, forward: dic
             kept[name] = kept.get(name, 0) + meter.live - live
             forward[name] = forward.get(name, 0) + meter.flops - flops
 
-        handles.append(model.register_forward_pre_hook(lambda *_: entered.append((meter.live, meter.flops))))
+        handles.append(
+            model.register_forward_pre_hook(lambda *_: entered.append((meter.live, meter.flops)))
+        )
         handles.append(model.register_forward_hook(leave))
     yield
     for handle in handles:
@@ -278,10 +331,11 @@ def part(name: str, model: nn.Module, kept: dict, forward: dict) -> Part:
 
 @cache
 def rehearse(config: Config, stage: str, half: bool = False) -> Rehearsal:
-    """One step of a stage on one example, forward and backward, with the checkpointing of the configuration.
+    """One step of a stage on one example, forward and backward, with the checkpointing
+    of the configuration.
 
-    half: under autocast to bfloat16, as `training.train` does on a GPU. The LPIPS net of a
-    loss is not counted: its weights are numbers of a file.
+    half: under autocast to bfloat16, as `training.train` does on a GPU. The LPIPS net
+        of a loss is not counted: its weights are numbers of a file.
     """
     learner = stage_on_meta(config.replace(lambda_lpips=0.0), stage)
     models = {name: model for name, model in learner.named_children() if name in NETWORKS}
@@ -290,7 +344,8 @@ def rehearse(config: Config, stage: str, half: bool = False) -> Rehearsal:
         without_data(learner)
         batch = {name: torch.zeros(1, *shape) for name, shape in shapes(config, stage).items()}
         for p in learner.parameters():
-            p.grad = torch.zeros_like(p) if p.requires_grad else None  # they stay from micro-batch to micro-batch
+            # they stay from micro-batch to micro-batch
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         gradients = [p.grad for p in learner.parameters() if p.requires_grad]
         meter = Meter([*learner.parameters(), *gradients, *batch.values()])
         with meter, torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
@@ -303,9 +358,11 @@ def rehearse(config: Config, stage: str, half: bool = False) -> Rehearsal:
 
 @cache
 def rehearse_inference(config: Config) -> Rehearsal:
-    """One image to Gaussians: condition, one guided step of the sampler, decoder; in float32.
+    """One image to Gaussians: condition, one guided step of the sampler, decoder; in
+    float32.
 
-    The LoRA is merged meanwhile, so its layers' old weights are kept beside the new ones.
+    The LoRA is merged meanwhile, so its layers' old weights are kept beside the new
+    ones.
     """
     from ..diffusion import guided_v
     from ..lora import add_lora
@@ -315,7 +372,9 @@ def rehearse_inference(config: Config) -> Rehearsal:
     unet, kept, forward = models["unet"], {}, {}
     with torch.device("meta"):
         add_lora(unet, config.lora_rank)
-    merged = sum(p.numel() for name, p in unet.named_parameters() if name.endswith("base_layer.weight"))
+    merged = sum(
+        p.numel() for name, p in unet.named_parameters() if name.endswith("base_layer.weight")
+    )
     with imagined(), torch.no_grad():
         for model in models.values():
             model is None or without_data(model)
@@ -348,10 +407,13 @@ def plan(
 ) -> Plan:
     """Memory per GPU, and time, of one stage.
 
-    micro_batch: orbits that are on a GPU at once; the rest of the batch follows by gradient accumulation.
-    half: autocast to bfloat16; weights, gradients and AdamW's two averages stay in float32.
+    micro_batch: orbits that are on a GPU at once; the rest of the batch follows by
+        gradient accumulation.
+    half: autocast to bfloat16; weights, gradients and AdamW's two averages stay in
+        float32.
     checkpointing: None takes the configuration's.
-    tflops: what one GPU sustains on these models, an assumption (an A100 peaks at 312 in bfloat16).
+    tflops: what one GPU sustains on these models, an assumption (an A100 peaks at 312
+        in bfloat16).
     """
     if checkpointing is not None:
         config = config.replace(checkpointing=checkpointing)
@@ -375,7 +437,9 @@ def plan(
 
 
 def plan_inference(config: Config, tflops: float = 100.0) -> Plan:
-    """One image to Gaussians with all `sampling_steps`, in float32, as `GSV3DPipeline` does it."""
+    """One image to Gaussians with all `sampling_steps`, in float32, as `GSV3DPipeline`
+    does it.
+    """
     once = rehearse_inference(config)
     forward = {p.name: p.forward for p in once.parts}
     flops = once.flops + (config.sampling_steps - 1) * forward["unet"]
@@ -386,7 +450,9 @@ def plan_inference(config: Config, tflops: float = 100.0) -> Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """How a stage fits a card: orbits at once (0 where nothing fits), checkpointing, N, and the plan of that."""
+    """How a stage fits a card: orbits at once (0 where nothing fits), checkpointing, N,
+    and the plan of that.
+    """
 
     gigabytes: int
     frames: int
@@ -395,9 +461,16 @@ class Advice:
 
 
 def advise(
-    config: Config, stage: str, gigabytes: int, gpus: int = 1, half: bool = True, tflops: float = 100.0
+    config: Config,
+    stage: str,
+    gigabytes: int,
+    gpus: int = 1,
+    half: bool = True,
+    tflops: float = 100.0,
 ) -> Advice:
-    """The quickest setting that fits a card: without checkpointing, else with it, else with half the views, and so on."""
+    """The quickest setting that fits a card: without checkpointing, else with it, else
+    with half the views, and so on.
+    """
     share = max(1, schedule_of(config, stage).batch // gpus)
     frames = config.num_frames
     while frames >= 1:
@@ -418,7 +491,9 @@ def advise(
 
 def report(plan: Plan) -> str:
     """The plan as a table."""
-    lines = [f"{'network':10}{'parameters':>16}{'trained':>14}{'loaded GB':>11}{'kept GB':>9}{'forward TFLOP':>15}"]
+    lines = [
+        f"{'network':10}{'parameters':>16}{'trained':>14}{'loaded GB':>11}{'kept GB':>9}{'forward TFLOP':>15}"
+    ]
     for p in plan.parts:
         numbers = f"{4 * p.parameters / GB:11.2f}{p.kept / GB:9.2f}{p.forward / 1e12:15.2f}"
         lines.append(f"{p.name:10}{p.parameters:16,}{p.trained:14,}{numbers}")
@@ -433,7 +508,9 @@ def report(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def report_cards(config: Config, stage: str, gpus: int = 1, half: bool = True, tflops: float = 100.0) -> str:
+def report_cards(
+    config: Config, stage: str, gpus: int = 1, half: bool = True, tflops: float = 100.0
+) -> str:
     """What to switch on for cards of 24, 48 and 80 GB."""
     lines = [f"{'card':8}{'N':>4}{'checkpointing':>15}{'orbits at once':>16}{'GB':>8}{'hours':>9}"]
     for card in CARDS:
@@ -448,15 +525,23 @@ def report_cards(config: Config, stage: str, gpus: int = 1, half: bool = True, t
 
 
 def remarks(config: Config, stage: str, step: Plan) -> str:
-    """What the table does not say: the VAE, and levers of other projects that are not in this code."""
+    """What the table does not say: the VAE, and levers of other projects that are not
+    in this code.
+    """
     from ..vae import build_vae
 
     with torch.device("meta"):
         vae = sum(p.numel() for p in build_vae(config).parameters())
     pixels = config.target_views * config.image_size**2
-    splats = config.target_views * config.num_frames * (config.latent_size // config.decoder_patch) ** 2
+    splats = (
+        config.target_views * config.num_frames * (config.latent_size // config.decoder_patch) ** 2
+    )
     buffers = SPLAT_BYTES * splats * config.decoder_upsample**2 + 4 * 5 * pixels
-    drawn = "" if stage == "diffusion" else f"deferred rendering at most {buffers / GB:.2f} GB per orbit, "
+    drawn = (
+        ""
+        if stage == "diffusion"
+        else f"deferred rendering at most {buffers / GB:.2f} GB per orbit, "
+    )
     return (
         f"VAE: {vae:,} parameters, {4 * vae / GB:.2f} GB; latents are encoded and cached before the stage starts, so it is "
         "not\nloaded in a step, and a tiny VAE would save nothing here. For pictures it decodes views in chunks of "
@@ -473,12 +558,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=whole(1, 100_000), default=4)
     parser.add_argument("--frames", type=whole(1, 1000), help="N, views per orbit")
     parser.add_argument("--rank", type=whole(1, 10_000), help="of the LoRA")
-    parser.add_argument("--micro-batch", type=whole(1, 100_000), help="orbits on a GPU at once (default: the preset's)")
     parser.add_argument(
-        "--checkpointing", action=argparse.BooleanOptionalAction, help="recompute blocks (default: the preset's)"
+        "--micro-batch",
+        type=whole(1, 100_000),
+        help="orbits on a GPU at once (default: the preset's)",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="recompute blocks (default: the preset's)",
     )
     parser.add_argument("--float32", action="store_true", help="no autocast to bfloat16")
-    parser.add_argument("--tflops", type=number(1e-3, 1e6), default=100.0, help="sustained by one GPU (an assumption)")
+    parser.add_argument(
+        "--tflops",
+        type=number(1e-3, 1e6),
+        default=100.0,
+        help="sustained by one GPU (an assumption)",
+    )
     return parser
 
 
@@ -487,15 +583,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    changes = {"num_frames": args.frames, "lora_rank": args.rank, "checkpointing": args.checkpointing}
-    config = preset(args.scale, **{name: value for name, value in changes.items() if value is not None})
+    changes = {
+        "num_frames": args.frames,
+        "lora_rank": args.rank,
+        "checkpointing": args.checkpointing,
+    }
+    config = preset(
+        args.scale, **{name: value for name, value in changes.items() if value is not None}
+    )
     if args.stage == "inference":
         return print(report(plan_inference(config, args.tflops)))
     schedule = schedule_of(config, args.stage)
     micro_batch = args.micro_batch or schedule.micro_batch or max(1, schedule.batch // args.gpus)
     options = dict(gpus=args.gpus, half=not args.float32, tflops=args.tflops)
     step = plan(config, args.stage, micro_batch=micro_batch, **options)
-    print(report(step), report_cards(config, args.stage, **options), remarks(config, args.stage, step), sep="\n\n")
+    print(
+        report(step),
+        report_cards(config, args.stage, **options),
+        remarks(config, args.stage, step),
+        sep="\n\n",
+    )
 
 
 if __name__ == "__main__":

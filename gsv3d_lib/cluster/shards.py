@@ -1,10 +1,12 @@
-"""Training data for many objects: pixels, depth, VAE latents and DINO features, computed once and read lazily.
+"""Training data for many objects: pixels, depth, VAE latents and DINO features,
+computed once and read lazily.
 
     python -m gsv3d_lib shards --weights data/checkpoints/tiny --data FOLDER [FOLDER ...] --out FOLDER
     python -m gsv3d_lib train --shards FOLDER ...
 
-`load_views` and `load_orbits` keep every object in memory, which ends at some thousands. `open_shards` returns views that
-stay on disk, and their `orbits()` train the stages unchanged. A folder of shards holds
+`load_views` and `load_orbits` keep every object in memory, which ends at some
+thousands. `open_shards` returns views that stay on disk, and their `orbits()` train the
+stages unchanged. A folder of shards holds
 
     00000.safetensors  the first `shard_size` objects, and so on; an object's tensors are named "<place in the shard>.<name>"
     index.json         ids, counts, sizes, fingerprints of the encoders; written last, so only a whole folder has one
@@ -56,9 +58,24 @@ from ..data.dataset import (
     read_object,
     resize_views,
 )
-from ..data.examples import Orbits, ShuffledOrder, Variant, digest, encode_rings, make_variants, vae_fingerprint
+from ..data.examples import (
+    Orbits,
+    ShuffledOrder,
+    Variant,
+    digest,
+    encode_rings,
+    make_variants,
+    vae_fingerprint,
+)
 from ..encoders import dino_features
-from ..system.command import check_writable, command_parser, exit_code, input_path, output_path, positive
+from ..system.command import (
+    check_writable,
+    command_parser,
+    exit_code,
+    input_path,
+    output_path,
+    positive,
+)
 from ..system.errors import MissingFile, UserError
 from ..system.files import UNREADABLE, Field, check_shape, check_values, read_json, webp_facts
 from ..system.paths import atomic_path, check_id, check_readable, reason, remove_leftovers
@@ -75,7 +92,9 @@ AGAIN = "run `python -m gsv3d_lib shards` again, which makes only what is missin
 
 
 class Lazy:
-    """A tensor that is not in memory: what an index asks for is read, one `row` of the first axis after the other."""
+    """A tensor that is not in memory: what an index asks for is read, one `row` of the
+    first axis after the other.
+    """
 
     def __init__(self, shape: tuple[int, ...], row: Callable[[int], Tensor | Lazy]):
         self.shape, self.row = torch.Size(shape), row
@@ -85,7 +104,8 @@ class Lazy:
 
     def __getitem__(self, key) -> Tensor | Lazy:
         first, *rest = key if isinstance(key, tuple) else (key,)
-        chosen = torch.arange(len(self))[first]  # by number, slice, list, tensor or mask, as of a tensor
+        # by number, slice, list, tensor or mask, as of a tensor
+        chosen = torch.arange(len(self))[first]
         if chosen.ndim == 0:
             row = self.row(int(chosen))
             return row[tuple(rest)] if rest else row
@@ -107,7 +127,9 @@ class ShardViews(ViewTensors):
         marks = [shard["mark"] for shard in self.files.index["shards"]]
         return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:12]
 
-    def scene(self, index: int, mirror: bool = False, palette: tuple[int, int, int] = (0, 1, 2)) -> Scene:
+    def scene(
+        self, index: int, mirror: bool = False, palette: tuple[int, int, int] = (0, 1, 2)
+    ) -> Scene:
         order, azimuths, elevations = self.places(index, mirror)
 
         def lazy(column: Lazy, change: Callable[[Tensor], Tensor]) -> Lazy:
@@ -120,28 +142,35 @@ class ShardViews(ViewTensors):
         rgb = lazy(self.rgb, lambda image: image[..., list(palette)].float() / 255)
         alpha = lazy(self.alpha, lambda image: image.float() / 255)
         cameras = orbit_cameras(azimuths, elevations, self.rgb.shape[-2])
-        return Scene(rgb, alpha, lazy(self.depth, lambda image: image), cameras, azimuths, elevations)
+        return Scene(
+            rgb, alpha, lazy(self.depth, lambda image: image), cameras, azimuths, elevations
+        )
 
     def orbits(self, vae=None, dino=None, seed: int = 0) -> Orbits:
-        """`Orbits` that a training sees once per epoch, in the `ShuffledOrder` of `seed`.
+        """`Orbits` that a training sees once per epoch, in the `ShuffledOrder` of
+        `seed`.
 
         vae: if given, it must be the one that made the latents.  dino: if given, and features are stored, it must be the
         one that made them, and every orbit has them. Raises ValueError where they are others.
         """
         index, files, objects = self.files.index, self.files, len(self)
         if vae is not None and vae_fingerprint(vae) != index["vae"]:
-            raise UserError(f"The latents in {files.folder} were made by another VAE; make the shards with this one.")
+            raise UserError(
+                f"The latents in {files.folder} were made by another VAE; make the shards with this one."
+            )
         stored = dino is not None and index["dino"] is not None
         if stored and digest(dino.state_dict()) != index["dino"]:
-            raise UserError(f"The features in {files.folder} are another DINO's; make the shards with this one.")
+            raise UserError(
+                f"The features in {files.folder} are another DINO's; make the shards with this one."
+            )
 
         def rings(name: str) -> Lazy:
             def view(item: int, k: int) -> Tensor:
                 copy, which = divmod(item, objects)  # as in `make_variants`
                 part = Field((1, 1, *index[name]), "f")
-                return files.read(which, name, part, lambda f, name: f.get_slice(name)[copy : copy + 1, k : k + 1])[
-                    0, 0
-                ]
+                return files.read(
+                    which, name, part, lambda f, name: f.get_slice(name)[copy : copy + 1, k : k + 1]
+                )[0, 0]
 
             return lazy_images((objects * index["copies"], RING, *index[name]), view)
 
@@ -161,15 +190,19 @@ class ShardViews(ViewTensors):
 
 
 def open_shards(folder: str | Path, size: int | None = None) -> ShardViews:
-    """The objects of a folder of shards: opens at once, reads what is asked for, keeps nothing but the index in memory.
+    """The objects of a folder of shards: opens at once, reads what is asked for, keeps
+    nothing but the index in memory.
 
-    size: if given, the pictures must have so many pixels. Raises FileNotFoundError or ValueError where the folder is
-    unfinished or a file of it is missing or has another length; one that is damaged inside raises ValueError when read.
+    size: if given, the pictures must have so many pixels. Raises FileNotFoundError or
+        ValueError where the folder is unfinished or a file of it is missing or has
+        another length; one that is damaged inside raises ValueError when read.
     """
     files = ShardFiles(folder)
     index, ids = files.index, [id for shard in files.index["shards"] for id in shard["ids"]]
     if size not in (None, index["size"]):
-        raise UserError(f"The shards in {folder} are of {index['size']} px, not of {size} px; make others.")
+        raise UserError(
+            f"The shards in {folder} are of {index['size']} px, not of {size} px; make others."
+        )
     shape = (len(ids), index["views"], index["size"], index["size"])
 
     V, S, _ = shape[1:]
@@ -177,10 +210,14 @@ def open_shards(folder: str | Path, size: int | None = None) -> ShardViews:
 
     @lru_cache(OPEN_PICTURES)
     def rgba(item: int, k: int) -> Tensor:
-        return files.read(item, f"rgba.{k}", picture, lambda file, name: unpack_picture(file.get_tensor(name)))
+        return files.read(
+            item, f"rgba.{k}", picture, lambda file, name: unpack_picture(file.get_tensor(name))
+        )
 
     def depth(item: int, k: int) -> Tensor:
-        return files.read(item, f"depth.{k}", depths, lambda file, name: unpack_depth(file.get_tensor(name)))
+        return files.read(
+            item, f"depth.{k}", depths, lambda file, name: unpack_depth(file.get_tensor(name))
+        )
 
     def angles(name: str) -> Lazy:
         field = replace(VIEWS[name], shape=(V,))
@@ -188,7 +225,15 @@ def open_shards(folder: str | Path, size: int | None = None) -> ShardViews:
 
     rgb = lazy_images((*shape, 3), lambda item, k: rgba(item, k)[..., :3])
     alpha = lazy_images((*shape, 1), lambda item, k: rgba(item, k)[..., 3:])
-    return ShardViews(ids, rgb, alpha, lazy_images((*shape, 1), depth), angles("azimuths"), angles("elevations"), files)
+    return ShardViews(
+        ids,
+        rgb,
+        alpha,
+        lazy_images((*shape, 1), depth),
+        angles("azimuths"),
+        angles("elevations"),
+        files,
+    )
 
 
 def is_shards(folder: str | Path) -> bool:
@@ -210,7 +255,9 @@ def _any_index(folder: str | Path) -> dict | list | None:
 
 
 def read_index(folder: str | Path) -> dict:
-    """The index of a folder of shards, after a look at the length of every file that it names."""
+    """The index of a folder of shards, after a look at the length of every file that it
+    names.
+    """
     path = Path(folder) / "index.json"
     if not path.is_file():
         raise MissingFile(f"{folder} holds no finished shards: index.json is missing; {AGAIN}.")
@@ -225,26 +272,37 @@ def read_index(folder: str | Path) -> dict:
                 f"{folder} is a dataset folder, which `train --data` reads; make shards of it with "
                 "`python -m gsv3d_lib shards`."
             ) from error
-        raise UserError(f"{path} cannot be read as shards ({reason(error)}); delete it and {AGAIN}.") from error
+        raise UserError(
+            f"{path} cannot be read as shards ({reason(error)}); delete it and {AGAIN}."
+        ) from error
     for shard in index["shards"]:
         file = path.with_name(shard["file"])
         found = file.stat().st_size if file.is_file() else None
         if found != shard["bytes"]:
-            have = "is missing" if found is None else f"has {found} bytes instead of {shard['bytes']}"
+            have = (
+                "is missing" if found is None else f"has {found} bytes instead of {shard['bytes']}"
+            )
             raise UserError(f"Shard {file} {have}; delete it and {AGAIN}.")
     return index
 
 
 def check_index(index: dict) -> None:
-    """Raises UserError or another error of `UNREADABLE` where an index is not as `write_shards` writes it."""
+    """Raises UserError or another error of `UNREADABLE` where an index is not as
+    `write_shards` writes it.
+    """
     if index["format"] != FORMAT:
         raise UserError(f"its format is not {FORMAT}")
     numbers = [index[name] for name in ("objects", "views", "size", "copies")] + index["latents"]
     numbers += index["features"] if index["dino"] is not None else []
-    if not all(type(number) is int and number > 0 for number in numbers) or type(index["seed"]) is not int:
+    if (
+        not all(type(number) is int and number > 0 for number in numbers)
+        or type(index["seed"]) is not int
+    ):
         raise UserError("its numbers are no whole numbers above 0")
     if not 0 < index["latent_scale"] < math.inf or index["views"] < RING:
-        raise UserError(f"its latent_scale is {index['latent_scale']}, its number of views {index['views']}")
+        raise UserError(
+            f"its latent_scale is {index['latent_scale']}, its number of views {index['views']}"
+        )
     for number, shard in enumerate(index["shards"]):
         if shard["file"] != shard_name(number):
             raise UserError(f"its file {number} is called {str(shard['file'])[:100]!r}")
@@ -261,16 +319,24 @@ def shard_name(number: int) -> str:
 
 
 class ShardFiles:
-    """The files of a folder of shards, the last `OPEN_SHARDS` of them kept open. Objects are numbered through all files."""
+    """The files of a folder of shards, the last `OPEN_SHARDS` of them kept open.
+    Objects are numbered through all files.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder, self.index = Path(folder), read_index(folder)
-        self.firsts = [0, *itertools.accumulate(len(shard["ids"]) for shard in self.index["shards"])]
+        self.firsts = [
+            0,
+            *itertools.accumulate(len(shard["ids"]) for shard in self.index["shards"]),
+        ]
         self._open = lru_cache(OPEN_SHARDS)(lambda path: safe_open(path, "pt"))
 
-    def read(self, item: int, name: str, field: Field, how: Callable[[safe_open, str], Tensor]) -> Tensor:
-        """`how(file, full name)` with the shard that holds an object. Raises UserError where it is damaged, or the result
-        is not as `field` says."""
+    def read(
+        self, item: int, name: str, field: Field, how: Callable[[safe_open, str], Tensor]
+    ) -> Tensor:
+        """`how(file, full name)` with the shard that holds an object. Raises UserError
+        where it is damaged, or the result is not as `field` says.
+        """
         shard = bisect_right(self.firsts, item) - 1
         path = self.folder / self.index["shards"][shard]["file"]
         try:
@@ -296,14 +362,20 @@ def _damaged(path: Path, error: Exception | str) -> str:
 
 
 def pack_picture(rgb: Tensor, alpha: Tensor) -> bytes:
-    """uint8 [S, S, 3] and [S, S, 1] -> a lossless WebP. More effort than method 1 makes it 5 % smaller in twice the time."""
+    """uint8 [S, S, 3] and [S, S, 1] -> a lossless WebP. More effort than method 1 makes
+    it 5 % smaller in twice the time.
+    """
     buffer, rgba = io.BytesIO(), torch.cat([rgb, alpha], dim=-1).numpy()
-    Image.fromarray(rgba, "RGBA").save(buffer, format="WEBP", lossless=True, exact=True, quality=50, method=1)
+    Image.fromarray(rgba, "RGBA").save(
+        buffer, format="WEBP", lossless=True, exact=True, quality=50, method=1
+    )
     return buffer.getvalue()
 
 
 def unpack_picture(data: Tensor) -> Tensor:
-    """The inverse, of the bytes as a tensor -> uint8 [S, S, 4]. Raises UserError for a picture larger than any view."""
+    """The inverse, of the bytes as a tensor -> uint8 [S, S, 4]. Raises UserError for a
+    picture larger than any view.
+    """
     packed = data.numpy().tobytes()
     if max(webp_facts(packed[:30])[:2]) > MAX_SIDE:
         raise UserError(f"a picture has more than {MAX_SIDE} pixels a side")
@@ -312,22 +384,31 @@ def unpack_picture(data: Tensor) -> Tensor:
 
 
 def pack_depth(depth: Tensor) -> bytes:
-    """float32 [S, S] -> bytes, without loss: the number of different depths, those, and 16-bit indices into them, deflated.
+    """float32 [S, S] -> bytes, without loss: the number of different depths, those, and
+    16-bit indices into them, deflated.
 
     Depth from dataset folders was stored in 16 bits, so there are never more.
     """
-    levels, codes = np.unique(depth.numpy().astype("<f4").view("<u4"), return_inverse=True)  # as bits: exact, and fast
-    return zlib.compress(np.uint32(len(levels)).tobytes() + levels.tobytes() + codes.astype("<u2").tobytes(), 1)
+    # as bits: exact, and fast
+    levels, codes = np.unique(depth.numpy().astype("<f4").view("<u4"), return_inverse=True)
+    return zlib.compress(
+        np.uint32(len(levels)).tobytes() + levels.tobytes() + codes.astype("<u2").tobytes(), 1
+    )
 
 
 def unpack_depth(data: Tensor) -> Tensor:
-    """The inverse, of the bytes as a tensor -> float32 [S, S, 1]. Raises UserError for depth larger than any view."""
+    """The inverse, of the bytes as a tensor -> float32 [S, S, 1]. Raises UserError for
+    depth larger than any view.
+    """
     longest = 4 + 6 * MAX_SIDE**2  # as many levels as pixels
     plain = zlib.decompressobj().decompress(data.numpy().tobytes(), longest + 1)
     if len(plain) > longest:
         raise UserError(f"a depth map has more than {MAX_SIDE} pixels a side")
     count = int(np.frombuffer(plain, "<u4", 1)[0])
-    levels, codes = np.frombuffer(plain, "<f4", count, 4), np.frombuffer(plain, "<u2", -1, 4 + 4 * count)
+    levels, codes = (
+        np.frombuffer(plain, "<f4", count, 4),
+        np.frombuffer(plain, "<u2", -1, 4 + 4 * count),
+    )
     side = int(len(codes) ** 0.5)
     return torch.from_numpy(levels[codes].reshape(side, side, 1).astype("f4"))
 
@@ -348,41 +429,64 @@ def write_shards(
     share: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> dict | None:
-    """Encode the objects of some dataset folders into `out`, one file after the other; finished files are left alone.
+    """Encode the objects of some dataset folders into `out`, one file after the other;
+    finished files are left alone.
 
     size: pixels.  copies, seed: as for `load_orbits`.  dino: store its features too.  share (k, n): write only every n-th
     file from the k-th on, so that n processes or machines write one folder together.
-    Returns the index, or None where other processes have files left to write. Raises ValueError for a share that is none,
-    an `out` that is a dataset folder, an object that cannot be read, and objects with different numbers of views.
+    Returns the index, or None where other processes have files left to write. Raises
+    ValueError for a share that is none, an `out` that is a dataset folder, an object
+    that cannot be read, and objects with different numbers of views.
     """
     if not 0 <= share[0] < share[1]:
         raise UserError(f"A share is K/N with 0 <= K < N; got {share[0]}/{share[1]}.")
     if is_dataset(out):
-        raise UserError(f"{out} is a dataset folder, whose index would be lost: shards need a folder of their own.")
+        raise UserError(
+            f"{out} is a dataset folder, whose index would be lost: shards need a folder of their own."
+        )
     out, rows = Path(out), list_all(folders)
     variants, views = make_variants(len(rows), copies, seed), len(read_object(*rows[0]).azimuths)
-    facts = {"format": FORMAT, "objects": len(rows), "views": views, "size": size, "copies": copies, "seed": seed}
+    facts = {
+        "format": FORMAT,
+        "objects": len(rows),
+        "views": views,
+        "size": size,
+        "copies": copies,
+        "seed": seed,
+    }
     facts |= {"latents": [4, size // 8, size // 8], "latent_scale": vae.config.scaling_factor}
     facts |= {"vae": vae_fingerprint(vae), "dino": None}
     if dino is not None:
         blank = torch.zeros(1, size, size, 3, device=dino.device)
-        facts |= {"dino": digest(dino.state_dict()), "features": list(dino_features(dino, blank).shape[1:])}
+        facts |= {
+            "dino": digest(dino.state_dict()),
+            "features": list(dino_features(dino, blank).shape[1:]),
+        }
 
     shards = []
     for first in range(0, len(rows), shard_size):
-        group = [(*rows[k], variants[k :: len(rows)]) for k in range(first, min(first + shard_size, len(rows)))]
+        group = [
+            (*rows[k], variants[k :: len(rows)])
+            for k in range(first, min(first + shard_size, len(rows)))
+        ]
         file = shard_name(len(shards))
         shards.append({"file": file, "mark": _shard_mark(facts, group), "objects": group})
     remove_leftovers(out)
-    (out / "index.json").unlink(missing_ok=True)  # files may change: until all are checked the folder is unfinished
+    # files may change: until all are checked the folder is unfinished
+    (out / "index.json").unlink(missing_ok=True)
     for shard in tqdm(shards[share[0] :: share[1]], desc="shards", disable=not progress):
         if shard_notes(out / shard["file"]).get("mark") != shard["mark"]:
             encoded = [encode_object(*one, size, views, vae, dino) for one in shard["objects"]]
-            tensors = {f"{place}.{name}": value for place, one in enumerate(encoded) for name, value in one.items()}
+            tensors = {
+                f"{place}.{name}": value
+                for place, one in enumerate(encoded)
+                for name, value in one.items()
+            }
             notes = json.dumps({"mark": shard["mark"], "digest": digest(tensors)})
             remove_leftovers(out, shard["file"])
             with atomic_path(out / shard["file"]) as path:
-                save_file(tensors, path, metadata={"shard": notes})  # one entry: the order of several is random
+                # one entry: the order of several is random
+                save_file(tensors, path, metadata={"shard": notes})
     for shard in shards:
         if shard_notes(out / shard["file"]).get("mark") != shard["mark"]:
             return None
@@ -397,16 +501,23 @@ def write_shards(
 def encode_object(
     folder: Path, id: str, variants: list[Variant], size: int, number: int, vae, dino=None
 ) -> dict[str, Tensor]:
-    """What a shard holds of one object, by name. variants: of this object.  number: of views that it must have."""
+    """What a shard holds of one object, by name. variants: of this object.  number: of
+    views that it must have.
+    """
     rgb, alpha, depth, azimuths, elevations = columns = resize_views(read_object(folder, id), size)
     if len(rgb) != number:
-        raise UserError(f"Objects of one training have equally many views; {id} has {len(rgb)}, others {number}.")
+        raise UserError(
+            f"Objects of one training have equally many views; {id} has {len(rgb)}, others {number}."
+        )
     views = ViewTensors([id], *(column[None] for column in columns))
     alone = [replace(variant, index=0) for variant in variants]
     tensors = {"azimuths": azimuths, "elevations": elevations}
     for k in range(len(rgb)):
         packed = {"rgba": pack_picture(rgb[k], alpha[k]), "depth": pack_depth(depth[k, ..., 0])}
-        tensors |= {f"{n}.{k}": torch.frombuffer(bytearray(data), dtype=torch.uint8) for n, data in packed.items()}
+        tensors |= {
+            f"{n}.{k}": torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            for n, data in packed.items()
+        }
     tensors["latents"] = encode_rings(views, alone, vae, progress=False)
     if dino is not None:
         rings = [views.scene(0, v.mirror, v.palette).rgb[:RING].to(dino.device) for v in alone]
@@ -415,7 +526,9 @@ def encode_object(
 
 
 def _shard_mark(facts: dict, objects: list[tuple[Path, str, list[Variant]]]) -> str:
-    """Changes when anything that a shard is made of does; re-rendered objects are told by the length of their files."""
+    """Changes when anything that a shard is made of does; re-rendered objects are told
+    by the length of their files.
+    """
     files = [file for folder, id, _ in objects for file in object_files(folder, id)]
     lengths = [file.stat().st_size if file.is_file() else -1 for file in files]
     names = [[id, *map(astuple, variants)] for _, id, variants in objects]
@@ -423,7 +536,9 @@ def _shard_mark(facts: dict, objects: list[tuple[Path, str, list[Variant]]]) -> 
 
 
 def shard_notes(path: Path) -> dict:
-    """What `write_shards` noted in a file; nothing where it is missing or damaged, so that it is made again."""
+    """What `write_shards` noted in a file; nothing where it is missing or damaged, so
+    that it is made again.
+    """
     check_readable(path)
     try:
         with safe_open(path, "pt") as file:
@@ -433,7 +548,9 @@ def shard_notes(path: Path) -> dict:
 
 
 def check_shards(folder: str | Path) -> list[str]:
-    """Read every byte of every shard -> one sentence for each that is not as it was written; none if all is well."""
+    """Read every byte of every shard -> one sentence for each that is not as it was
+    written; none if all is well.
+    """
     problems = []
     for shard in read_index(folder)["shards"]:
         path = Path(folder) / shard["file"]
@@ -453,16 +570,31 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("shards", __doc__)
     parser.add_argument(
-        "--weights", type=input_path, metavar="FOLDER", help="a checkpoint folder with vae (and dino, for --features)"
+        "--weights",
+        type=input_path,
+        metavar="FOLDER",
+        help="a checkpoint folder with vae (and dino, for --features)",
     )
-    parser.add_argument("--data", nargs="+", type=input_path, metavar="FOLDER", help="dataset folders")
-    parser.add_argument("--out", type=output_path, required=True, metavar="FOLDER", help="the folder of shards")
     parser.add_argument(
-        "--copies", type=positive, help="variants of each object (default: as configured in the weights)"
+        "--data", nargs="+", type=input_path, metavar="FOLDER", help="dataset folders"
     )
-    parser.add_argument("--features", action="store_true", help="store DINO's features of every ring view too")
-    parser.add_argument("--share", default="0/1", metavar="K/N", help="write every N-th file from the K-th on")
-    parser.add_argument("--check", action="store_true", help="only read every byte of --out and name damaged files")
+    parser.add_argument(
+        "--out", type=output_path, required=True, metavar="FOLDER", help="the folder of shards"
+    )
+    parser.add_argument(
+        "--copies",
+        type=positive,
+        help="variants of each object (default: as configured in the weights)",
+    )
+    parser.add_argument(
+        "--features", action="store_true", help="store DINO's features of every ring view too"
+    )
+    parser.add_argument(
+        "--share", default="0/1", metavar="K/N", help="write every N-th file from the K-th on"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only read every byte of --out and name damaged files"
+    )
     return parser
 
 
@@ -480,7 +612,9 @@ def run(options: argparse.Namespace) -> int | None:
         print(f"This share of {options.out} is written; the index follows with the last share.")
     else:
         total = sum(shard["bytes"] for shard in index["shards"])
-        print(f"{options.out}: {index['objects']} objects, {len(index['shards'])} shards, {total / 1e6:.1f} MB.")
+        print(
+            f"{options.out}: {index['objects']} objects, {len(index['shards'])} shards, {total / 1e6:.1f} MB."
+        )
 
 
 def write_from_checkpoint(options: argparse.Namespace) -> dict | None:
@@ -497,7 +631,9 @@ def write_from_checkpoint(options: argparse.Namespace) -> dict | None:
     config, device = load_config(weights), "cuda" if torch.cuda.is_available() else "cpu"
     dino = load_dino(config, weights) if options.features else None
     if options.features and dino is None:
-        raise UserError(f"The configuration in {options.weights} has no DINO encoder; leave out --features.")
+        raise UserError(
+            f"The configuration in {options.weights} has no DINO encoder; leave out --features."
+        )
     vae, dino = load_model(weights, "vae").to(device), dino and dino.to(device)
     sizes = config.image_size, options.copies or config.copies, config.seed
     return write_shards(data, vae, options.out, *sizes, dino, share=share)

@@ -1,1 +1,3 @@
-"""What the notebooks are made of: figures, widgets, exercises, and the runner behind `make`."""
+"""What the notebooks are made of: figures, widgets, exercises, and the runner behind
+`make`.
+"""

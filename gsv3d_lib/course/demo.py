@@ -33,8 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("demo", __doc__)
     parser.add_argument("--image", type=input_path, default="data/images/demo.png")
-    parser.add_argument("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
-    parser.add_argument("--out", type=output_path, help="folder (default: runs/demo/ and the image's name)")
+    parser.add_argument(
+        "--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP
+    )
+    parser.add_argument(
+        "--out", type=output_path, help="folder (default: runs/demo/ and the image's name)"
+    )
     return parser
 
 
@@ -56,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     check_text(image)
     check_text(wanted)
     check_writable(wanted / "run.json")
-    prepare_condition(image, config.image_size)  # fails here, in one sentence, and not inside a notebook
+    # fails here, in one sentence, and not inside a notebook
+    prepare_condition(image, config.image_size)
     elevation = estimate(image, weights) if args.elevation is None else args.elevation
     started = time.perf_counter()
     parameters = {
@@ -78,11 +83,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_text(path: Path) -> None:
-    """Raises ValueError where the name is no text: a notebook is, and could not hold it."""
+    """Raises ValueError where the name is no text: a notebook is, and could not hold
+    it.
+    """
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{ascii(str(path))} is not valid UTF-8: rename it, or set a locale of UTF-8.") from error
+        raise UserError(
+            f"{ascii(str(path))} is not valid UTF-8: rename it, or set a locale of UTF-8."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Plain tensors -> figures, for notebooks and documents.
 
-Every function returns a figure that shows once, as the last line of a cell. One small palette, safe for colour-blind
-readers (Okabe and Ito); depth is viridis, near is bright, and what is not there is white.
+Every function returns a figure that shows once, as the last line of a cell. One small
+palette, safe for colour-blind readers (Okabe and Ito); depth is viridis, near is
+bright, and what is not there is white.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def image_grid(
     row_titles: Sequence[str] | None = None,
     width: float = WIDTH,
 ) -> Figure:
-    """Images [N, H, W, 3 | 1], or a list of [H, W, 3 | 1] of any sizes, in [0, 1], row by row.
+    """Images [N, H, W, 3 | 1], or a list of [H, W, 3 | 1] of any sizes, in [0, 1], row
+    by row.
 
     titles: above the images, one each; as many as columns label the columns only.  row_titles: to the left of the rows.
     """
@@ -70,13 +72,19 @@ def image_grid(
     rows = -(-len(panels) // columns)
     with style() as plt:
         titled = 0 if titles is None else rows if len(titles) > columns else 1
-        height = width / columns * max(p.shape[0] / p.shape[1] for p in panels) * rows + 0.25 * titled
-        figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+        height = (
+            width / columns * max(p.shape[0] / p.shape[1] for p in panels) * rows + 0.25 * titled
+        )
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
+        )
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.03, wspace=0.01, hspace=0.01)
         for axis in axes.flat:
             _clear(axis)
         for axis, panel in zip(axes.flat, panels, strict=False):  # the last row may be short
-            axis.imshow(panel.squeeze(-1) if panel.shape[-1] == 1 else panel, cmap="gray", vmin=0, vmax=1)
+            axis.imshow(
+                panel.squeeze(-1) if panel.shape[-1] == 1 else panel, cmap="gray", vmin=0, vmax=1
+            )
         for axis, title in zip(axes.flat, titles or (), strict=False):
             axis.set_title(title)
         for axis, title in zip(axes[:, 0], row_titles or (), strict=False):
@@ -84,8 +92,11 @@ def image_grid(
         return finished(figure)
 
 
-def show_views(rgb: Tensor, depth: Tensor, alpha: Tensor, max_views: int = 8, width: float = WIDTH) -> Figure:
-    """Three rows, colour, depth and alpha, of up to `max_views` views spread over those given.
+def show_views(
+    rgb: Tensor, depth: Tensor, alpha: Tensor, max_views: int = 8, width: float = WIDTH
+) -> Figure:
+    """Three rows, colour, depth and alpha, of up to `max_views` views spread over those
+    given.
 
     rgb: [V, H, W, 3] in [0, 1].  depth: z-depth [V, H, W, 1], 0 = nothing.  alpha: [V, H, W, 1] in [0, 1].
     """
@@ -99,15 +110,19 @@ def show_views(rgb: Tensor, depth: Tensor, alpha: Tensor, max_views: int = 8, wi
 
 
 def depth_range(depth: Tensor) -> tuple[float, float]:
-    """Smallest and largest depth of what is there (0 is nothing); (0, 1) when nothing is."""
+    """Smallest and largest depth of what is there (0 is nothing); (0, 1) when nothing
+    is.
+    """
     there = depth[depth > 0]
     return (float(there.min()), float(there.max())) if len(there) else (0.0, 1.0)
 
 
 def color_depth(depth: Tensor, near: float | None = None, far: float | None = None) -> Tensor:
-    """z-depth [..., H, W, 1] -> colours [..., H, W, 3]: near is bright, far is dark, nothing (0) is white.
+    """z-depth [..., H, W, 1] -> colours [..., H, W, 3]: near is bright, far is dark,
+    nothing (0) is white.
 
-    near, far: the ends of the scale in world units; by default those of this depth. Give them to compare pictures.
+    near, far: the ends of the scale in world units; by default those of this depth.
+        Give them to compare pictures.
     """
     from matplotlib import colormaps
 
@@ -130,7 +145,8 @@ def plot_metrics(
     smoothing: float = 0.03,
     width: float = WIDTH,
 ) -> Figure:
-    """Training curves, one panel per quantity: the smoothed line over the recorded values.
+    """Training curves, one panel per quantity: the smoothed line over the recorded
+    values.
 
     runs: a metrics.jsonl (one {"step": ..., "loss": ...} a line), its rows, or several as {name: file or rows}, which
     share the panels.  keys: which quantities; by default all that are there.  smoothing: width (standard deviation) of
@@ -141,12 +157,16 @@ def plot_metrics(
     tables = {name: _read_rows(rows) for name, rows in runs.items()}
     keys = list(keys or _numeric_keys(tables))
     if not keys:
-        raise UserError("There are no curves to draw: the metrics hold no rows with numbers besides step and time.")
+        raise UserError(
+            "There are no curves to draw: the metrics hold no rows with numbers besides step and time."
+        )
     columns = min(3, len(keys))
     rows = -(-len(keys) // columns)
     with style() as plt:
         size = (width * columns / 3 if columns < 3 else width, 2.3 * rows)
-        figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            rows, columns, figsize=size, squeeze=False, layout="constrained"
+        )
         for axis in axes.flat[len(keys) :]:
             axis.set_visible(False)
         for axis, key in zip(axes.flat, keys, strict=False):
@@ -169,7 +189,9 @@ def _read_rows(source: str | Path | list[dict]) -> list[dict]:
 
 def _numeric_keys(tables: dict[str, list[dict]]) -> list[str]:
     rows = [row for table in tables.values() for row in table]
-    names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, int | float))
+    names = dict.fromkeys(
+        name for row in rows for name, value in row.items() if isinstance(value, int | float)
+    )
     return [name for name in names if name not in ("step", "time")]
 
 
@@ -190,13 +212,19 @@ def _plot_key(axis, tables: dict[str, list[dict]], key: str, smoothing: float) -
 
 
 def _finite_points(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None and np.isfinite(row[key])]
+    points = [
+        (row["step"], row[key])
+        for row in rows
+        if row.get(key) is not None and np.isfinite(row[key])
+    ]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     return steps, values
 
 
 def _smoothed(values: np.ndarray, smoothing: float) -> np.ndarray:
-    """A centred Gaussian mean: unlike a running one it does not lag behind a falling loss."""
+    """A centred Gaussian mean: unlike a running one it does not lag behind a falling
+    loss.
+    """
     from scipy.ndimage import gaussian_filter1d
 
     return gaussian_filter1d(values, smoothing * len(values), mode="nearest")
@@ -206,10 +234,14 @@ def _smoothed(values: np.ndarray, smoothing: float) -> np.ndarray:
 
 
 def plot_ellipsoids(
-    gaussians: Gaussians, camera: Cameras, titles: Sequence[str] | None = None, footprints: bool = True
+    gaussians: Gaussians,
+    camera: Cameras,
+    titles: Sequence[str] | None = None,
+    footprints: bool = True,
 ) -> Figure:
-    """Each Gaussian on its own: the surface one standard deviation from its centre, seen from the camera's direction,
-    and beside or below it its alpha in the picture, with the ellipses of 1, 2 and 3.33 standard deviations.
+    """Each Gaussian on its own: the surface one standard deviation from its centre,
+    seen from the camera's direction, and beside or below it its alpha in the picture,
+    with the ellipses of 1, 2 and 3.33 standard deviations.
 
     camera: one, looking at the origin.  titles: one per Gaussian.  footprints: False draws the surfaces alone.
     """
@@ -220,7 +252,10 @@ def plot_ellipsoids(
     with style() as plt:
         figure = plt.figure(figsize=(2.3 * columns, 2.3 * rows))
         x, y, z = camera.positions()[0].tolist()
-        view = {"elev": np.degrees(np.arctan2(z, np.hypot(x, y))), "azim": np.degrees(np.arctan2(y, x))}
+        view = {
+            "elev": np.degrees(np.arctan2(z, np.hypot(x, y))),
+            "azim": np.degrees(np.arctan2(y, x)),
+        }
         for i in range(count):
             space = figure.add_subplot(rows, columns, i + 1, projection="3d")
             _draw_ellipsoid(space, gaussians.select([i]), view)
@@ -242,7 +277,9 @@ def _draw_ellipsoid(axis, gaussian: Gaussians, view: dict[str, float]) -> None:
     points = ball @ half_axes.T + gaussian.means[0].numpy()
     color = gaussian.colors[0].clamp(0, 1).numpy()
     axis.plot_surface(*np.moveaxis(points, -1, 0), color=color, rcount=25, ccount=13, linewidth=0)
-    axis.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), xticks=[-1, 0], yticks=[0, 1], zticks=[-1, 0, 1])
+    axis.set(
+        xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), xticks=[-1, 0], yticks=[0, 1], zticks=[-1, 0, 1]
+    )
     axis.set_xlabel("x", labelpad=-10)
     axis.set_ylabel("y", labelpad=-10)
     axis.set_zlabel("z", labelpad=-10)
@@ -260,25 +297,35 @@ def _draw_footprint(axis, gaussian: Gaussians, camera: Cameras, project) -> None
     )
     rows, columns = torch.arange(camera.height).float(), torch.arange(camera.width).float()
     alpha = splat_alphas(centre, covariance, gaussian.opacities, rows, columns)[..., 0]
-    axis.imshow(alpha.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(0, camera.width, camera.height, 0))
+    axis.imshow(
+        alpha.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(0, camera.width, camera.height, 0)
+    )
     for deviations in (1, 2, 3.33):
         ring = centre[0] + deviations * ellipse_points(covariance[0])
         axis.plot(*ring.T.numpy(), color=ORANGE, linewidth=0.9)
     axis.set(
-        xlim=(0, camera.width), ylim=(camera.height, 0), xlabel="u (pixels)", title=f"alpha, up to {alpha.max():.2f}"
+        xlim=(0, camera.width),
+        ylim=(camera.height, 0),
+        xlabel="u (pixels)",
+        title=f"alpha, up to {alpha.max():.2f}",
     )
     axis.grid(False)
 
 
 def ellipse_points(covariance: Tensor, count: int = 73) -> Tensor:
-    """The ellipse one standard deviation around 0 of a 2D covariance [2, 2], as a closed line [count, 2]."""
+    """The ellipse one standard deviation around 0 of a 2D covariance [2, 2], as a
+    closed line [count, 2].
+    """
     turn = torch.linspace(0, 2 * np.pi, count).to(covariance)
     return torch.stack([turn.cos(), turn.sin()], -1) @ torch.linalg.cholesky(covariance).mT
 
 
-def plot_rays(depths: Tensor, alphas: Tensor, colors: Tensor, titles: Sequence[str] | None = None) -> Figure:
-    """What a pixel sees along its ray: alpha (outline) and weight (filled) of each Gaussian, the transmittance left, the
-    expected depth, and on the right the blended colour over white.
+def plot_rays(
+    depths: Tensor, alphas: Tensor, colors: Tensor, titles: Sequence[str] | None = None
+) -> Figure:
+    """What a pixel sees along its ray: alpha (outline) and weight (filled) of each
+    Gaussian, the transmittance left, the expected depth, and on the right the blended
+    colour over white.
 
     depths: [R, K] z-depths of R rays, in any order.  alphas: [R, K].  colors: [K, 3].  titles: one per ray.
     """
@@ -286,7 +333,11 @@ def plot_rays(depths: Tensor, alphas: Tensor, colors: Tensor, titles: Sequence[s
 
     count = len(depths)
     with style() as plt:
-        shape = {"figsize": (0.75 * WIDTH, 1.75 * count + 0.35), "width_ratios": [7, 1], "squeeze": False}
+        shape = {
+            "figsize": (0.75 * WIDTH, 1.75 * count + 0.35),
+            "width_ratios": [7, 1],
+            "squeeze": False,
+        }
         figure, axes = plt.subplots(count, 2, layout="constrained", **shape)
         for r, (ray, swatch) in enumerate(axes):
             order = depths[r].argsort()
@@ -296,12 +347,28 @@ def plot_rays(depths: Tensor, alphas: Tensor, colors: Tensor, titles: Sequence[s
             low, high = float(depths.min()) - 0.25, float(depths.max()) + 0.25
             depth, covered = float((weights * z).sum() / weights.sum()), float(weights.sum())
             pixel = (composite(alpha, rgb) + (1 - covered)).clamp(0, 1)
-            z, alpha, rgb, left, weights = (t.numpy() for t in (z, alpha, rgb.clamp(0, 1), left, weights))
+            z, alpha, rgb, left, weights = (
+                t.numpy() for t in (z, alpha, rgb.clamp(0, 1), left, weights)
+            )
             ray.bar(z, alpha, 0.05, color="none", edgecolor=GREY, linewidth=0.9, label="alpha")
             ray.bar(z, weights, 0.05, color=rgb, label="weight")
-            ray.stairs(left, [low, *z.tolist(), high], color=INK, linewidth=1, baseline=None, label="light left, T")
-            ray.axvline(depth, color=INK, linestyle=":", linewidth=1.2, label=f"expected depth {depth:.2f}")
-            ray.set(xlim=(low, high), ylim=(0, 1.08), axisbelow=True, title=titles[r] if titles else None)
+            ray.stairs(
+                left,
+                [low, *z.tolist(), high],
+                color=INK,
+                linewidth=1,
+                baseline=None,
+                label="light left, T",
+            )
+            ray.axvline(
+                depth, color=INK, linestyle=":", linewidth=1.2, label=f"expected depth {depth:.2f}"
+            )
+            ray.set(
+                xlim=(low, high),
+                ylim=(0, 1.08),
+                axisbelow=True,
+                title=titles[r] if titles else None,
+            )
             ray.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
             ray.set_xlabel("depth z along the ray" if r == count - 1 else "")
             swatch.imshow(pixel.reshape(1, 1, 3).numpy())
@@ -310,8 +377,12 @@ def plot_rays(depths: Tensor, alphas: Tensor, colors: Tensor, titles: Sequence[s
         return finished(figure)
 
 
-def plot_stack(parts: dict[str, float], marks: dict[str, float], xlabel: str, limit: float) -> Figure:
-    """One bar made of parts, beside marked values: {"activations": 41.9, ...} against {"80 GB": 80, ...}."""
+def plot_stack(
+    parts: dict[str, float], marks: dict[str, float], xlabel: str, limit: float
+) -> Figure:
+    """One bar made of parts, beside marked values: {"activations": 41.9, ...} against
+    {"80 GB": 80, ...}.
+    """
     with style() as plt:
         figure, axis = plt.subplots(figsize=(WIDTH, 1.6), layout="constrained")
         start = 0.0
@@ -321,9 +392,19 @@ def plot_stack(parts: dict[str, float], marks: dict[str, float], xlabel: str, li
         for name, value in marks.items():
             axis.axvline(value, color=INK, linestyle=":", linewidth=1.2)
             axis.annotate(
-                name, (value, 1), (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8
+                name,
+                (value, 1),
+                (3, -10),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                fontsize=8,
             )
-        axis.set(yticks=[], ylim=(-0.5, 0.9), xlim=(0, max(limit, 1.05 * start)), xlabel=xlabel.format(total=start))
+        axis.set(
+            yticks=[],
+            ylim=(-0.5, 0.9),
+            xlim=(0, max(limit, 1.05 * start)),
+            xlabel=xlabel.format(total=start),
+        )
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         return finished(figure)
 
@@ -334,11 +415,13 @@ def plot_stack(parts: dict[str, float], marks: dict[str, float], xlabel: str, li
 def plotly_gaussians(
     gaussians: Gaussians, cameras: Cameras | None = None, max_points: int = 3000, height: int = 480
 ) -> go.Figure:
-    """Interactive 3D view: every Gaussian a dot of its colour and size; cameras as pyramids at their true place.
+    """Interactive 3D view: every Gaussian a dot of its colour and size; cameras as
+    pyramids at their true place.
 
-    At most `max_points` are drawn, at random, opaque and large ones more often, and enlarged to cover for the missing:
-    with 3,000 the figure adds about 150 kB to a notebook. Dots are opaque, as plotly does not sort transparent ones; it
-    shows where Gaussians are, and `save_viewer_page` how they look.
+    At most `max_points` are drawn, at random, opaque and large ones more often, and
+    enlarged to cover for the missing: with 3,000 the figure adds about 150 kB to a
+    notebook. Dots are opaque, as plotly does not sort transparent ones; it shows where
+    Gaussians are, and `save_viewer_page` how they look.
     """
     import plotly.graph_objects as go
 
@@ -346,7 +429,13 @@ def plotly_gaussians(
     traces = [_dots(shown, len(gaussians))]
     if cameras is not None:
         traces.append(_frusta(cameras))
-    axis = {"showbackground": False, "gridcolor": FAINT, "zeroline": False, "color": GREY, "nticks": 5}
+    axis = {
+        "showbackground": False,
+        "gridcolor": FAINT,
+        "zeroline": False,
+        "color": GREY,
+        "nticks": 5,
+    }
     if cameras is None:
         axis["range"] = [-1, 1]
     look = {"eye": {"x": 1.35, "y": -1.35, "z": 0.6}, "center": {"x": 0, "y": 0, "z": -0.1}}
@@ -354,7 +443,9 @@ def plotly_gaussians(
     scene["aspectmode"] = "data" if cameras is not None else "cube"
     margin = {"l": 0, "r": 0, "t": 0, "b": 0}
     figure = go.Figure(traces)
-    return figure.update_layout(template="none", scene=scene, height=height, margin=margin, showlegend=False)
+    return figure.update_layout(
+        template="none", scene=scene, height=height, margin=margin, showlegend=False
+    )
 
 
 def _thinned(gaussians: Gaussians, max_points: int) -> Gaussians:
@@ -363,8 +454,11 @@ def _thinned(gaussians: Gaussians, max_points: int) -> Gaussians:
     visible = torch.nonzero(weight > 0)[:, 0]
     if len(visible) > max_points:
         generator = torch.Generator().manual_seed(0)
-        # Gumbel's trick: the largest log weights plus noise are a draw without replacement, of any number of items.
-        noise = -torch.log(-torch.log(torch.rand(len(visible), generator=generator).clamp(1e-12, 1 - 1e-7)))
+        # Gumbel's trick: the largest log weights plus noise are a draw without
+        # replacement, of any number of items.
+        noise = -torch.log(
+            -torch.log(torch.rand(len(visible), generator=generator).clamp(1e-12, 1 - 1e-7))
+        )
         visible = visible[(weight[visible].log() + noise).topk(max_points).indices]
     return gaussians.select(visible)
 
@@ -374,37 +468,64 @@ def _dots(gaussians: Gaussians, total: int):
 
     x, y, z = gaussians.means.numpy().T
     pixels = 160  # roughly, per world unit in a figure of 480 pixels
-    sizes = 2 * pixels * gaussians.scales.topk(2, dim=-1).values.mean(-1) * (total / max(1, len(gaussians))) ** 0.5
-    colors = [f"rgb({r},{g},{b})" for r, g, b in (gaussians.colors.clamp(0, 1) * 255).round().int().tolist()]
+    sizes = (
+        2
+        * pixels
+        * gaussians.scales.topk(2, dim=-1).values.mean(-1)
+        * (total / max(1, len(gaussians))) ** 0.5
+    )
+    colors = [
+        f"rgb({r},{g},{b})"
+        for r, g, b in (gaussians.colors.clamp(0, 1) * 255).round().int().tolist()
+    ]
     # plotly makes markers of unequal size transparent unless told otherwise
-    marker = {"opacity": 1, "size": sizes.clamp(2, 14).round(decimals=1).numpy(), "color": colors, "line": {"width": 0}}
+    marker = {
+        "opacity": 1,
+        "size": sizes.clamp(2, 14).round(decimals=1).numpy(),
+        "color": colors,
+        "line": {"width": 0},
+    }
     name = f"{len(gaussians)} of {total} Gaussians"
     return go.Scatter3d(x=x, y=y, z=z, mode="markers", marker=marker, name=name, hoverinfo="name")
 
 
 def _frusta(cameras: Cameras, length: float = 0.35):
-    """One line through all pyramids: the eye, and the image's corners at `length` in front of it."""
+    """One line through all pyramids: the eye, and the image's corners at `length` in
+    front of it.
+    """
     import plotly.graph_objects as go
 
     focal = cameras.Ks[:, 0, 0].cpu()
     x, y = length * 0.5 * cameras.width / focal, length * 0.5 * cameras.height / focal
     corners = [
-        torch.stack([sx * x, sy * y, torch.full_like(x, length)], -1) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))
+        torch.stack([sx * x, sy * y, torch.full_like(x, length)], -1)
+        for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))
     ]
-    local = torch.stack([torch.zeros_like(corners[0]), *corners], dim=1)  # [V, 5, 3]: eye, corners from the upper left
+    # [V, 5, 3]: eye, corners from the upper left
+    local = torch.stack([torch.zeros_like(corners[0]), *corners], dim=1)
     pose = cameras.c2w().cpu()
     points = torch.einsum("vij,vpj->vpi", pose[:, :3, :3], local) + pose[:, None, :3, 3]
-    path = points[:, [0, 1, 2, 0, 3, 4, 0, 1, 4, 3, 2]]  # every edge once; the sides from the eye twice
+    # every edge once; the sides from the eye twice
+    path = points[:, [0, 1, 2, 0, 3, 4, 0, 1, 4, 3, 2]]
     gap = torch.full((len(cameras), 1, 3), torch.nan)
     x, y, z = torch.cat([path, gap], dim=1).reshape(-1, 3).numpy().T
-    return go.Scatter3d(x=x, y=y, z=z, mode="lines", line={"color": BLUE, "width": 2}, name="cameras", hoverinfo="name")
+    return go.Scatter3d(
+        x=x,
+        y=y,
+        z=z,
+        mode="lines",
+        line={"color": BLUE, "width": 2},
+        name="cameras",
+        hoverinfo="name",
+    )
 
 
 # ---------------------------------------------------------------- figures of your own
 
 
 def panels(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = 2.6, **options):
-    """Empty axes in this module's style -> (figure, one axis or an array of them). Return the figure and it shows once.
+    """Empty axes in this module's style -> (figure, one axis or an array of them).
+    Return the figure and it shows once.
 
     width: of the whole figure; height: of one row; both in inches.  options: of `matplotlib.pyplot.subplots`.
     The style stays on for the session: matplotlib looks up the sizes of titles and legends when those are made.
@@ -412,7 +533,9 @@ def panels(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float 
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(STYLE)
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", **options)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height * rows), layout="constrained", **options
+    )
     return finished(figure), axes
 
 
@@ -421,7 +544,9 @@ def panels(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float 
 
 @contextmanager
 def style() -> Iterator[ModuleType]:
-    """Within the block matplotlib.pyplot, which it yields, draws in this module's style."""
+    """Within the block matplotlib.pyplot, which it yields, draws in this module's
+    style.
+    """
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
@@ -429,7 +554,9 @@ def style() -> Iterator[ModuleType]:
 
 
 def finished(figure: Figure) -> Figure:
-    """Takes the figure out of pyplot's hands, or a notebook shows it twice: when it is made and when it is returned."""
+    """Takes the figure out of pyplot's hands, or a notebook shows it twice: when it is
+    made and when it is returned.
+    """
     import matplotlib.pyplot as plt
 
     plt.close(figure)
@@ -447,5 +574,7 @@ def _to_array(image: Tensor) -> np.ndarray:
     """[H, W, 3 | 1] -> numpy in [0, 1]."""
     image = torch.as_tensor(image).detach().cpu().float()
     if image.dim() != 3 or image.shape[-1] not in (1, 3):
-        raise UserError(f"An image to show must be [H, W, 3] or [H, W, 1], got {tuple(image.shape)}.")
+        raise UserError(
+            f"An image to show must be [H, W, 3] or [H, W, 1], got {tuple(image.shape)}."
+        )
     return image.clamp(0, 1).numpy()

@@ -1,7 +1,8 @@
 """One notebook executed by papermill, with a record of the run beside it.
 
-The executed notebook is written after every cell, and during long ones twice a minute, so
-a killed run keeps what it had. What a stopped run had written is kept beside the new one.
+The executed notebook is written after every cell, and during long ones twice a minute,
+so a killed run keeps what it had. What a stopped run had written is kept beside the new
+one.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ AUTOSAVE_SECONDS = 30
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which a cluster's scheduler sends before it kills: the run ends as by Ctrl-C."""
+    """SIGTERM, which a cluster's scheduler sends before it kills: the run ends as by
+    Ctrl-C.
+    """
 
 
 def run_notebook(notebook: Path, parameters: dict, out: Path) -> dict:
-    """Execute `notebook` into the folder `out`, with its prints on this terminal -> the run record, also in run.json.
+    """Execute `notebook` into the folder `out`, with its prints on this terminal -> the
+    run record, also in run.json.
 
-    The record is written when the run starts and again when it ends, well or not; one that says "running" long after was
-    killed. Raises what stopped the run.
+    The record is written when the run starts and again when it ends, well or not; one
+    that says "running" long after was killed. Raises what stopped the run.
     """
     import papermill
 
@@ -93,7 +97,9 @@ def literal(path: Path) -> str:
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """SIGTERM raises `Terminated` inside, so that the kernel and a training below it are ended and the record is written."""
+    """SIGTERM raises `Terminated` inside, so that the kernel and a training below it
+    are ended and the record is written.
+    """
 
     def stop(*_):
         raise Terminated
@@ -106,14 +112,18 @@ def termination_raises() -> Iterator[None]:
 
 
 def keep_stopped(notebook: Path, out: Path) -> None:
-    """Move what an unfinished run left in `out` aside, as NAME.stopped.ipynb, before a new one writes there."""
+    """Move what an unfinished run left in `out` aside, as NAME.stopped.ipynb, before a
+    new one writes there.
+    """
     written = out / notebook.name
     if written.is_file() and recorded_state(out) != "finished":
         os.replace(written, written.with_suffix(".stopped.ipynb"))
 
 
 def record(**metrics) -> None:
-    """Show numbers in a notebook, and hand them to the record of the run: floats, scalar tensors, or dicts of them."""
+    """Show numbers in a notebook, and hand them to the record of the run: floats,
+    scalar tensors, or dicts of them.
+    """
     from IPython.display import display
 
     metrics = {name: plain(value) for name, value in metrics.items()}
@@ -131,16 +141,22 @@ def collected_metrics(executed: Path) -> dict:
     """What `record` showed in an executed notebook, so far as it went."""
     try:
         cells = nbformat.read(executed, as_version=4).cells
-    except (OSError, NotJSONError):  # nothing was executed, or the disk was full before it was written in full
+    # nothing was executed, or the disk was full before it was written in full
+    except (OSError, NotJSONError):
         return {}
     shown = [
-        out["data"][METRICS] for cell in cells for out in cell.get("outputs", []) if METRICS in out.get("data", {})
+        out["data"][METRICS]
+        for cell in cells
+        for out in cell.get("outputs", [])
+        if METRICS in out.get("data", {})
     ]
     return {name: value for metrics in shown for name, value in metrics.items()}
 
 
 def peak_memory() -> float | None:
-    """Largest memory of any process that this one has started and seen end, in GB; None where the system cannot say."""
+    """Largest memory of any process that this one has started and seen end, in GB; None
+    where the system cannot say.
+    """
     try:
         import resource
     except ImportError:  # Windows
@@ -155,7 +171,9 @@ def write_record(out: Path, record: dict) -> None:
 
 
 def execute(notebook: Path, parameters: dict, out: Path) -> int:
-    """`run_notebook`, and the exit status of a command: 1 where a cell failed or the kernel died, said in one sentence."""
+    """`run_notebook`, and the exit status of a command: 1 where a cell failed or the
+    kernel died, said in one sentence.
+    """
     from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -173,14 +191,20 @@ def execute(notebook: Path, parameters: dict, out: Path) -> int:
         fault(f"{written}: {sentence}")
         return 1
     except NoSuchKernel as error:
-        raise UserError("There is no Jupyter kernel python3; `python -m ipykernel install --user` adds it.") from error
+        raise UserError(
+            "There is no Jupyter kernel python3; `python -m ipykernel install --user` adds it."
+        ) from error
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"stopped; {written} holds what was done. Run the same to resume.") from error
+        raise KeyboardInterrupt(
+            f"stopped; {written} holds what was done. Run the same to resume."
+        ) from error
     return 0
 
 
 def recorded_state(out: Path) -> str | None:
-    """How the run in a folder ended, as its run.json says; None where that is missing or damaged."""
+    """How the run in a folder ended, as its run.json says; None where that is missing
+    or damaged.
+    """
     try:
         return json.loads((out / "run.json").read_text(encoding="utf-8"))["state"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -1,7 +1,9 @@
-"""The parameters of a notebook: read from its cell and from YAML files, and checked before anything runs.
+"""The parameters of a notebook: read from its cell and from YAML files, and checked
+before anything runs.
 
-papermill only warns of a parameter that does not exist, and takes a string for a number. Here names, types and ranges are
-checked, the files and folders that a notebook reads, and, in `run.check_training`, the training that it would start.
+papermill only warns of a parameter that does not exist, and takes a string for a
+number. Here names, types and ranges are checked, the files and folders that a notebook
+reads, and, in `run.check_training`, the training that it would start.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ MANY = 1_000_000  # more steps or objects than any notebook has time for
 
 # ---------------------------------------------------------------- what values mean
 
-Rule = Callable[[object, dict], str | None]  # (value, all parameters) -> what it should be, None where it is that
+# (value, all parameters) -> what it should be, None where it is that
+Rule = Callable[[object, dict], str | None]
 
 
 def within(low: float, high: float = MANY) -> Rule:
@@ -46,31 +49,46 @@ def index_of(items: str) -> Rule:
     """Of the list that another parameter gives."""
 
     def rule(value, given):
-        return None if 0 <= value < len(given[items]) else f"an index into {items}, 0 to {len(given[items]) - 1}"
+        return (
+            None
+            if 0 <= value < len(given[items])
+            else f"an index into {items}, 0 to {len(given[items]) - 1}"
+        )
 
     return rule
 
 
 def below(count: str) -> Rule:
-    return lambda value, given: None if 0 <= value < given[count] else f"from 0 to {count} - 1 = {given[count] - 1}"
+    return lambda value, given: (
+        None if 0 <= value < given[count] else f"from 0 to {count} - 1 = {given[count] - 1}"
+    )
 
 
 def at_most(count: str) -> Rule:
-    return lambda value, given: None if 1 <= value <= given[count] else f"from 1 to {count} = {given[count]}"
+    return lambda value, given: (
+        None if 1 <= value <= given[count] else f"from 1 to {count} = {given[count]}"
+    )
 
 
 def seeds(value: list, _) -> str | None:
-    return None if value and all(0 <= seed <= MANY for seed in value) else f"a list of seeds from 0 to {MANY}"
+    return (
+        None
+        if value and all(0 <= seed <= MANY for seed in value)
+        else f"a list of seeds from 0 to {MANY}"
+    )
 
 
-# By name, because a name means the same in all notebooks; a test sees that none of theirs is forgotten.
+# By name, because a name means the same in all notebooks; a test sees that none of
+# theirs is forgotten.
 COUNTS = (
     "num_objects steps num_gaussians train_steps overfit_steps finetune_steps dino_steps dino_batch rank batch_size "
     "train_objects held_out_objects draws_per_object average_of draws own_objects"
 ).split()
 RULES: dict[str, Rule] = {
     **dict.fromkeys(COUNTS, within(1)),
-    **dict.fromkeys(("seed", "first_object", "first_seed", "object_seed", "full_steps"), within(0, 100 * MANY)),
+    **dict.fromkeys(
+        ("seed", "first_object", "first_seed", "object_seed", "full_steps"), within(0, 100 * MANY)
+    ),
     **dict.fromkeys(("learning_rate", "overfit_lr", "finetune_lr"), inside(0, 1)),
     **dict.fromkeys(("gpus", "full_processes"), within(1, 100_000)),
     "ablation_objects": at_most("objects"),
@@ -95,23 +113,36 @@ PLACES = ("out_dir", "data_dir", "run_dir")  # that a notebook writes to
 
 
 def declared_parameters(notebook: Path) -> dict:
-    """Names and default values of the cell tagged `parameters`. Raises UserError where there is none."""
+    """Names and default values of the cell tagged `parameters`. Raises UserError where
+    there is none.
+    """
     for cell in nbformat.read(notebook, as_version=4).cells:
         if "parameters" in cell.metadata.get("tags", []):
             nodes = ast.parse(cell.source).body
-            return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes if isinstance(node, ast.Assign)}
+            return {
+                node.targets[0].id: ast.literal_eval(node.value)
+                for node in nodes
+                if isinstance(node, ast.Assign)
+            }
     raise UserError(f"{notebook.name} has no cell with the tag `parameters`.")
 
 
 def check_parameters(given: dict, declared: dict) -> dict:
-    """The given parameters, each known and of its default's type (a whole number may stand for a float), all in range.
+    """The given parameters, each known and of its default's type (a whole number may
+    stand for a float), all in range.
 
     Raises UserError with all that is wrong, in one sentence each.
     """
-    faults = [fault for name, value in given.items() if (fault := type_fault(name, value, declared))]
+    faults = [
+        fault for name, value in given.items() if (fault := type_fault(name, value, declared))
+    ]
     if not faults:  # a range can depend on another parameter, given or not
         everything = declared | given
-        faults = [fault for name, value in everything.items() if (fault := range_fault(name, value, everything))]
+        faults = [
+            fault
+            for name, value in everything.items()
+            if (fault := range_fault(name, value, everything))
+        ]
     if faults:
         raise UserError(" ".join(faults))
     return given
@@ -152,9 +183,11 @@ def shown(value) -> str:
 
 
 def check_files(everything: dict) -> None:
-    """The pictures and checkpoints that a notebook would read, and the folders that it would write to.
+    """The pictures and checkpoints that a notebook would read, and the folders that it
+    would write to.
 
-    everything: all parameters, given or default. Raises UserError or MissingFile with what to do.
+    everything: all parameters, given or default. Raises UserError or MissingFile with
+        what to do.
     """
     from ..weights.checkpoint import load_config
 
@@ -162,9 +195,13 @@ def check_files(everything: dict) -> None:
         load_config(resolve(weights))
         for name in MODELS:
             if not (resolve(weights) / name / "config.json").is_file():
-                raise MissingFile(f"There are no {name} weights in {weights}; name a whole checkpoint.")
+                raise MissingFile(
+                    f"There are no {name} weights in {weights}; name a whole checkpoint."
+                )
     if "image_path" in everything and not resolve(everything["image_path"]).is_file():
-        raise MissingFile(f"There is no picture {shown(everything['image_path'])}: image_path names the input.")
+        raise MissingFile(
+            f"There is no picture {shown(everything['image_path'])}: image_path names the input."
+        )
     for name in PLACES:
         if name in everything:
             check_writable(resolve(everything[name]) / "run.json")
@@ -174,7 +211,9 @@ def check_files(everything: dict) -> None:
 
 
 class ParameterLoader(yaml.SafeLoader):
-    """YAML without what lets a small file become a large or another one: aliases, deep nesting, a name given twice."""
+    """YAML without what lets a small file become a large or another one: aliases, deep
+    nesting, a name given twice.
+    """
 
     depth = 0
 
@@ -196,30 +235,43 @@ class ParameterLoader(yaml.SafeLoader):
 
 
 def read_parameters(path: str | Path) -> dict:
-    """A YAML file of `name: value` lines. Raises MissingFile, or UserError where it is no such file."""
+    """A YAML file of `name: value` lines. Raises MissingFile, or UserError where it is
+    no such file.
+    """
     path = find(path)
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in PARAMS.glob("*.yaml")))
-        raise MissingFile(f"There is no parameter file {path}; notebooks/params holds {there or 'none'}.")
+        raise MissingFile(
+            f"There is no parameter file {path}; notebooks/params holds {there or 'none'}."
+        )
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise UserError(f"{path.name} is larger than {MAX_BYTES // 1024} kB: that is no file of parameters.")
+        raise UserError(
+            f"{path.name} is larger than {MAX_BYTES // 1024} kB: that is no file of parameters."
+        )
     try:
         values = yaml.load(data.decode("utf-8"), ParameterLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: what is no text, no date, no number that Python reads
+    # ValueError: what is no text, no date, no number that Python reads
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path.name} is not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise UserError(f"{path.name} should hold lines such as `steps: 200`; it holds a {type(values).__name__}.")
+        raise UserError(
+            f"{path.name} should hold lines such as `steps: 200`; it holds a {type(values).__name__}."
+        )
     return values
 
 
 def find_notebooks(numbers: list[str]) -> list[Path]:
-    """The notebooks whose names begin with these numbers; all for none. Raises MissingFile for an unknown one."""
+    """The notebooks whose names begin with these numbers; all for none. Raises
+    MissingFile for an unknown one.
+    """
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if not every:
         raise MissingFile(f"There are no notebooks here.{from_repository('notebooks')}")
     for number in numbers:
         if not (number and any(path.name.startswith(number) for path in every)):
-            raise MissingFile(f"No notebook begins with {number!r}; there are {', '.join(p.stem for p in every)}.")
+            raise MissingFile(
+                f"No notebook begins with {number!r}; there are {', '.join(p.stem for p in every)}."
+            )
     return [path for path in every if not numbers or any(path.name.startswith(n) for n in numbers)]

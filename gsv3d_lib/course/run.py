@@ -1,15 +1,16 @@
-"""Run a notebook with other parameters, through papermill, and keep a record of the run.
+"""Run a notebook with other parameters, through papermill, and keep a record of the
+run.
 
     python -m gsv3d_lib run 05 --params paper        notebooks/params/05_paper.yaml
     python -m gsv3d_lib run 05 --set steps=200 --set seed=1 --out runs/05-again
 
-Before anything runs, all is checked that can be (`course/parameters.py`): names, types and
-ranges, pictures and checkpoints, and a training that the notebook would start against its
-data and weights. `--check` stops after that.
+Before anything runs, all is checked that can be (`course/parameters.py`): names, types
+and ranges, pictures and checkpoints, and a training that the notebook would start
+against its data and weights. `--check` stops after that.
 
-Given again, the same command executes the notebook from its first cell. Rendered objects
-and finished stages are not made again, and the training of the section "Full run" goes on
-from its last checkpoint. A cell's own short training starts afresh.
+Given again, the same command executes the notebook from its first cell. Rendered
+objects and finished stages are not made again, and the training of the section "Full
+run" goes on from its last checkpoint. A cell's own short training starts afresh.
 """
 
 from __future__ import annotations
@@ -22,13 +23,22 @@ from ..config import parse_setting, preset
 from ..system.command import check_writable, command_parser, exit_code, input_path, output_path
 from ..system.errors import UserError
 from .notebook import execute
-from .parameters import PARAMS, check_files, check_parameters, declared_parameters, find_notebooks, read_parameters
+from .parameters import (
+    PARAMS,
+    check_files,
+    check_parameters,
+    declared_parameters,
+    find_notebooks,
+    read_parameters,
+)
 
 
 def check_training(parameters: dict) -> None:
-    """What the notebook's section "Full run" would refuse at its end, found before its beginning.
+    """What the notebook's section "Full run" would refuse at its end, found before its
+    beginning.
 
-    parameters: all of the notebook, given or default. Raises UserError or MissingFile with what to do.
+    parameters: all of the notebook, given or default. Raises UserError or MissingFile
+        with what to do.
     """
     if "scale" not in parameters:
         return
@@ -37,14 +47,18 @@ def check_training(parameters: dict) -> None:
         from ..cluster.job import check, check_request, run_folder
 
         scale, stages, data = (parameters[name] for name in ("scale", "full_stages", "full_data"))
-        processes = parameters["full_processes"] if "full_processes" in parameters else parameters["gpus"]
+        processes = (
+            parameters["full_processes"] if "full_processes" in parameters else parameters["gpus"]
+        )
         check_request(scale, stages, data, processes)  # it is planned in any case
         if parameters["full_run"]:
             check(scale, stages, data, processes, run_folder(scale, parameters["full_steps"]))
 
 
 def check_all(notebook: Path, given: dict) -> None:
-    """All that can be known of a run without running it. Raises UserError or MissingFile with what to do."""
+    """All that can be known of a run without running it. Raises UserError or
+    MissingFile with what to do.
+    """
     declared = declared_parameters(notebook)
     everything = declared | check_parameters(given, declared)
     check_files(everything)
@@ -55,10 +69,19 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("run", __doc__)
     parser.add_argument("number", help="of the notebook, such as 05")
-    parser.add_argument("--params", help="a YAML file, or the name of a set in notebooks/params, such as tiny or paper")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeatable")
-    parser.add_argument("--out", type=output_path, help="folder for the executed notebook (default runs/NN-PARAMS)")
-    parser.add_argument("--check", action="store_true", help="only check what can be checked without running")
+    parser.add_argument(
+        "--params",
+        help="a YAML file, or the name of a set in notebooks/params, such as tiny or paper",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeatable"
+    )
+    parser.add_argument(
+        "--out", type=output_path, help="folder for the executed notebook (default runs/NN-PARAMS)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only check what can be checked without running"
+    )
     return parser
 
 
@@ -69,10 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     notebook, *others = find_notebooks([args.number])
     if others:
-        raise UserError(f"{args.number} begins the names of {1 + len(others)} notebooks; give both digits, such as 05.")
+        raise UserError(
+            f"{args.number} begins the names of {1 + len(others)} notebooks; give both digits, such as 05."
+        )
     number, name = notebook.name[:2], args.params or "default"
     named = PARAMS / f"{number}_{name}.yaml"
-    given = {} if args.params is None else read_parameters(named if named.is_file() else input_path(name))
+    given = (
+        {}
+        if args.params is None
+        else read_parameters(named if named.is_file() else input_path(name))
+    )
     given |= dict(parse_setting(text) for text in args.set)
     out = args.out or Path("runs") / f"{number}-{Path(name).stem}"
     check_all(notebook, given)

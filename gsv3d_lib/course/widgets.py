@@ -1,7 +1,9 @@
-"""Interactive figures for the notebooks: sliders around a function that draws. They need a running kernel.
+"""Interactive figures for the notebooks: sliders around a function that draws. They
+need a running kernel.
 
-Every one of them is a function of plain values -> picture with controls attached, so that the picture can be drawn, looked
-at and tested without any widget. Where a callback fails, its message is shown under the picture.
+Every one of them is a function of plain values -> picture with controls attached, so
+that the picture can be drawn, looked at and tested without any widget. Where a callback
+fails, its message is shown under the picture.
 """
 
 from __future__ import annotations
@@ -27,12 +29,17 @@ from ..rendering import render
 DPI = 80
 
 
-def explorer(draw: Callable, play: str | None = None, width: int = 480, **controls) -> ipywidgets.VBox:
+def explorer(
+    draw: Callable, play: str | None = None, width: int = 480, **controls
+) -> ipywidgets.VBox:
     """A picture that is redrawn as controls move.
 
-    draw: takes the controls' values by name and returns a matplotlib figure or an image tensor [H, W, 3] in [0, 1].
-    controls: name=(low, high, start) for a slider, whole numbers where all three are int; name=[...] for a choice.
-    play: the name of a whole-number control that a play button moves through its range, over and over.
+    draw: takes the controls' values by name and returns a matplotlib figure or an image
+        tensor [H, W, 3] in [0, 1].
+    controls: name=(low, high, start) for a slider, whole numbers where all three are
+        int; name=[...] for a choice.
+    play: the name of a whole-number control that a play button moves through its range,
+        over and over.
     width: of the picture on screen, in pixels.
     """
     inputs = {name: _control(name, spec) for name, spec in controls.items()}
@@ -44,23 +51,32 @@ def explorer(draw: Callable, play: str | None = None, width: int = 480, **contro
         try:
             picture.value = png(draw(**{name: control.value for name, control in inputs.items()}))
             message.value = ""
-        except Exception as error:  # shown, because exceptions in callbacks go to a log that nobody opens
-            message.value = f"<pre style='color:#b00'>{html.escape(f'{type(error).__name__}: {error}')}</pre>"
+        # shown, because exceptions in callbacks go to a log that nobody opens
+        except Exception as error:
+            message.value = (
+                f"<pre style='color:#b00'>{html.escape(f'{type(error).__name__}: {error}')}</pre>"
+            )
 
     for control in inputs.values():
         control.observe(redraw, "value")
     redraw()
     buttons = [] if play is None else [_play_button(inputs[play])]
-    return ipywidgets.VBox([*buttons, *inputs.values(), picture, message]).add_class("gsv3d-explorer")
+    return ipywidgets.VBox([*buttons, *inputs.values(), picture, message]).add_class(
+        "gsv3d-explorer"
+    )
 
 
 def orbit_explorer(gaussians: Gaussians, size: int = 128, width: int = 384) -> ipywidgets.VBox:
-    """Turn the object: every frame is rendered by our rasteriser while you drag, at `size` x `size` pixels."""
+    """Turn the object: every frame is rendered by our rasteriser while you drag, at
+    `size` x `size` pixels.
+    """
 
     def draw(azimuth: int, elevation: int) -> Tensor:
         return orbit_frame(gaussians, azimuth, elevation, size)
 
-    return explorer(draw, play="azimuth", width=width, azimuth=(0, 355, 30), elevation=(-30, 60, 15))
+    return explorer(
+        draw, play="azimuth", width=width, azimuth=(0, 355, 30), elevation=(-30, 60, 15)
+    )
 
 
 @torch.no_grad()
@@ -71,18 +87,24 @@ def orbit_frame(gaussians: Gaussians, azimuth: float, elevation: float, size: in
 
 
 def splat_viewer(gaussians: Gaussians, height: int = 420) -> HTML:
-    """The stand-alone WebGL page of `export.save_viewer_page` inside the notebook; it lives without a kernel."""
+    """The stand-alone WebGL page of `export.save_viewer_page` inside the notebook; it
+    lives without a kernel.
+    """
     from ..export import save_viewer_page
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "viewer.html"
         save_viewer_page(gaussians, path)
         page = html.escape(path.read_text())
-    return HTML(f'<div><iframe srcdoc="{page}" width="100%" height="{height}" style="border:0"></iframe></div>')
+    return HTML(
+        f'<div><iframe srcdoc="{page}" width="100%" height="{height}" style="border:0"></iframe></div>'
+    )
 
 
 def png(image: Figure | Tensor) -> bytes:
-    """A matplotlib figure or an image [H, W, 3] in [0, 1] as PNG. Raises ValueError for anything else."""
+    """A matplotlib figure or an image [H, W, 3] in [0, 1] as PNG. Raises ValueError for
+    anything else.
+    """
     buffer = io.BytesIO()
     if isinstance(image, Figure):
         image.savefig(buffer, format="png", dpi=DPI)
@@ -91,7 +113,9 @@ def png(image: Figure | Tensor) -> bytes:
         Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=1)
     else:
         what = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"draw() should return a matplotlib figure or an image tensor [H, W, 3]; got {what}.")
+        raise ValueError(
+            f"draw() should return a matplotlib figure or an image tensor [H, W, 3]; got {what}."
+        )
     return buffer.getvalue()
 
 
@@ -107,13 +131,22 @@ def _control(name: str, spec) -> ipywidgets.Widget:
     if all(isinstance(v, int) for v in spec):
         step = 5 if high - low > 90 else 1
         return ipywidgets.IntSlider(start, low, high, step, layout=layout, **label)
-    return ipywidgets.FloatSlider(start, min=low, max=high, step=(high - low) / 100, layout=layout, **label)
+    return ipywidgets.FloatSlider(
+        start, min=low, max=high, step=(high - low) / 100, layout=layout, **label
+    )
 
 
 def _play_button(slider: ipywidgets.IntSlider) -> ipywidgets.Play:
-    """Runs through the slider's range, ten steps a second. The browser asks for a frame only when the last one came."""
+    """Runs through the slider's range, ten steps a second. The browser asks for a frame
+    only when the last one came.
+    """
     button = ipywidgets.Play(
-        value=slider.value, min=slider.min, max=slider.max, step=slider.step, interval=100, repeat=True
+        value=slider.value,
+        min=slider.min,
+        max=slider.max,
+        step=slider.step,
+        interval=100,
+        repeat=True,
     )
     ipywidgets.jslink((button, "value"), (slider, "value"))
     return button

@@ -1,11 +1,14 @@
-"""Views rendered by Blender's Cycles instead of `data/raycast.py`: soft light, shadows, the same cameras, albedo and depth.
+"""Views rendered by Blender's Cycles instead of `data/raycast.py`: soft light, shadows,
+the same cameras, albedo and depth.
 
     python3.11 -m venv ../bpy-env && ../bpy-env/bin/pip install bpy        # about 1 GB, with a numpy of its own
     python -m gsv3d_lib make_dataset --meshes FOLDER --out FOLDER --blender ../bpy-env/bin/python
 
-`bpy` wants another numpy than this library (below 2) and often another Python, so it lives in its own environment. This file
-is run by both: `render_cycles` is called here, and starts it as a script there, where only `bpy` and numpy are at hand.
-Arrays go to and fro in .npz files: triangles in our z-up world, and per part of the mesh colours and a texture.
+`bpy` wants another numpy than this library (below 2) and often another Python, so it
+lives in its own environment. This file is run by both: `render_cycles` is called here,
+and starts it as a script there, where only `bpy` and numpy are at hand. Arrays go to
+and fro in .npz files: triangles in our z-up world, and per part of the mesh colours and
+a texture.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 SAMPLES = 16  # of light per pixel
-AMBIENT, SUN = 0.7, 1.0  # strength of the white world and of the sun, whose direction is that of `raycast`
+# strength of the white world and of the sun, whose direction is that of `raycast`
+AMBIENT, SUN = 0.7, 1.0
 
 
 # ---------------------------------------------------------------- in our environment
@@ -26,30 +30,49 @@ AMBIENT, SUN = 0.7, 1.0  # strength of the white world and of the sun, whose dir
 
 def check_python(python: str | Path) -> None:
     """Raises UserError unless `python` has bpy."""
-    from ..system.errors import UserError  # not at the top: Blender's Python runs this file as a script
+    # not at the top: Blender's Python runs this file as a script
+    from ..system.errors import UserError
 
     try:
         done = subprocess.run([python, "-c", "import bpy"], capture_output=True, text=True)
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1] if done.returncode else ""
+        reason = (
+            (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            if done.returncode
+            else ""
+        )
     except OSError as error:
         reason = str(error)
     if reason:
-        raise UserError(f"{python} cannot import bpy ({reason}); docs/data.md says how to make an environment for it.")
+        raise UserError(
+            f"{python} cannot import bpy ({reason}); docs/data.md says how to make an environment for it."
+        )
 
 
-def render_cycles(mesh, cameras, python: str | Path, samples: int = SAMPLES) -> tuple[np.ndarray, np.ndarray]:
-    """What `raycast.render_mesh` returns, by Cycles: rgba float32 [V, H, W, 4], straight alpha, and depth [V, H, W].
+def render_cycles(
+    mesh, cameras, python: str | Path, samples: int = SAMPLES
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `raycast.render_mesh` returns, by Cycles: rgba float32 [V, H, W, 4],
+    straight alpha, and depth [V, H, W].
 
     python: of an environment with bpy. Raises ValueError where Blender fails.
     """
     from .raycast import SUN_DIRECTION, Target
 
     target = Target(mesh)
-    arrays = {"triangles": target.triangles, "first_faces": target.first_faces, "sun": SUN_DIRECTION}
-    for number, lookup in enumerate(target.lookups):  # colours of corners, and where there is one a texture before them
+    arrays = {
+        "triangles": target.triangles,
+        "first_faces": target.first_faces,
+        "sun": SUN_DIRECTION,
+    }
+    # colours of corners, and where there is one a texture before them
+    for number, lookup in enumerate(target.lookups):
         names = ("image", "uv", "colors")[-len(lookup.args) :]
         arrays |= {f"{name}{number}": value for name, value in zip(names, lookup.args)}
-    arrays |= {"c2w": cameras.c2w().numpy(), "focal": cameras.Ks[0, 0, 0].numpy(), "samples": samples}
+    arrays |= {
+        "c2w": cameras.c2w().numpy(),
+        "focal": cameras.Ks[0, 0, 0].numpy(),
+        "samples": samples,
+    }
     arrays |= {"size": [cameras.width, cameras.height]}
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "job.npz", **arrays)
@@ -72,7 +95,8 @@ def render_job(folder: Path) -> None:
     bpy.ops.wm.read_factory_settings(use_empty=True)
     scene = bpy.context.scene
     scene.render.engine, scene.cycles.device = "CYCLES", "CPU"
-    scene.render.threads_mode, scene.render.threads = "FIXED", 1  # `make_dataset --workers` says how many
+    # `make_dataset --workers` says how many
+    scene.render.threads_mode, scene.render.threads = "FIXED", 1
     scene.render.resolution_x, scene.render.resolution_y = (int(side) for side in job["size"])
     scene.render.film_transparent = True
     scene.view_settings.view_transform = "Standard"  # plain sRGB
@@ -94,7 +118,8 @@ def render_job(folder: Path) -> None:
         scene.cycles.samples, scene.cycles.filter_width = int(job["samples"]), 1.0
         scene.view_layers[0].material_override = None
         rgba.append(rendered(bpy, folder / "view.png", "PNG", "8"))
-        scene.cycles.samples, scene.cycles.filter_width = 1, 0.01  # one ray through the pixel's centre
+        # one ray through the pixel's centre
+        scene.cycles.samples, scene.cycles.filter_width = 1, 0.01
         scene.view_layers[0].material_override = depth_material
         z = rendered(bpy, folder / "depth.exr", "OPEN_EXR", "32")
         depth.append(np.where(z[..., 3] > 0.5, z[..., 0], 0))
@@ -114,7 +139,9 @@ def add_part(bpy, job: dict, part: int) -> None:
     link(diffuse.outputs[0], output.inputs["Surface"])
     colors = linear(job[f"colors{part}"].reshape(-1, 3))
     layer = mesh.attributes.new("colors", "FLOAT_COLOR", "CORNER")
-    layer.data.foreach_set("color", np.column_stack([colors, np.ones(len(colors))]).astype(np.float32).ravel())
+    layer.data.foreach_set(
+        "color", np.column_stack([colors, np.ones(len(colors))]).astype(np.float32).ravel()
+    )
     source = nodes.new("ShaderNodeAttribute")
     source.attribute_name = "colors"
     albedo = source.outputs["Color"]
@@ -147,11 +174,15 @@ def add_light(bpy, scene, sun: np.ndarray) -> None:
     scene.world = bpy.data.worlds.new("world")
     scene.world.use_nodes = True
     background = scene.world.node_tree.nodes["Background"]
-    background.inputs["Color"].default_value, background.inputs["Strength"].default_value = (1, 1, 1, 1), AMBIENT
+    background.inputs["Color"].default_value, background.inputs["Strength"].default_value = (
+        (1, 1, 1, 1),
+        AMBIENT,
+    )
     light = bpy.data.lights.new("sun", "SUN")
     light.energy, light.angle = SUN, np.radians(20)
     lamp = bpy.data.objects.new("sun", light)
-    lamp.rotation_euler = Vector(sun.tolist()).to_track_quat("Z", "Y").to_euler()  # it shines along -z
+    # it shines along -z
+    lamp.rotation_euler = Vector(sun.tolist()).to_track_quat("Z", "Y").to_euler()
     scene.collection.objects.link(lamp)
 
 
@@ -168,7 +199,9 @@ def emission_of_depth(bpy):
 
 
 def rendered(bpy, path: Path, kind: str, bits: str) -> np.ndarray:
-    """The scene from its camera, through a file, whose numbers Blender hands out -> float32 [H, W, 4]."""
+    """The scene from its camera, through a file, whose numbers Blender hands out ->
+    float32 [H, W, 4].
+    """
     render = bpy.context.scene.render
     settings = render.image_settings
     settings.file_format, settings.color_mode, settings.color_depth = kind, "RGBA", bits
@@ -183,7 +216,9 @@ def rendered(bpy, path: Path, kind: str, bits: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="What `make_dataset --blender` starts in Blender's own Python.")
+    parser = argparse.ArgumentParser(
+        description="What `make_dataset --blender` starts in Blender's own Python."
+    )
     parser.add_argument("folder", type=Path, help="with job.npz; views.npz is written beside it")
     given = parser.parse_args().folder
     if not (given / "job.npz").is_file():

@@ -1,11 +1,13 @@
-"""Multi-view objects on disk: a folder that holds, per object, a sheet of RGBA views, depth and cameras.
+"""Multi-view objects on disk: a folder that holds, per object, a sheet of RGBA views,
+depth and cameras.
 
     index.json        a list of rows, each with at least "id"
     <id>.webp         a sheet of 6 columns of square RGBA views (straight alpha)
     <id>.npz          depth, K, c2w, az, el, dist (see `write_object`)
 
-The layout is that of `../shared/objects`, so one reader serves scans, meshes rendered here, and procedural objects.
-Views 0-15 are a ring of constant elevation, azimuth 22.5 k degrees; views 16-23 are free.
+The layout is that of `../shared/objects`, so one reader serves scans, meshes rendered
+here, and procedural objects. Views 0-15 are a ring of constant elevation, azimuth 22.5
+k degrees; views 16-23 are free.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ COLUMNS = 6
 RING = 16  # the first views of an object form a ring of constant elevation
 RING_ELEVATION = 15.0  # degrees
 FRONT = 12  # of the ring, azimuth 270 degrees: the input of the evaluation
-# Degrees between a ring view and azimuth 22.5 k: 0 but for photographs. Beyond, the views of
-# an orbit are no longer in order.
+# Degrees between a ring view and azimuth 22.5 k: 0 but for photographs. Beyond, the
+# views of an orbit are no longer in order.
 MAX_GAP = 45.0
 SHEET_SIDE = 16383  # pixels: WebP has no larger pictures
 MAX_SHEET = 1 << 28  # bytes of a sheet's file
@@ -71,8 +73,10 @@ COLUMN_NAMES = tuple(VIEWS)
 
 @dataclass
 class ObjectViews:
-    """V views of one object. rgba: uint8 [V, H, W, 4], straight alpha; depth: float32 [V, H, W], z-depth, 0 = nothing;
-    azimuths, elevations: float32 [V], degrees."""
+    """V views of one object. rgba: uint8 [V, H, W, 4], straight alpha; depth: float32
+    [V, H, W], z-depth, 0 = nothing;
+    azimuths, elevations: float32 [V], degrees.
+    """
 
     id: str
     rgba: np.ndarray
@@ -83,7 +87,9 @@ class ObjectViews:
 
 
 def list_objects(folder: str | Path) -> list[dict]:
-    """The rows of a dataset folder's index, sorted by id. Raises FileNotFoundError or ValueError with what to do."""
+    """The rows of a dataset folder's index, sorted by id. Raises FileNotFoundError or
+    ValueError with what to do.
+    """
     index = Path(folder) / "index.json"
     if not index.is_file():
         raise MissingFile(
@@ -96,14 +102,18 @@ def list_objects(folder: str | Path) -> list[dict]:
         if not (isinstance(rows, dict) and "shards" in rows):
             return checked_rows(rows)
     except UNREADABLE as error:
-        raise UserError(f"{index} cannot be read ({reason(error)}); delete it and make the dataset again.") from error
+        raise UserError(
+            f"{index} cannot be read ({reason(error)}); delete it and make the dataset again."
+        ) from error
     raise UserError(
         f"{folder} holds shards, which `train --shards` reads; give the dataset folder they were made from."
     )
 
 
 def checked_rows(rows) -> list[dict]:
-    """The rows of an index sorted by id. Raises UserError where they are none, or an id is no id or there twice."""
+    """The rows of an index sorted by id. Raises UserError where they are none, or an id
+    is no id or there twice.
+    """
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError("it is no list of rows")
     for row in rows:
@@ -115,8 +125,8 @@ def checked_rows(rows) -> list[dict]:
 def list_all(folders: list[str | Path], limit: int | None = None) -> list[tuple[Path, str]]:
     """Folder and id of the first objects of some dataset folders.
 
-    A folder that is named twice counts twice: its objects weigh more in a training. Raises
-    UserError where there is no object, or two folders have the same one.
+    A folder that is named twice counts twice: its objects weigh more in a training.
+    Raises UserError where there is no object, or two folders have the same one.
     """
     found = {Path(folder): [row["id"] for row in list_objects(folder)] for folder in folders}
     rows = [(Path(folder), id) for folder in folders for id in found[Path(folder)]][:limit]
@@ -125,12 +135,16 @@ def list_all(folders: list[str | Path], limit: int | None = None) -> list[tuple[
     try:
         check_once(id for _, id in dict.fromkeys(rows))
     except UserError as error:
-        raise UserError(f"The dataset folders do not fit together: {error}; leave out one of the two.") from error
+        raise UserError(
+            f"The dataset folders do not fit together: {error}; leave out one of the two."
+        ) from error
     return rows
 
 
 def check_once(ids) -> None:
-    """Raises UserError where an id is there twice: its files would be read, or written, for both."""
+    """Raises UserError where an id is there twice: its files would be read, or written,
+    for both.
+    """
     twice = [id for id, count in Counter(ids).items() if count > 1]
     if twice:
         raise UserError(f"the id {twice[0]!r} is there twice")
@@ -139,8 +153,9 @@ def check_once(ids) -> None:
 def read_object(folder: str | Path, id: str) -> ObjectViews:
     """One object with all its views, exactly as stored.
 
-    Raises UserError where a file is missing or damaged, or holds what is no object of a dataset: numbers that are not
-    finite, a sheet of another size or without alpha, cameras that are not those of its angles, no ring.
+    Raises UserError where a file is missing or damaged, or holds what is no object of a
+    dataset: numbers that are not finite, a sheet of another size or without alpha,
+    cameras that are not those of its angles, no ring.
     """
     check_id(id)
     check_readable(*object_files(folder, id))
@@ -163,11 +178,15 @@ def read_object(folder: str | Path, id: str) -> ObjectViews:
     depth = decode_depth(arrays["depth"], float(arrays["depth_min"]), float(arrays["depth_range"]))
     c2w, K = (torch.from_numpy(arrays[name].astype("f4")) for name in ("c2w", "K"))
     cameras = from_c2w(c2w, K.expand(views, 3, 3), side, side)
-    return ObjectViews(id, rgba, depth, cameras, *(arrays[name].astype("f4") for name in ("az", "el")))
+    return ObjectViews(
+        id, rgba, depth, cameras, *(arrays[name].astype("f4") for name in ("az", "el"))
+    )
 
 
 def check_sheet(sides: tuple[int, int], views: int, side: int) -> None:
-    """Raises UserError where a sheet of so many pixels (width, height) does not hold V views of S pixels."""
+    """Raises UserError where a sheet of so many pixels (width, height) does not hold V
+    views of S pixels.
+    """
     wanted = (COLUMNS * side, -(-views // COLUMNS) * side)
     if sides != wanted:
         raise UserError(f"the sheet is {sides[0]} x {sides[1]}, not {wanted[0]} x {wanted[1]}")
@@ -186,7 +205,9 @@ def check_size(views: int, side: int) -> None:
 
 
 def check_ring(azimuths: np.ndarray) -> None:
-    """Raises UserError unless the first 16 of azimuths [V] (degrees) go once around, as 22.5 k does."""
+    """Raises UserError unless the first 16 of azimuths [V] (degrees) go once around, as
+    22.5 k does.
+    """
     if len(azimuths) < RING:
         raise UserError(f"it has {len(azimuths)} views, fewer than the {RING} of a ring")
     gaps = np.abs((azimuths[:RING] - np.arange(RING) * 360 / RING + 180) % 360 - 180)
@@ -199,9 +220,11 @@ def check_ring(azimuths: np.ndarray) -> None:
 
 
 def check_cameras(arrays: dict[str, np.ndarray], side: int) -> None:
-    """Raises UserError unless the cameras are the project's own at the angles that are given beside them.
+    """Raises UserError unless the cameras are the project's own at the angles that are
+    given beside them.
 
-    Training knows cameras by their angles alone, so others would be taken for these in silence.
+    Training knows cameras by their angles alone, so others would be taken for these in
+    silence.
     """
     c2w, azimuths = arrays["c2w"].astype("f8"), torch.from_numpy(arrays["az"].astype("f8"))
     rotation = c2w[:, :3, :3]
@@ -209,7 +232,9 @@ def check_cameras(arrays: dict[str, np.ndarray], side: int) -> None:
     bent += np.abs(np.linalg.det(rotation) - 1) + np.abs(c2w[:, 3] - [0, 0, 0, 1]).max(1)
     if bent.max() > TOLERANCE:
         first = int((bent > TOLERANCE).argmax())
-        raise UserError(f"c2w of view {first} does not only turn and move: it scales, bends or mirrors")
+        raise UserError(
+            f"c2w of view {first} does not only turn and move: it scales, bends or mirrors"
+        )
     expected = orbit_cameras(azimuths, torch.from_numpy(arrays["el"].astype("f8")), side)
     off = np.abs(expected.c2w().numpy() - c2w).max((1, 2))
     if off.max() > TOLERANCE:
@@ -257,7 +282,9 @@ def write_index(folder: str | Path, rows: list[dict]) -> None:
 
 
 def encode_depth(depth: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """float32 z-depth (0 = nothing) -> uint16 with 0 for nothing, and (depth_min, depth_range)."""
+    """float32 z-depth (0 = nothing) -> uint16 with 0 for nothing, and (depth_min,
+    depth_range).
+    """
     hit = depth > 0
     low, high = (float(depth[hit].min()), float(depth[hit].max())) if hit.any() else (0.0, 1.0)
     span = max(high - low, 1e-6)
@@ -266,7 +293,9 @@ def encode_depth(depth: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def decode_depth(codes: np.ndarray, depth_min: float, depth_range: float) -> np.ndarray:
-    """The inverse: z = depth_min + (16 (d - 1) + 8) / 65534 * depth_range, good to depth_range / 8191."""
+    """The inverse: z = depth_min + (16 (d - 1) + 8) / 65534 * depth_range, good to
+    depth_range / 8191.
+    """
     depth = depth_min + (16.0 * (codes.astype("f4") - 1) + 8) / 65534 * depth_range
     return np.where(codes > 0, depth, 0).astype("f4")
 
@@ -286,7 +315,11 @@ def join_sheet(rgba: np.ndarray) -> np.ndarray:
     rows = -(-views // COLUMNS)
     tiles = np.zeros((rows * COLUMNS, height, width, 4), np.uint8)
     tiles[:views] = rgba
-    return tiles.reshape(rows, COLUMNS, height, width, 4).swapaxes(1, 2).reshape(rows * height, COLUMNS * width, 4)
+    return (
+        tiles.reshape(rows, COLUMNS, height, width, 4)
+        .swapaxes(1, 2)
+        .reshape(rows * height, COLUMNS * width, 4)
+    )
 
 
 # ---------------------------------------------------------------- tensors for training
@@ -294,8 +327,11 @@ def join_sheet(rgba: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Scene:
-    """One object as training sees it. rgb [V, S, S, 3] on white, alpha and depth [V, S, S, 1], all float32;
-    cameras: V of them; azimuths, elevations [V] degrees. View k < 16 has azimuth 22.5 k."""
+    """One object as training sees it. rgb [V, S, S, 3] on white, alpha and depth [V, S,
+    S, 1], all float32;
+    cameras: V of them; azimuths, elevations [V] degrees. View k < 16 has azimuth 22.5
+        k.
+    """
 
     rgb: Tensor
     alpha: Tensor
@@ -307,8 +343,10 @@ class Scene:
 
 @dataclass
 class ViewTensors:
-    """All objects of some dataset folders at one size: rgb uint8 [O, V, S, S, 3] on white, alpha uint8 and depth float32
-    [O, V, S, S, 1], azimuths and elevations float32 [O, V] in degrees. Bytes keep thousands of views in memory."""
+    """All objects of some dataset folders at one size: rgb uint8 [O, V, S, S, 3] on
+    white, alpha uint8 and depth float32 [O, V, S, S, 1], azimuths and elevations
+    float32 [O, V] in degrees. Bytes keep thousands of views in memory.
+    """
 
     ids: list[str]
     rgb: Tensor
@@ -321,7 +359,9 @@ class ViewTensors:
         return len(self.ids)
 
     def fingerprint(self) -> str:
-        """Twelve characters that change with the objects, by their names, angles and every 8th picture and pixel."""
+        """Twelve characters that change with the objects, by their names, angles and
+        every 8th picture and pixel.
+        """
         total = hashlib.sha256(json.dumps([self.ids, list(self.rgb.shape)]).encode())
         for name in COLUMN_NAMES:
             column = getattr(self, name)
@@ -334,9 +374,13 @@ class ViewTensors:
         columns = (getattr(self, name)[indices] for name in COLUMN_NAMES)
         return ViewTensors([self.ids[k] for k in indices], *columns)
 
-    def scene(self, index: int, mirror: bool = False, palette: tuple[int, int, int] = (0, 1, 2)) -> Scene:
-        """Object `index`, optionally mirrored (y -> -y, another object with the same statistics) and with its colour
-        channels permuted. Cameras are rebuilt from the angles, so that they fit the mirrored world too."""
+    def scene(
+        self, index: int, mirror: bool = False, palette: tuple[int, int, int] = (0, 1, 2)
+    ) -> Scene:
+        """Object `index`, optionally mirrored (y -> -y, another object with the same
+        statistics) and with its colour channels permuted. Cameras are rebuilt from the
+        angles, so that they fit the mirrored world too.
+        """
         rgb, alpha, depth = (t[index] for t in (self.rgb, self.alpha, self.depth))
         order, azimuths, elevations = self.places(index, mirror)
         if mirror:
@@ -346,7 +390,8 @@ class ViewTensors:
         return Scene(rgb, alpha, depth, cameras, azimuths, elevations)
 
     def places(self, index: int, mirror: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Which stored view makes view k of a scene, and the scene's azimuths and elevations, all [V].
+        """Which stored view makes view k of a scene, and the scene's azimuths and
+        elevations, all [V].
 
         Mirrored, ring view k is made of view -k, so that the ring keeps its order.
         """
@@ -365,39 +410,52 @@ def load_views(
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> ViewTensors:
-    """Read dataset folders into tensors of `size` pixels. Colours are averaged over areas (alpha-weighted); depth takes
-    the nearest stored sample, because a mean across an edge lies on no surface.
+    """Read dataset folders into tensors of `size` pixels. Colours are averaged over
+    areas (alpha-weighted); depth takes the nearest stored sample, because a mean across
+    an edge lies on no surface.
 
-    cache: a folder where the tensors are kept, so that the next call with the same files takes a second; the last ones of
-    each size stay, and a damaged file is made again.
+    cache: a folder where the tensors are kept, so that the next call with the same
+        files takes a second; the last ones of each size stay, and a damaged file is
+        made again.
     """
     rows = list_all(folders, limit)
     ids = [id for _, id in rows]
-    stored = None if cache is None else Path(cache) / f"views-{size}px-{files_digest(rows)}.safetensors"
+    stored = (
+        None if cache is None else Path(cache) / f"views-{size}px-{files_digest(rows)}.safetensors"
+    )
     columns = {} if stored is None else read_cache(stored, VIEWS, {"O": len(rows), "S": size})
     if not columns:
         objects = tqdm(rows, desc="reading objects", disable=not progress, mininterval=5)
         for index, (folder, id) in enumerate(objects):
             parts = dict(zip(COLUMN_NAMES, resize_views(read_object(folder, id), size)))
-            if not columns:  # filled in place: thousands of small tensors beside large temporaries tear memory apart
-                columns = {name: part.new_empty(len(rows), *part.shape) for name, part in parts.items()}
+            # filled in place: thousands of small tensors beside large temporaries tear
+            # memory apart
+            if not columns:
+                columns = {
+                    name: part.new_empty(len(rows), *part.shape) for name, part in parts.items()
+                }
             views, expected = len(parts["rgb"]), columns["rgb"].shape[1]
             if views != expected:
-                raise UserError(f"{id} in {folder} has {views} views, those before it {expected}; read them apart.")
+                raise UserError(
+                    f"{id} in {folder} has {views} views, those before it {expected}; read them apart."
+                )
             for name, part in parts.items():
                 columns[name][index] = part
         if stored is not None:
             remove_leftovers(stored.parent, "views-*")
             with atomic_path(stored) as path:
                 save_file(columns, path)
-            for other in stored.parent.glob(f"views-{size}px-*.safetensors"):  # gigabytes of what is no more
+            # gigabytes of what is no more
+            for other in stored.parent.glob(f"views-{size}px-*.safetensors"):
                 if other != stored:
                     other.unlink()
     return ViewTensors(ids, **columns)
 
 
 def files_digest(rows: list[tuple[str | Path, str]]) -> str:
-    """Twelve characters that change when an object of `rows` (folder, id) is another, or a file of it was written anew."""
+    """Twelve characters that change when an object of `rows` (folder, id) is another,
+    or a file of it was written anew.
+    """
     stamps = [[id, *map(_stamp, object_files(folder, id))] for folder, id in rows]
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]
 
@@ -411,9 +469,12 @@ def _stamp(path: Path) -> list[int]:
     return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
 
 
-def read_cache(path: str | Path, table: Table, sizes: dict[str, int] | None = None) -> dict[str, Tensor]:
-    """The tensors of a file that we wrote; none where it is missing, damaged or not as `table` says, so that the caller
-    makes it again."""
+def read_cache(
+    path: str | Path, table: Table, sizes: dict[str, int] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a file that we wrote; none where it is missing, damaged or not as
+    `table` says, so that the caller makes it again.
+    """
     check_readable(Path(path))
     try:
         return read_tensors(path, table, sizes)
@@ -422,10 +483,14 @@ def read_cache(path: str | Path, table: Table, sizes: dict[str, int] | None = No
 
 
 def resize_views(views: ObjectViews, size: int) -> tuple[Tensor, ...]:
-    """One object -> (rgb uint8 on white, alpha uint8, depth, azimuths, elevations), the columns of `ViewTensors`."""
+    """One object -> (rgb uint8 on white, alpha uint8, depth, azimuths, elevations), the
+    columns of `ViewTensors`.
+    """
     stored = views.rgba.shape[1]
     if stored % size:
-        raise UserError(f"Views of {stored} px can be averaged to a divisor of {stored}, not to {size} px.")
+        raise UserError(
+            f"Views of {stored} px can be averaged to a divisor of {stored}, not to {size} px."
+        )
     block = stored // size
     rgba = torch.from_numpy(views.rgba).float() / 255
     alpha = rgba[..., 3:]

@@ -1,12 +1,15 @@
-"""The elevation of the camera that took a picture: ridge regression, in closed form, on histograms of its edges.
+"""The elevation of the camera that took a picture: ridge regression, in closed form, on
+histograms of its edges.
 
     python -m gsv3d_lib elevation --weights data/checkpoints/tiny --data ../shared/objects/train data/cache/orbits
 
-fits it on the views of the datasets and writes `elevation/elevation.safetensors`, a few kB, into the checkpoint folder.
+fits it on the views of the datasets and writes `elevation/elevation.safetensors`, a few
+kB, into the checkpoint folder.
 
-From above, level edges tilt and tops open into ellipses, so the directions of edges tell the elevation better than features
-that were learned to be the same in all views of an object, as DINO's are here. No network takes part: the estimator stays
-valid when the others are trained again. Not in the paper, which takes the elevation as given.
+From above, level edges tilt and tops open into ellipses, so the directions of edges
+tell the elevation better than features that were learned to be the same in all views of
+an object, as DINO's are here. No network takes part: the estimator stays valid when the
+others are trained again. Not in the paper, which takes the elevation as given.
 """
 
 from __future__ import annotations
@@ -41,13 +44,16 @@ ESTIMATOR: Table = {
     "mean": Field((FEATURES,), "f4"),
     "bias": Field((), "f4"),
 }
-RING_VIEWS = (0, 5, 10)  # of a ring, beside all free views: more would only say its one elevation again
+# of a ring, beside all free views: more would only say its one elevation again
+RING_VIEWS = (0, 5, 10)
 
 
 def framed(images: Tensor) -> Tensor:
-    """Pictures on white [B, S, S, 3] -> [B, 64, 64, 3], the object centred, its longer side as in conditions.
+    """Pictures on white [B, S, S, 3] -> [B, 64, 64, 3], the object centred, its longer
+    side as in conditions.
 
-    So a rendering and a photograph, framed by `images.prepare_condition`, look alike to the estimator.
+    So a rendering and a photograph, framed by `images.prepare_condition`, look alike to
+    the estimator.
     """
     ink = 1 - images.movedim(-1, 1)
     shown = ink.amax(1) > INK
@@ -57,7 +63,9 @@ def framed(images: Tensor) -> Tensor:
 
 
 def _box(mask: Tensor) -> Tensor:
-    """bool [S, S] -> affine map [2, 3] from the framed picture to this one, in units of half the side."""
+    """bool [S, S] -> affine map [2, 3] from the framed picture to this one, in units of
+    half the side.
+    """
     if not mask.any():
         return torch.eye(2, 3)
     spans = [torch.nonzero(mask.any(axis))[[0, -1], 0].tolist() for axis in (0, 1)]  # columns, rows
@@ -67,39 +75,52 @@ def _box(mask: Tensor) -> Tensor:
 
 
 def edge_histograms(images: Tensor) -> Tensor:
-    """Framed pictures [B, 64, 64, 3] -> [B, 9 * 8 * 8]: per cell, how much edge runs in which direction (as in HOG).
+    """Framed pictures [B, 64, 64, 3] -> [B, 9 * 8 * 8]: per cell, how much edge runs in
+    which direction (as in HOG).
 
-    The direction is that of the structure tensor over the colours, so it has no sign: dark on light is light on dark.
+    The direction is that of the structure tensor over the colours, so it has no sign:
+    dark on light is light on dark.
     """
     x = images.movedim(-1, 1)
     across, down = x[:, :, 1:-1, 2:] - x[:, :, 1:-1, :-2], x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]
     xx, yy, xy = ((a * b).sum(1) for a, b in ((across, across), (down, down), (across, down)))
-    place = (torch.atan2(2 * xy, xx - yy) / (2 * math.pi) + 0.5) * BINS  # half the angle is the direction
-    strength = (xx + yy).pow(0.25)  # less than the gradient itself: a faint edge tells as much as a strong one
+    # half the angle is the direction
+    place = (torch.atan2(2 * xy, xx - yy) / (2 * math.pi) + 0.5) * BINS
+    # less than the gradient itself: a faint edge tells as much as a strong one
+    strength = (xx + yy).pow(0.25)
     low, share = place.floor(), place.frac()
     bins = [
-        torch.where(low % BINS == k, 1 - share, 0) + torch.where((low + 1) % BINS == k, share, 0) for k in range(BINS)
+        torch.where(low % BINS == k, 1 - share, 0) + torch.where((low + 1) % BINS == k, share, 0)
+        for k in range(BINS)
     ]
     cells = F.adaptive_avg_pool2d(torch.stack(bins, 1) * strength[:, None], CELLS)
-    return (cells / cells.pow(2).sum((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-4) * CELLS).flatten(1)
+    return (
+        cells / cells.pow(2).sum((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-4) * CELLS
+    ).flatten(1)
 
 
 def both_sides(images: Tensor) -> Tensor:
-    """Features [B, 2, 576] of pictures [B, S, S, 3] and of their mirror images, which have the same elevation."""
+    """Features [B, 2, 576] of pictures [B, S, S, 3] and of their mirror images, which
+    have the same elevation.
+    """
     images = framed(images)
     return torch.stack([edge_histograms(images), edge_histograms(images.flip(2))], dim=1)
 
 
 @dataclass
 class Elevation:
-    """elevation = bias + weights . (features - mean), in degrees; weights and mean [576], bias a scalar tensor."""
+    """elevation = bias + weights . (features - mean), in degrees; weights and mean
+    [576], bias a scalar tensor.
+    """
 
     weights: Tensor
     mean: Tensor
     bias: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Pictures [B, S, S, 3] in [0, 1] on white -> degrees [B], inside the range that was trained on."""
+        """Pictures [B, S, S, 3] in [0, 1] on white -> degrees [B], inside the range
+        that was trained on.
+        """
         return self.from_features(both_sides(images.cpu().float()))
 
     def from_features(self, features: Tensor) -> Tensor:
@@ -117,7 +138,9 @@ def estimator_path(folder: str | Path) -> Path:
 
 
 def load_elevation(folder: str | Path) -> Elevation | None:
-    """The estimator of a checkpoint folder; None where it has none. Raises ValueError where it is damaged."""
+    """The estimator of a checkpoint folder; None where it has none. Raises ValueError
+    where it is damaged.
+    """
     path = estimator_path(folder)
     if not os.path.lexists(path):
         return None
@@ -125,11 +148,14 @@ def load_elevation(folder: str | Path) -> Elevation | None:
     try:
         return Elevation(**read_tensors(path, ESTIMATOR))
     except UNREADABLE as error:
-        raise UserError(f"The estimator {path} cannot be read ({reason(error)}); copy or fit it again.") from error
+        raise UserError(
+            f"The estimator {path} cannot be read ({reason(error)}); copy or fit it again."
+        ) from error
 
 
 def estimate(image, folder: str | Path) -> float:
-    """Elevation in degrees of a picture (a path, PIL image, array or condition tensor) by a checkpoint's estimator.
+    """Elevation in degrees of a picture (a path, PIL image, array or condition tensor)
+    by a checkpoint's estimator.
 
     Raises ValueError where the folder has none.
     """
@@ -143,7 +169,9 @@ def estimate(image, folder: str | Path) -> float:
 
 
 def fit_ridge(features: Tensor, elevations: Tensor, penalty: float) -> Elevation:
-    """Features [E, D], elevations [E] -> the minimiser of mean squared error + penalty |weights of unit deviation|^2."""
+    """Features [E, D], elevations [E] -> the minimiser of mean squared error + penalty
+    |weights of unit deviation|^2.
+    """
     mean, deviation, bias = features.mean(0), features.std(0) + 1e-3, elevations.mean()
     scaled = ((features - mean) / deviation).double()
     normal = scaled.T @ scaled / len(scaled) + penalty * torch.eye(scaled.shape[1])
@@ -151,8 +179,12 @@ def fit_ridge(features: Tensor, elevations: Tensor, penalty: float) -> Elevation
     return Elevation((weights.float() / deviation).contiguous(), mean, bias)
 
 
-def view_features(views: ViewTensors, ring: tuple[int, ...] = RING_VIEWS) -> list[tuple[Tensor, Tensor]]:
-    """Per object: features [V', 2, 576] and elevations [V'] of its free views and some of its ring that show something."""
+def view_features(
+    views: ViewTensors, ring: tuple[int, ...] = RING_VIEWS
+) -> list[tuple[Tensor, Tensor]]:
+    """Per object: features [V', 2, 576] and elevations [V'] of its free views and some
+    of its ring that show something.
+    """
     chosen = [*ring, *range(RING, views.rgb.shape[1])]
     objects = []
     for rgb, alpha, elevations in zip(views.rgb, views.alpha, views.elevations, strict=True):
@@ -163,16 +195,26 @@ def view_features(views: ViewTensors, ring: tuple[int, ...] = RING_VIEWS) -> lis
 
 
 def fit(views: ViewTensors) -> tuple[Elevation, dict[str, float]]:
-    """The estimator, its penalty chosen on every sixth object, then fitted on all; and what it scored on those."""
+    """The estimator, its penalty chosen on every sixth object, then fitted on all; and
+    what it scored on those.
+    """
     objects = view_features(views)
     held, kept = objects[::6], [item for k, item in enumerate(objects) if k % 6]
     if not held or not kept:
-        raise UserError(f"An estimator needs some objects to learn from and some to be tried on; got {len(objects)}.")
-    errors = {penalty: mean_error(fit_ridge(*_stacked(kept), penalty), held) for penalty in PENALTIES}
+        raise UserError(
+            f"An estimator needs some objects to learn from and some to be tried on; got {len(objects)}."
+        )
+    errors = {
+        penalty: mean_error(fit_ridge(*_stacked(kept), penalty), held) for penalty in PENALTIES
+    }
     best = min(errors, key=errors.get)
     features, elevations = _stacked(held)
     constant = float((elevations - _stacked(kept)[1].mean()).abs().mean())
-    return fit_ridge(*_stacked(objects), best), {"penalty": best, "error": errors[best], "constant": constant}
+    return fit_ridge(*_stacked(objects), best), {
+        "penalty": best,
+        "error": errors[best],
+        "constant": constant,
+    }
 
 
 def mean_error(estimator: Elevation, objects: list[tuple[Tensor, Tensor]]) -> float:
@@ -191,10 +233,17 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("elevation", __doc__)
     parser.add_argument(
-        "--weights", type=input_path, default="data/checkpoints/tiny", help="the checkpoint folder to write into"
+        "--weights",
+        type=input_path,
+        default="data/checkpoints/tiny",
+        help="the checkpoint folder to write into",
     )
-    parser.add_argument("--data", nargs="+", type=input_path, required=True, help="dataset folders to learn from")
-    parser.add_argument("--test", nargs="+", type=input_path, default=[], help="dataset folders to be measured on")
+    parser.add_argument(
+        "--data", nargs="+", type=input_path, required=True, help="dataset folders to learn from"
+    )
+    parser.add_argument(
+        "--test", nargs="+", type=input_path, default=[], help="dataset folders to be measured on"
+    )
     return parser
 
 
@@ -211,7 +260,9 @@ def run(args: argparse.Namespace) -> None:
     tests = {folder: view_features(load_views([folder], SIZE), ring=()) for folder in args.test}
     for folder, objects in tests.items():
         if not objects:
-            raise UserError(f"{folder} cannot be measured on: its objects have no views beside the {RING} of the ring.")
+            raise UserError(
+                f"{folder} cannot be measured on: its objects have no views beside the {RING} of the ring."
+            )
     estimator, scores = fit(load_views(args.data, SIZE))
     print(
         "held-out objects: {error:.2f} degrees off; the mean elevation {constant:.2f}; penalty {penalty:g}".format(

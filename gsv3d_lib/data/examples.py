@@ -1,7 +1,9 @@
-"""Orbits for training: a condition view, N views around it with their latents, and target views to render.
+"""Orbits for training: a condition view, N views around it with their latents, and
+target views to render.
 
-Everything is expressed relative to the condition view: it stands at azimuth 0 and is the last of the N (SV3D's order), so
-the world of the Gaussians is turned such that the input image was taken from azimuth 0.
+Everything is expressed relative to the condition view: it stands at azimuth 0 and is
+the last of the N (SV3D's order), so the world of the Gaussians is turned such that the
+input image was taken from azimuth 0.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ PALETTES = ((0, 1, 2), (1, 2, 0), (2, 0, 1), (1, 0, 2), (0, 2, 1), (2, 1, 0))
 
 
 class Example(TypedDict, total=False):
-    """One training example, by name; a batch has the same names and one more axis in front.
+    """One training example, by name; a batch has the same names and one more axis in
+    front.
 
-    The condition view is the last of the N views and stands at azimuth 0. Q target views
-    are rendered and compared; colours are in [0, 1] on white.
+    The condition view is the last of the N views and stands at azimuth 0. Q target
+    views are rendered and compared; colours are in [0, 1] on white.
     """
 
     # an orbit (`Orbits.orbit`)
@@ -70,7 +73,9 @@ def draw(generator: torch.Generator, high: int, *shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """One object as it is, mirrored, or with permuted colour channels: cheap extra objects."""
+    """One object as it is, mirrored, or with permuted colour channels: cheap extra
+    objects.
+    """
 
     index: int
     mirror: bool = False
@@ -78,20 +83,26 @@ class Variant:
 
 
 def make_variants(objects: int, copies: int = 1, seed: int = 0) -> list[Variant]:
-    """The `objects` themselves and `copies - 1` altered versions of each: every second one mirrored, all recoloured."""
+    """The `objects` themselves and `copies - 1` altered versions of each: every second
+    one mirrored, all recoloured.
+    """
     generator = torch.Generator().manual_seed(seed)
     variants = [Variant(i) for i in range(objects)]
     for copy in range(1, copies):
         palettes = torch.randint(len(PALETTES), (objects,), generator=generator).tolist()
-        variants += [Variant(i, mirror=copy % 2 == 1, palette=PALETTES[p]) for i, p in enumerate(palettes)]
+        variants += [
+            Variant(i, mirror=copy % 2 == 1, palette=PALETTES[p]) for i, p in enumerate(palettes)
+        ]
     return variants
 
 
 class ShuffledOrder:
-    """Every item once per epoch, in an order that depends on the seed and the epoch alone.
+    """Every item once per epoch, in an order that depends on the seed and the epoch
+    alone.
 
-    groups: the items of each file they are read from. The files are shuffled, and the items of `window` neighbouring files
-    among themselves: far-apart examples share a batch, while only `window` files are read at random at a time.
+    groups: the items of each file they are read from. The files are shuffled, and the
+        items of `window` neighbouring files among themselves: far-apart examples share
+        a batch, while only `window` files are read at random at a time.
     """
 
     def __init__(self, groups: list[list[int]], seed: int = 0, window: int = 8):
@@ -105,7 +116,9 @@ class ShuffledOrder:
 
     def _epoch(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        files = [self.groups[k] for k in torch.randperm(len(self.groups), generator=generator).tolist()]
+        files = [
+            self.groups[k] for k in torch.randperm(len(self.groups), generator=generator).tolist()
+        ]
         order: list[int] = []
         for first in range(0, len(files), self.window):
             pool = [item for items in files[first : first + self.window] for item in items]
@@ -114,10 +127,12 @@ class ShuffledOrder:
 
 
 class Orbits:
-    """Variants of the objects in `views`, with the unscaled VAE latents of their rings [M, 16, 4, h, w].
+    """Variants of the objects in `views`, with the unscaled VAE latents of their rings
+    [M, 16, 4, h, w].
 
     order: of the items in a training; without one, they are drawn at random.
-    features: DINO's of every ring view [M, 16, T, D]; if given, every orbit has those of its condition view.
+    features: DINO's of every ring view [M, 16, T, D]; if given, every orbit has those
+        of its condition view.
     encoder: `vae_fingerprint` of what made the latents, where that is known.
     """
 
@@ -132,8 +147,15 @@ class Orbits:
         encoder: str = "",
     ):
         if latents.shape[:3] != (len(variants), RING, 4):
-            raise ValueError(f"latents are [{len(variants)}, {RING}, 4, h, w]; got {tuple(latents.shape)}.")
-        self.views, self.variants, self.latents, self.latent_scale = views, variants, latents, latent_scale
+            raise ValueError(
+                f"latents are [{len(variants)}, {RING}, 4, h, w]; got {tuple(latents.shape)}."
+            )
+        self.views, self.variants, self.latents, self.latent_scale = (
+            views,
+            variants,
+            latents,
+            latent_scale,
+        )
         self.order, self.features, self.encoder = order, features, encoder
         self._last: tuple[int, Scene] | None = None  # one example asks for its scene several times
 
@@ -141,9 +163,16 @@ class Orbits:
         return len(self.variants)
 
     def fingerprint(self) -> str:
-        """Changes when the objects, their variants, their order or what encoded them change."""
+        """Changes when the objects, their variants, their order or what encoded them
+        change.
+        """
         made_by = self.encoder or digest({"latents": self.latents[:, ::8]})
-        parts = [self.views.fingerprint(), [astuple(v) for v in self.variants], self.order is None, made_by]
+        parts = [
+            self.views.fingerprint(),
+            [astuple(v) for v in self.variants],
+            self.order is None,
+            made_by,
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     def item(self, generator: torch.Generator, place: int) -> int:
@@ -161,8 +190,9 @@ class Orbits:
     def orbit(self, item: int, start: int, num_frames: int) -> Example:
         """The orbit of N frames whose condition view is ring view `start`.
 
-        latents [N, 4, h, w] scaled; image [S, S, 3] and image_latent [4, h, w] unscaled, of the condition view;
-        azimuth, elevation [N] degrees relative to it; features [T, D] of the condition view, where there are any.
+        latents [N, 4, h, w] scaled; image [S, S, 3] and image_latent [4, h, w]
+        unscaled, of the condition view; azimuth, elevation [N] degrees relative to it;
+        features [T, D] of the condition view, where there are any.
         """
         frames, scene = ring_frames(start, num_frames), self.scene(item)
         orbit = {
@@ -175,7 +205,9 @@ class Orbits:
         return orbit if self.features is None else orbit | {"features": self.features[item][start]}
 
     def targets(self, item: int, start: int, chosen: Tensor) -> Example:
-        """Views `chosen` [Q] (ring or free) with their true rgb, depth, alpha and angles relative to the condition view."""
+        """Views `chosen` [Q] (ring or free) with their true rgb, depth, alpha and
+        angles relative to the condition view.
+        """
         scene = self.scene(item)
         return {
             "target_rgb": scene.rgb[chosen],
@@ -187,20 +219,28 @@ class Orbits:
 
 
 def relative_azimuths(scene: Scene, start: int, chosen: Tensor) -> Tensor:
-    """Azimuths [Q] in degrees of views `chosen`, in the world where view `start` stands at 0."""
+    """Azimuths [Q] in degrees of views `chosen`, in the world where view `start` stands
+    at 0.
+    """
     return (scene.azimuths[chosen] - scene.azimuths[start]) % 360
 
 
 def relative_cameras(scene: Scene, start: int, chosen: Tensor) -> Cameras:
-    """Cameras of views `chosen` in the world of the result, where view `start` stands at azimuth 0."""
+    """Cameras of views `chosen` in the world of the result, where view `start` stands
+    at azimuth 0.
+    """
     azimuths = relative_azimuths(scene, start, chosen)
     return orbit_cameras(azimuths, scene.elevations[chosen], scene.rgb.shape[1])
 
 
 def ring_frames(start: int, num_frames: int) -> Tensor:
-    """Ring indices [N] of an orbit in SV3D's order: evenly spaced, `start` last. N must divide 16."""
+    """Ring indices [N] of an orbit in SV3D's order: evenly spaced, `start` last. N must
+    divide 16.
+    """
     if RING % num_frames:
-        raise UserError(f"An orbit on a ring of {RING} views has 1, 2, 4, 8 or 16 frames, not {num_frames}.")
+        raise UserError(
+            f"An orbit on a ring of {RING} views has 1, 2, 4, 8 or 16 frames, not {num_frames}."
+        )
     return (start + torch.arange(1, num_frames + 1) * (RING // num_frames)) % RING
 
 
@@ -222,13 +262,21 @@ def load_orbits(
     seed: int = 0,
     progress: bool = True,
 ) -> Orbits:
-    """`Orbits` of all objects; latents are kept in the file `cache`, if given, and made again when it does not fit."""
+    """`Orbits` of all objects; latents are kept in the file `cache`, if given, and made
+    again when it does not fit.
+    """
     variants = make_variants(len(views), copies, seed)
     fingerprint = latent_fingerprint(views, variants, vae)
     if cache is not None:
         stored = read_cache(cache, LATENTS, {"M": len(variants)})
         if stored and torch.equal(stored["fingerprint"], fingerprint):
-            return Orbits(views, variants, stored["latents"], vae.config.scaling_factor, encoder=vae_fingerprint(vae))
+            return Orbits(
+                views,
+                variants,
+                stored["latents"],
+                vae.config.scaling_factor,
+                encoder=vae_fingerprint(vae),
+            )
     latents = encode_rings(views, variants, vae, progress)
     if cache is not None:
         remove_leftovers(Path(cache).parent, Path(cache).name)
@@ -238,16 +286,28 @@ def load_orbits(
 
 
 def latent_fingerprint(views: ViewTensors, variants: list[Variant], vae) -> Tensor:
-    """32 bytes that change when the objects, their variants or what encodes them change."""
+    """32 bytes that change when the objects, their variants or what encodes them
+    change.
+    """
     size, ring = views.rgb.shape[-2], views.rgb[:, :RING]
     parts = [size, [astuple(v) for v in variants], digest({"rgb": ring}), vae_fingerprint(vae)]
-    return torch.tensor(list(hashlib.sha256(json.dumps(parts).encode()).digest()), dtype=torch.uint8)
+    return torch.tensor(
+        list(hashlib.sha256(json.dumps(parts).encode()).digest()), dtype=torch.uint8
+    )
 
 
 def vae_fingerprint(vae) -> str:
-    """SHA-256 of what makes latents: the encoder and the layer behind it, which `vae.calibrate` rescales."""
+    """SHA-256 of what makes latents: the encoder and the layer behind it, which
+    `vae.calibrate` rescales.
+    """
     layers = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
-    return digest({f"{layer}.{k}": v for layer, module in layers.items() for k, v in module.state_dict().items()})
+    return digest(
+        {
+            f"{layer}.{k}": v
+            for layer, module in layers.items()
+            for k, v in module.state_dict().items()
+        }
+    )
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

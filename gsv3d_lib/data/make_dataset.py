@@ -3,11 +3,13 @@
     python -m gsv3d_lib make_dataset --procedural 200 --seed 0 --out data/cache/procedural
     python -m gsv3d_lib make_dataset --meshes FOLDER --out data/cache/meshes
 
-Each object gets 24 views (`--views`): 16 on a ring, at elevation 15 degrees or, with `--ring -5 30`, at one drawn for the
-object from that range (the paper's); the others at random with elevation in [-10, 40] degrees. A run that was stopped goes
-on where it was when the same command is given again. A mesh that cannot be read or rendered, or that kills the process which
-tries, is left out and noted in `skipped.jsonl` beside the index; it is tried again only with `--retry`. Other sources of
-meshes are in `data/sources.py`.
+Each object gets 24 views (`--views`): 16 on a ring, at elevation 15 degrees or, with
+`--ring -5 30`, at one drawn for the object from that range (the paper's); the others at
+random with elevation in [-10, 40] degrees. A run that was stopped goes on where it was
+when the same command is given again. A mesh that cannot be read or rendered, or that
+kills the process which tries, is left out and noted in `skipped.jsonl` beside the
+index; it is tried again only with `--retry`. Other sources of meshes are in
+`data/sources.py`.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ from .sources import Job, mesh_jobs, objaverse_jobs, procedural_jobs, read_ids, 
 LEVEL = (RING_ELEVATION, RING_ELEVATION)  # range of the ring's elevation: all objects alike
 RANDOM_VIEWS = 8
 RANDOM_ELEVATIONS = (-10.0, 40.0)  # degrees
-INDEX_EVERY = 20  # objects between two writings of the index, or a hundredth of all: what a killed run may lose
+# objects between two writings of the index, or a hundredth of all: what a killed run
+# may lose
+INDEX_EVERY = 20
 SKIPPED = "skipped.jsonl"
 MAX_SKIPPED = 1 << 28  # bytes of that file
 MAX_WORKERS = 4 * (os.cpu_count() or 1)  # more only take turns
@@ -75,13 +79,16 @@ MAX_FINE = 4096  # rays a side of a view: their colours take 1 GB
 def dataset_angles(
     seed: int, views: int = RING + RANDOM_VIEWS, ring: tuple[float, float] = LEVEL
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Azimuths and elevations [views] in degrees: the ring, then random views drawn from `seed`.
+    """Azimuths and elevations [views] in degrees: the ring, then random views drawn
+    from `seed`.
 
     ring: the range from which the ring's one elevation is drawn.
     """
     check_size(views, 1)
     if not -90 < ring[0] <= ring[1] < 90:
-        raise UserError(f"The ring's elevation is drawn from LOW to HIGH degrees between -90 and 90; got {ring}.")
+        raise UserError(
+            f"The ring's elevation is drawn from LOW to HIGH degrees between -90 and 90; got {ring}."
+        )
     rng, free = np.random.default_rng(seed), views - RING
     azimuths = np.concatenate([np.arange(RING) * 360 / RING, rng.uniform(0, 360, free)])
     elevations = np.concatenate([np.full(RING, 0.0), rng.uniform(*RANDOM_ELEVATIONS, free)])
@@ -97,31 +104,51 @@ def render_object(
     ring: tuple[float, float] = LEVEL,
     blender: str | None = None,
 ) -> tuple[ObjectViews, dict]:
-    """Render the views of a job -> (views, its row of the index). Raises ValueError where nothing is visible.
+    """Render the views of a job -> (views, its row of the index). Raises ValueError
+    where nothing is visible.
 
     blender: a Python with bpy, for Cycles instead of the ray caster.
     """
     mesh = job.load()
     azimuths, elevations = dataset_angles(zlib.crc32(job.id.encode()), views, ring)
     cameras = orbit_cameras(azimuths, elevations, size)
-    rgba, depth = render_cycles(mesh, cameras, blender) if blender else render_mesh(mesh, cameras, supersample)
+    rgba, depth = (
+        render_cycles(mesh, cameras, blender)
+        if blender
+        else render_mesh(mesh, cameras, supersample)
+    )
     if not depth.any(axis=(1, 2)).all():
         raise UserError("it is invisible in some view.")
-    pictures = ObjectViews(job.id, np.round(rgba * 255).astype(np.uint8), depth, cameras, azimuths, elevations)
+    pictures = ObjectViews(
+        job.id, np.round(rgba * 255).astype(np.uint8), depth, cameras, azimuths, elevations
+    )
     if job.path:
         row = {"id": job.id, "source": "mesh", "file": job.path.name} | job.facts
     else:
-        row = {"id": job.id, "source": "procedural", "seed": job.seed, "family": mesh.metadata["family"]}
+        row = {
+            "id": job.id,
+            "source": "procedural",
+            "seed": job.seed,
+            "family": mesh.metadata["family"],
+        }
     row |= {"renderer": "Cycles"} if blender else {}
-    return pictures, row | {"views": views, "size": size, "coverage": round(float(rgba[..., 3].mean()), 4)}
+    return pictures, row | {
+        "views": views,
+        "size": size,
+        "coverage": round(float(rgba[..., 3].mean()), 4),
+    }
 
 
 def run_job(job: Job, out: Path, **settings) -> dict | str:
-    """Render and write one object -> its row, or one line that says why it was left out."""
-    torch.set_num_threads(1)  # the work is in embree and numpy; idle torch threads only take turns with it
+    """Render and write one object -> its row, or one line that says why it was left
+    out.
+    """
+    # the work is in embree and numpy; idle torch threads only take turns with it
+    torch.set_num_threads(1)
     try:
         pictures, row = render_object(job, **settings)
-    except (ValueError, OSError, LookupError, MemoryError) as error:  # a broken file must not end a long run
+    # a broken file must not end a long run
+    except (ValueError, OSError, LookupError, MemoryError) as error:
         return " ".join(str(error).split())[:500] or type(error).__name__
     write_object(out, pictures)
     return row
@@ -139,12 +166,14 @@ def make_dataset(
     retry: bool = True,
     blender: str | None = None,
 ) -> list[dict]:
-    """Render the jobs that `out` does not hold yet and write its index -> all rows of the index, sorted by id.
+    """Render the jobs that `out` does not hold yet and write its index -> all rows of
+    the index, sorted by id.
 
     views: per object, 16 of them on the ring.  ring: range of the ring's elevation, degrees.
     retry: try also what an earlier run noted in `skipped.jsonl`.  blender: a Python with bpy, see `data/blender.py`.
-    Raises UserError where that has none, for views, rings and sizes that no object can have, for two jobs of one id, and
-    where `out` holds objects with another number of views or pixels.
+    Raises UserError where that has none, for views, rings and sizes that no object can
+    have, for two jobs of one id, and where `out` holds objects with another number of
+    views or pixels.
     """
     check_size(views, size)  # what fits no object is said before the first, not noted for each
     dataset_angles(0, views, ring)
@@ -162,8 +191,18 @@ def make_dataset(
     check_alike(out, rows.values(), views, size)
     reasons = {row["id"]: row["reason"] for row in skipped_rows(out)}
     missing = [job for job in jobs if job.id not in rows and (retry or job.id not in reasons)]
-    work = partial(run_job, out=out, size=size, supersample=supersample, views=views, ring=ring, blender=blender)
-    bar = tqdm(_run_all(work, missing, workers), total=len(missing), unit="object", disable=not progress)
+    work = partial(
+        run_job,
+        out=out,
+        size=size,
+        supersample=supersample,
+        views=views,
+        ring=ring,
+        blender=blender,
+    )
+    bar = tqdm(
+        _run_all(work, missing, workers), total=len(missing), unit="object", disable=not progress
+    )
     unwritten = 0
     try:
         for job, result in zip(missing, bar):
@@ -183,7 +222,9 @@ def make_dataset(
 
 
 def check_jobs(jobs: list[Job]) -> None:
-    """Raises UserError where two jobs have one id: the second would overwrite the first."""
+    """Raises UserError where two jobs have one id: the second would overwrite the
+    first.
+    """
     try:
         check_once(job.id for job in jobs)
     except UserError as error:
@@ -217,7 +258,9 @@ def _write_lists(out: Path, rows: dict[str, dict], reasons: dict[str, str]) -> N
 
 
 def check_alike(out: Path, rows: Iterable[dict], views: int, size: int) -> None:
-    """Objects of one dataset are stacked in training. Rows of older datasets state nothing and are let through."""
+    """Objects of one dataset are stacked in training. Rows of older datasets state
+    nothing and are let through.
+    """
     for row in rows:
         have = row.get("views", views), row.get("size", size)
         if have != (views, size):
@@ -227,7 +270,9 @@ def check_alike(out: Path, rows: Iterable[dict], views: int, size: int) -> None:
 
 
 def existing_rows(folder: Path) -> list[dict]:
-    """The rows of a folder's index whose two files are there; none where there is no index yet."""
+    """The rows of a folder's index whose two files are there; none where there is no
+    index yet.
+    """
     rows = list_objects(folder) if (folder / "index.json").is_file() else []
     return [row for row in rows if all(path.is_file() for path in object_files(folder, row["id"]))]
 
@@ -238,7 +283,8 @@ def _run_all(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | st
         try:
             yield from map(work, jobs)
         finally:
-            torch.set_num_threads(threads)  # `run_job` takes one; what follows in this process wants all of them
+            # `run_job` takes one; what follows in this process wants all of them
+            torch.set_num_threads(threads)
         return
     done = 0
     while done < len(jobs):
@@ -246,7 +292,8 @@ def _run_all(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | st
             for result in _in_processes(work, jobs[done:], workers):
                 yield result
                 done += 1
-        except BrokenProcessPool:  # one of those that were running; each of them gets a process of its own
+        # one of those that were running; each of them gets a process of its own
+        except BrokenProcessPool:
             for job in jobs[done : done + 2 * workers]:
                 yield _alone(work, job)
                 done += 1
@@ -260,14 +307,17 @@ def _in_processes(work: partial, jobs: list[Job], workers: int) -> Iterator[dict
         try:
             for future in [pool.submit(work, job) for job in jobs]:
                 yield future.result()
-        except BaseException:  # Ctrl-C, or a caller that wants no more: nobody waits for what they are at
+        # Ctrl-C, or a caller that wants no more: nobody waits for what they are at
+        except BaseException:
             for process in set(active_children()) - others:
                 process.terminate()
             raise
 
 
 def end_with_parent() -> None:
-    """In a worker: end when the process that started it has ended, however it did; leave Ctrl-C to it."""
+    """In a worker: end when the process that started it has ended, however it did;
+    leave Ctrl-C to it.
+    """
 
     def watch() -> None:
         parent_process().join()
@@ -281,7 +331,9 @@ def _alone(work: partial, job: Job) -> dict | str:
     try:
         return next(_in_processes(work, [job], 1))
     except BrokenProcessPool:
-        return "it killed the process that rendered it (out of memory, or a crash of a mesh reader)."
+        return (
+            "it killed the process that rendered it (out of memory, or a crash of a mesh reader)."
+        )
 
 
 def _sorted(rows: dict[str, dict]) -> list[dict]:
@@ -292,34 +344,75 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("make_dataset", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--procedural", type=positive, metavar="COUNT", help="make this many procedural objects")
-    source.add_argument("--meshes", type=input_path, metavar="FOLDER", help="render every mesh file below a folder")
     source.add_argument(
-        "--scans", type=input_path, metavar="FOLDER", help="render Google Scanned Objects, NAME/meshes/model.obj"
+        "--procedural", type=positive, metavar="COUNT", help="make this many procedural objects"
     )
     source.add_argument(
-        "--objaverse", type=input_path, metavar="JSON", help="render the downloaded objects of a catalogue"
+        "--meshes", type=input_path, metavar="FOLDER", help="render every mesh file below a folder"
+    )
+    source.add_argument(
+        "--scans",
+        type=input_path,
+        metavar="FOLDER",
+        help="render Google Scanned Objects, NAME/meshes/model.obj",
+    )
+    source.add_argument(
+        "--objaverse",
+        type=input_path,
+        metavar="JSON",
+        help="render the downloaded objects of a catalogue",
     )
     parser.add_argument(
-        "--out", type=output_path, required=True, metavar="FOLDER", help="the dataset folder; it may exist already"
+        "--out",
+        type=output_path,
+        required=True,
+        metavar="FOLDER",
+        help="the dataset folder; it may exist already",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the first procedural object (default 0)")
-    parser.add_argument("--family", choices=list(FAMILIES), help="only this family (default: all, mixed)")
     parser.add_argument(
-        "--ids", type=input_path, metavar="FILE", help="of --scans and --objaverse: only these, one id a line"
+        "--seed", type=seed, default=0, help="seed of the first procedural object (default 0)"
     )
-    parser.add_argument("--licences", nargs="+", metavar="NAME", help="of --objaverse: only these, for example cc0 by")
-    parser.add_argument("--up", choices=["y", "z"], help="up axis in the mesh files (default: y for glTF, else z)")
+    parser.add_argument(
+        "--family", choices=list(FAMILIES), help="only this family (default: all, mixed)"
+    )
+    parser.add_argument(
+        "--ids",
+        type=input_path,
+        metavar="FILE",
+        help="of --scans and --objaverse: only these, one id a line",
+    )
+    parser.add_argument(
+        "--licences",
+        nargs="+",
+        metavar="NAME",
+        help="of --objaverse: only these, for example cc0 by",
+    )
+    parser.add_argument(
+        "--up", choices=["y", "z"], help="up axis in the mesh files (default: y for glTF, else z)"
+    )
     parser.add_argument("--size", type=pixels, default=128, help="pixels per side (default 128)")
     parser.add_argument(
-        "--views", type=whole(RING, 1000), default=RING + RANDOM_VIEWS, help="per object, 16 of them on the ring"
+        "--views",
+        type=whole(RING, 1000),
+        default=RING + RANDOM_VIEWS,
+        help="per object, 16 of them on the ring",
     )
     ring = dict(nargs=2, type=number(-90, 90), default=LEVEL, metavar=("LOW", "HIGH"))
-    parser.add_argument("--ring", **ring, help="range of the ring's elevation in degrees (default 15 15; paper: -5 30)")
-    parser.add_argument("--supersample", type=whole(1, 16), default=2, help="rays per pixel and axis (default 2)")
-    parser.add_argument("--blender", metavar="PYTHON", help="render with Cycles, by this Python that has bpy")
+    parser.add_argument(
+        "--ring",
+        **ring,
+        help="range of the ring's elevation in degrees (default 15 15; paper: -5 30)",
+    )
+    parser.add_argument(
+        "--supersample", type=whole(1, 16), default=2, help="rays per pixel and axis (default 2)"
+    )
+    parser.add_argument(
+        "--blender", metavar="PYTHON", help="render with Cycles, by this Python that has bpy"
+    )
     parser.add_argument("--workers", type=whole(1, 1000), default=1, help="processes (default 1)")
-    parser.add_argument("--retry", action="store_true", help="try again what an earlier run left out")
+    parser.add_argument(
+        "--retry", action="store_true", help="try again what an earlier run left out"
+    )
     return parser
 
 
@@ -339,8 +432,12 @@ def run(options: argparse.Namespace) -> None:
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """The jobs that a command line names."""
-    if (options.ids and not (options.scans or options.objaverse)) or (options.licences and not options.objaverse):
-        raise UserError("--ids chooses among --scans or --objaverse, and --licences among --objaverse, only.")
+    if (options.ids and not (options.scans or options.objaverse)) or (
+        options.licences and not options.objaverse
+    ):
+        raise UserError(
+            "--ids chooses among --scans or --objaverse, and --licences among --objaverse, only."
+        )
     ids = read_ids(resolve(options.ids)) if options.ids else None
     if options.scans:
         return scan_jobs(resolve(options.scans), ids)

@@ -1,9 +1,10 @@
 """Mesh files as others made them: checked before trimesh reads them, and after.
 
-trimesh goes on where it can: without a texture that it cannot decode, without a material that
-is not there, without the triangles of a vertex that is no number. A data set would get an
-object that is grey, or has holes. So `read_scene` refuses what would be drawn other than
-the file says, in one sentence, and what would take more memory than the bounds below.
+trimesh goes on where it can: without a texture that it cannot decode, without a
+material that is not there, without the triangles of a vertex that is no number. A data
+set would get an object that is grey, or has holes. So `read_scene` refuses what would
+be drawn other than the file says, in one sentence, and what would take more memory than
+the bounds below.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ BOM = "\ufeff"  # that Windows' editors put before a text
 ROUNDING = 1e-3  # of colours, above 1
 MAX_UV = 1e5  # texture coordinates beyond repeat the texture more often than float32 can tell
 
-# Extensions of glTF that a file may require: those that change nothing of what is drawn here,
-# and those that trimesh knows. All KHR_materials_... belong to the first kind.
+# Extensions of glTF that a file may require: those that change nothing of what is drawn
+# here, and those that trimesh knows. All KHR_materials_... belong to the first kind.
 NOT_FINITE = re.compile(r"^vt? (?:.*[ \t])?[+-]?(?:nan|inf|infinity)(?:[ \t].*)?$", re.M | re.I)
 EXTENSIONS = {"EXT_texture_webp", "KHR_lights_punctual", "KHR_mesh_quantization"}
 FLOAT = 5126
@@ -54,9 +55,9 @@ POINTS_AND_LINES, TRIANGLES = (0, 1, 2, 3), (4, 5)  # modes of glTF's primitives
 def read_scene(path: Path, *places: Path) -> trimesh.Scene:
     """A mesh file as trimesh reads it, with the pictures and materials that it names.
 
-    Those lie where it says (not farther away than a folder beside its own), else beside it or
-    in `places`. Raises UserError where one is nowhere or no picture (mesh readers would go
-    on in grey), and where the mesh cannot be read, or not as it was meant.
+    Those lie where it says (not farther away than a folder beside its own), else beside
+    it or in `places`. Raises UserError where one is nowhere or no picture (mesh readers
+    would go on in grey), and where the mesh cannot be read, or not as it was meant.
     """
     import trimesh
 
@@ -65,7 +66,9 @@ def read_scene(path: Path, *places: Path) -> trimesh.Scene:
     try:
         data = read_plain(path, MAX_FILE)
         CHECKS.get(suffix, _nothing)(data, companions)
-        scene = trimesh.load_scene(io.BytesIO(data), file_type=suffix[1:], resolver=companions, process=False)
+        scene = trimesh.load_scene(
+            io.BytesIO(data), file_type=suffix[1:], resolver=companions, process=False
+        )
         _keep_vertex_colors(scene)
         check_scene(scene)
     except NotThere as error:
@@ -86,7 +89,9 @@ class NotThere(MissingFile):
 
 
 def companions_of(path: Path, places: tuple[Path, ...]):
-    """What trimesh asks for the files that a mesh names; it gets those that were checked."""
+    """What trimesh asks for the files that a mesh names; it gets those that were
+    checked.
+    """
     from trimesh.resolvers import FilePathResolver
 
     class Companions(FilePathResolver):
@@ -128,13 +133,16 @@ def _candidates(path: Path, name: str, places: tuple[Path, ...]) -> list[Path]:
     for stated in (name.strip(), plain):
         try:
             found.append(named_file(path.parent, stated))
-        except UserError:  # it leads out of the folder: its name alone is looked for beside the mesh
+        # it leads out of the folder: its name alone is looked for beside the mesh
+        except UserError:
             continue
     return found + [place / Path(plain).name for place in (path.parent, *places)]
 
 
 def check_picture(data: bytes, texels: int = MAX_TEXELS, modes: tuple[str, ...] = MODES) -> None:
-    """Raises UserError, or another error of `UNREADABLE`, where a texture cannot be decoded."""
+    """Raises UserError, or another error of `UNREADABLE`, where a texture cannot be
+    decoded.
+    """
     try:
         picture = Image.open(io.BytesIO(data), formats=PICTURES)
     except Image.DecompressionBombError as error:
@@ -143,7 +151,9 @@ def check_picture(data: bytes, texels: int = MAX_TEXELS, modes: tuple[str, ...] 
         raise UserError(f"it is no picture of a kind known here: {', '.join(PICTURES)}") from error
     with picture:
         if picture.width * picture.height > texels:
-            raise UserError(f"a texture has {picture.width} x {picture.height} pixels, above {texels:,}")
+            raise UserError(
+                f"a texture has {picture.width} x {picture.height} pixels, above {texels:,}"
+            )
         if picture.mode not in modes:
             raise UserError(
                 f"a texture's pixels are of mode {picture.mode}, and only {', '.join(modes)} are known here"
@@ -152,7 +162,9 @@ def check_picture(data: bytes, texels: int = MAX_TEXELS, modes: tuple[str, ...] 
 
 
 def check_shiny(data: bytes) -> None:
-    """`check_picture` of what trimesh computes with, in 64 bits, and takes indices of palettes for colours."""
+    """`check_picture` of what trimesh computes with, in 64 bits, and takes indices of
+    palettes for colours.
+    """
     check_picture(data, MAX_TEXELS // 4, ("L", "LA", "RGB", "RGBA"))
 
 
@@ -164,7 +176,9 @@ def _nothing(data: bytes, companions) -> None:
 
 
 def check_obj(data: bytes, companions) -> None:
-    """Materials that are not there, or say nothing; indices and colours that trimesh misreads."""
+    """Materials that are not there, or say nothing; indices and colours that trimesh
+    misreads.
+    """
     from trimesh.exchange.obj import parse_mtl
     from trimesh.util import decode_text
 
@@ -285,7 +299,9 @@ class GlTF:
         return self._linked(buffer["uri"], self.companions.plain)
 
     def _linked(self, uri: str, find: Callable[[str], bytes]) -> bytes:
-        """What an address stands for: the data that it holds itself, or a file beside the mesh."""
+        """What an address stands for: the data that it holds itself, or a file beside
+        the mesh.
+        """
         if "base64," in uri:  # as trimesh tells them apart
             return base64.b64decode(uri[uri.index("base64,") + 7 :])
         return find(uri)
@@ -330,7 +346,9 @@ class GlTF:
         if mode in POINTS_AND_LINES:
             return
         if mode not in TRIANGLES:
-            raise UserError(f"it draws in mode {mode}, and only triangles and their strips are known")
+            raise UserError(
+                f"it draws in mode {mode}, and only triangles and their strips are known"
+            )
         drawn = {n: k for n, k in primitive["attributes"].items() if n in ATTRIBUTES}
         drawn |= {"indices": primitive["indices"]} if "indices" in primitive else {}
         for name, number in drawn.items():
@@ -338,8 +356,12 @@ class GlTF:
             if "bufferView" not in accessor or "sparse" in accessor:
                 raise UserError(f"its {name} are sparse or packed, which is not known here")
             scaled = accessor["componentType"] != FLOAT and accessor.get("normalized", False)
-            if (name == "POSITION" and scaled) or (name == "TEXCOORD_0" and accessor["componentType"] != FLOAT):
-                raise UserError(f"its {name} are whole numbers to be scaled, which is not known here")
+            if (name == "POSITION" and scaled) or (
+                name == "TEXCOORD_0" and accessor["componentType"] != FLOAT
+            ):
+                raise UserError(
+                    f"its {name} are whole numbers to be scaled, which is not known here"
+                )
             if name == "COLOR_0" and accessor["componentType"] == FLOAT:
                 if not np.isfinite(self._floats(accessor)).all():
                     raise UserError("its COLOR_0 holds values that are not finite")
@@ -347,7 +369,10 @@ class GlTF:
     def _floats(self, accessor: dict) -> np.ndarray:
         """The values of an accessor of floats [count, width]."""
         view = self.tree["bufferViews"][accessor["bufferView"]]
-        item, start = _item_size(accessor), view.get("byteOffset", 0) + accessor.get("byteOffset", 0)
+        item, start = (
+            _item_size(accessor),
+            view.get("byteOffset", 0) + accessor.get("byteOffset", 0),
+        )
         stride = view.get("byteStride", 0) or item
         shape = (accessor["count"], item // 4)
         return np.ndarray(shape, "<f4", self.buffers[view["buffer"]], start, (stride, 4))
@@ -366,7 +391,9 @@ class GlTF:
 
     def _check_texture(self, reference: dict, name: str, check: Callable[[bytes], None]) -> None:
         if reference.get("texCoord", 0) != 0:
-            raise UserError(f"its {name} lies on a second set of coordinates, which is not known here")
+            raise UserError(
+                f"its {name} lies on a second set of coordinates, which is not known here"
+            )
         texture = self.tree["textures"][_whole(reference["index"])]
         webp = texture.get("extensions", {}).get("EXT_texture_webp", {})
         source = webp.get("source", texture.get("source"))
@@ -419,9 +446,11 @@ CHECKS = {
 
 
 def _keep_vertex_colors(scene: trimesh.Scene) -> None:
-    """Where a glTF has a material and vertex colours, its specification multiplies them, and they are linear.
+    """Where a glTF has a material and vertex colours, its specification multiplies
+    them, and they are linear.
 
-    trimesh hangs such colours on the material, where the first copy of the mesh loses them. In place.
+    trimesh hangs such colours on the material, where the first copy of the mesh loses
+    them. In place.
     """
     for part in scene.geometry.values():
         colors = getattr(getattr(part, "visual", None), "vertex_attributes", {}).get("color")
@@ -430,7 +459,9 @@ def _keep_vertex_colors(scene: trimesh.Scene) -> None:
 
 
 def check_scene(scene: trimesh.Scene) -> None:
-    """Raises UserError where what was read cannot be drawn as it was meant, or is too much."""
+    """Raises UserError where what was read cannot be drawn as it was meant, or is too
+    much.
+    """
     import trimesh
 
     parts = {k: part for k, part in scene.geometry.items() if isinstance(part, trimesh.Trimesh)}
@@ -445,7 +476,9 @@ def check_scene(scene: trimesh.Scene) -> None:
 
 
 def check_part(part: trimesh.Trimesh) -> None:
-    """Raises UserError where a triangle has a corner, or a corner a place, that is none."""
+    """Raises UserError where a triangle has a corner, or a corner a place, that is
+    none.
+    """
     faces, count = part.faces, len(part.vertices)
     if not len(faces):
         return
@@ -483,7 +516,9 @@ def texture_of(material) -> Image.Image | None:
 
 
 def unit_rgb(colors: np.ndarray) -> np.ndarray:
-    """Integer (0..255, or 0..65535 of uint16) or float (0..1) colours [..., 3 or 4] -> float32 [..., 3] in 0..1."""
+    """Integer (0..255, or 0..65535 of uint16) or float (0..1) colours [..., 3 or 4] ->
+    float32 [..., 3] in 0..1.
+    """
     whole = np.issubdtype(colors.dtype, np.integer)
     scale = (65535 if colors.dtype == np.uint16 else 255) if whole else 1
     return np.asarray(colors[..., :3], np.float32) / scale

@@ -1,8 +1,10 @@
-"""Meshes to images: exact ray casting on the CPU (trimesh reads the file, embree finds the first hit of each ray).
+"""Meshes to images: exact ray casting on the CPU (trimesh reads the file, embree finds
+the first hit of each ray).
 
-A rendering is RGBA plus the z-depth of the first surface. The light is fixed to the object and never to the camera,
-so that one surface point has one colour in all views, which is what multi-view training needs.
-Everything is deterministic: the same mesh and cameras give the same bits.
+A rendering is RGBA plus the z-depth of the first surface. The light is fixed to the
+object and never to the camera, so that one surface point has one colour in all views,
+which is what multi-view training needs. Everything is deterministic: the same mesh and
+cameras give the same bits.
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ from .meshfiles import BESIDE_MATERIAL, read_scene, srgb, texture_of, unit_rgb
 if TYPE_CHECKING:
     import trimesh
 
-Y_UP_SUFFIXES = (".glb", ".gltf")  # the glTF specification fixes +y as up; the other formats do not say
+# the glTF specification fixes +y as up; the other formats do not say
+Y_UP_SUFFIXES = (".glb", ".gltf")
 
-RAY_BLOCK = 16_000  # rays per embree call, to bound its memory; the speed is the same from 2,000 to 1,000,000
+# rays per embree call, to bound its memory; the speed is the same from 2,000 to
+# 1,000,000
+RAY_BLOCK = 16_000
 UNPAINTED = (0.7, 0.7, 0.7)  # albedo of a mesh that carries no colour
 
-# Brightness of a surface with unit normal n = AMBIENT + SKY * (1 + n_z) / 2 + SUN * max(0, n . SUN_DIRECTION).
-# The numbers are a fit to the renderings in ../shared/objects, so that both kinds of data may be mixed in training.
+# Brightness of a surface with unit normal n = AMBIENT + SKY * (1 + n_z) / 2 + SUN *
+# max(0, n . SUN_DIRECTION). The numbers are a fit to the renderings in
+# ../shared/objects, so that both kinds of data may be mixed in training.
 AMBIENT, SKY, SUN = 0.74, 0.20, 0.17
 SUN_DIRECTION = np.array([0.60, -0.73, 0.32])
 
@@ -37,12 +43,15 @@ ColorLookup = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def load_mesh(path: str | Path, up: str | None = None) -> trimesh.Scene:
-    """Read a mesh file as a scene of parts, z up, centred, inside the unit ball and touching it.
+    """Read a mesh file as a scene of parts, z up, centred, inside the unit ball and
+    touching it.
 
-    path: .glb, .gltf, .obj, .ply, .stl or .off; textures and vertex / face colours are kept.
+    path: .glb, .gltf, .obj, .ply, .stl or .off; textures and vertex / face colours are
+        kept.
     up:   the axis that points up in the file, "y" or "z". None: "y" for glTF (fixed by its specification), else "z".
     A y-up file is turned about x: its +z (the front in glTF) becomes -y (the front here).
-    Raises FileNotFoundError, or ValueError as `read_scene` does and where the file holds no triangles.
+    Raises FileNotFoundError, or ValueError as `read_scene` does and where the file
+    holds no triangles.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,8 +62,11 @@ def load_mesh(path: str | Path, up: str | None = None) -> trimesh.Scene:
     return normalized(read_scene(path), Y_UP_TO_Z_UP.numpy() if up == "y" else np.eye(4))
 
 
-def normalized(mesh: trimesh.Trimesh | trimesh.Scene, turn: np.ndarray | None = None) -> trimesh.Scene:
-    """Copy of a mesh after the rotation `turn` [4, 4], its bounding box centred, its farthest vertex at radius 1.
+def normalized(
+    mesh: trimesh.Trimesh | trimesh.Scene, turn: np.ndarray | None = None
+) -> trimesh.Scene:
+    """Copy of a mesh after the rotation `turn` [4, 4], its bounding box centred, its
+    farthest vertex at radius 1.
 
     Raises ValueError where there is no triangle, or no extent.
     """
@@ -79,10 +91,11 @@ def render_mesh(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Render a mesh from V cameras.
 
-    Returns rgba float32 [V, H, W, 4] in 0..1, straight alpha, averaged over supersample^2 rays per pixel, and
-    depth float32 [V, H, W]: the z-depth of the first hit of the ray through the pixel centre (never averaged across
-    an edge), 0 where that ray hits nothing. Surfaces are seen from both sides; transparency and transforms of textures
-    (glTF's KHR_texture_transform) are ignored.
+    Returns rgba float32 [V, H, W, 4] in 0..1, straight alpha, averaged over
+    supersample^2 rays per pixel, and depth float32 [V, H, W]: the z-depth of the first
+    hit of the ray through the pixel centre (never averaged across an edge), 0 where
+    that ray hits nothing. Surfaces are seen from both sides; transparency and
+    transforms of textures (glTF's KHR_texture_transform) are ignored.
     """
     if supersample < 1:
         raise UserError(f"supersample must be at least 1, but is {supersample}.")
@@ -101,14 +114,17 @@ class Hits:
 
 
 class Target:
-    """A mesh prepared for rays: embree's search tree, triangles, normals and one colour lookup per part."""
+    """A mesh prepared for rays: embree's search tree, triangles, normals and one colour
+    lookup per part.
+    """
 
     def __init__(self, mesh: trimesh.Trimesh | trimesh.Scene) -> None:
         from embreex.mesh_construction import TriangleMesh
         from embreex.rtcore_scene import EmbreeScene
 
         parts = _parts(mesh)
-        self.triangles = np.concatenate([part.triangles for part in parts]).astype(np.float32)  # [F, 3, 3]
+        # [F, 3, 3]
+        self.triangles = np.concatenate([part.triangles for part in parts]).astype(np.float32)
         self.normals = _unit_normals(self.triangles)  # [F, 3]
         self.lookups = [_color_lookup(part) for part in parts]
         self.first_faces = np.cumsum([0] + [len(part.faces) for part in parts])
@@ -116,16 +132,23 @@ class Target:
         TriangleMesh(self._tree, self.triangles)
 
     def cast(self, origins: np.ndarray, directions: np.ndarray) -> Hits:
-        """origins [P, 3], unit directions [P, 3], float32 -> the rays that hit, and where."""
+        """origins [P, 3], unit directions [P, 3], float32 -> the rays that hit, and
+        where.
+        """
         starts = range(0, len(origins), RAY_BLOCK)
-        blocks = [self._cast_block(origins[s : s + RAY_BLOCK], directions[s : s + RAY_BLOCK]) for s in starts]
+        blocks = [
+            self._cast_block(origins[s : s + RAY_BLOCK], directions[s : s + RAY_BLOCK])
+            for s in starts
+        ]
         face, u, v = (np.concatenate(column) for column in zip(*blocks, strict=True))
         ray = np.flatnonzero(face >= 0)
         u, v = u[ray], v[ray]
         return Hits(ray, face[ray], np.stack([1 - u - v, u, v], axis=1))
 
     def _cast_block(self, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, ...]:
-        found = self._tree.run(np.ascontiguousarray(origins), np.ascontiguousarray(directions), output=1)
+        found = self._tree.run(
+            np.ascontiguousarray(origins), np.ascontiguousarray(directions), output=1
+        )
         return found["primID"], found["u"], found["v"]
 
     def points(self, hits: Hits) -> np.ndarray:
@@ -133,7 +156,9 @@ class Target:
         return np.einsum("pc,pcx->px", hits.weights, self.triangles[hits.face])
 
     def colors(self, hits: Hits, directions: np.ndarray) -> np.ndarray:
-        """[P', 3] albedo times brightness; directions [P, 3] of all rays tell which side of a triangle is seen."""
+        """[P', 3] albedo times brightness; directions [P, 3] of all rays tell which
+        side of a triangle is seen.
+        """
         normals = self.normals[hits.face]
         away = np.einsum("px,px->p", normals, directions[hits.ray]) > 0
         normals = np.where(away[:, None], -normals, normals)
@@ -141,7 +166,9 @@ class Target:
 
     def _albedo(self, hits: Hits) -> np.ndarray:
         albedo = np.empty((len(hits.face), 3), np.float32)
-        for lookup, first, end in zip(self.lookups, self.first_faces[:-1], self.first_faces[1:], strict=True):
+        for lookup, first, end in zip(
+            self.lookups, self.first_faces[:-1], self.first_faces[1:], strict=True
+        ):
             here = (hits.face >= first) & (hits.face < end)
             if here.any():
                 albedo[here] = lookup(hits.face[here] - first, hits.weights[here])
@@ -153,7 +180,9 @@ def brightness(normals: np.ndarray) -> np.ndarray:
     return AMBIENT + SKY * (1 + normals[:, 2]) / 2 + SUN * np.maximum(normals @ SUN_DIRECTION, 0)
 
 
-def _render_view(target: Target, camera: Cameras, supersample: int) -> tuple[np.ndarray, np.ndarray]:
+def _render_view(
+    target: Target, camera: Cameras, supersample: int
+) -> tuple[np.ndarray, np.ndarray]:
     """One camera -> rgba [H, W, 4], depth [H, W]."""
     height, width = camera.height, camera.width
     directions, hits = _cast_grid(target, camera, 1)
@@ -176,7 +205,9 @@ def _z_depth(points: np.ndarray, camera: Cameras) -> np.ndarray:
 
 
 def _cast_grid(target: Target, camera: Cameras, supersample: int) -> tuple[np.ndarray, Hits]:
-    """Cast supersample^2 rays per pixel -> unit directions [P, 3], hits; P runs over the rows of the finer image."""
+    """Cast supersample^2 rays per pixel -> unit directions [P, 3], hits; P runs over
+    the rows of the finer image.
+    """
     rays = ray_grid(camera, camera.height * supersample, camera.width * supersample)
     origins, directions = (ray.reshape(-1, 3).float().numpy() for ray in rays)
     return directions, target.cast(origins, directions)
@@ -194,13 +225,17 @@ def _parts(mesh: trimesh.Trimesh | trimesh.Scene) -> list[trimesh.Trimesh]:
 
 
 def _unit_normals(triangles: np.ndarray) -> np.ndarray:
-    """[F, 3, 3] -> [F, 3]; a triangle without area gets the zero vector, hence the ambient light only."""
+    """[F, 3, 3] -> [F, 3]; a triangle without area gets the zero vector, hence the
+    ambient light only.
+    """
     normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
 
 
 def _color_lookup(part: trimesh.Trimesh) -> ColorLookup:
-    """Choose how the albedo of a part is found: texture image, vertex colours, face colours or one colour."""
+    """Choose how the albedo of a part is found: texture image, vertex colours, face
+    colours or one colour.
+    """
     visual = part.visual
     if visual.kind == "texture":
         image, tint = _material(visual.material)
@@ -224,7 +259,8 @@ def _material(material) -> tuple[object, np.ndarray]:
     if hasattr(material, "baseColorTexture"):
         factor = material.baseColorFactor  # linear, as vertex colours beside a material are
         return image, np.ones(3, np.float32) if factor is None else srgb(np.asarray(factor))
-    # an OBJ's Kd next to a texture is often black or grey by accident; the texture alone is what artists mean
+    # an OBJ's Kd next to a texture is often black or grey by accident; the texture
+    # alone is what artists mean
     return image, np.ones(3, np.float32) if image is not None else unit_rgb(material.main_color)
 
 
@@ -234,9 +270,14 @@ def _corner_color(corners: np.ndarray, face: np.ndarray, weights: np.ndarray) ->
 
 
 def _texture_color(
-    image: np.ndarray, corners: np.ndarray, colors: np.ndarray, face: np.ndarray, weights: np.ndarray
+    image: np.ndarray,
+    corners: np.ndarray,
+    colors: np.ndarray,
+    face: np.ndarray,
+    weights: np.ndarray,
 ) -> np.ndarray:
-    """Bilinear texture lookup with wrap-around, times the colours at the corners [F, 3, 3].
+    """Bilinear texture lookup with wrap-around, times the colours at the corners [F, 3,
+    3].
 
     image [h, w, 3] in 0..1, texture coordinates corners [F, 3, 2].
     """
@@ -252,9 +293,11 @@ def _texture_color(
 
 
 def _shrunk(image, corners: np.ndarray, area: float, finest: float = 1 / 256) -> np.ndarray:
-    """PIL image -> float32 [h, w, 3], reduced until one texel spans about `finest` world units.
+    """PIL image -> float32 [h, w, 3], reduced until one texel spans about `finest`
+    world units.
 
-    A texture much finer than the pixels would alias; one global level of a mip pyramid is enough for a small object.
+    A texture much finer than the pixels would alias; one global level of a mip pyramid
+    is enough for a small object.
     """
     edge, other = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
     uv_area = 0.5 * np.abs(edge[:, 0] * other[:, 1] - edge[:, 1] * other[:, 0]).sum()

@@ -5,9 +5,11 @@
     Objaverse                  python -m gsv3d_lib sources --uids uids.txt --catalogue objaverse.json [...], then
                                python -m gsv3d_lib make_dataset --objaverse objaverse.json ...
 
-Only the third can touch the network, only through the package `objaverse` (`pip install -e ".[data]"`), and only when told:
---annotations fetches who made each object and under which licence, --download the chosen meshes, after their licences and
-their size have been printed. `make_dataset` renders what is there and records licence, author and address of every object.
+Only the third can touch the network, only through the package `objaverse` (`pip install
+-e ".[data]"`), and only when told: --annotations fetches who made each object and under
+which licence, --download the chosen meshes, after their licences and their size have
+been printed. `make_dataset` renders what is there and records licence, author and
+address of every object.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ SCAN_MESH = Path("meshes", "model.obj")
 SCAN_TEXTURES = Path("materials", "textures")
 MAX_LIST = 1 << 28  # bytes of a list of ids
 MAX_COUNT = 1_000_000  # procedural objects of one command
-BLOCK = 1000  # objects that are downloaded together; what a failure leaves unrecorded is found again by the next run
+# objects that are downloaded together; what a failure leaves unrecorded is found again
+# by the next run
+BLOCK = 1000
 LICENCES = {  # Sketchfab's names, which Objaverse's annotations use
     "cc0": "CC0",
     "by": "CC-BY-4.0",
@@ -68,11 +72,17 @@ class Job:
 
     def load(self) -> trimesh.Trimesh | trimesh.Scene:
         """The mesh, z up, inside the unit ball. Raises ValueError or FileNotFoundError."""
-        return load_mesh(self.path, self.up) if self.path else procedural_object(self.seed, self.family)
+        return (
+            load_mesh(self.path, self.up)
+            if self.path
+            else procedural_object(self.seed, self.family)
+        )
 
 
 class ScanJob(Job):
-    """A Google Scanned Object, whose material names a texture that lies in another folder."""
+    """A Google Scanned Object, whose material names a texture that lies in another
+    folder.
+    """
 
     def load(self) -> trimesh.Scene:
         return load_scan(self.path.parent.parent)
@@ -85,11 +95,16 @@ def procedural_jobs(count: int, first_seed: int = 0, family: str | None = None) 
             f"Seeds are 0 or more, and at most {MAX_COUNT:,} objects are made at once; got {count:,} from {first_seed}."
         )
     seeds = range(first_seed, first_seed + count)
-    return [Job(f"procedural_{seed:06d}_{family or family_of(seed)}", seed=seed, family=family) for seed in seeds]
+    return [
+        Job(f"procedural_{seed:06d}_{family or family_of(seed)}", seed=seed, family=family)
+        for seed in seeds
+    ]
 
 
 def mesh_jobs(folder: str | Path, up: str | None = None) -> list[Job]:
-    """A job per mesh file below `folder`; the id is the path, without the meaningless last part of `x/model.obj`."""
+    """A job per mesh file below `folder`; the id is the path, without the meaningless
+    last part of `x/model.obj`.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingFile(f"There is no folder {folder} to read meshes from.")
@@ -114,7 +129,9 @@ def read_ids(path: str | Path) -> list[str]:
     try:
         text = read_plain(path, MAX_LIST).decode("utf-8-sig")
     except UNREADABLE as error:
-        raise UserError(f"{path} is no list of ids ({reason(error)}); write one id a line into a text file.") from error
+        raise UserError(
+            f"{path} is no list of ids ({reason(error)}); write one id a line into a text file."
+        ) from error
     lines = (line.split("#")[0].strip() for line in text.splitlines())
     ids = list(dict.fromkeys(line for line in lines if line))
     if not ids:
@@ -126,9 +143,11 @@ def read_ids(path: str | Path) -> list[str]:
 
 
 def scan_jobs(folder: str | Path, ids: Iterable[str] | None = None) -> list[Job]:
-    """Jobs for Google Scanned Objects (Downs et al. 2022, CC-BY-4.0) as they unpack: `<name>/meshes/model.obj`.
+    """Jobs for Google Scanned Objects (Downs et al. 2022, CC-BY-4.0) as they unpack:
+    `<name>/meshes/model.obj`.
 
-    ids: only these names. Raises FileNotFoundError where there are none, or one of `ids` is missing.
+    ids: only these names. Raises FileNotFoundError where there are none, or one of
+        `ids` is missing.
     """
     folder = Path(folder)
     names = sorted(path.parent.parent.name for path in folder.glob(f"*/{SCAN_MESH}"))
@@ -138,7 +157,9 @@ def scan_jobs(folder: str | Path, ids: Iterable[str] | None = None) -> list[Job]
         )
     missing = sorted(set(ids or ()) - set(names))
     if missing:
-        raise MissingFile(f"{folder} lacks {len(missing)} of the listed scans, for example {missing[0]}.")
+        raise MissingFile(
+            f"{folder} lacks {len(missing)} of the listed scans, for example {missing[0]}."
+        )
     facts = {"source": "Google Scanned Objects", "licence": "CC-BY-4.0"}
     chosen = names if ids is None else sorted(set(ids))
     return [ScanJob(name, folder / name / SCAN_MESH, "z", facts=facts) for name in chosen]
@@ -147,8 +168,9 @@ def scan_jobs(folder: str | Path, ids: Iterable[str] | None = None) -> list[Job]
 def load_scan(folder: str | Path) -> trimesh.Scene:
     """The mesh of one scan with its texture, z up, inside the unit ball.
 
-    The material names the picture alone, which lies beside the mesh or in materials/textures. Raises ValueError where it
-    is in neither, or the mesh cannot be read.
+    The material names the picture alone, which lies beside the mesh or in
+    materials/textures. Raises ValueError where it is in neither, or the mesh cannot be
+    read.
     """
     folder = Path(folder)
     return normalized(read_scene(folder / SCAN_MESH, folder / SCAN_TEXTURES))
@@ -158,9 +180,11 @@ def load_scan(folder: str | Path) -> trimesh.Scene:
 
 
 def fetch_annotations(uids: list[str] | None) -> dict[str, dict]:
-    """uid -> licence, author, name, address and bytes of Objaverse 1.0 objects (all of them for None); uses the network.
+    """uid -> licence, author, name, address and bytes of Objaverse 1.0 objects (all of
+    them for None); uses the network.
 
-    Raises ValueError where the package is missing, the network fails, or Objaverse does not know a uid.
+    Raises ValueError where the package is missing, the network fails, or Objaverse does
+    not know a uid.
     """
     objaverse = _objaverse()
     try:
@@ -172,7 +196,9 @@ def fetch_annotations(uids: list[str] | None) -> dict[str, dict]:
             )
         annotations = objaverse.load_annotations(uids)
     except OSError as error:
-        raise UserError(f"Objaverse's annotations cannot be fetched ({error}); run the command again.") from error
+        raise UserError(
+            f"Objaverse's annotations cannot be fetched ({error}); run the command again."
+        ) from error
     return {uid: _catalogue_row(annotations[uid]) for uid in sorted(annotations)}
 
 
@@ -193,9 +219,11 @@ def choose(
     uids: list[str] | None = None,
     limit: int | None = None,
 ) -> dict[str, dict]:
-    """The objects of a catalogue with one of some licences ("CC0", "by", ...), among some uids, at most `limit`, by uid.
+    """The objects of a catalogue with one of some licences ("CC0", "by", ...), among
+    some uids, at most `limit`, by uid.
 
-    Raises ValueError for a licence that does not exist, a uid that the catalogue lacks, and where nothing is left.
+    Raises ValueError for a licence that does not exist, a uid that the catalogue lacks,
+    and where nothing is left.
     """
     lacking = [uid for uid in uids or () if uid not in catalogue]
     if lacking:
@@ -205,16 +233,26 @@ def choose(
     wanted = {LICENCES.get(name.lower(), name) for name in licences or LICENCES}
     unknown = wanted - set(LICENCES.values())
     if unknown:
-        raise UserError(f"{sorted(unknown)[0]!r} is no licence of Objaverse; they are {', '.join(LICENCES)}.")
+        raise UserError(
+            f"{sorted(unknown)[0]!r} is no licence of Objaverse; they are {', '.join(LICENCES)}."
+        )
     among = set(catalogue if uids is None else uids)
-    found = [uid for uid in sorted(catalogue) if uid in among and (not licences or catalogue[uid]["licence"] in wanted)]
+    found = [
+        uid
+        for uid in sorted(catalogue)
+        if uid in among and (not licences or catalogue[uid]["licence"] in wanted)
+    ]
     if not found:
-        raise UserError(f"None of the {len(catalogue)} objects of the catalogue fits the licences and ids; allow more.")
+        raise UserError(
+            f"None of the {len(catalogue)} objects of the catalogue fits the licences and ids; allow more."
+        )
     return {uid: catalogue[uid] for uid in found[:limit]}
 
 
 def describe(catalogue: dict[str, dict]) -> str:
-    """Licences, counts and sizes of a catalogue as a table, with what is on this machine already."""
+    """Licences, counts and sizes of a catalogue as a table, with what is on this
+    machine already.
+    """
     counts, sizes = Counter(), Counter()
     for row in catalogue.values():
         counts[row["licence"]] += 1
@@ -222,36 +260,57 @@ def describe(catalogue: dict[str, dict]) -> str:
     lines = [f"{'licence':20}{'objects':>9}{'GB':>10}"]
     lines += [f"{name:20}{counts[name]:9,}{sizes[name] / 1e9:10.3f}" for name in sorted(counts)]
     here = sum(Path(row.get("path", "")).is_file() for row in catalogue.values())
-    return "\n".join([*lines, f"{'all':20}{counts.total():9,}{sizes.total() / 1e9:10.3f}", f"downloaded: {here:,}"])
+    return "\n".join(
+        [
+            *lines,
+            f"{'all':20}{counts.total():9,}{sizes.total() / 1e9:10.3f}",
+            f"downloaded: {here:,}",
+        ]
+    )
 
 
 def download(path: str | Path, uids: Iterable[str], processes: int = 1) -> dict[str, dict]:
-    """Fetch the meshes of some objects of the catalogue at `path`, and note in it where they lie -> their rows.
+    """Fetch the meshes of some objects of the catalogue at `path`, and note in it where
+    they lie -> their rows.
 
-    What was fetched before is not fetched again. Raises ValueError when the network fails.
+    What was fetched before is not fetched again. Raises ValueError when the network
+    fails.
     """
     objaverse, catalogue, uids = _objaverse(), read_catalogue(path), list(uids)
     missing = [uid for uid in uids if not Path(catalogue[uid].get("path", "")).is_file()]
     try:
         for first in range(0, len(missing), BLOCK):
-            places = objaverse.load_objects(missing[first : first + BLOCK], download_processes=processes)
+            places = objaverse.load_objects(
+                missing[first : first + BLOCK], download_processes=processes
+            )
             for uid, place in places.items():
                 catalogue[uid]["path"] = str(place)
     except OSError as error:
-        raise UserError(f"The download stopped ({error}); give the command again to go on.") from error
+        raise UserError(
+            f"The download stopped ({error}); give the command again to go on."
+        ) from error
     finally:
         write_catalogue(path, catalogue)
     return {uid: catalogue[uid] for uid in uids}
 
 
-def objaverse_jobs(path: str | Path, licences: list[str] | None = None, uids: list[str] | None = None) -> list[Job]:
-    """Jobs for the downloaded objects of a catalogue file. Raises ValueError where none is on this machine."""
+def objaverse_jobs(
+    path: str | Path, licences: list[str] | None = None, uids: list[str] | None = None
+) -> list[Job]:
+    """Jobs for the downloaded objects of a catalogue file. Raises ValueError where none
+    is on this machine.
+    """
     chosen = choose(read_catalogue(path), licences, uids)
     here = {uid: row for uid, row in chosen.items() if Path(row.get("path", "")).is_file()}
     if not here:
-        raise UserError(f"No object of {path} is on this machine; fetch them with `python -m gsv3d_lib sources`.")
+        raise UserError(
+            f"No object of {path} is on this machine; fetch them with `python -m gsv3d_lib sources`."
+        )
     names = ("licence", "author", "name", "address")
-    facts = {uid: {"source": "Objaverse"} | {name: row[name] for name in names} for uid, row in here.items()}
+    facts = {
+        uid: {"source": "Objaverse"} | {name: row[name] for name in names}
+        for uid, row in here.items()
+    }
     return [Job(uid, Path(row["path"]), "y", facts=facts[uid]) for uid, row in here.items()]
 
 
@@ -268,7 +327,9 @@ def read_catalogue(path: str | Path) -> dict[str, dict]:
         for uid, row in catalogue.items():
             _check_row(uid, row)
     except UNREADABLE as error:
-        raise UserError(f"{path} is no catalogue ({reason(error)}); delete it and make it again.") from error
+        raise UserError(
+            f"{path} is no catalogue ({reason(error)}); delete it and make it again."
+        ) from error
     return catalogue
 
 
@@ -294,7 +355,9 @@ def _objaverse():
     try:
         import objaverse
     except ImportError as error:
-        raise UserError('Objaverse needs a package that is not installed: pip install -e ".[data]".') from error
+        raise UserError(
+            'Objaverse needs a package that is not installed: pip install -e ".[data]".'
+        ) from error
     return objaverse
 
 
@@ -305,16 +368,29 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("sources", __doc__)
     parser.add_argument(
-        "--catalogue", type=input_path, required=True, metavar="JSON", help="who made what, under which licence"
+        "--catalogue",
+        type=input_path,
+        required=True,
+        metavar="JSON",
+        help="who made what, under which licence",
     )
     parser.add_argument(
-        "--uids", type=input_path, metavar="FILE", help="only these objects, one uid a line (default: all)"
+        "--uids",
+        type=input_path,
+        metavar="FILE",
+        help="only these objects, one uid a line (default: all)",
     )
-    parser.add_argument("--licences", nargs="+", metavar="NAME", help=f"only these, of {', '.join(LICENCES)}")
+    parser.add_argument(
+        "--licences", nargs="+", metavar="NAME", help=f"only these, of {', '.join(LICENCES)}"
+    )
     parser.add_argument("--limit", type=positive, help="at most so many objects, the first by uid")
-    parser.add_argument("--annotations", action="store_true", help="fetch licences and sizes, make the catalogue")
+    parser.add_argument(
+        "--annotations", action="store_true", help="fetch licences and sizes, make the catalogue"
+    )
     parser.add_argument("--download", action="store_true", help="fetch the chosen meshes")
-    parser.add_argument("--processes", type=whole(1, 1000), default=1, help="downloads at a time (default 1)")
+    parser.add_argument(
+        "--processes", type=whole(1, 1000), default=1, help="downloads at a time (default 1)"
+    )
     return parser
 
 

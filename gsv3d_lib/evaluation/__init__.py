@@ -1,1 +1,3 @@
-"""How good a result is: the protocol, its metrics, and the experiments on the paper's claims."""
+"""How good a result is: the protocol, its metrics, and the experiments on the paper's
+claims.
+"""

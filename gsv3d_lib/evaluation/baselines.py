@@ -1,4 +1,6 @@
-"""Two answers that need no learning, as yardsticks: the input as a flat card, and the average training object."""
+"""Two answers that need no learning, as yardsticks: the input as a flat card, and the
+average training object.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,16 @@ if TYPE_CHECKING:
 
 
 def flat_card(rgb: Tensor, alpha: Tensor, camera: Cameras) -> Gaussians:
-    """The input image on a card through the object's centre, facing the camera that took it.
+    """The input image on a card through the object's centre, facing the camera that
+    took it.
 
-    rgb [S, S, 3] in [0, 1], alpha [S, S, 1], camera: one. One disc per pixel that is at least half covered.
+    rgb [S, S, 3] in [0, 1], alpha [S, S, 1], camera: one. One disc per pixel that is at
+    least half covered.
     """
     origins, directions = ray_grid(camera, *rgb.shape[:2])
     forward = camera.viewmats[0, 2, :3]
-    distance = camera.positions().norm() / (directions[0] @ forward)  # to the plane through the origin
+    # to the plane through the origin
+    distance = camera.positions().norm() / (directions[0] @ forward)
     means = (origins[0] + distance[..., None] * directions[0])[alpha[..., 0] >= 0.5]
     pixel = camera.positions().norm() / camera.Ks[0, 0, 0]
     count = len(means)
@@ -40,7 +45,9 @@ def flat_card(rgb: Tensor, alpha: Tensor, camera: Cameras) -> Gaussians:
 
 @dataclass
 class AverageObject:
-    """The mean over the training objects of each ring view: rgb [16, S, S, 3], alpha and depth [16, S, S, 1]."""
+    """The mean over the training objects of each ring view: rgb [16, S, S, 3], alpha
+    and depth [16, S, S, 1].
+    """
 
     rgb: Tensor
     alpha: Tensor
@@ -55,7 +62,9 @@ class AverageObject:
         return cls((views.rgb[:, :RING].float() / 255).mean(0), alpha.mean(0), depth)
 
     def nearest_views(self, azimuths: Tensor) -> Tensor:
-        """Its picture from the ring view nearest to each absolute azimuth [V] in degrees: [V, S, S, 3]."""
+        """Its picture from the ring view nearest to each absolute azimuth [V] in
+        degrees: [V, S, S, 3].
+        """
         return self.rgb[(azimuths / (360 / RING)).round().long() % RING]
 
     @cached_property
@@ -67,9 +76,13 @@ class AverageObject:
 
     @cached_property
     def mesh(self) -> trimesh.Trimesh:
-        """Its surface, where at least half of the training objects are: ring depth maps fused, from azimuth 0."""
+        """Its surface, where at least half of the training objects are: ring depth maps
+        fused, from azimuth 0.
+        """
         from ..export.mesh import fuse_depth_maps
 
-        cameras = orbit_cameras(torch.arange(RING) * (360 / RING), RING_ELEVATION, self.rgb.shape[1])
+        cameras = orbit_cameras(
+            torch.arange(RING) * (360 / RING), RING_ELEVATION, self.rgb.shape[1]
+        )
         inside = (self.alpha >= 0.5).float()
         return fuse_depth_maps(self.rgb, self.depth * inside, inside, cameras)

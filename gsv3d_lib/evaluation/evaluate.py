@@ -1,4 +1,5 @@
-"""Measure a checkpoint on a dataset folder: the numbers as JSON, a table, and a contact sheet beside it.
+"""Measure a checkpoint on a dataset folder: the numbers as JSON, a table, and a contact
+sheet beside it.
 
     python -m gsv3d_lib evaluate --weights data/checkpoints/tiny --objects ../shared/objects/gso \
         --train ../shared/objects/train --out data/results/tiny-gso.json
@@ -59,7 +60,9 @@ def evaluate(
     back-projection.  options: of the sampler.
     """
     if views.rgb.shape[1] == RING:
-        raise UserError(f"{folder} cannot be measured on: its objects have no views beside the {RING} of the ring.")
+        raise UserError(
+            f"{folder} cannot be measured on: its objects have no views beside the {RING} of the ring."
+        )
     for id in views.ids:  # a damaged truth is said now, not minutes later
         load_truth(folder, id)
     rows, strips, made_sides, true_sides = [], [], [], []
@@ -93,9 +96,15 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("evaluate", __doc__)
     parser.add_argument("--weights", type=input_path, default="data/checkpoints/tiny")
-    parser.add_argument("--objects", type=input_path, required=True, help="dataset folder to measure on")
-    parser.add_argument("--train", type=input_path, help="training folder, for the average-object baseline")
-    parser.add_argument("--out", type=output_path, required=True, help="JSON file to write; .md and .png beside it")
+    parser.add_argument(
+        "--objects", type=input_path, required=True, help="dataset folder to measure on"
+    )
+    parser.add_argument(
+        "--train", type=input_path, help="training folder, for the average-object baseline"
+    )
+    parser.add_argument(
+        "--out", type=output_path, required=True, help="JSON file to write; .md and .png beside it"
+    )
     parser.add_argument("--limit", type=positive, help="only the first objects")
     parser.add_argument("--steps", type=sampler_steps, help="of the sampler")
     parser.add_argument("--guidance", type=guidance)
@@ -122,17 +131,22 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.out)  # first: a folder has no suffix to change
     beside = args.out.with_suffix(".md"), args.out.with_suffix(".png")
     if args.out in beside:
-        raise UserError(f"--out names the JSON file; the table and the pictures go beside it, so {args.out} is taken.")
+        raise UserError(
+            f"--out names the JSON file; the table and the pictures go beside it, so {args.out} is taken."
+        )
     for path in beside:
         check_writable(path)
-        if path.exists() and not args.out.exists():  # no earlier run's: that would have written its JSON first
+        # no earlier run's: that would have written its JSON first
+        if path.exists() and not args.out.exists():
             raise UserError(
                 f"{path} is there already and goes beside --out {args.out}: choose another --out, or move it."
             )
     nets = [load_lpips(path) for path in args.lpips]
     names = ["lpips" if net.net == "alex" else f"lpips_{net.net}" for net in nets]
     if len(set(names)) < len(names):
-        raise UserError(f"--lpips takes one file for each kind of net; got {', '.join(net.net for net in nets)}.")
+        raise UserError(
+            f"--lpips takes one file for each kind of net; got {', '.join(net.net for net in nets)}."
+        )
     pipe = GSV3DPipeline.from_pretrained(args.weights, lora=not args.no_lora)
     views = load_views([args.objects], pipe.config.image_size, limit=args.limit)
     training = None if args.train is None else load_views([args.train], pipe.config.image_size)
@@ -140,7 +154,9 @@ def run(args: argparse.Namespace) -> None:
     average = None if training is None else AverageObject.of(training)
     judge = Judge(dict(zip(names, nets)), average)
     options = {"steps": args.steps, "guidance": args.guidance}
-    rows, strips = evaluate(pipe, views, args.objects, judge, args.seed, not args.no_lora, **options)
+    rows, strips = evaluate(
+        pipe, views, args.objects, judge, args.seed, not args.no_lora, **options
+    )
     means = averages(rows)
     record = {
         "command": args.command,

@@ -1,12 +1,14 @@
-"""The paper's claims as experiments: train each arm with several seeds, score it object by object, compare it in pairs.
+"""The paper's claims as experiments: train each arm with several seeds, score it object
+by object, compare it in pairs.
 
     python -m gsv3d_lib experiments distillation --data ../shared/objects/train data/cache/procedural \
         --objects ../shared/objects/gso --out data/results/distillation.json
 
-Every (arm, seed) is one run. Runs are resumable; finished ones are found under --work and in the results file itself, and
-not repeated. A run from other weights, on other data or of another length is another run. The results file is written
-again after each. All arms of a seed see the same examples, the same noise and the same sampler seed, so their differences
-are paired twice: by seed and by object.
+Every (arm, seed) is one run. Runs are resumable; finished ones are found under --work
+and in the results file itself, and not repeated. A run from other weights, on other
+data or of another length is another run. The results file is written again after each.
+All arms of a seed see the same examples, the same noise and the same sampler seed, so
+their differences are paired twice: by seed and by object.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ from .report import finite_mean, without_nan
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting of an experiment: what it changes in the configuration, in words and in fields."""
+    """One setting of an experiment: what it changes in the configuration, in words and
+    in fields.
+    """
 
     name: str
     label: str
@@ -68,7 +72,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms that are compared with one of them. `run` trains and scores one arm with one seed."""
+    """Arms that are compared with one of them. `run` trains and scores one arm with one
+    seed.
+    """
 
     question: str
     reference: str
@@ -80,7 +86,9 @@ class Experiment:
         for arm in self.arms:
             if arm.name == name:
                 return arm
-        raise UserError(f"There is no arm {name!r}; choose from {', '.join(a.name for a in self.arms)}.")
+        raise UserError(
+            f"There is no arm {name!r}; choose from {', '.join(a.name for a in self.arms)}."
+        )
 
 
 Rows = list[dict[str, float]]  # one per object
@@ -88,7 +96,9 @@ Rows = list[dict[str, float]]  # one per object
 
 @dataclass
 class World:
-    """What all runs of one command share: the shipped weights, the training orbits, and the objects to score."""
+    """What all runs of one command share: the shipped weights, the training orbits, and
+    the objects to score.
+    """
 
     weights: Path
     config: Config
@@ -98,15 +108,20 @@ class World:
     work: Path
     sampler: dict  # steps and guidance
     fingerprint: str  # of the weights
-    start: str  # eight digits that change with the weights, the training data, the objects or the sampler
-    true_rows: dict[int, Rows] = field(default_factory=dict)  # scores of the shipped decoder on N true views, once made
+    # eight digits that change with the weights, the training data, the objects or the
+    # sampler
+    start: str
+    # scores of the shipped decoder on N true views, once made
+    true_rows: dict[int, Rows] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- what one run does
 
 
 def run_distillation(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
-    """Stage 2 from the shipped weights, then image -> 3D of every object with N = config.num_frames."""
+    """Stage 2 from the shipped weights, then image -> 3D of every object with N =
+    config.num_frames.
+    """
     models = starting_models("stage2", config, world.weights, None)
     cost = {}
     if arm.trained:
@@ -122,7 +137,9 @@ def run_distillation(world: World, config: Config, arm: Arm, folder: Path) -> tu
 
 
 def run_decoder(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
-    """Stage 1 from scratch on the shipped VAE's latents, then 16 true views -> 3D of every object."""
+    """Stage 1 from scratch on the shipped VAE's latents, then 16 true views -> 3D of
+    every object.
+    """
     torch.manual_seed(config.seed)
     models = starting_models("stage1", config, world.weights, None)
     stage = build_stage("stage1", config, models, world.orbits)
@@ -133,7 +150,9 @@ def run_decoder(world: World, config: Config, arm: Arm, folder: Path) -> tuple[R
 
 
 def run_overfit(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
-    """Stage 1 on a single object, for each object anew: what the decoder can represent, learning aside."""
+    """Stage 1 on a single object, for each object anew: what the decoder can represent,
+    learning aside.
+    """
     dino, vae = load_dino(config, world.weights), load_model(world.weights, "vae")
     rows, costs = [], {}
     for index, id in enumerate(world.views.ids):
@@ -154,17 +173,27 @@ def decoder_alone(config: Config, vae, decoder, dino) -> GSV3DPipeline:
 
 
 @torch.no_grad()
-def score_inputs(pipe: GSV3DPipeline, scene: Scene, num_frames: int, truth: Truth | None) -> dict[str, float]:
-    """A decoder on N true ring views, scored on those same views, on the free views, and by its mesh."""
+def score_inputs(
+    pipe: GSV3DPipeline, scene: Scene, num_frames: int, truth: Truth | None
+) -> dict[str, float]:
+    """A decoder on N true ring views, scored on those same views, on the free views,
+    and by its mesh.
+    """
     frames, free = ring_frames(FRONT, num_frames), free_views(scene)
     cameras = relative_cameras(scene, FRONT, frames)
-    gaussians = pipe.gaussians_from(encode_scaled(pipe.vae, scene.rgb[frames]), cameras, scene.rgb[FRONT])
-    scores = image_scores(gaussians, scene, FRONT, frames) | mesh_scores(gaussians, truth, float(scene.azimuths[FRONT]))
+    gaussians = pipe.gaussians_from(
+        encode_scaled(pipe.vae, scene.rgb[frames]), cameras, scene.rgb[FRONT]
+    )
+    scores = image_scores(gaussians, scene, FRONT, frames) | mesh_scores(
+        gaussians, truth, float(scene.azimuths[FRONT])
+    )
     return scores | {f"free_{k}": v for k, v in image_scores(gaussians, scene, FRONT, free).items()}
 
 
 def timed_training(stage, schedule, folder: Path, seed: int) -> dict:
-    """Train to the end; what it cost is kept in `folder`, so that a resumed run knows it too."""
+    """Train to the end; what it cost is kept in `folder`, so that a resumed run knows
+    it too.
+    """
     started, first = time.process_time(), len(list(folder.glob("checkpoint-*")))
     history = train(stage, schedule, folder, seed=seed)
     stage.cpu()  # where everything is measured
@@ -174,13 +203,18 @@ def timed_training(stage, schedule, folder: Path, seed: int) -> dict:
         with atomic_path(stored) as path:
             path.write_text(json.dumps(cost))
     cost = read_json(stored) if stored.is_file() else {}
-    return cost | {"last": {k: round(v, 4) for k, v in history[-1].items() if k not in ("time", "step")}}
+    return cost | {
+        "last": {k: round(v, 4) for k, v in history[-1].items() if k not in ("time", "step")}
+    }
 
 
 def score_decoder(world: World, pipe: GSV3DPipeline, num_frames: int) -> Rows:
     """The decoder's own scores on N true views, called true_..., one row per object."""
     scenes = (world.views.scene(index) for index in range(len(world.views.ids)))
-    return [{f"true_{k}": v for k, v in Judge().decoder(pipe, scene, num_frames).items()} for scene in scenes]
+    return [
+        {f"true_{k}": v for k, v in Judge().decoder(pipe, scene, num_frames).items()}
+        for scene in scenes
+    ]
 
 
 def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
@@ -189,7 +223,8 @@ def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
     for index, id in enumerate(tqdm(world.views.ids, desc="scoring", mininterval=10)):
         scene, truth = world.views.scene(index), load_truth(world.objects, id)
         started = time.process_time()
-        made = generate(pipe, scene, seed, back_projection=False, **world.sampler)  # the models themselves are compared
+        # the models themselves are compared
+        made = generate(pipe, scene, seed, back_projection=False, **world.sampler)
         seconds = time.process_time() - started
         rows.append({"cpu_seconds": seconds} | Judge().generation(pipe, scene, truth, made))
     return rows
@@ -197,17 +232,28 @@ def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
 
 # ---------------------------------------------------------------- the experiments
 
-ALPHA = {"lambda_alpha_stage2": 0.5}  # ours; stage 2 goes without by default, because of what this experiment found
+# ours; stage 2 goes without by default, because of what this experiment found
+ALPHA = {"lambda_alpha_stage2": 0.5}
 BOTH = Arm("lambda_1", "λ = 1: RGB, depth and alpha", ALPHA)
 
-STAGE2 = {"stage": "stage2", "steps": 120, "batch": 2}  # the same for all, so that common arms are one run
-PICTURE = {"lambda_pixel": 0.0, "lambda_depth": 0.05, "lambda_alpha": 0.1, "view_counts": (8,), "target_views": 8}
+# the same for all, so that common arms are one run
+STAGE2 = {"stage": "stage2", "steps": 120, "batch": 2}
+PICTURE = {
+    "lambda_pixel": 0.0,
+    "lambda_depth": 0.05,
+    "lambda_alpha": 0.1,
+    "view_counts": (8,),
+    "target_views": 8,
+}
 
 EXPERIMENTS = {
     "overfit": Experiment(
         "Can the decoder represent one object: 30 dB on its input views, Chamfer distance 0.03?",
         "scratch",
-        (Arm("scratch", "from scratch", PICTURE), Arm("warm", "from the shipped decoder", PICTURE, warm=True)),
+        (
+            Arm("scratch", "from scratch", PICTURE),
+            Arm("warm", "from the shipped decoder", PICTURE, warm=True),
+        ),
         run_overfit,
         {"stage": "stage1", "steps": 2000, "batch": 1, "lr": 1e-3},
     ),
@@ -236,7 +282,11 @@ EXPERIMENTS = {
             Arm("none", "no LoRA", trained=False),
             Arm("lambda_0", "λ = 0, the LoRA on L_2D alone", {"lambda_3d": 0.0}),
             Arm("lambda_10", "λ = 10", {"lambda_3d": 10.0}),
-            Arm("lambda_10_solid", "λ = 10, solid surfaces", {"lambda_3d": 10.0, "lambda_solid": 0.02}),
+            Arm(
+                "lambda_10_solid",
+                "λ = 10, solid surfaces",
+                {"lambda_3d": 10.0, "lambda_solid": 0.02},
+            ),
             Arm("lambda_1", "λ = 1", {"lambda_3d": 1.0}),
             Arm("lambda_100", "λ = 100", {"lambda_3d": 100.0}),
             Arm("lambda_1000", "λ = 1000", {"lambda_3d": 1000.0}),
@@ -280,8 +330,12 @@ EXPERIMENTS = {
 }
 
 
-def configure(base: Config, experiment: Experiment, arm: Arm, seed: int, steps: int, batch: int) -> Config:
-    """The checkpoint's configuration with the arm's changes, a seed, and a schedule of `steps`."""
+def configure(
+    base: Config, experiment: Experiment, arm: Arm, seed: int, steps: int, batch: int
+) -> Config:
+    """The checkpoint's configuration with the arm's changes, a seed, and a schedule of
+    `steps`.
+    """
     stage = experiment.defaults["stage"]
     schedule = getattr(base, stage)
     lr = experiment.defaults.get("lr", schedule.lr)
@@ -289,14 +343,18 @@ def configure(base: Config, experiment: Experiment, arm: Arm, seed: int, steps: 
     return base.replace(**arm.changes, **{stage: schedule}, seed=seed)
 
 
-def run_once(world: World, experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int]) -> None:
+def run_once(
+    world: World, experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int]
+) -> None:
     """One (arm, seed): leaves `scores.json` in its folder, or finds it there."""
     folder = world.work / run_name(experiment, arm, seed, size, world.start)
     if (folder / "scores.json").is_file():
         return
     print(f"{arm.label}, seed {seed}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    rows, cost = experiment.run(world, configure(world.config, experiment, arm, seed, *size), arm, folder)
+    rows, cost = experiment.run(
+        world, configure(world.config, experiment, arm, seed, *size), arm, folder
+    )
     write_scores(folder, rows, cost)
     for checkpoint in folder.rglob("checkpoint-*"):  # the scores are what is kept
         checkpoint.unlink()
@@ -308,7 +366,9 @@ def write_scores(folder: Path, rows: Rows, cost: dict) -> None:
 
 
 def run_name(experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int], start: str) -> str:
-    """Says what is run, so that experiments share common arms: `distillation-120x2-lambda_3d=0.1-seed0-1f0c77ab`."""
+    """Says what is run, so that experiments share common arms:
+    `distillation-120x2-lambda_3d=0.1-seed0-1f0c77ab`.
+    """
     changes = "-".join(f"{k}={v}" for k, v in arm.changes.items()).replace(" ", "") or "default"
     steps, batch = size
     what = (
@@ -320,8 +380,12 @@ def run_name(experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int],
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Sixteen digits that change with what arms start from: a checkpoint's configuration and models, not its LoRA."""
-    files = [folder / "gsv3d.json"] + [f for name in model_classes() for f in (folder / name).glob("*.safetensors")]
+    """Sixteen digits that change with what arms start from: a checkpoint's
+    configuration and models, not its LoRA.
+    """
+    files = [folder / "gsv3d.json"] + [
+        f for name in model_classes() for f in (folder / name).glob("*.safetensors")
+    ]
     total = hashlib.sha256()
     for path in sorted(files):
         total.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
@@ -331,10 +395,14 @@ def weights_fingerprint(folder: Path) -> str:
 # ---------------------------------------------------------------- results
 
 
-def restore_runs(out: Path, world: World, experiment: Experiment, size: tuple[int, int]) -> set[int]:
-    """Put the runs of a results file that this command would repeat into --work; returns their seeds.
+def restore_runs(
+    out: Path, world: World, experiment: Experiment, size: tuple[int, int]
+) -> set[int]:
+    """Put the runs of a results file that this command would repeat into --work;
+    returns their seeds.
 
-    Says how many there are of other weights, data or steps, or without a fingerprint. Raises ValueError for another file.
+    Says how many there are of other weights, data or steps, or without a fingerprint.
+    Raises ValueError for another file.
     """
     if not out.is_file():
         return set()
@@ -348,24 +416,35 @@ def restore_runs(out: Path, world: World, experiment: Experiment, size: tuple[in
                 write_scores(world.work / run, rows, cost)
     if len(seeds) < len(runs):
         left = f"{len(runs) - len(seeds)} of {len(runs)} runs"
-        print(f"{out}: {left} are of other weights, data or steps, or do not say of which; they are left out.")
+        print(
+            f"{out}: {left} are of other weights, data or steps, or do not say of which; they are left out."
+        )
     return set(seeds)
 
 
 def stored_runs(out: Path) -> list[tuple[str, int, str | None, dict[str, list], dict]]:
-    """Every run of a results file: arm, seed, name of the run (older files have none), scores by metric, and cost.
+    """Every run of a results file: arm, seed, name of the run (older files have none),
+    scores by metric, and cost.
 
     Raises UserError for another file.
     """
     try:
         arms = json.loads(out.read_text(encoding="utf-8"))["arms"]
         return [
-            (name, int(seed), entry.get("runs", {}).get(seed), dict(columns), dict(entry["cost"][seed]))
+            (
+                name,
+                int(seed),
+                entry.get("runs", {}).get(seed),
+                dict(columns),
+                dict(entry["cost"][seed]),
+            )
             for name, entry in arms.items()
             for seed, columns in entry["scores"].items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{out} is no results file of experiments; choose another --out.") from error
+        raise UserError(
+            f"{out} is no results file of experiments; choose another --out."
+        ) from error
 
 
 def read_json(path: Path) -> dict:
@@ -379,14 +458,18 @@ def read_json(path: Path) -> dict:
 
 
 def collect(world: World, experiment: Experiment, seeds: list[int], size: tuple[int, int]) -> dict:
-    """Every finished run: {"ids", "arms": {arm: {"label", "runs", "cost", "scores": {seed: {metric: [O]}}}}}."""
+    """Every finished run: {"ids", "arms": {arm: {"label", "runs", "cost", "scores":
+    {seed: {metric: [O]}}}}}.
+    """
     arms: dict[str, dict] = {}
     for arm, seed in itertools.product(experiment.arms, seeds):
         name = run_name(experiment, arm, seed, size, world.start)
         path = world.work / name / "scores.json"
         if path.is_file():
             stored = read_json(path)
-            entry = arms.setdefault(arm.name, {"label": arm.label, "runs": {}, "cost": {}, "scores": {}})
+            entry = arms.setdefault(
+                arm.name, {"label": arm.label, "runs": {}, "cost": {}, "scores": {}}
+            )
             metrics = dict.fromkeys(metric for row in stored["rows"] for metric in row)
             columns = {k: [_rounded(row.get(k)) for row in stored["rows"]] for k in metrics}
             for key, value in (("runs", name), ("cost", stored["cost"]), ("scores", columns)):
@@ -401,14 +484,19 @@ def _rounded(value: float | None) -> float | None:
 def values(arm: dict, metric: str, seeds: list[str] | None = None) -> np.ndarray:
     """One metric of a collected arm as [S, O], NaN where there is no number."""
     chosen = [scores for seed, scores in arm["scores"].items() if seeds is None or seed in seeds]
-    return np.array([scores.get(metric, [None] * len(next(iter(scores.values())))) for scores in chosen], dtype=float)
+    return np.array(
+        [scores.get(metric, [None] * len(next(iter(scores.values())))) for scores in chosen],
+        dtype=float,
+    )
 
 
 def compare(arm: dict, reference: dict, metric: str) -> dict:
-    """Arm minus reference over the seeds that both have: each object's mean over seeds, its mean and interval over objects.
+    """Arm minus reference over the seeds that both have: each object's mean over seeds,
+    its mean and interval over objects.
 
-    "mean", "low", "high": the difference and its 95 % interval (paired bootstrap over objects). "seeds": the mean
-    difference of each seed, which shows how much another training moves it.
+    "mean", "low", "high": the difference and its 95 % interval (paired bootstrap over
+    objects). "seeds": the mean difference of each seed, which shows how much another
+    training moves it.
     """
     seeds = [s for s in arm["scores"] if s in reference["scores"]]
     if not seeds:
@@ -421,7 +509,8 @@ def compare(arm: dict, reference: dict, metric: str) -> dict:
 
 
 def table(results: dict, reference: str, metrics: list[str]) -> str:
-    """Markdown: the reference's means, and every other arm's mean difference to them with its 95 % interval.
+    """Markdown: the reference's means, and every other arm's mean difference to them
+    with its 95 % interval.
 
     Differences are over common seeds; means of arms with other seeds would not compare.
     """
@@ -430,15 +519,25 @@ def table(results: dict, reference: str, metrics: list[str]) -> str:
         cells = [f"{finite_mean(values(arm, metric)):.3f}" for metric in metrics]
         if name != reference and reference in results["arms"]:
             found = [compare(arm, results["arms"][reference], metric) for metric in metrics]
-            cells = ["{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference) for difference in found]
+            cells = [
+                "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference) for difference in found
+            ]
         lines.append(f"| {arm['label']} | {len(arm['scores'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-CLAIMS = (  # what is expected, the experiment, the arm that is compared with its reference, the number, and its sign then
+# what is expected, the experiment, the arm that is compared with its reference, the
+# number, and its sign then
+CLAIMS = (
     ("distillation lowers the Chamfer distance", "distillation_long", "rgbd", "chamfer", -1),
     ("its price is texture (detail, 1 = the truth's)", "distillation_long", "rgbd", "detail", -1),
-    ("it makes the views agree (reprojection error)", "distillation_long", "rgbd", "reprojection", -1),
+    (
+        "it makes the views agree (reprojection error)",
+        "distillation_long",
+        "rgbd",
+        "reprojection",
+        -1,
+    ),
     ("few views ghost (share of pixels)", "frames", "n_4", "ghosting", 1),
     ("N = 16 is best (PSNR)", "frames", "n_8", "psnr", -1),
     ("DINO helps (PSNR, true views)", "dino", "no_dino", "true_psnr", -1),
@@ -447,33 +546,61 @@ CLAIMS = (  # what is expected, the experiment, the arm that is compared with it
 
 
 def claims(folder: str | Path) -> str:
-    """Markdown: what is expected of the method beside the differences in the results files of `folder`."""
-    lines = ["| expected | compared | difference | 95 % interval | seeds | holds here |", "|---" * 6 + "|"]
+    """Markdown: what is expected of the method beside the differences in the results
+    files of `folder`.
+    """
+    lines = [
+        "| expected | compared | difference | 95 % interval | seeds | holds here |",
+        "|---" * 6 + "|",
+    ]
     for claim, name, arm, metric, sign in CLAIMS:
         results = json.loads((Path(folder) / f"{name}.json").read_text())
         labels = [results["arms"][k]["label"] for k in (arm, results["reference"])]
         d = results["differences"][arm][metric]
-        cells = [claim, " minus ".join(labels), f"{d['mean']:+.4f}", f"[{d['low']:+.4f}, {d['high']:+.4f}]"]
+        cells = [
+            claim,
+            " minus ".join(labels),
+            f"{d['mean']:+.4f}",
+            f"[{d['low']:+.4f}, {d['high']:+.4f}]",
+        ]
         lines.append("| " + " | ".join([*cells, str(len(d["seeds"])), holds(d, sign)]) + " |")
     return "\n".join(lines)
 
 
 def holds(difference: dict, sign: int) -> str:
-    """Whether a difference has the expected sign: "yes" or "no" if its interval and every seed say so, else "not shown"."""
-    numbers = [sign * number for number in (difference["low"], difference["high"], *difference["seeds"])]
+    """Whether a difference has the expected sign: "yes" or "no" if its interval and
+    every seed say so, else "not shown".
+    """
+    numbers = [
+        sign * number for number in (difference["low"], difference["high"], *difference["seeds"])
+    ]
     return "yes" if min(numbers) > 0 else "no" if max(numbers) < 0 else "not shown"
 
 
 def write_results(experiment: Experiment, results: dict, out: Path, settings: dict) -> dict:
-    """Write the results file of one experiment: settings, every score, and every arm's difference to the reference."""
+    """Write the results file of one experiment: settings, every score, and every arm's
+    difference to the reference.
+    """
     arms, reference = results["arms"], results["arms"].get(experiment.reference)
     differences = {}
     for name, arm in arms.items():
         if reference is not None and arm is not reference:
             metrics = next(iter(arm["scores"].values()))
-            differences[name] = {metric: _round_all(compare(arm, reference, metric)) for metric in metrics}
-    record = {"question": experiment.question, "reference": experiment.reference, **settings, "commit": commit()}
-    record |= {"hardware": hardware(), "objects": len(results["ids"]), **results, "differences": differences}
+            differences[name] = {
+                metric: _round_all(compare(arm, reference, metric)) for metric in metrics
+            }
+    record = {
+        "question": experiment.question,
+        "reference": experiment.reference,
+        **settings,
+        "commit": commit(),
+    }
+    record |= {
+        "hardware": hardware(),
+        "objects": len(results["ids"]),
+        **results,
+        "differences": differences,
+    }
     with atomic_path(out) as path:
         path.write_text(json.dumps(without_nan(record), separators=(",", ":"), allow_nan=False))
     return record
@@ -486,11 +613,15 @@ def _round_all(value):
 
 
 def open_world(args: argparse.Namespace) -> World:
-    """Weights, orbits and objects of a command; latents and views are kept under --work."""
+    """Weights, orbits and objects of a command; latents and views are kept under
+    --work.
+    """
     config = load_config(args.weights)
     training = load_views(args.data, config.image_size, limit=args.limit, cache=args.work)
     vae = load_model(args.weights, "vae")
-    orbits = load_orbits(training, vae, config.copies, cache=args.work / "latents.safetensors", seed=config.seed)
+    orbits = load_orbits(
+        training, vae, config.copies, cache=args.work / "latents.safetensors", seed=config.seed
+    )
     views = load_views([args.objects], config.image_size)
     unknown = set(args.ids or []) - set(views.ids)
     if unknown:
@@ -499,30 +630,48 @@ def open_world(args: argparse.Namespace) -> World:
     sampler = {"steps": args.sampling_steps, "guidance": args.guidance}
     fingerprint = weights_fingerprint(args.weights)
     seen = [v.fingerprint() for v in (training, views)]
-    start = [fingerprint, seen, sampler, dataclasses.asdict(config)]  # fields of a later version change what an arm is
+    # fields of a later version change what an arm is
+    start = [fingerprint, seen, sampler, dataclasses.asdict(config)]
     start = hashlib.sha256(json.dumps(start).encode()).hexdigest()[:8]
-    return World(args.weights, config, orbits, views, args.objects, args.work, sampler, fingerprint, start)
+    return World(
+        args.weights, config, orbits, views, args.objects, args.work, sampler, fingerprint, start
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("experiments", __doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--weights", type=input_path, default="data/checkpoints/tiny", help="where every arm starts")
     parser.add_argument(
-        "--data", nargs="+", type=input_path, default=[input_path("data/cache/procedural")], help="training folders"
+        "--weights", type=input_path, default="data/checkpoints/tiny", help="where every arm starts"
     )
-    parser.add_argument("--objects", type=input_path, required=True, help="dataset folder to score on")
     parser.add_argument(
-        "--out", type=output_path, required=True, help="JSON file to write; its own finished runs are kept"
+        "--data",
+        nargs="+",
+        type=input_path,
+        default=[input_path("data/cache/procedural")],
+        help="training folders",
     )
-    parser.add_argument("--work", type=output_path, default="runs/experiments", help="checkpoints and finished runs")
+    parser.add_argument(
+        "--objects", type=input_path, required=True, help="dataset folder to score on"
+    )
+    parser.add_argument(
+        "--out",
+        type=output_path,
+        required=True,
+        help="JSON file to write; its own finished runs are kept",
+    )
+    parser.add_argument(
+        "--work", type=output_path, default="runs/experiments", help="checkpoints and finished runs"
+    )
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=training_seed, default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, help="training steps of every arm")
     parser.add_argument("--batch", type=batch)
     parser.add_argument("--sampling-steps", type=sampler_steps, default=10)
-    parser.add_argument("--guidance", type=guidance, default=1.0, help="1 = none, which halves the time")
+    parser.add_argument(
+        "--guidance", type=guidance, default=1.0, help="1 = none, which halves the time"
+    )
     parser.add_argument("--limit", type=positive, help="use only the first training objects")
     parser.add_argument("--ids", nargs="+", help="score only these objects")
     return parser
@@ -543,13 +692,26 @@ def run(args: argparse.Namespace) -> None:
         check_writable(path)
     world = open_world(args)
     seeds = sorted({*args.seeds, *restore_runs(args.out, world, experiment, size)})
-    settings = {"command": args.command, "weights": str(args.weights), "fingerprint": world.fingerprint}
+    settings = {
+        "command": args.command,
+        "weights": str(args.weights),
+        "fingerprint": world.fingerprint,
+    }
     settings |= {"steps": size[0], "batch": size[1], "sampler": world.sampler}
-    for seed, arm in itertools.product(args.seeds, arms):  # all arms of one seed first: what is there is balanced
+    # all arms of one seed first: what is there is balanced
+    for seed, arm in itertools.product(args.seeds, arms):
         run_once(world, experiment, arm, seed, size)
-        record = write_results(experiment, collect(world, experiment, seeds, size), args.out, settings)
+        record = write_results(
+            experiment, collect(world, experiment, seeds, size), args.out, settings
+        )
     scored = next(iter(next(iter(record["arms"].values()))["scores"].values()))
-    print(table(record, experiment.reference, [m for m in ("psnr", "ssim", "chamfer", "true_psnr") if m in scored]))
+    print(
+        table(
+            record,
+            experiment.reference,
+            [m for m in ("psnr", "ssim", "chamfer", "true_psnr") if m in scored],
+        )
+    )
 
 
 if __name__ == "__main__":

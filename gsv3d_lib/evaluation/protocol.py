@@ -1,8 +1,9 @@
-"""The protocol: what is measured, on which views, against which truth (docs/protocol.md).
+"""The protocol: what is measured, on which views, against which truth
+(docs/protocol.md).
 
-Input: view 12, the front. Targets: all other views, at the preset's resolution, on white,
-without alignment. The decoder alone gets the 16 true ring views, encoded by the VAE, and
-is scored on the 8 free views that it never saw.
+Input: view 12, the front. Targets: all other views, at the preset's resolution, on
+    white, without alignment. The decoder alone gets the 16 true ring views, encoded by
+    the VAE, and is scored on the 8 free views that it never saw.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def free_views(scene: Scene) -> Tensor:
     return torch.arange(RING, len(scene.rgb))
 
 
-# What <id>.geometry.npz must hold. Objects fit the unit ball; float16 rounds a little beyond.
+# What <id>.geometry.npz must hold. Objects fit the unit ball; float16 rounds a little
+# beyond.
 GEOMETRY: Table = {
     "points": Field(("P", 3), "f", -1.01, 1.01),
     "occupancy": Field((GRID_RESOLUTION**3 // 8,), "u1", needed=False),
@@ -67,15 +69,19 @@ GEOMETRY: Table = {
 
 @dataclass(frozen=True)
 class Truth:
-    """The true shape of an object, in the world of the dataset: points [4096, 3] and occupancy bool [64, 64, 64] or None."""
+    """The true shape of an object, in the world of the dataset: points [4096, 3] and
+    occupancy bool [64, 64, 64] or None.
+    """
 
     points: np.ndarray
     occupancy: np.ndarray | None
 
 
 def load_truth(folder: Path, id: str) -> Truth | None:
-    """`<id>.geometry.npz` of a dataset folder; None where there is none. Raises UserError where it is damaged, or holds
-    points that are not finite or not in the unit ball, too few of them, or another grid."""
+    """`<id>.geometry.npz` of a dataset folder; None where there is none. Raises
+    UserError where it is damaged, or holds points that are not finite or not in the
+    unit ball, too few of them, or another grid.
+    """
     path = Path(folder) / f"{id}.geometry.npz"
     if not os.path.lexists(path):
         return None
@@ -91,28 +97,43 @@ def load_truth(folder: Path, id: str) -> Truth | None:
         ) from error
     chosen = np.random.default_rng(0).choice(len(points), NUM_POINTS, replace=False)
     bits = arrays.get("occupancy")
-    grid = None if bits is None else np.unpackbits(bits).reshape((GRID_RESOLUTION,) * 3).astype(bool)
+    grid = (
+        None if bits is None else np.unpackbits(bits).reshape((GRID_RESOLUTION,) * 3).astype(bool)
+    )
     return Truth(points[chosen], grid)
 
 
-def mesh_scores(gaussians: Gaussians, truth: Truth | None, azimuth: float = 0.0) -> dict[str, float]:
-    """Chamfer distance, F-score and volume IoU of the fused mesh; NaN, 0 and 0 where the Gaussians have no surface.
+def mesh_scores(
+    gaussians: Gaussians, truth: Truth | None, azimuth: float = 0.0
+) -> dict[str, float]:
+    """Chamfer distance, F-score and volume IoU of the fused mesh; NaN, 0 and 0 where
+    the Gaussians have no surface.
 
-    azimuth: degrees by which the result is turned to stand in the world of the truth: that of its input view.
+    azimuth: degrees by which the result is turned to stand in the world of the truth:
+        that of its input view.
     """
     if truth is None:
         return {}
     try:
         mesh = fuse_mesh(gaussians, resolution=64, num_views=24, size=64, colors=False)
     except NoSurface:
-        return {"chamfer": float("nan"), "f_score": 0.0} | ({} if truth.occupancy is None else {"iou": 0.0})
+        return {"chamfer": float("nan"), "f_score": 0.0} | (
+            {} if truth.occupancy is None else {"iou": 0.0}
+        )
     mesh.vertices = mesh.vertices @ turn_about_z(azimuth).T
     return shape_scores(surface_points(mesh), mesh, truth)
 
 
-def shape_scores(points: np.ndarray, mesh: trimesh.Trimesh | None, truth: Truth) -> dict[str, float]:
-    """Points [N, 3], and the closed mesh they lie on if there is one, against the truth, both in its world."""
-    scores = {"chamfer": chamfer_distance(points, truth.points), "f_score": f_score(points, truth.points)}
+def shape_scores(
+    points: np.ndarray, mesh: trimesh.Trimesh | None, truth: Truth
+) -> dict[str, float]:
+    """Points [N, 3], and the closed mesh they lie on if there is one, against the
+    truth, both in its world.
+    """
+    scores = {
+        "chamfer": chamfer_distance(points, truth.points),
+        "f_score": f_score(points, truth.points),
+    }
     if mesh is not None and truth.occupancy is not None:
         scores["iou"] = volume_iou(occupancy_grid(mesh), truth.occupancy)
     return scores
@@ -126,14 +147,18 @@ def evaluate_vae(pipe: GSV3DPipeline, scene: Scene) -> dict[str, float]:
 
 
 def generate(pipe: GSV3DPipeline, scene: Scene, seed: int, **options) -> Generation:
-    """One image -> 3D from the front view, its elevation and mask given; the Gaussians on the CPU, where all is measured."""
+    """One image -> 3D from the front view, its elevation and mask given; the Gaussians
+    on the CPU, where all is measured.
+    """
     given = {"elevation": float(scene.elevations[FRONT]), "mask": scene.alpha[FRONT]}
     made = pipe.generate(scene.rgb[FRONT], seed=seed, progress=False, **given, **options)
     return replace(made, gaussians=made.gaussians.to("cpu"))
 
 
 def view_scores(pipe: GSV3DPipeline, made: Generation) -> dict[str, float]:
-    """What needs no truth: reprojection error between neighbouring views, and odd against even views."""
+    """What needs no truth: reprojection error between neighbouring views, and odd
+    against even views.
+    """
 
     def decode(latents, cameras):
         return pipe.gaussians_from(latents, cameras, made.image).to("cpu")
@@ -165,10 +190,12 @@ def side_views(scene: Scene) -> Tensor:
 
 @torch.no_grad()
 def recognised(made: Tensor, true: Tensor, net: LPIPS) -> list[float]:
-    """How often the side of an object looks most like its own, among those of all objects.
+    """How often the side of an object looks most like its own, among those of all
+    objects.
 
-    made, true: [O, 2, S, S, 3], the sides of the results and of the truth. Per object the
-    share of its two sides to which, by the net, its own truth is nearest; 1 / O by chance.
+    made, true: [O, 2, S, S, 3], the sides of the results and of the truth. Per object
+        the share of its two sides to which, by the net, its own truth is nearest; 1 / O
+        by chance.
     """
     hits = []
     for side in range(made.shape[1]):
@@ -186,8 +213,8 @@ def some_views(seen: Rendering, views: Tensor) -> Rendering:
 class Judge:
     """Scores pictures and objects; what it measures with is said once, here.
 
-    lpips: nets by the name of their score, such as {"lpips": alex, "lpips_vgg": vgg}. A net
-    that a model was trained with proves little about it.
+    lpips: nets by the name of their score, such as {"lpips": alex, "lpips_vgg": vgg}. A
+        net that a model was trained with proves little about it.
     average: the average training object, a baseline.
     """
 
@@ -209,13 +236,17 @@ class Judge:
         return self.colors(rgb, scene.rgb[chosen]) | {"depth_l1": depth_l1(depth, truth)}
 
     @torch.no_grad()
-    def images(self, gaussians: Gaussians, scene: Scene, start: int, chosen: Tensor) -> dict[str, float]:
+    def images(
+        self, gaussians: Gaussians, scene: Scene, start: int, chosen: Tensor
+    ) -> dict[str, float]:
         """`pictures` of Gaussians, in whose world view `start` stands at azimuth 0."""
         seen = render(gaussians, relative_cameras(scene, start, chosen))
         return self.pictures(seen, scene, chosen)
 
     @torch.no_grad()
-    def decoder(self, pipe: GSV3DPipeline, scene: Scene, num_frames: int = RING) -> dict[str, float]:
+    def decoder(
+        self, pipe: GSV3DPipeline, scene: Scene, num_frames: int = RING
+    ) -> dict[str, float]:
         """The decoder on N true views, scored on the views that are not on the ring."""
         frames = ring_frames(FRONT, num_frames)
         free = free_views(scene)
@@ -226,7 +257,9 @@ class Judge:
         return self.pictures(seen, scene, free) | failure_scores(gaussians, seen, scene)
 
     @torch.no_grad()
-    def generation(self, pipe: GSV3DPipeline, scene: Scene, truth: Truth | None, made: Generation) -> dict[str, float]:
+    def generation(
+        self, pipe: GSV3DPipeline, scene: Scene, truth: Truth | None, made: Generation
+    ) -> dict[str, float]:
         """A generated object on all other views, and by its mesh.
 
         Also whether its own views agree, ghosting, and lost texture.
@@ -259,6 +292,8 @@ class Judge:
         return results
 
 
-def image_scores(gaussians: Gaussians, scene: Scene, start: int, chosen: Tensor) -> dict[str, float]:
+def image_scores(
+    gaussians: Gaussians, scene: Scene, start: int, chosen: Tensor
+) -> dict[str, float]:
     """PSNR, SSIM and depth L1 of Gaussians against the true views `chosen`."""
     return Judge().images(gaussians, scene, start, chosen)

@@ -17,7 +17,8 @@ from ..rendering import render
 from ..system.paths import atomic_path
 
 SHEET_ANGLES = (45, 90, 180)  # degrees from the input view
-REPORTED = {"psnr": "20.390", "ssim": "0.884", "chamfer": "0.100", "iou": "0.721"}  # by the authors, table 1
+# by the authors, table 1
+REPORTED = {"psnr": "20.390", "ssim": "0.884", "chamfer": "0.100", "iou": "0.721"}
 METHODS = {
     "generated": "ours",
     "generated_without_lora": "ours without LoRA",
@@ -29,9 +30,14 @@ METHODS = {
 
 
 def strip(gaussians: Gaussians, scene: Scene) -> Tensor:
-    """One row of the contact sheet [S, 10 S, 3]: the input, then truth, result and error at three ring views."""
+    """One row of the contact sheet [S, 10 S, 3]: the input, then truth, result and
+    error at three ring views.
+    """
     chosen = torch.tensor([(FRONT + angle * RING // 360) % RING for angle in SHEET_ANGLES])
-    truth, result = scene.rgb[chosen], render(gaussians, relative_cameras(scene, FRONT, chosen)).rgb.clamp(0, 1)
+    truth, result = (
+        scene.rgb[chosen],
+        render(gaussians, relative_cameras(scene, FRONT, chosen)).rgb.clamp(0, 1),
+    )
     error = 1 - (result - truth).abs()
     return torch.cat([scene.rgb[FRONT], *truth, *result, *error], dim=1)
 
@@ -45,14 +51,19 @@ def save_sheet(strips: list[Tensor], path: Path) -> None:
 
 
 def averages(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Mean over the objects that have a number, for every number of every method; NaN where none has."""
+    """Mean over the objects that have a number, for every number of every method; NaN
+    where none has.
+    """
     columns: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for method, scores in row.items():
             if method != "id":
                 for name, value in scores.items():
                     columns.setdefault(method, {}).setdefault(name, []).append(value)
-    return {m: {name: round(finite_mean(values), 4) for name, values in table.items()} for m, table in columns.items()}
+    return {
+        m: {name: round(finite_mean(values), 4) for name, values in table.items()}
+        for m, table in columns.items()
+    }
 
 
 def finite_mean(values) -> float:
@@ -63,7 +74,9 @@ def finite_mean(values) -> float:
 
 
 def without_nan(value):
-    """The same nested lists and dicts with null for what is not a number, which JSON has no word for."""
+    """The same nested lists and dicts with null for what is not a number, which JSON
+    has no word for.
+    """
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -77,13 +90,18 @@ def table(means: dict[str, dict[str, float]]) -> str:
     columns = ["psnr", "ssim", *sorted(perceptual), "depth_l1", "chamfer", "f_score", "iou"]
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for method, scores in means.items():
-        cells = [f"{scores[c]:.3f}" if scores.get(c) is not None and np.isfinite(scores[c]) else "-" for c in columns]
+        cells = [
+            f"{scores[c]:.3f}" if scores.get(c) is not None and np.isfinite(scores[c]) else "-"
+            for c in columns
+        ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def comparison(*records: Path) -> str:
-    """Markdown: the means of results files, best first as given, and what the paper reports in a row of its own."""
+    """Markdown: the means of results files, best first as given, and what the paper
+    reports in a row of its own.
+    """
     names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "depth_l1": "depth L1"}
     names |= {"chamfer": "CD", "f_score": "F-score", "iou": "volume IoU"}
     lines = [f"| | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]

@@ -1,5 +1,6 @@
-"""What leaves the project: turntable videos, a stand-alone viewer page, .splat files (PLY
-is in `gaussians`, meshes in `mesh`), and all that a person may want at once."""
+"""What leaves the project: turntable videos, a stand-alone viewer page, .splat files
+(PLY is in `gaussians`, meshes in `mesh`), and all that a person may want at once.
+"""
 
 import base64
 import html
@@ -45,7 +46,8 @@ def save_turntable(
     elevation: float = 15.0,
     fps: int = FPS,
 ) -> None:
-    """One turn around the object on white, as an H.264 video and / or a GIF that repeats for ever.
+    """One turn around the object on white, as an H.264 video and / or a GIF that
+    repeats for ever.
 
     size: pixels a side, even (H.264 halves the colour's resolution).  elevation: degrees.  The first frame looks
     from azimuth 0, which is the condition view, and azimuth grows. Raises ValueError for an odd size or no path, and,
@@ -73,7 +75,8 @@ def turntable_frames(
     azimuths = torch.arange(num_frames) * (360 / num_frames)
     cameras = orbit_cameras(azimuths, elevation, size)
     with torch.no_grad():
-        views = [render(gaussians, cameras[i : i + 8]).rgb.cpu() for i in range(0, num_frames, 8)]  # 8: bounds memory
+        # 8: bounds memory
+        views = [render(gaussians, cameras[i : i + 8]).rgb.cpu() for i in range(0, num_frames, 8)]
     return (torch.cat(views).clamp(0, 1) * 255).round().byte().numpy()
 
 
@@ -87,11 +90,14 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
                 "brings one, IMAGEIO_FFMPEG_EXE names another; or the disk is full."
             ) from error
         if written != len(frames):
-            raise UserError(f"ffmpeg wrote {written} of the {len(frames)} frames of {path}: is the disk full?")
+            raise UserError(
+                f"ffmpeg wrote {written} of the {len(frames)} frames of {path}: is the disk full?"
+            )
 
 
 def _encode_mp4(frames: np.ndarray, path: Path, fps: int) -> int:
-    """Returns how many frames the file holds: a full disk need not be an error to ffmpeg.
+    """Returns how many frames the file holds: a full disk need not be an error to
+    ffmpeg.
 
     path: absolute, or ffmpeg would take the a of "a:b" for a protocol.
     """
@@ -104,7 +110,8 @@ def _encode_mp4(frames: np.ndarray, path: Path, fps: int) -> int:
         fps=fps,
         quality=8,
         macro_block_size=2,
-        output_params=["-f", "mp4", "-movflags", "+faststart"],  # a name that ends in .tmp says nothing
+        # a name that ends in .tmp says nothing
+        output_params=["-f", "mp4", "-movflags", "+faststart"],
     )
     writer.send(None)
     for frame in frames:
@@ -117,19 +124,24 @@ def _encode_mp4(frames: np.ndarray, path: Path, fps: int) -> int:
 
 
 def _write_gif(frames: np.ndarray, path: Path, fps: int) -> None:
-    # One palette for all frames, or colours would flicker. No dithering: it adds noise that moves and triples the file.
+    # One palette for all frames, or colours would flicker. No dithering: it adds noise
+    # that moves and triples the file.
     montage = Image.fromarray(np.concatenate(list(frames[:: max(1, len(frames) // 8)])))
     palette = montage.quantize(255, method=Image.Quantize.MEDIANCUT)
     images = [_with_palette(frame, palette) for frame in frames]
     duration = max(20, round(1000 / fps))  # milliseconds; browsers slow down anything shorter
     data = io.BytesIO()
-    images[0].save(data, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
+    images[0].save(
+        data, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0
+    )
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.getvalue())
 
 
 def _with_palette(frame: np.ndarray, palette: Image.Image) -> Image.Image:
-    """uint8 [H, W, 3] -> palette image; the background gets an entry of its own, or its white would turn grey."""
+    """uint8 [H, W, 3] -> palette image; the background gets an entry of its own, or its
+    white would turn grey.
+    """
     indices = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
     indices[(frame == 255).all(axis=-1)] = 255
     image = Image.fromarray(indices, "P")
@@ -147,11 +159,12 @@ def save_viewer_page(
     azimuth: float = 0.0,
     elevation: float = 15.0,
 ) -> None:
-    """One HTML file that shows the Gaussians in any browser with WebGL 2: drag, wheel, touch, arrow keys.
+    """One HTML file that shows the Gaussians in any browser with WebGL 2: drag, wheel,
+    touch, arrow keys.
 
-    It loads nothing, so it works offline and from file://. 43 bytes per Gaussian plus 13 kB; Gaussians that the
-    renderer never draws are left out. azimuth, elevation: of the first view, degrees; page.html#azimuth=90 opens
-    another.
+    It loads nothing, so it works offline and from file://. 43 bytes per Gaussian plus
+    13 kB; Gaussians that the renderer never draws are left out. azimuth, elevation: of
+    the first view, degrees; page.html#azimuth=90 opens another.
     """
     drawn = gaussians.check("the Gaussians to save").prune()
     splats = base64.b64encode(pack_splats(drawn)).decode()
@@ -164,7 +177,9 @@ def save_viewer_page(
 
 
 def save_splat(gaussians: Gaussians, path: str | Path) -> None:
-    """Write a .splat file (32 bytes per Gaussian) as web viewers read it: y down, the most visible ones first."""
+    """Write a .splat file (32 bytes per Gaussian) as web viewers read it: y down, the
+    most visible ones first.
+    """
     turned = turn_axes(gaussians, "y-down", to_file=True)
     visibility = gaussians.opacities * gaussians.scales.prod(dim=-1)
     with atomic_path(path) as temporary:
@@ -172,10 +187,12 @@ def save_splat(gaussians: Gaussians, path: str | Path) -> None:
 
 
 def pack_splats(gaussians: Gaussians) -> bytes:
-    """32 bytes per Gaussian, little endian: mean and scale as 3 + 3 float32, RGBA and quaternion as 4 + 4 bytes.
+    """32 bytes per Gaussian, little endian: mean and scale as 3 + 3 float32, RGBA and
+    quaternion as 4 + 4 bytes.
 
-    A byte holds a colour or opacity c as 255 c, and a component q of the unit quaternion (w, x, y, z) as
-    128 q + 128. Raises ValueError for numbers that describe no Gaussians.
+    A byte holds a colour or opacity c as 255 c, and a component q of the unit
+    quaternion (w, x, y, z) as 128 q + 128. Raises ValueError for numbers that describe
+    no Gaussians.
     """
     tensors = gaussians.check("the Gaussians to save").tensors()
     means, quats, scales, opacities, colors = (t.detach().cpu().float().numpy() for t in tensors)
@@ -193,8 +210,8 @@ def pack_splats(gaussians: Gaussians) -> bytes:
 def write_all(writers: dict[Path, Callable[[Path], None]]) -> None:
     """Call every writer with its path, whatever happens to the others.
 
-    Raises ValueError at the end, in one sentence, for those that the user or the machine
-    kept from writing; a bug of ours stops at once.
+    Raises ValueError at the end, in one sentence, for those that the user or the
+    machine kept from writing; a bug of ours stops at once.
     """
     faults: dict[str, list[str]] = {}  # why -> what was not written
     written = []
@@ -213,10 +230,11 @@ def write_all(writers: dict[Path, Callable[[Path], None]]) -> None:
 
 
 def save_object(gaussians: Gaussians, folder: str | Path) -> dict[str, Path]:
-    """Write every file a person may want of a generated object; returns the paths by kind.
+    """Write every file a person may want of a generated object; returns the paths by
+    kind.
 
-    Gaussians that no picture shows are left out. object.glb is turned such that the side
-    the input saw, +x here, faces a glTF viewer (+z there). Raises ValueError as
+    Gaussians that no picture shows are left out. object.glb is turned such that the
+    side the input saw, +x here, faces a glTF viewer (+z there). Raises ValueError as
     `write_all` does, and before it for numbers that describe no Gaussians.
     """
     gaussians = gaussians.check("the Gaussians to save").prune()
@@ -238,5 +256,6 @@ def _save_front_mesh(gaussians: Gaussians, path: Path) -> None:
 
     mesh = fuse_mesh(gaussians)
     x, y, z = mesh.vertices.T
-    mesh.vertices = np.column_stack([y, -x, z])  # a quarter turn: `save_mesh` takes -y for the front
+    # a quarter turn: `save_mesh` takes -y for the front
+    mesh.vertices = np.column_stack([y, -x, z])
     save_mesh(mesh, path)

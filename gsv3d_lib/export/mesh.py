@@ -1,7 +1,8 @@
-"""Gaussians -> triangle mesh: render depth from all around, fuse it into a signed distance grid, extract the surface.
+"""Gaussians -> triangle mesh: render depth from all around, fuse it into a signed
+distance grid, extract the surface.
 
-Truncated signed distance fusion (Curless and Levoy 1996) of rendered RGB-D, as close relatives of the paper do for
-their Chamfer and IoU numbers, then marching cubes.
+Truncated signed distance fusion (Curless and Levoy 1996) of rendered RGB-D, as close
+relatives of the paper do for their Chamfer and IoU numbers, then marching cubes.
 """
 
 from __future__ import annotations
@@ -26,17 +27,23 @@ from ..system.paths import atomic_path
 if TYPE_CHECKING:
     import trimesh
 
-EXTENT = 1.05  # the grid spans [-EXTENT, EXTENT]^3: the unit ball and a margin, so that every surface closes
-# In voxels (0.066 at 96^3): distances saturate there, and a view says nothing beyond it behind a surface.
+# the grid spans [-EXTENT, EXTENT]^3: the unit ball and a margin, so that every surface
+# closes
+EXTENT = 1.05
+# In voxels (0.066 at 96^3): distances saturate there, and a view says nothing beyond it
+# behind a surface.
 TRUNCATION = 3.0
-# A view that sees past a point says "empty", not how far the surface is; with full weight that eats thin parts. On a
-# rod of radius 0.03, weights 1, 0.5, 0.25, 0.1 give 73, 87, 100, 112 % of its volume.
+# A view that sees past a point says "empty", not how far the surface is; with full
+# weight that eats thin parts. On a rod of radius 0.03, weights 1, 0.5, 0.25, 0.1 give
+# 73, 87, 100, 112 % of its volume.
 BACKGROUND_WEIGHT = 0.25
-MIXED_DEPTH = 0.1  # a pixel whose depths spread more than this (standard deviation) sees two surfaces
+# a pixel whose depths spread more than this (standard deviation) sees two surfaces
+MIXED_DEPTH = 0.1
 MIN_COMPONENT = 0.01  # pieces with less than this share of the solid's volume are floaters
 FORMATS = (".glb", ".obj", ".ply")
 FLOAT, UNSIGNED_INT, VERTICES, INDICES = 5126, 5125, 34962, 34963  # glTF's numbers of OpenGL
-# The views' light is in the colours already, and glTF's default material is a dark metal.
+# The views' light is in the colours already, and glTF's default material is a dark
+# metal.
 UNLIT = {"pbrMetallicRoughness": {"metallicFactor": 0.0}, "extensions": {"KHR_materials_unlit": {}}}
 
 
@@ -45,15 +52,22 @@ class NoSurface(UserError):
 
 
 def fuse_mesh(
-    gaussians: Gaussians, resolution: int = 96, num_views: int = 32, size: int = 128, colors: bool = True
+    gaussians: Gaussians,
+    resolution: int = 96,
+    num_views: int = 32,
+    size: int = 128,
+    colors: bool = True,
 ) -> trimesh.Trimesh:
-    """A closed triangle mesh of the Gaussians, coloured unless only its shape is wanted, in the same z-up world.
+    """A closed triangle mesh of the Gaussians, coloured unless only its shape is
+    wanted, in the same z-up world.
 
     resolution: grid points per axis over [-1.05, 1.05].  num_views: cameras around the object.  size: pixels a side.
     Raises ValueError when the Gaussians show no surface from any side.
     """
     if len(gaussians) == 0:
-        raise UserError("There are no Gaussians to make a mesh of: check the opacities, or prune less.")
+        raise UserError(
+            "There are no Gaussians to make a mesh of: check the opacities, or prune less."
+        )
     cameras = sphere_cameras(num_views, size)
     with torch.no_grad():
         rgb, depth, alpha = render(gaussians, cameras)
@@ -62,14 +76,17 @@ def fuse_mesh(
 
 
 def front_depth(gaussians: Gaussians, cameras: Cameras, depth: Tensor) -> Tensor:
-    """Expected depth [V, H, W, 1] -> the same, but the front surface's own where a pixel mixes two surfaces.
+    """Expected depth [V, H, W, 1] -> the same, but the front surface's own where a
+    pixel mixes two surfaces.
 
-    Through a front that lets 10 % of the light pass, the back of the object counts for a tenth of the expected depth:
-    the mean lies inside the object, where nothing is, and fusion would carve it hollow. Mean m, deviation s and
-    skewness g of the depths along a ray determine a mixture of two depths, the far one with weight p:
+    Through a front that lets 10 % of the light pass, the back of the object counts for
+    a tenth of the expected depth: the mean lies inside the object, where nothing is,
+    and fusion would carve it hollow. Mean m, deviation s and skewness g of the depths
+    along a ray determine a mixture of two depths, the far one with weight p:
         p = (1 - g / sqrt(g^2 + 4)) / 2,    near = m - s sqrt(p / (1 - p)).
-    Measured on a scan's points as Gaussians of opacity 0.2: IoU with the true solid 0.15 without this, 0.90 with it;
-    where the Gaussians are opaque (0.9) both give 0.81.
+    Measured on a scan's points as Gaussians of opacity 0.2: IoU with the true solid
+    0.15 without this, 0.90 with it; where the Gaussians are opaque (0.9) both give
+    0.81.
     """
     views = [front_and_spread(gaussians, cameras[view])[:2] for view in range(len(cameras))]
     front, spread = (torch.cat(parts) for parts in zip(*views, strict=True))
@@ -77,9 +94,12 @@ def front_depth(gaussians: Gaussians, cameras: Cameras, depth: Tensor) -> Tensor
 
 
 def front_and_spread(gaussians: Gaussians, camera: Cameras) -> tuple[Tensor, Tensor, Tensor]:
-    """Near depth, standard deviation of the depths, and alpha [1, H, W, 1], from the rendered powers of the depth."""
+    """Near depth, standard deviation of the depths, and alpha [1, H, W, 1], from the
+    rendered powers of the depth.
+    """
     row = camera.viewmats[0, 2].to(gaussians.means)
-    z = gaussians.means @ row[:3]  # from the object's centre: the powers of a small number stay exact
+    # from the object's centre: the powers of a small number stay exact
+    z = gaussians.means @ row[:3]
     powers = dataclasses.replace(gaussians, colors=torch.stack([z, z**2, z**3], dim=-1))
     sums, _, alpha = render(powers, camera, background=(0.0, 0.0, 0.0))
     mean, second, third = (sums / alpha.clamp(min=1e-4)).split(1, dim=-1)
@@ -90,7 +110,9 @@ def front_and_spread(gaussians: Gaussians, camera: Cameras) -> tuple[Tensor, Ten
 
 
 def sphere_cameras(num_views: int, size: int) -> Cameras:
-    """Cameras spread evenly over the sphere on a Fibonacci spiral; none looks straight up or down."""
+    """Cameras spread evenly over the sphere on a Fibonacci spiral; none looks straight
+    up or down.
+    """
     index = torch.arange(num_views, dtype=torch.float64)
     elevations = torch.rad2deg(torch.asin(1 - (2 * index + 1) / num_views))
     azimuths = index * (180 * (3 - math.sqrt(5))) % 360
@@ -98,9 +120,15 @@ def sphere_cameras(num_views: int, size: int) -> Cameras:
 
 
 def fuse_depth_maps(
-    rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras, resolution: int = 96, colors: bool = True
+    rgb: Tensor,
+    depth: Tensor,
+    alpha: Tensor,
+    cameras: Cameras,
+    resolution: int = 96,
+    colors: bool = True,
 ) -> trimesh.Trimesh:
-    """RGB-D views of one object -> closed triangle mesh (z-up world, faces counter-clockwise from outside), coloured or not.
+    """RGB-D views of one object -> closed triangle mesh (z-up world, faces
+    counter-clockwise from outside), coloured or not.
 
     rgb: [V, H, W, 3] in [0, 1] on white.  depth: z-depth [V, H, W, 1], 0 = nothing.  alpha: [V, H, W, 1] in [0, 1].
     Every camera must have the whole object in its frame: what is outside of a frame counts as empty. A point that no
@@ -114,19 +142,27 @@ def fuse_depth_maps(
     mesh = trimesh.Trimesh(vertices, faces, process=False)
     if colors:
         rgb = _vertex_colors(mesh, rgb, depth, alpha, cameras)
-        mesh.visual.vertex_colors = np.round(np.column_stack([rgb, np.ones(len(rgb))]) * 255).astype(np.uint8)
+        mesh.visual.vertex_colors = np.round(
+            np.column_stack([rgb, np.ones(len(rgb))]) * 255
+        ).astype(np.uint8)
     return mesh
 
 
-def _check_views(rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras) -> tuple[np.ndarray, ...]:
+def _check_views(
+    rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras
+) -> tuple[np.ndarray, ...]:
     frame = (len(cameras), cameras.height, cameras.width)
     shapes = [tuple(image.shape) for image in (rgb, depth, alpha)]
     if shapes != [(*frame, 3), (*frame, 1), (*frame, 1)]:
-        raise UserError(f"{frame[0]} cameras of {frame[1:]} pixels need rgb, depth, alpha to match, got {shapes}.")
+        raise UserError(
+            f"{frame[0]} cameras of {frame[1:]} pixels need rgb, depth, alpha to match, got {shapes}."
+        )
     rgb, depth, alpha = (image.detach().cpu().float().numpy() for image in (rgb, depth, alpha))
     alpha = np.where((alpha >= SURFACE_ALPHA) & (depth > 0), alpha, 0)
     if not alpha.any():
-        raise NoSurface("No view shows a surface to make a mesh of: the Gaussians are too faint or outside the frame.")
+        raise NoSurface(
+            "No view shows a surface to make a mesh of: the Gaussians are too faint or outside the frame."
+        )
     return rgb, depth[..., 0], alpha[..., 0]
 
 
@@ -134,16 +170,21 @@ def _check_views(rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras) ->
 
 
 def fuse(depth: np.ndarray, alpha: np.ndarray, cameras: Cameras, resolution: int) -> np.ndarray:
-    """Depth and alpha [V, H, W] -> truncated signed distance [R, R, R] in units of the truncation, positive outside."""
+    """Depth and alpha [V, H, W] -> truncated signed distance [R, R, R] in units of the
+    truncation, positive outside.
+    """
     if resolution < 8:
-        raise UserError(f"The grid needs a resolution of at least 8 points per axis, got {resolution}.")
+        raise UserError(
+            f"The grid needs a resolution of at least 8 points per axis, got {resolution}."
+        )
     axis = np.linspace(-EXTENT, EXTENT, resolution, dtype=np.float32)
     truncation = TRUNCATION * (axis[1] - axis[0])
     total, weights = np.zeros((2, resolution, resolution, resolution), dtype=np.float32)
     surface = np.where(alpha > 0, depth, np.inf).astype(np.float32)
     for view, projection in zip(surface, _projections(cameras), strict=True):
         distance = _distance_to_surface(view, projection, axis) / truncation
-        # Full weight in front of the surface, fading to none one truncation behind it, where other views know better.
+        # Full weight in front of the surface, fading to none one truncation behind it,
+        # where other views know better.
         weight = np.where(np.isinf(distance), BACKGROUND_WEIGHT, np.clip(1 + distance, 0, 1))
         total += weight * np.minimum(distance, 1).clip(-1)
         weights += weight
@@ -157,7 +198,9 @@ def _projections(cameras: Cameras) -> np.ndarray:
 
 
 def _distance_to_surface(view: np.ndarray, projection: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """z-distance [R, R, R] from each grid point to the surface [H, W] the camera sees in its pixel; > 0 in front."""
+    """z-distance [R, R, R] from each grid point to the surface [H, W] the camera sees
+    in its pixel; > 0 in front.
+    """
     x, y, z = axis[:, None, None], axis[None, :, None], axis[None, None, :]
     u, v, w = ((row[0] * x + row[1] * y) + (row[2] * z + row[3]) for row in projection)
     pixels = _nearest_pixels(u / w, v / w, *view.shape)
@@ -165,10 +208,12 @@ def _distance_to_surface(view: np.ndarray, projection: np.ndarray, axis: np.ndar
 
 
 def _nearest_pixels(u: np.ndarray, v: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Flat index of the pixel at image position (u, v); height * width, one past the end, for outside of the frame.
+    """Flat index of the pixel at image position (u, v); height * width, one past the
+    end, for outside of the frame.
 
-    The nearest pixel, not interpolation: depth must not be blended across an edge, and where it is smooth the views
-    average out (bilinear weights were no better on spheres and boxes, at four times the time).
+    The nearest pixel, not interpolation: depth must not be blended across an edge, and
+    where it is smooth the views average out (bilinear weights were no better on spheres
+    and boxes, at four times the time).
     """
     inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
     return np.where(inside, v.astype(np.int32) * width + u.astype(np.int32), height * width)
@@ -178,12 +223,16 @@ def _nearest_pixels(u: np.ndarray, v: np.ndarray, height: int, width: int) -> np
 
 
 def _keep_large_pieces(grid: np.ndarray) -> np.ndarray:
-    """Removes floaters outside of the solid and fills pockets inside of it, which no camera can have seen."""
+    """Removes floaters outside of the solid and fills pockets inside of it, which no
+    camera can have seen.
+    """
     from scipy import ndimage
 
     labels, count = ndimage.label(grid < 0, structure=np.ones((3, 3, 3)))
     if count == 0:
-        raise NoSurface("The views agree on no solid: the Gaussians may be too faint, or too thin for this resolution.")
+        raise NoSurface(
+            "The views agree on no solid: the Gaussians may be too faint, or too thin for this resolution."
+        )
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     kept = (sizes >= MIN_COMPONENT * sizes.sum())[labels]
@@ -192,7 +241,9 @@ def _keep_large_pieces(grid: np.ndarray) -> np.ndarray:
 
 
 def _extract_surface(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Marching cubes at distance 0 -> vertices [N, 3] in the world, faces [M, 3] counter-clockwise from outside."""
+    """Marching cubes at distance 0 -> vertices [N, 3] in the world, faces [M, 3]
+    counter-clockwise from outside.
+    """
     from skimage.measure import marching_cubes
 
     padded = np.pad(grid, 1, constant_values=1.0)  # closes what touches the grid's end
@@ -204,25 +255,34 @@ def _extract_surface(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _vertex_colors(
     mesh: trimesh.Trimesh, rgb: np.ndarray, depth: np.ndarray, alpha: np.ndarray, cameras: Cameras
 ) -> np.ndarray:
-    """[N, 3] in [0, 1]: the views' mean at each vertex, weighted by how squarely they see it, hidden views left out."""
+    """[N, 3] in [0, 1]: the views' mean at each vertex, weighted by how squarely they
+    see it, hidden views left out.
+    """
     colors, weights = np.zeros((len(mesh.vertices), 3)), np.zeros((len(mesh.vertices), 1))
     points = np.column_stack([mesh.vertices, np.ones(len(mesh.vertices))])
     tolerance = TRUNCATION * 2 * EXTENT / 96
-    images = zip(rgb, depth, alpha, _projections(cameras), cameras.positions().cpu().numpy(), strict=True)
+    images = zip(
+        rgb, depth, alpha, _projections(cameras), cameras.positions().cpu().numpy(), strict=True
+    )
     for rgb_view, depth_view, alpha_view, projection, position in images:
         u, v, z = projection @ points.T
         pixels = _nearest_pixels(u / z, v / z, *depth_view.shape).clip(max=depth_view.size - 1)
         cover = alpha_view.ravel()[pixels]
         facing = ((position - mesh.vertices) / z[:, None] * mesh.vertex_normals).sum(axis=1).clip(0)
         weight = (facing**2 * cover * (np.abs(depth_view.ravel()[pixels] - z) < tolerance))[:, None]
-        bare = 1 - (1 - rgb_view.reshape(-1, 3)[pixels]) / np.maximum(cover, SURFACE_ALPHA)[:, None]  # white removed
+        # white removed
+        bare = 1 - (1 - rgb_view.reshape(-1, 3)[pixels]) / np.maximum(cover, SURFACE_ALPHA)[:, None]
         colors += weight * bare.clip(0, 1)
         weights += weight
-    return _fill_from_neighbours(mesh.vertices, colors / np.maximum(weights, 1e-12), weights[:, 0] > 1e-6)
+    return _fill_from_neighbours(
+        mesh.vertices, colors / np.maximum(weights, 1e-12), weights[:, 0] > 1e-6
+    )
 
 
 def _fill_from_neighbours(points: np.ndarray, colors: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Colours [N, 3] in which points that no view sees take the colour of the nearest one that is seen."""
+    """Colours [N, 3] in which points that no view sees take the colour of the nearest
+    one that is seen.
+    """
     from scipy.spatial import cKDTree
 
     if known.any() and not known.all():
@@ -236,22 +296,33 @@ def _fill_from_neighbours(points: np.ndarray, colors: np.ndarray, known: np.ndar
 def save_mesh(mesh: trimesh.Trimesh, path: str | Path) -> None:
     """Write a coloured mesh as .glb, .obj or .ply, atomically.
 
-    GLB is y-up by its specification, so our z-up world is turned: (x, y, z) -> (x, z, -y), front -y -> +z as glTF wants
-    it; its vertex colours are stored linear, as floats, since 8 bits of linear light drown what is dark, and unlit,
-    which shows them as they are here. OBJ and PLY keep z up.
+    GLB is y-up by its specification, so our z-up world is turned: (x, y, z) -> (x, z,
+    -y), front -y -> +z as glTF wants it; its vertex colours are stored linear, as
+    floats, since 8 bits of linear light drown what is dark, and unlit, which shows them
+    as they are here. OBJ and PLY keep z up.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
-        raise UserError(f"Meshes are saved as {', '.join(FORMATS)}, got the file name '{path.name}'.")
+        raise UserError(
+            f"Meshes are saved as {', '.join(FORMATS)}, got the file name '{path.name}'."
+        )
     if not len(mesh.faces) or not np.isfinite(mesh.vertices).all():
-        raise UserError(f"There is no mesh to save as {path.name}: it has no faces, or no finite corners.")
-    data = _glb_bytes(mesh) if path.suffix.lower() == ".glb" else mesh.export(file_type=path.suffix[1:].lower())
+        raise UserError(
+            f"There is no mesh to save as {path.name}: it has no faces, or no finite corners."
+        )
+    data = (
+        _glb_bytes(mesh)
+        if path.suffix.lower() == ".glb"
+        else mesh.export(file_type=path.suffix[1:].lower())
+    )
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def _glb_bytes(mesh: trimesh.Trimesh) -> bytes:
-    """A JSON chunk and a binary one (glTF 2.0, 4.4): one mesh of positions, colours, indices."""
+    """A JSON chunk and a binary one (glTF 2.0, 4.4): one mesh of positions, colours,
+    indices.
+    """
     x, y, z = mesh.vertices.T
     positions = np.column_stack([x, z, -y]).astype("<f4")
     colors = _linear(np.asarray(mesh.visual.vertex_colors)[:, :3] / 255).astype("<f4")

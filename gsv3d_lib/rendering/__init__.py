@@ -1,9 +1,9 @@
 """`render`: the one door to the three rasterisers.
 
-gsplat (CUDA), numba (`rendering/rasterizer.py`) and plain PyTorch (`rendering/plain.py`)
-keep one contract: from Gaussians and cameras they make weighted sums [V, H, W, 4] of
-(r, g, b, z) and alpha [V, H, W, 1], the sum of the weights. What those mean for a picture,
-the background and the expected depth, is decided here, once.
+gsplat (CUDA), numba (`rendering/rasterizer.py`) and plain PyTorch
+(`rendering/plain.py`) keep one contract: from Gaussians and cameras they make weighted
+sums [V, H, W, 4] of (r, g, b, z) and alpha [V, H, W, 1], the sum of the weights. What
+those mean for a picture, the background and the expected depth, is decided here, once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _given: ContextVar[Callable | None] = ContextVar("rasterizer", default=None)
 
 @contextmanager
 def rendering_with(rasterize: Callable) -> Iterator[None]:
-    """Within the block `render` draws with this function, which keeps the contract of `plain.rasterize`."""
+    """Within the block `render` draws with this function, which keeps the contract of
+    `plain.rasterize`.
+    """
     token = _given.set(rasterize)
     try:
         yield
@@ -43,7 +45,8 @@ class Rendering:
     """What V cameras see; unpacks as `rgb, depth, alpha`.
 
     rgb: [V, H, W, 3] over the background.
-    depth: [V, H, W, 1] expected z-depth, sum w z / sum w in world units; 0 where alpha is 0.
+    depth: [V, H, W, 1] expected z-depth, sum w z / sum w in world units; 0 where alpha
+        is 0.
     alpha: [V, H, W, 1] in [0, 1].
     """
 
@@ -58,16 +61,20 @@ class Rendering:
 def render(
     gaussians: Gaussians, cameras: Cameras, background=(1.0, 1.0, 1.0), backend: str = "auto"
 ) -> Rendering:  # fmt: skip
-    """Render one scene from V cameras; gradients flow to the five tensors of `gaussians` on every backend.
+    """Render one scene from V cameras; gradients flow to the five tensors of
+    `gaussians` on every backend.
 
     background: RGB in [0, 1] as three numbers, a tensor [3], or one per view [V, 3].
-    backend: "gsplat" (CUDA), "numba" (CPU) or "torch" (anywhere, slow); "auto" is gsplat for CUDA tensors, else numba.
+    backend: "gsplat" (CUDA), "numba" (CPU) or "torch" (anywhere, slow); "auto" is
+        gsplat for CUDA tensors, else numba.
 
-    Raises ValueError for an unknown or unavailable backend, for a background of another shape, and for cameras that
-    require gradients, which no backend computes.
+    Raises ValueError for an unknown or unavailable backend, for a background of another
+    shape, and for cameras that require gradients, which no backend computes.
     """
     if cameras.viewmats.requires_grad or cameras.Ks.requires_grad:
-        raise ValueError("render() has no gradients for cameras: pass viewmats and Ks that do not require them.")
+        raise ValueError(
+            "render() has no gradients for cameras: pass viewmats and Ks that do not require them."
+        )
     viewmats, Ks = cameras.viewmats.to(gaussians.means), cameras.Ks.to(gaussians.means)
     rasterize = _given.get() or _rasterizer(backend, gaussians.means.is_cuda)
     sums, alpha = rasterize(*gaussians.tensors(), viewmats, Ks, cameras.width, cameras.height)
@@ -81,12 +88,16 @@ def _background(background, viewmats: Tensor) -> Tensor:
     """The background as [1 or V, 1, 1, 3]."""
     color = torch.as_tensor(background, dtype=viewmats.dtype, device=viewmats.device)
     if color.shape not in ((3,), (len(viewmats), 3)):
-        raise ValueError(f"background must have shape [3] or [{len(viewmats)}, 3]; got {list(color.shape)}.")
+        raise ValueError(
+            f"background must have shape [3] or [{len(viewmats)}, 3]; got {list(color.shape)}."
+        )
     return color.reshape(-1, 1, 1, 3)
 
 
 def _rasterizer(backend: str, on_cuda: bool):
-    """The function behind a backend's name. Imported late: numba takes a second to import, and gsplat wants CUDA."""
+    """The function behind a backend's name. Imported late: numba takes a second to
+    import, and gsplat wants CUDA.
+    """
     if backend not in BACKENDS:
         raise UserError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
     if backend == "auto":
@@ -96,7 +107,9 @@ def _rasterizer(backend: str, on_cuda: bool):
     if backend == "torch":
         from .plain import rasterize
     elif on_cuda:
-        raise UserError("backend 'numba' renders CPU tensors: use 'gsplat', or gaussians.to('cpu').")
+        raise UserError(
+            "backend 'numba' renders CPU tensors: use 'gsplat', or gaussians.to('cpu')."
+        )
     else:
         from .rasterizer import rasterize
     return rasterize
@@ -108,15 +121,20 @@ def rasterize_gsplat(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`plain.rasterize` with gsplat's CUDA kernels, in float32.
 
-    Raises ValueError when the tensors are not on a CUDA device or gsplat has no kernels.
+    Raises ValueError when the tensors are not on a CUDA device or gsplat has no
+    kernels.
     """
     if not means.is_cuda:
-        raise UserError("backend 'gsplat' renders CUDA tensors: use 'numba', or gaussians.to('cuda').")
+        raise UserError(
+            "backend 'gsplat' renders CUDA tensors: use 'numba', or gaussians.to('cuda')."
+        )
     import gsplat
     from gsplat.cuda._backend import _C
 
     if _C is None:
-        raise UserError("gsplat has no CUDA kernels here: install the CUDA toolkit (nvcc), or use backend 'torch'.")
+        raise UserError(
+            "gsplat has no CUDA kernels here: install the CUDA toolkit (nvcc), or use backend 'torch'."
+        )
     inputs = (t.float() for t in (means, quats, scales, opacities, colors, viewmats, Ks))
     sums, alpha, _ = gsplat.rasterization(*inputs, width, height, packed=False, render_mode="RGB+D")
     return sums.to(means), alpha.to(means)

@@ -1,4 +1,5 @@
-"""The numba kernels behind `rendering/rasterizer.py`, whose docstring explains the plan. Nothing here knows about PyTorch.
+"""The numba kernels behind `rendering/rasterizer.py`, whose docstring explains the
+plan. Nothing here knows about PyTorch.
 
 How to read them
     Every kernel is called as kernel(part, parts, ...) by `parts` threads at once, and does its share of the work.
@@ -25,7 +26,15 @@ import numba
 import numpy as np
 from numba import njit
 
-from .constants import ALPHA_MAX, ALPHA_MIN, EPS2D, FAR_PLANE, FRUSTUM_MARGIN, NEAR_PLANE, TRANSMITTANCE_MIN
+from .constants import (
+    ALPHA_MAX,
+    ALPHA_MIN,
+    EPS2D,
+    FAR_PLANE,
+    FRUSTUM_MARGIN,
+    NEAR_PLANE,
+    TRANSMITTANCE_MIN,
+)
 
 TILE = 16  # pixels; one thread blends a tile
 BLOCK = 4  # pixels; the LANES pixels of a 4 x 4 block are blended in lockstep
@@ -34,12 +43,17 @@ BLOCKS_ACROSS = TILE // BLOCK
 BLOCKS = BLOCKS_ACROSS * BLOCKS_ACROSS
 BATCH = 32  # splats fetched together: their cache misses overlap
 
-# sigma(p) = (qxx dx + qxy dy) dx + qyy dy^2 with (dx, dy) = p - (x, y), and alpha(p) = opacity exp(-sigma(p)), which is
-# at least ALPHA_MIN exactly where sigma <= cutoff: within +- extent pixels. `pad` fills the cache line.
-SPLAT_FIELDS = "x y qxx qxy qyy opacity cutoff red green blue depth extent_x extent_y pad0 pad1 pad2".split()
-# Tile columns x0 .. x1 and rows y0 .. y1 (ends excluded); the splat's pairs are rows first_pair, first_pair + 1, ...
+# sigma(p) = (qxx dx + qxy dy) dx + qyy dy^2 with (dx, dy) = p - (x, y), and alpha(p) =
+# opacity exp(-sigma(p)), which is at least ALPHA_MIN exactly where sigma <= cutoff:
+# within +- extent pixels. `pad` fills the cache line.
+SPLAT_FIELDS = (
+    "x y qxx qxy qyy opacity cutoff red green blue depth extent_x extent_y pad0 pad1 pad2".split()
+)
+# Tile columns x0 .. x1 and rows y0 .. y1 (ends excluded); the splat's pairs are rows
+# first_pair, first_pair + 1, ...
 BOX = np.dtype([(name, np.int32) for name in ("x0", "x1", "y0", "y1", "first_pair")])
-# Columns of `gradients`, summed over pixels: with s = dL/dsigma first s, s dx, s dy, s dx^2, s dx dy, s dy^2.
+# Columns of `gradients`, summed over pixels: with s = dL/dsigma first s, s dx, s dy, s
+# dx^2, s dx dy, s dy^2.
 S, S_DX, S_DY, S_DXDX, S_DXDY, S_DYDY, V_RED, V_GREEN, V_BLUE, V_DEPTH = range(10)
 NUM_GRADIENTS = 10
 
@@ -54,7 +68,9 @@ E6 = 0.0009832469146167661 / 8**6
 
 
 def keeps_kernels() -> bool:
-    """Whether numba finds a folder to keep compiled code in. Without one, `cache=True` is an error."""
+    """Whether numba finds a folder to keep compiled code in. Without one, `cache=True`
+    is an error.
+    """
     try:
         njit(cache=True)(keeps_kernels)  # decides where, compiles nothing
     except RuntimeError:
@@ -63,9 +79,11 @@ def keeps_kernels() -> bool:
 
 
 def private_folder() -> Path | None:
-    """A folder for compiled code in the system's temporary one, of this user alone; None where there can be none.
+    """A folder for compiled code in the system's temporary one, of this user alone;
+    None where there can be none.
 
-    numba unpickles what it finds in its folder, so one that another user made or may write to is not taken.
+    numba unpickles what it finds in its folder, so one that another user made or may
+    write to is not taken.
     """
     if not hasattr(os, "getuid"):  # Windows: its temporary folder is the user's own
         return Path(tempfile.gettempdir()) / "gsv3d-numba"
@@ -80,8 +98,10 @@ def private_folder() -> Path | None:
 
 
 def choose_cache() -> bool:
-    """Where compiled kernels are kept: beside this file, else in the user's cache, as numba does it; in a read-only
-    installation of a user without a home, in a temporary folder. Returns False where there is no place at all."""
+    """Where compiled kernels are kept: beside this file, else in the user's cache, as
+    numba does it; in a read-only installation of a user without a home, in a temporary
+    folder. Returns False where there is no place at all.
+    """
     if not keeps_kernels() and (folder := private_folder()) is not None:
         numba.config.CACHE_DIR = str(folder)
     return keeps_kernels()
@@ -89,9 +109,15 @@ def choose_cache() -> bool:
 
 CACHE = choose_cache()
 
-# Where user data enters, no `nnan` or `ninf`: a NaN has to fail the comparisons that keep it out of the image.
+# Where user data enters, no `nnan` or `ninf`: a NaN has to fail the comparisons that
+# keep it out of the image.
 SAFE = dict(fastmath={"contract", "arcp", "nsz"}, error_model="numpy", cache=CACHE, nogil=True)
-FAST = dict(fastmath={"contract", "arcp", "nsz", "reassoc", "nnan"}, error_model="numpy", cache=CACHE, nogil=True)
+FAST = dict(
+    fastmath={"contract", "arcp", "nsz", "reassoc", "nnan"},
+    error_model="numpy",
+    cache=CACHE,
+    nogil=True,
+)
 
 
 def splat_dtype(real) -> np.dtype:
@@ -100,9 +126,11 @@ def splat_dtype(real) -> np.dtype:
 
 
 # ------------------------------------------------------------------------------------------------- projection
-# 3-vectors are tuples, not slices of arrays: a slice counts references, which costs more than the arithmetic.
+# 3-vectors are tuples, not slices of arrays: a slice counts references, which costs
+# more than the arithmetic.
 
-# right, down, forward: the rows of the world-to-camera rotation; fx, fy, cx, cy in pixels.
+# right, down, forward: the rows of the world-to-camera rotation; fx, fy, cx, cy in
+# pixels.
 Camera = namedtuple("Camera", "right down forward translation fx fy cx cy")
 
 
@@ -117,7 +145,9 @@ def get_camera(viewmats, Ks, v):
     down = viewmats[v, 1, 0], viewmats[v, 1, 1], viewmats[v, 1, 2]
     forward = viewmats[v, 2, 0], viewmats[v, 2, 1], viewmats[v, 2, 2]
     translation = viewmats[v, 0, 3], viewmats[v, 1, 3], viewmats[v, 2, 3]
-    return Camera(right, down, forward, translation, Ks[v, 0, 0], Ks[v, 1, 1], Ks[v, 0, 2], Ks[v, 1, 2])
+    return Camera(
+        right, down, forward, translation, Ks[v, 0, 0], Ks[v, 1, 1], Ks[v, 0, 2], Ks[v, 1, 2]
+    )
 
 
 @njit(**SAFE)
@@ -148,7 +178,8 @@ def rotation_columns(w, x, y, z):
 
 @njit(**SAFE)
 def half_axes(quats, scales, g):
-    """Half axes of ellipsoid g in the world (columns of R S), columns of R, unit quaternion, 1 / |quaternion|.
+    """Half axes of ellipsoid g in the world (columns of R S), columns of R, unit
+    quaternion, 1 / |quaternion|.
 
     Lengths below 1e-12 count as 1e-12, as in `torch.nn.functional.normalize`.
     """
@@ -169,7 +200,9 @@ def to_camera(mean, camera):
 
 @njit(**SAFE)
 def clamped_slope(a, z, focal, centre, size):
-    """a / z limited to a margin around the image, beyond which the linearisation would explode; its derivative by a."""
+    """a / z limited to a margin around the image, beyond which the linearisation would
+    explode; its derivative by a.
+    """
     slope, margin = a / z, FRUSTUM_MARGIN * size
     clamped = min(max(slope, (-margin - centre) / focal), (size + margin - centre) / focal)
     return clamped, 1 / z if clamped == slope else 0.0
@@ -177,7 +210,8 @@ def clamped_slope(a, z, focal, centre, size):
 
 @njit(**SAFE)
 def linearise(x, y, z, camera, width, height):
-    """The derivative of the projection at a camera point: how a small step in the world moves the pixel in x and y.
+    """The derivative of the projection at a camera point: how a small step in the world
+    moves the pixel in x and y.
 
     Also returns the slopes x / z and y / z in it, and their derivatives by x and y.
     """
@@ -196,13 +230,17 @@ def project_axes(row, axes):
 
 @njit(**SAFE)
 def tile_range(low, high, size):
-    """First and one-past-last tile between two pixel coordinates that overlap the image."""
+    """First and one-past-last tile between two pixel coordinates that overlap the
+    image.
+    """
     return max(0, int(math.floor(low))) // TILE, min(size - 1, int(math.floor(high))) // TILE + 1
 
 
 @njit(**SAFE)
 def project_one(mean, axes, opacity, color, camera, width, height, splat, box):
-    """Fill one splat and its box; the box stays empty when nothing of the Gaussian can be seen."""
+    """Fill one splat and its box; the box stays empty when nothing of the Gaussian can
+    be seen.
+    """
     box.x0, box.x1, box.y0, box.y1 = 0, 0, 0, 0
     x, y, z = to_camera(mean, camera)
     # Every test is written so that a NaN answers "not visible".
@@ -210,7 +248,8 @@ def project_one(mean, axes, opacity, color, camera, width, height, splat, box):
         return
     row_x, row_y, _, _, _, _ = linearise(x, y, z, camera, width, height)
     u, v = project_axes(row_x, axes), project_axes(row_y, axes)
-    # J W R S S^T R^T W^T J^T is the sum of the outer products of the three projected half axes.
+    # J W R S S^T R^T W^T J^T is the sum of the outer products of the three projected
+    # half axes.
     cov_xx, cov_xy, cov_yy = dot(u, u) + EPS2D, dot(u, v), dot(v, v) + EPS2D
     determinant = cov_xx * cov_yy - cov_xy * cov_xy
     cutoff = math.log(opacity / ALPHA_MIN)
@@ -221,22 +260,43 @@ def project_one(mean, axes, opacity, color, camera, width, height, splat, box):
     if not (determinant > 0 and inside_x and inside_y):
         return
     splat.x, splat.y, splat.depth = pixel_x, pixel_y, z
-    splat.qxx, splat.qxy, splat.qyy = 0.5 * cov_yy / determinant, -cov_xy / determinant, 0.5 * cov_xx / determinant
-    splat.opacity, splat.cutoff, splat.extent_x, splat.extent_y = opacity, cutoff, extent_x, extent_y
+    splat.qxx, splat.qxy, splat.qyy = (
+        0.5 * cov_yy / determinant,
+        -cov_xy / determinant,
+        0.5 * cov_xx / determinant,
+    )
+    splat.opacity, splat.cutoff, splat.extent_x, splat.extent_y = (
+        opacity,
+        cutoff,
+        extent_x,
+        extent_y,
+    )
     splat.red, splat.green, splat.blue = color
     box.x0, box.x1 = tile_range(pixel_x - extent_x, pixel_x + extent_x, width)
     box.y0, box.y1 = tile_range(pixel_y - extent_y, pixel_y + extent_y, height)
 
 
 @njit(**SAFE)
-def project_gaussians(part, parts, means, quats, scales, opacities, colors, viewmats, Ks, width, height, splats, boxes):
+def project_gaussians(
+    part, parts, means, quats, scales, opacities, colors, viewmats, Ks, width, height, splats, boxes
+):
     """Fill splats and boxes [V, G] from the Gaussians [G] and cameras [V]."""
     for g in range(len(means) * part // parts, len(means) * (part + 1) // parts):
         mean, color = vector(means, g), vector(colors, g)
         axes, _, _, _ = half_axes(quats, scales, g)
         for view in range(len(viewmats)):
             camera = get_camera(viewmats, Ks, view)
-            project_one(mean, axes, opacities[g], color, camera, width, height, splats[view, g], boxes[view, g])
+            project_one(
+                mean,
+                axes,
+                opacities[g],
+                color,
+                camera,
+                width,
+                height,
+                splats[view, g],
+                boxes[view, g],
+            )
 
 
 # --------------------------------------------------------------------------------------------- lists of pairs
@@ -244,7 +304,9 @@ def project_gaussians(part, parts, means, quats, scales, opacities, colors, view
 
 @njit(**SAFE)
 def number_pairs(part, parts, boxes, num_pairs):
-    """Number each view's pairs in the order of the Gaussians; num_pairs [V] is how many there are."""
+    """Number each view's pairs in the order of the Gaussians; num_pairs [V] is how many
+    there are.
+    """
     for view in range(part, len(boxes), parts):
         count = 0
         for g in range(boxes.shape[1]):
@@ -285,10 +347,24 @@ def near_to_far(boxes, depth_keys, view):
 
 
 @njit(**SAFE)
-def list_pairs(part, parts, depth_keys, boxes, view_starts, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows):
-    """Fill each tile's list. Splats arrive near to far, so the lists need no sorting of their own."""
+def list_pairs(
+    part,
+    parts,
+    depth_keys,
+    boxes,
+    view_starts,
+    tiles_x,
+    tiles_y,
+    tile_starts,
+    pair_splats,
+    pair_rows,
+):
+    """Fill each tile's list. Splats arrive near to far, so the lists need no sorting of
+    their own.
+    """
     for view in range(part, len(boxes), parts):
-        cursors = np.zeros(tiles_x * tiles_y, np.int64)  # first the lengths of the lists, then where to write next
+        # first the lengths of the lists, then where to write next
+        cursors = np.zeros(tiles_x * tiles_y, np.int64)
         for g in range(boxes.shape[1]):
             box = boxes[view, g]
             for y in range(box.y0, box.y1):
@@ -310,18 +386,22 @@ def list_pairs(part, parts, depth_keys, boxes, view_starts, tiles_x, tiles_y, ti
 
 
 # -------------------------------------------------------------------------------------------------- blending
-# The state of a block is ONE contiguous row, several times LANES numbers at constant offsets: only then does LLVM turn
-# the loops over LANES into single AVX instructions. For the same reason decisions are selects instead of branches,
-# and a count is a float.
-TRANSMITTANCE, PIXEL_X, PIXEL_Y, SIGMA = 0 * LANES, 1 * LANES, 2 * LANES, 3 * LANES  # T < 0: the pixel is finished
-RED, GREEN, BLUE, DEPTH, ALPHA = 4 * LANES, 5 * LANES, 6 * LANES, 7 * LANES, 8 * LANES  # sums; backward: dL/d(sums)
+# The state of a block is ONE contiguous row, several times LANES numbers at constant
+# offsets: only then does LLVM turn the loops over LANES into single AVX instructions.
+# For the same reason decisions are selects instead of branches, and a count is a float.
+# T < 0: the pixel is finished
+TRANSMITTANCE, PIXEL_X, PIXEL_Y, SIGMA = 0 * LANES, 1 * LANES, 2 * LANES, 3 * LANES
+# sums; backward: dL/d(sums)
+RED, GREEN, BLUE, DEPTH, ALPHA = 4 * LANES, 5 * LANES, 6 * LANES, 7 * LANES, 8 * LANES
 TO_COME = 9 * LANES  # backward: what the splats not yet passed contribute to L
 STATE = 10 * LANES
 
 
 @njit(**FAST)
 def start_blocks(blocks, left, top, width, height):
-    """Pixel centres and transmittance 1 for a tile's pixels; those outside the image are finished from the start."""
+    """Pixel centres and transmittance 1 for a tile's pixels; those outside the image
+    are finished from the start.
+    """
     real = blocks.dtype.type
     for b in range(BLOCKS):
         for i in range(LANES):
@@ -345,13 +425,17 @@ def find_live(blocks, live):
 
 @njit(inline="always", **FAST)
 def block_range(low, high, origin):
-    """First and one-past-last block of a tile between two pixel coordinates (int() is wrong only where clipped)."""
+    """First and one-past-last block of a tile between two pixel coordinates (int() is
+    wrong only where clipped).
+    """
     return max(0, int(low) - origin) // BLOCK, min(TILE - 1, int(high) - origin) // BLOCK + 1
 
 
 @njit(inline="always", **FAST)
 def evaluate_sigma(block, splat):
-    """sigma at the pixels of a block; returns how many unfinished pixels the splat reaches."""
+    """sigma at the pixels of a block; returns how many unfinished pixels the splat
+    reaches.
+    """
     real = block.dtype.type
     x, y, qxx, qxy, qyy, cutoff = splat.x, splat.y, splat.qxx, splat.qxy, splat.qyy, splat.cutoff
     reached = real(0)
@@ -365,9 +449,11 @@ def evaluate_sigma(block, splat):
 
 @njit(inline="always", **FAST)
 def touched_blocks(blocks, live, splat, left, top, touched):
-    """List the live blocks of a tile that a splat reaches, and leave its sigma in them; returns their number.
+    """List the live blocks of a tile that a splat reaches, and leave its sigma in them;
+    returns their number.
 
-    Finding them first and blending them afterwards keeps unpredictable branches out of the expensive part.
+    Finding them first and blending them afterwards keeps unpredictable branches out of
+    the expensive part.
     """
     x0, x1 = block_range(splat.x - splat.extent_x, splat.x + splat.extent_x, left)
     y0, y1 = block_range(splat.y - splat.extent_y, splat.y + splat.extent_y, top)
@@ -382,7 +468,8 @@ def touched_blocks(blocks, live, splat, left, top, touched):
 
 @njit(inline="always", **FAST)
 def exp_negative(s, real):
-    """exp(-s) = p(s)^8 with the minimax fit p of exp(-s / 8) on [0, ln 255]: relative error 2e-8.
+    """exp(-s) = p(s)^8 with the minimax fit p of exp(-s / 8) on [0, ln 255]: relative
+    error 2e-8.
 
     No blended pixel has a larger s, and LLVM could not vectorise a call to a library.
     """
@@ -418,10 +505,12 @@ def blend_block(block, splat):
 
 @njit(inline="always", **FAST)
 def blend_block_backward(block, splat, sums):
-    """Pass one splat again, front to back, and add its gradients to sums [NUM_GRADIENTS * LANES].
+    """Pass one splat again, front to back, and add its gradients to sums [NUM_GRADIENTS
+    * LANES].
 
-    With f = dL/d(sums) . (r, g, b, z, 1) of this splat and F what the splats behind it contribute to L,
-    dL/dalpha = T f - F / (1 - alpha): brightening this splat dims everything behind it.
+    With f = dL/d(sums) . (r, g, b, z, 1) of this splat and F what the splats behind it
+    contribute to L, dL/dalpha = T f - F / (1 - alpha): brightening this splat dims
+    everything behind it.
     """
     real = block.dtype.type
     zero, one, t_min, alpha_max = real(0), real(1), real(TRANSMITTANCE_MIN), real(ALPHA_MAX)
@@ -459,7 +548,9 @@ def blend_block_backward(block, splat, sums):
 
 @njit(**FAST)
 def move_lane_sums(sums, out, row):
-    """out[row] = sums added up over LANES; sums = 0. Ten totals in one loop: LLVM adds ten short loops up serially."""
+    """out[row] = sums added up over LANES; sums = 0. Ten totals in one loop: LLVM adds
+    ten short loops up serially.
+    """
     real = sums.dtype.type
     s = s_dx = s_dy = s_dxdx = s_dxdy = s_dydy = v_red = v_green = v_blue = v_depth = real(0)
     for i in range(LANES):
@@ -476,7 +567,12 @@ def move_lane_sums(sums, out, row):
     sums[:] = real(0)
     out[row, S], out[row, S_DX], out[row, S_DY] = s, s_dx, s_dy
     out[row, S_DXDX], out[row, S_DXDY], out[row, S_DYDY] = s_dxdx, s_dxdy, s_dydy
-    out[row, V_RED], out[row, V_GREEN], out[row, V_BLUE], out[row, V_DEPTH] = v_red, v_green, v_blue, v_depth
+    out[row, V_RED], out[row, V_GREEN], out[row, V_BLUE], out[row, V_DEPTH] = (
+        v_red,
+        v_green,
+        v_blue,
+        v_depth,
+    )
 
 
 @njit(**FAST)
@@ -487,13 +583,16 @@ def store_block(block, image, alpha, view):
         if y < image.shape[1] and x < image.shape[2]:
             image[view, y, x, 0], image[view, y, x, 1] = block[RED + i], block[GREEN + i]
             image[view, y, x, 2], image[view, y, x, 3] = block[BLUE + i], block[DEPTH + i]
-            # The sum of the weights, not 1 - T, which loses digits where alpha is small.
+            # The sum of the weights, not 1 - T, which loses digits where alpha is
+            # small.
             alpha[view, y, x, 0] = block[ALPHA + i]
 
 
 @njit(**FAST)
 def load_block(block, image, alpha, v_image, v_alpha, view):
-    """Read the gradients of the pixels of a block; all splats together contribute dL/d(sums) . sums to L."""
+    """Read the gradients of the pixels of a block; all splats together contribute
+    dL/d(sums) . sums to L.
+    """
     for i in range(LANES):
         x, y = int(block[PIXEL_X + i]), int(block[PIXEL_Y + i])
         if y < image.shape[1] and x < image.shape[2]:
@@ -508,10 +607,13 @@ def load_block(block, image, alpha, v_image, v_alpha, view):
 
 @njit(**FAST)
 def blend_tiles(part, parts, splats, tiles_x, tiles_y, tile_starts, pair_splats, image, alpha):
-    """Fill image [V, H, W, 4], the weighted sums of r, g, b and z, and alpha [V, H, W, 1], the sum of the weights."""
+    """Fill image [V, H, W, 4], the weighted sums of r, g, b and z, and alpha [V, H, W,
+    1], the sum of the weights.
+    """
     blocks, live = np.zeros((BLOCKS, STATE), image.dtype), np.empty(BLOCKS, np.bool_)
     touched = np.empty(BLOCKS + 1, np.int64)
-    batch = np.empty_like(splats[0, :BATCH])  # how numba makes an array of records; a list is never longer than [G]
+    # how numba makes an array of records; a list is never longer than [G]
+    batch = np.empty_like(splats[0, :BATCH])
     for tile in range(part, len(tile_starts) - 1, parts):
         view, left = tile // (tiles_x * tiles_y), tile % tiles_x * TILE
         top = tile // tiles_x % tiles_y * TILE
@@ -535,7 +637,9 @@ def blend_tiles_backward(
     part, parts, splats, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows,
     image, alpha, v_image, v_alpha, gradients,
 ):  # fmt: skip
-    """dL/d(image), dL/d(alpha) -> gradients [pairs, 10]; rows of pairs that are never blended stay as they are."""
+    """dL/d(image), dL/d(alpha) -> gradients [pairs, 10]; rows of pairs that are never
+    blended stay as they are.
+    """
     blocks, live = np.zeros((BLOCKS, STATE), image.dtype), np.empty(BLOCKS, np.bool_)
     touched, batch = np.empty(BLOCKS + 1, np.int64), np.empty_like(splats[0, :BATCH])
     sums = np.zeros(NUM_GRADIENTS * LANES, image.dtype)
@@ -564,7 +668,9 @@ def blend_tiles_backward(
 
 @njit(**SAFE)
 def covariance_gradient(splat, total):
-    """dL/d(qxx, qxy, qyy) -> dL/d(cov_xx, cov_xy, cov_yy): -X V X, with X the inverse covariance and V = dL/dX."""
+    """dL/d(qxx, qxy, qyy) -> dL/d(cov_xx, cov_xy, cov_yy): -X V X, with X the inverse
+    covariance and V = dL/dX.
+    """
     a, b, c = 2 * splat.qxx, splat.qxy, 2 * splat.qyy
     p, q, r = 0.5 * total[S_DXDX], 0.5 * total[S_DXDY], 0.5 * total[S_DYDY]
     xx, xy, yx, yy = a * p + b * q, a * q + b * r, b * p + c * q, b * q + c * r
@@ -573,14 +679,18 @@ def covariance_gradient(splat, total):
 
 @njit(**SAFE)
 def axis_gradient(v_axis, u, v, v_xx, v_xy, v_yy, row_x, row_y):
-    """Back through one half axis's share (u, v) of the covariance: dL/du, dL/dv, and v_axis with its share added."""
+    """Back through one half axis's share (u, v) of the covariance: dL/du, dL/dv, and
+    v_axis with its share added.
+    """
     v_u, v_v = 2 * (v_xx * u + v_xy * v), 2 * (v_xy * u + v_yy * v)
     return v_u, v_v, plus(plus(v_axis, v_u, row_x), v_v, row_y)
 
 
 @njit(**SAFE)
 def project_one_backward(mean, axes, camera, width, height, splat, total, v_mean, v_axes):
-    """Back through `project_one`; returns v_mean and v_axes with this view's share added."""
+    """Back through `project_one`; returns v_mean and v_axes with this view's share
+    added.
+    """
     x, y, z = to_camera(mean, camera)
     row_x, row_y, slope_x, slope_y, by_x, by_y = linearise(x, y, z, camera, width, height)
     u, v = project_axes(row_x, axes), project_axes(row_y, axes)
@@ -591,13 +701,17 @@ def project_one_backward(mean, axes, camera, width, height, splat, total, v_mean
     v_row_x = plus(plus(scaled(axes[0], v_u0), v_u1, axes[1]), v_u2, axes[2])
     v_row_y = plus(plus(scaled(axes[0], v_v0), v_v1, axes[1]), v_v2, axes[2])
 
-    # Through the pixel position, the z of the depth image, and the factor f / z of the rows ...
+    # Through the pixel position, the z of the depth image, and the factor f / z of the
+    # rows ...
     fx, fy = camera.fx / z, camera.fy / z
     v_x = -fx * (2 * splat.qxx * total[S_DX] + splat.qxy * total[S_DY])
     v_y = -fy * (splat.qxy * total[S_DX] + 2 * splat.qyy * total[S_DY])
     v_z = total[V_DEPTH] - (v_x * x + v_y * y + dot(v_row_x, row_x) + dot(v_row_y, row_y)) / z
     # ... and through the slopes in the rows.
-    v_x_slope, v_y_slope = -fx * dot(v_row_x, camera.forward) * by_x, -fy * dot(v_row_y, camera.forward) * by_y
+    v_x_slope, v_y_slope = (
+        -fx * dot(v_row_x, camera.forward) * by_x,
+        -fy * dot(v_row_y, camera.forward) * by_y,
+    )
     v_x, v_y = v_x + v_x_slope, v_y + v_y_slope
     v_z -= v_x_slope * slope_x + v_y_slope * slope_y
     v_mean = plus(plus(plus(v_mean, v_x, camera.right), v_y, camera.down), v_z, camera.forward)
@@ -625,7 +739,9 @@ def project_gaussians_backward(
     part, parts, means, quats, scales, viewmats, Ks, width, height, splats, boxes, view_starts, gradients,
     v_means, v_quats, v_scales, v_opacities, v_colors,
 ):  # fmt: skip
-    """Add up each Gaussian's rows of `gradients` over views and tiles, and carry them back to its parameters [G]."""
+    """Add up each Gaussian's rows of `gradients` over views and tiles, and carry them
+    back to its parameters [G].
+    """
     zero, total = (0.0, 0.0, 0.0), np.empty(NUM_GRADIENTS, np.float64)
     for g in range(len(means) * part // parts, len(means) * (part + 1) // parts):
         axes, columns, unit, inverse_norm = half_axes(quats, scales, g)
@@ -644,7 +760,9 @@ def project_gaussians_backward(
             for k in range(3):
                 v_colors[g, k] += total[V_RED + k]
             camera = get_camera(viewmats, Ks, view)
-            v_mean, v_axes = project_one_backward(mean, axes, camera, width, height, splat, total, v_mean, v_axes)
+            v_mean, v_axes = project_one_backward(
+                mean, axes, camera, width, height, splat, total, v_mean, v_axes
+            )
         for k in range(3):
             v_means[g, k], v_scales[g, k] = v_mean[k], dot(v_axes[k], columns[k])
         v_a, v_b, v_c = v_axes

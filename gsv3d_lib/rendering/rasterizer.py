@@ -1,19 +1,27 @@
 """The fast CPU rasteriser: hand-written forward and backward passes, compiled by numba.
 
-It draws what `rendering/plain.py` draws, about as fast as a CPU can. The kernels are in `rendering/kernels.py`; their plan:
+It draws what `rendering/plain.py` draws, about as fast as a CPU can. The kernels are in
+`rendering/kernels.py`; their plan:
 
-1. Project. Every Gaussian is projected into every view and becomes a splat of 16 numbers, one cache line.
-2. List. Each view's visible splats are sorted by depth once (a radix sort of ids), then dealt out, near to far, to the
-   16 x 16 pixel tiles that their boxes touch. A (splat, tile) is a pair.
-3. Blend. Each tile walks its list until every pixel is opaque. A tile is sixteen 4 x 4 blocks; the 16 pixels of a block
-   are the 16 lanes of a SIMD register, so everything about them is done at once and without branches.
-4. Blend backward. Front to back again, which needs no stored list per pixel: what the splats behind contribute to the
-   loss is known for the whole list from the rendered pixel, and shrinks as splats are passed. Ten sums per pair go to a
-   row of their own, so threads never write to the same place and the result does not depend on their number.
-5. Project backward. Each Gaussian adds up its rows and carries them through the projection to its parameters.
+1. Project. Every Gaussian is projected into every view and becomes a splat of 16
+   numbers, one cache line.
+2. List. Each view's visible splats are sorted by depth once (a radix sort of ids), then
+   dealt out, near to far, to the 16 x 16 pixel tiles that their boxes touch. A (splat,
+   tile) is a pair.
+3. Blend. Each tile walks its list until every pixel is opaque. A tile is sixteen 4 x 4
+   blocks; the 16 pixels of a block are the 16 lanes of a SIMD register, so everything
+   about them is done at once and without branches.
+4. Blend backward. Front to back again, which needs no stored list per pixel: what the
+   splats behind contribute to the loss is known for the whole list from the rendered
+   pixel, and shrinks as splats are passed. Ten sums per pair go to a row of their own,
+   so threads never write to the same place and the result does not depend on their
+   number.
+5. Project backward. Each Gaussian adds up its rows and carries them through the
+   projection to its parameters.
 
-The kernels are serial and release the GIL; ordinary Python threads share out the views, tiles and Gaussians. That keeps
-compilation short and, unlike numba's own thread pool, survives `fork` and being called from several threads.
+The kernels are serial and release the GIL; ordinary Python threads share out the views,
+tiles and Gaussians. That keeps compilation short and, unlike numba's own thread pool,
+survives `fork` and being called from several threads.
 """
 
 import os
@@ -42,12 +50,14 @@ def rasterize(
     width: int,
     height: int,
 ) -> tuple[Tensor, Tensor]:
-    """Render G Gaussians from V cameras, before any background: the contract of `plain.rasterize`.
+    """Render G Gaussians from V cameras, before any background: the contract of
+    `plain.rasterize`.
 
-    Shapes: means [G, 3], quats [G, 4], scales [G, 3], opacities [G], colors [G, 3], viewmats [V, 4, 4], Ks [V, 3, 3];
-    CPU tensors, all float32 or all float64.
-    Returns sums [V, H, W, 4] (sum w r, sum w g, sum w b, sum w z) and alpha [V, H, W, 1] = sum w, differentiable with
-    respect to the first five. Raises ValueError for NaN or infinite inputs and for other dtypes.
+    Shapes: means [G, 3], quats [G, 4], scales [G, 3], opacities [G], colors [G, 3],
+        viewmats [V, 4, 4], Ks [V, 3, 3]; CPU tensors, all float32 or all float64.
+    Returns sums [V, H, W, 4] (sum w r, sum w g, sum w b, sum w z) and alpha [V, H, W,
+    1] = sum w, differentiable with respect to the first five. Raises ValueError for NaN
+    or infinite inputs and for other dtypes.
     """
     inputs = means, quats, scales, opacities, colors, viewmats, Ks
     if means.dtype not in (torch.float32, torch.float64):
@@ -56,12 +66,16 @@ def rasterize(
         )
     for name, tensor in zip(NAMES, inputs, strict=True):
         if not torch.isfinite(tensor.detach().sum()):  # the sum is finite only if every number is
-            raise ValueError(f"{name} contains NaN or infinity: look for the step that produced it.")
+            raise ValueError(
+                f"{name} contains NaN or infinity: look for the step that produced it."
+            )
     return _Rasterize.apply(*inputs, width, height)
 
 
 def num_threads() -> int:
-    """Threads in use: `torch.set_num_threads`, at most the environment variable NUMBA_NUM_THREADS."""
+    """Threads in use: `torch.set_num_threads`, at most the environment variable
+    NUMBA_NUM_THREADS.
+    """
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 
 
@@ -76,18 +90,25 @@ def _run(kernel, *args) -> None:
 
 @lru_cache(maxsize=1)
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Kept from call to call, but not from process to process: threads do not survive `fork`."""
+    """Kept from call to call, but not from process to process: threads do not survive
+    `fork`.
+    """
     return ThreadPoolExecutor(threads)
 
 
 class _Rasterize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means, quats, scales, opacities, colors, viewmats, Ks, width, height):
-        inputs = [t.detach().contiguous() for t in (means, quats, scales, opacities, colors, viewmats, Ks)]
+        inputs = [
+            t.detach().contiguous() for t in (means, quats, scales, opacities, colors, viewmats, Ks)
+        ]
         splats, boxes = _project(*(t.numpy() for t in inputs), width, height)
         lists = _list_pairs(splats, boxes, width, height)
         _, tiles_x, tiles_y, tile_starts, pair_splats, _ = lists
-        image, alpha = means.new_empty(len(boxes), height, width, 4), means.new_empty(len(boxes), height, width, 1)
+        image, alpha = (
+            means.new_empty(len(boxes), height, width, 4),
+            means.new_empty(len(boxes), height, width, 1),
+        )
         outputs = image.numpy(), alpha.numpy()
         _run(kernels.blend_tiles, splats, tiles_x, tiles_y, tile_starts, pair_splats, *outputs)
         ctx.save_for_backward(*inputs, image, alpha)
@@ -99,7 +120,9 @@ class _Rasterize(torch.autograd.Function):
     def backward(ctx, v_image, v_alpha):
         saved = [t.numpy() for t in ctx.saved_tensors]
         means, quats, scales, opacities, colors, viewmats, Ks, image, alpha = saved
-        splats, boxes, (view_starts, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows) = ctx.geometry
+        splats, boxes, (view_starts, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows) = (
+            ctx.geometry
+        )
         gradients = np.zeros((len(pair_splats), kernels.NUM_GRADIENTS), image.dtype)
         _run(
             kernels.blend_tiles_backward, splats, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows,
@@ -118,7 +141,8 @@ def _project(means, quats, scales, opacities, colors, viewmats, Ks, width, heigh
     """Splats and boxes, both [V, G]."""
     num_views, num_gaussians = len(viewmats), len(means)
     dtype = kernels.splat_dtype(means.dtype)
-    # torch aligns memory to 64 bytes, numpy does not: a splat should lie in one cache line.
+    # torch aligns memory to 64 bytes, numpy does not: a splat should lie in one cache
+    # line.
     memory = torch.empty(num_views * num_gaussians * dtype.itemsize, dtype=torch.uint8)
     splats = memory.numpy().view(dtype).reshape(num_views, num_gaussians)
     boxes = np.empty((num_views, num_gaussians), kernels.BOX)
@@ -128,7 +152,9 @@ def _project(means, quats, scales, opacities, colors, viewmats, Ks, width, heigh
 
 
 def _list_pairs(splats, boxes, width, height):
-    """Where each view's pairs start [V + 1], tiles across and down, tile_starts, pair_splats and pair_rows."""
+    """Where each view's pairs start [V + 1], tiles across and down, tile_starts,
+    pair_splats and pair_rows.
+    """
     tiles_x, tiles_y = -(-width // kernels.TILE), -(-height // kernels.TILE)
     view_starts = np.zeros(len(boxes) + 1, np.int64)
     _run(kernels.number_pairs, boxes, view_starts[1:])

@@ -1,1 +1,3 @@
-"""What every command and file needs: errors, paths, the manner of commands, the state of the machine."""
+"""What every command and file needs: errors, paths, the manner of commands, the state
+of the machine.
+"""

@@ -20,7 +20,9 @@ def whole(name: str, value, low: int, high: int) -> int:
 
 
 def real(name: str, value, low: float, high: float, ends: bool = True) -> float:
-    """`value` as a float from `low` to `high`, with or without the `ends`; raises UserError."""
+    """`value` as a float from `low` to `high`, with or without the `ends`; raises
+    UserError.
+    """
     try:
         number = math.nan if isinstance(value, str | bytes | bool) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's

@@ -1,9 +1,12 @@
-"""What the command lines share: how they end, where they may write, and how options are given.
+"""What the command lines share: how they end, where they may write, and how options are
+given.
 
-Every `main` is `exit_code(run, parser, arguments)`. Its statuses: 0; 1 where the command found something bad (a failing
-notebook, a damaged shard); 2 with one sentence on stderr for what the user can mend (argparse's own for options,
-`UserError`) and for what the machine did (a full disk, no permission, no memory); 130 after Ctrl-C; 141 where the reader
-of its output went away (`| head`). Any other exception is a bug of ours and keeps its traceback.
+Every `main` is `exit_code(run, parser, arguments)`. Its statuses: 0; 1 where the
+command found something bad (a failing notebook, a damaged shard); 2 with one sentence
+on stderr for what the user can mend (argparse's own for options, `UserError`) and for
+what the machine did (a full disk, no permission, no memory); 130 after Ctrl-C; 141
+where the reader of its output went away (`| head`). Any other exception is a bug of
+ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ def exit_code(
     parser: argparse.ArgumentParser,
     arguments: list[str] | None = None,
 ) -> int:
-    """Read the options, run the command with them and return the exit status: the module's text lists them."""
+    """Read the options, run the command with them and return the exit status: the
+    module's text lists them.
+    """
     tolerate_consoles()
     try:
         try:
@@ -67,11 +72,17 @@ def exit_code(
 
 @contextmanager
 def plain_doubts() -> Iterator[None]:
-    """A `Doubt` is printed like an error, as one sentence without the line of code that gave it."""
+    """A `Doubt` is printed like an error, as one sentence without the line of code that
+    gave it.
+    """
     usual = warnings.formatwarning
 
     def sentence(message, category, *place):
-        return f"gsv3d: {message}\n" if issubclass(category, Doubt) else usual(message, category, *place)
+        return (
+            f"gsv3d: {message}\n"
+            if issubclass(category, Doubt)
+            else usual(message, category, *place)
+        )
 
     warnings.formatwarning = sentence
     try:
@@ -112,7 +123,9 @@ def reader_gone() -> bool:
 
 
 def drop_output() -> None:
-    """What is still unwritten goes nowhere, else Python complains about it when it ends."""
+    """What is still unwritten goes nowhere, else Python complains about it when it
+    ends.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -125,7 +138,9 @@ def drop_output() -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError where a file at `path` could not be written: before hours of work, not after them."""
+    """Raises UserError where a file at `path` could not be written: before hours of
+    work, not after them.
+    """
     place = path.absolute().parent
     while not os.path.lexists(place):
         place = place.parent
@@ -175,7 +190,9 @@ def number(low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:  # NaN is in no range
-            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, got {text[:40]!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be a number from {low:g} to {high:g}, got {text[:40]!r}"
+            )
         return value
 
     return read
@@ -202,7 +219,9 @@ def degrees(text: str) -> float | None:
     except ValueError:
         value = math.nan
     if not -90 < value < 90:
-        raise argparse.ArgumentTypeError(f"must be auto or between -90 and 90 degrees, got {text[:40]}")
+        raise argparse.ArgumentTypeError(
+            f"must be auto or between -90 and 90 degrees, got {text[:40]}"
+        )
     return value
 
 

@@ -1,8 +1,10 @@
-"""What this machine has, what falls back to something slower, and how to fix it, in plain sentences.
+"""What this machine has, what falls back to something slower, and how to fix it, in
+plain sentences.
 
     python -m gsv3d_lib doctor
 
-Exits with 1 only where something is missing that the library cannot do without; a missing GPU is not.
+Exits with 1 only where something is missing that the library cannot do without; a
+missing GPU is not.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ MARKS = {"good": "ok  ", "fallback": "note", "broken": "FAIL"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence on one subject; state is "good", "fallback" (works, with a limit) or "broken"."""
+    """One sentence on one subject; state is "good", "fallback" (works, with a limit) or
+    "broken".
+    """
 
     state: str
     sentence: str
@@ -53,12 +57,18 @@ def run(_: argparse.Namespace) -> int:
     for finding in findings:
         print(f"{MARKS[finding.state]}  {finding.sentence}")
     broken = sum(finding.state == "broken" for finding in findings)
-    print(f"\n{broken} of these must be fixed first." if broken else "\nEverything that GSV3D needs is here.")
+    print(
+        f"\n{broken} of these must be fixed first."
+        if broken
+        else "\nEverything that GSV3D needs is here."
+    )
     return 1 if broken else 0
 
 
 def examine() -> list[Finding]:
-    """All findings about this interpreter and machine. Nothing is compiled or downloaded."""
+    """All findings about this interpreter and machine. Nothing is compiled or
+    downloaded.
+    """
     packages = package_findings(requirements())
     if any(finding.state == "broken" for finding in packages):
         return [python_finding(), *packages]  # the checks below would import what is missing
@@ -76,14 +86,18 @@ def examine() -> list[Finding]:
 
 
 def python_finding() -> Finding:
-    return Finding("good", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}.")
+    return Finding(
+        "good", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}."
+    )
 
 
 # ---------------------------------------------------------------- packages
 
 
 def requirements() -> list[Requirement]:
-    """The core dependencies of pyproject.toml, as the installed package states them; empty if it is not installed."""
+    """The core dependencies of pyproject.toml, as the installed package states them;
+    empty if it is not installed.
+    """
     try:
         stated = [Requirement(line) for line in requires("gsv3d-lib") or []]
     except PackageNotFoundError:
@@ -94,11 +108,18 @@ def requirements() -> list[Requirement]:
 def package_findings(wanted: list[Requirement]) -> list[Finding]:
     """One finding per package that is missing or too old; one for all others together."""
     if not wanted:
-        return [Finding("broken", "gsv3d-lib itself is not installed; run `make install` or `pip install -e .`.")]
+        return [
+            Finding(
+                "broken",
+                "gsv3d-lib itself is not installed; run `make install` or `pip install -e .`.",
+            )
+        ]
     problems = [finding for finding in map(package_finding, wanted) if finding is not None]
     good = len(wanted) - len(problems)
     return [
-        Finding("good", f"{good} of {len(wanted)} required packages are installed in a fitting version."),
+        Finding(
+            "good", f"{good} of {len(wanted)} required packages are installed in a fitting version."
+        ),
         *problems,
     ]
 
@@ -111,11 +132,16 @@ def package_finding(wanted: Requirement) -> Finding | None:
         return Finding("broken", f"{wanted.name} is not installed; run `pip install '{wanted}'`.")
     if wanted.specifier.contains(Version(found), prereleases=True):
         return None
-    return Finding("broken", f"{wanted.name} {found} is outside {wanted.specifier}; run `pip install -U '{wanted}'`.")
+    return Finding(
+        "broken",
+        f"{wanted.name} {found} is outside {wanted.specifier}; run `pip install -U '{wanted}'`.",
+    )
 
 
 def torchvision_finding() -> Finding:
-    """torchvision is not needed, but transformers and diffusers import it when it is there."""
+    """torchvision is not needed, but transformers and diffusers import it when it is
+    there.
+    """
     if not has_module("torchvision"):
         return Finding("good", "torchvision is not installed, and nothing here needs it.")
     try:
@@ -126,7 +152,9 @@ def torchvision_finding() -> Finding:
             f"torchvision does not fit this torch ({type(error).__name__}), which breaks transformers and diffusers; "
             "run `pip uninstall torchvision`.",
         )
-    return Finding("good", f"torchvision {version('torchvision')} fits this torch; it is not needed here.")
+    return Finding(
+        "good", f"torchvision {version('torchvision')} fits this torch; it is not needed here."
+    )
 
 
 # ---------------------------------------------------------------- device and renderer
@@ -141,11 +169,15 @@ def has_cuda() -> bool:
 def has_nvcc() -> bool:
     """Whether there is a CUDA compiler where gsplat looks for one."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    return shutil.which("nvcc") is not None or any(Path(home, "bin", "nvcc").is_file() for home in homes if home)
+    return shutil.which("nvcc") is not None or any(
+        Path(home, "bin", "nvcc").is_file() for home in homes if home
+    )
 
 
 def has_compiled_kernels() -> bool:
-    """Whether this gsplat came with its kernels compiled, as some wheels of its authors do."""
+    """Whether this gsplat came with its kernels compiled, as some wheels of its authors
+    do.
+    """
     return any(Path(importlib.util.find_spec("gsplat").origin).parent.glob("csrc*.so"))
 
 
@@ -171,12 +203,16 @@ def device_finding() -> Finding:
 def gsplat_finding(cuda: bool, nvcc: bool, compiled: bool) -> Finding:
     """Which rasteriser `render` will choose, given what the machine has."""
     if not cuda:
-        return Finding("fallback", "Without CUDA, render() uses the numba rasteriser; it compiles for a while once.")
+        return Finding(
+            "fallback",
+            "Without CUDA, render() uses the numba rasteriser; it compiles for a while once.",
+        )
     if compiled:
         return Finding("good", "render() uses gsplat's CUDA kernels, which are compiled already.")
     if nvcc:
         return Finding(
-            "good", "render() uses gsplat, which compiles its CUDA kernels for some minutes when first used."
+            "good",
+            "render() uses gsplat, which compiles its CUDA kernels for some minutes when first used.",
         )
     return Finding(
         "broken",
@@ -233,12 +269,21 @@ def checkpoint_finding(folder: Path) -> Finding:
     advice = "fetch the whole repository, or train your own with `make train-tiny`"
     if not has_repository():
         return Finding(
-            "fallback", "The shipped weights are not part of an installed package; clone the repository for them."
+            "fallback",
+            "The shipped weights are not part of an installed package; clone the repository for them.",
         )
-    parts = [part for part in ("vae", "clip", "dino", "unet", "decoder", "lora") if not (folder / part).is_dir()]
+    parts = [
+        part
+        for part in ("vae", "clip", "dino", "unet", "decoder", "lora")
+        if not (folder / part).is_dir()
+    ]
     if not (folder / "gsv3d.json").is_file():
         return Finding("fallback", f"The shipped weights are not in {name}; {advice}.")
-    return choose(not parts, f"The shipped weights are in {name}.", f"{name} lacks {', '.join(parts)}; {advice}.")
+    return choose(
+        not parts,
+        f"The shipped weights are in {name}.",
+        f"{name} lacks {', '.join(parts)}; {advice}.",
+    )
 
 
 def scans_finding(folder: Path) -> Finding:

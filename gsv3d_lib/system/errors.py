@@ -1,8 +1,10 @@
 """What a user can mend, told apart from what is a bug of ours.
 
-The library's own checks of files, pictures, settings and options raise `UserError`: one sentence that says what came and
-what to do. Commands print that sentence and nothing else. Whatever else goes wrong keeps its traceback, and so do the
-checks of tensor shapes between our own functions, which are plain ValueErrors: a command that trips over one has a bug.
+The library's own checks of files, pictures, settings and options raise `UserError`: one
+sentence that says what came and what to do. Commands print that sentence and nothing
+else. Whatever else goes wrong keeps its traceback, and so do the checks of tensor
+shapes between our own functions, which are plain ValueErrors: a command that trips over
+one has a bug.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ class MissingFile(UserError, FileNotFoundError):
 
 
 class Doubt(UserWarning):
-    """What was taken for the user's object or picture, in one sentence, where it might be something else."""
+    """What was taken for the user's object or picture, in one sentence, where it might
+    be something else.
+    """
 
 
 # What the machine does to a user, by the number of the OSError; {0} is the file.
@@ -43,11 +47,14 @@ MACHINE = {
 
 
 NO_MEMORY = "there is not enough memory for this: ask for less at once (smaller, fewer), or use a larger machine."
-IN_TEXT = re.compile(r"\bos error (\d+)\b")  # how safetensors and other libraries in Rust tell the number
+# how safetensors and other libraries in Rust tell the number
+IN_TEXT = re.compile(r"\bos error (\d+)\b")
 
 
 def machine_fault(error: Exception) -> str | None:
-    """One sentence for what is the machine's doing, None for any other exception (which may be a bug of ours)."""
+    """One sentence for what is the machine's doing, None for any other exception (which
+    may be a bug of ours).
+    """
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

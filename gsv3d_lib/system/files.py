@@ -1,9 +1,10 @@
-"""Files as others left them: read within stated bounds, and checked before they are believed.
+"""Files as others left them: read within stated bounds, and checked before they are
+believed.
 
-A table says what a file of arrays must hold: per name a `Field` with shape, types and range.
-Shapes and sizes are read from headers first, so that a small file which claims to be a
-large one is refused before it takes memory. The errors are fragments such as "az holds nan";
-callers say which file it was, and what to do.
+A table says what a file of arrays must hold: per name a `Field` with shape, types and
+range. Shapes and sizes are read from headers first, so that a small file which claims
+to be a large one is refused before it takes memory. The errors are fragments such as
+"az holds nan"; callers say which file it was, and what to do.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from .errors import MissingFile, UserError
 MAX_ARRAYS = 1 << 29  # bytes of the arrays of one .npz: 84 views of 576 px are a tenth of it
 MAX_JSON = 1 << 29  # bytes: all of Objaverse's catalogue is half of it
 HEADER = 10_000  # bytes of an array's header that are read; numpy's own bound
-# what zipfile, numpy, PIL and torch raise for files that are damaged or not what their names say
+# what zipfile, numpy, PIL and torch raise for files that are damaged or not what their
+# names say
 UNREADABLE = (
     *(OSError, LookupError, ValueError, TypeError, RuntimeError, EOFError, MemoryError),
     *(TokenError, zipfile.BadZipFile, zlib.error, SafetensorError),
@@ -59,7 +61,8 @@ Table = dict[str, Field]
 
 
 def webp_facts(head: bytes) -> tuple[int, int, bool, bool]:
-    """Width, height, whether there is alpha, and whether it moves, of a WebP by its first 30 bytes.
+    """Width, height, whether there is alpha, and whether it moves, of a WebP by its
+    first 30 bytes.
 
     PIL takes memory for the whole picture before it says how large that is.
     """
@@ -113,10 +116,11 @@ def _size(count: int) -> str:
 
 
 def read_npz(path: str | Path, table: Table, sizes: dict[str, int] | None = None) -> dict:
-    """The arrays of an .npz that `table` names, read-only; what else it holds is not touched.
+    """The arrays of an .npz that `table` names, read-only; what else it holds is not
+    touched.
 
-    sizes: numbers that names of shapes must have. Raises UserError where an array is missing,
-    is not as the table says, or all are larger than `MAX_ARRAYS`.
+    sizes: numbers that names of shapes must have. Raises UserError where an array is
+        missing, is not as the table says, or all are larger than `MAX_ARRAYS`.
     """
     path, sizes = Path(path), dict(sizes or {})
     if not path.is_file():
@@ -205,8 +209,12 @@ def _short(dtype: str) -> str:
     return f"{letters.lower()}{int(bits) // 8}" if bits else letters.lower()
 
 
-def check_shape(name: str, dtype: str, shape: Iterable[int], field: Field, sizes: dict[str, int] | None = None) -> None:
-    """Raises UserError where type or shape are not the field's. Notes new names in `sizes`."""
+def check_shape(
+    name: str, dtype: str, shape: Iterable[int], field: Field, sizes: dict[str, int] | None = None
+) -> None:
+    """Raises UserError where type or shape are not the field's. Notes new names in
+    `sizes`.
+    """
     shape, sizes = tuple(shape), {} if sizes is None else sizes
     fits = len(shape) == len(field.shape) and all(
         side == (sizes.setdefault(wanted, side) if isinstance(wanted, str) else wanted)

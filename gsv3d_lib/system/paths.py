@@ -1,13 +1,17 @@
-"""Where things lie, and how they are written: in full or not at all. One rule for paths, in every command and notebook:
+"""Where things lie, and how they are written: in full or not at all. One rule for
+paths, in every command and notebook:
 
-- What is read (`find`): as given if it is there, seen from the working directory; else in the repository, if it is there.
-  So `--weights data/checkpoints/tiny` means the shipped weights from every folder that has no such folder itself.
-- What a command writes (`output`): as given, from the working directory, and nowhere else.
-- What a notebook writes (`resolve`): in the repository, because the working directory depends on who runs it (papermill
-  keeps the caller's, nbval and JupyterLab the notebook's); what it reads follows the first rule.
+- What is read (`find`): as given if it is there, seen from the working directory; else
+  in the repository, if it is there. So `--weights data/checkpoints/tiny` means the
+  shipped weights from every folder that has no such folder itself.
+- What a command writes (`output`): as given, from the working directory, and nowhere
+  else.
+- What a notebook writes (`resolve`): in the repository, because the working directory
+  depends on who runs it (papermill keeps the caller's, nbval and JupyterLab the
+  notebook's); what it reads follows the first rule.
 
-An installed package without the repository has no `data` and no `notebooks` (`from_repository` says so), and the working
-directory stands for the repository.
+An installed package without the repository has no `data` and no `notebooks`
+(`from_repository` says so), and the working directory stands for the repository.
 """
 
 from __future__ import annotations
@@ -27,11 +31,14 @@ from pathlib import Path
 from .errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-# Names this machine in temporary files: machines that share a folder have equal process numbers now and then.
+# Names this machine in temporary files: machines that share a folder have equal process
+# numbers now and then.
 WRITER = f"{zlib.crc32(platform.node().encode()):08x}"
 LEFTOVER = re.compile(r"\..+\.((?P<writer>[0-9a-f]{8})-)?(?P<pid>\d+)\.tmp")
-CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF, errno.EACCES}  # some network file systems
-BEST = "data/checkpoints/small"  # turns a user's picture into 3D; notebooks and experiments take the quicker `tiny`
+# some network file systems
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF, errno.EACCES}
+# turns a user's picture into 3D; notebooks and experiments take the quicker `tiny`
+BEST = "data/checkpoints/small"
 RESERVED = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"  # no names of files on Windows
 
 
@@ -41,30 +48,42 @@ def has_repository() -> bool:
 
 
 def base() -> Path:
-    """The folder that notebooks and their trainings write below: the repository; without one, the working directory."""
+    """The folder that notebooks and their trainings write below: the repository;
+    without one, the working directory.
+    """
     return ROOT if has_repository() else Path.cwd()
 
 
 def output(path: str | Path) -> Path:
-    """A path that a command writes to: as given, ~ being the home folder where there is one."""
+    """A path that a command writes to: as given, ~ being the home folder where there is
+    one.
+    """
     return Path(os.path.expanduser(path))
 
 
 def find(path: str | Path) -> Path:
-    """A path to read from: as given if it is there, else in the repository if it is there, else as given."""
+    """A path to read from: as given if it is there, else in the repository if it is
+    there, else as given.
+    """
     path = output(path)
     inside = ROOT / path
-    return inside if not os.path.exists(path) and has_repository() and os.path.exists(inside) else path
+    return (
+        inside if not os.path.exists(path) and has_repository() and os.path.exists(inside) else path
+    )
 
 
 def resolve(path: str | Path) -> Path:
-    """The absolute path that a notebook means: `find`, and in the repository what is not there yet."""
+    """The absolute path that a notebook means: `find`, and in the repository what is
+    not there yet.
+    """
     path = find(path)
     return path.absolute() if os.path.exists(path) else base() / path
 
 
 def from_repository(path: str | Path) -> str:
-    """What to do where something that the repository brings is missing: nothing to add, or one more sentence."""
+    """What to do where something that the repository brings is missing: nothing to add,
+    or one more sentence.
+    """
     if has_repository() or not str(path).startswith(("data", "notebooks")):
         return ""
     return (
@@ -74,7 +93,9 @@ def from_repository(path: str | Path) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a reader of files says; libraries like to explain themselves in many."""
+    """The first line of what a reader of files says; libraries like to explain
+    themselves in many.
+    """
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
@@ -82,9 +103,11 @@ def reason(error: Exception) -> str:
 
 
 def check_readable(*files: Path) -> None:
-    """Raises the OSError of a file that is there and may not be opened, which is the machine's fault and no damage.
+    """Raises the OSError of a file that is there and may not be opened, which is the
+    machine's fault and no damage.
 
-    safetensors' reader says "No such file" of it, and other libraries hide the reason in sentences of their own.
+    safetensors' reader says "No such file" of it, and other libraries hide the reason
+    in sentences of their own.
     """
     for file in files:
         if os.path.lexists(file) and not Path(file).is_fifo():  # which would wait for ever
@@ -96,10 +119,12 @@ def check_readable(*files: Path) -> None:
 
 
 class atomic_path:
-    """Context manager: yields a temporary path beside `path` and renames it over `path` only on success.
+    """Context manager: yields a temporary path beside `path` and renames it over `path`
+    only on success.
 
-    The file is on the disk before it gets its name, and has the permissions of any new file, whoever wrote it. An OSError
-    inside (a full disk) names `path`, which the user knows, and not the temporary one.
+    The file is on the disk before it gets its name, and has the permissions of any new
+    file, whoever wrote it. An OSError inside (a full disk) names `path`, which the user
+    knows, and not the temporary one.
     """
 
     def __init__(self, path: str | Path):
@@ -127,7 +152,9 @@ class atomic_path:
 
 
 def place_whole(target: Path, write: Callable[[Path], object]) -> None:
-    """The folder `target` by `write(folder)`, in full or not at all, in place of one that is there."""
+    """The folder `target` by `write(folder)`, in full or not at all, in place of one
+    that is there.
+    """
     temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
     for left in (temporary, old):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -147,7 +174,9 @@ def place_whole(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def raise_fault_of(error: BaseException, path: Path, temporary: Path) -> None:
-    """Raises the OSError behind an error of a library that writes; an OSError itself learns the name that users know."""
+    """Raises the OSError behind an error of a library that writes; an OSError itself
+    learns the name that users know.
+    """
     if isinstance(error, OSError):
         if error.errno is not None and error.filename in (None, str(temporary), temporary):
             error.filename = str(path)
@@ -158,13 +187,16 @@ def raise_fault_of(error: BaseException, path: Path, temporary: Path) -> None:
 
 
 def settle(path: Path) -> None:
-    """Put a written file or folder on the disk, with the permissions that a new one gets here.
+    """Put a written file or folder on the disk, with the permissions that a new one
+    gets here.
 
-    safetensors writes for the owner alone, which would keep a cluster's other users and containers out.
+    safetensors writes for the owner alone, which would keep a cluster's other users and
+    containers out.
     """
     found = path.lstat()
     if stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o600:
-        probe = path.with_name(f".{path.name}.mode")  # asking for the umask would change it, for all threads
+        # asking for the umask would change it, for all threads
+        probe = path.with_name(f".{path.name}.mode")
         probe.touch()
         mode = stat.S_IMODE(probe.stat().st_mode)
         probe.unlink()
@@ -188,13 +220,18 @@ def sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: str | Path, name: str = "*", alone: bool = False) -> None:
-    """Remove what killed processes of this machine left in `folder` of `atomic_path` writes of the files `name`.
+    """Remove what killed processes of this machine left in `folder` of `atomic_path`
+    writes of the files `name`.
 
     alone: remove those of other machines too; only for who holds the folder's lock.
     """
     for path in Path(folder).glob(f".{name}.*.tmp"):
         found = LEFTOVER.fullmatch(path.name)
-        if found and path.is_file() and (alone or (found["writer"] == WRITER and not is_running(int(found["pid"])))):
+        if (
+            found
+            and path.is_file()
+            and (alone or (found["writer"] == WRITER and not is_running(int(found["pid"]))))
+        ):
             path.unlink(missing_ok=True)
 
 
@@ -260,15 +297,19 @@ def plain_id(name: str) -> str:
 
 
 def check_id(id) -> None:
-    """Raises UserError where an id is no `plain_id`: as a path it could lead out of its folder."""
+    """Raises UserError where an id is no `plain_id`: as a path it could lead out of its
+    folder.
+    """
     if not isinstance(id, str) or plain_id(id) != id:
         raise UserError(f"{str(id)[:100]!r} is no id: ids are letters, digits, _ and -")
 
 
 def named_file(folder: str | Path, name: str) -> Path:
-    """The path of a file that another file, in `folder`, names: below that folder or the one above it.
+    """The path of a file that another file, in `folder`, names: below that folder or
+    the one above it.
 
-    Whatever leads elsewhere raises UserError: a downloaded file must not choose what is read.
+    Whatever leads elsewhere raises UserError: a downloaded file must not choose what is
+    read.
     """
     root = os.path.abspath(folder)
     path = os.path.normpath(os.path.join(root, name))

@@ -1,4 +1,6 @@
-"""One training at a time in a folder, and how a training is stopped: between two steps, with all weights whole."""
+"""One training at a time in a folder, and how a training is stopped: between two steps,
+with all weights whole.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,12 @@ except ImportError:  # Windows
 
 @contextmanager
 def only_training(run_dir: Path, first: bool) -> Iterator[None]:
-    """While the block runs no other process trains in `run_dir`. Raises UserError where one does.
+    """While the block runs no other process trains in `run_dir`. Raises UserError where
+    one does.
 
-    The system gives the lock back when its process ends, however it ends. first: of several processes of one training,
-    only the first takes it. Windows, and file systems without locks, go without.
+    The system gives the lock back when its process ends, however it ends. first: of
+    several processes of one training, only the first takes it. Windows, and file
+    systems without locks, go without.
     """
     if not first:
         yield
@@ -53,10 +57,12 @@ def only_training(run_dir: Path, first: bool) -> Iterator[None]:
 
 
 class Signals:
-    """Ctrl-C and SIGTERM while the block runs: noted, and answered between two steps, where all weights are whole.
+    """Ctrl-C and SIGTERM while the block runs: noted, and answered between two steps,
+    where all weights are whole.
 
-    Only the main thread may listen; in another, and where a signal is ignored on purpose (nohup), nothing changes. A
-    second Ctrl-C does not wait. Afterwards the handlers are those of before.
+    Only the main thread may listen; in another, and where a signal is ignored on
+    purpose (nohup), nothing changes. A second Ctrl-C does not wait. Afterwards the
+    handlers are those of before.
     """
 
     def __init__(self):
@@ -79,14 +85,18 @@ class Signals:
         self.noted = self.noted or number
 
     def of_any_process(self, accelerator) -> int:
-        """The signal that a process of this training has got, 0 for none: all of them leave after the same step."""
+        """The signal that a process of this training has got, 0 for none: all of them
+        leave after the same step.
+        """
         if accelerator.num_processes == 1:
             return self.noted
         return int(accelerator.gather(torch.tensor([self.noted], device=accelerator.device)).max())
 
 
 def leave(number: int, run_dir: Path, step: int, first: bool) -> None:
-    """End a training that a signal stopped: KeyboardInterrupt for Ctrl-C, SystemExit with 128 + 15 for SIGTERM."""
+    """End a training that a signal stopped: KeyboardInterrupt for Ctrl-C, SystemExit
+    with 128 + 15 for SIGTERM.
+    """
     kept = f"{run_dir} holds its {step} steps" if step else "it had done no step"
     sentence = f"the training was stopped; {kept}, and the same command goes on from there."
     if number == signal.SIGINT:

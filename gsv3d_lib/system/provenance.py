@@ -19,14 +19,21 @@ def commit() -> str:
         return "unknown"
     try:
         command = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
+        return (
+            subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+            or "unknown"
+        )
     except OSError:
         return "unknown"
 
 
 def hardware() -> str:
     """What ran this, without names of machines."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     return f"{device}, {platform.machine()}, torch {torch.__version__.split('+')[0]}"
 
 
@@ -39,13 +46,20 @@ def environment() -> dict:
         except PackageNotFoundError:
             continue
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    return {"python": platform.python_version(), "packages": installed, "cuda": torch.version.cuda, "gpus": gpus}
+    return {
+        "python": platform.python_version(),
+        "packages": installed,
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+    }
 
 
 def changed_files() -> list[str] | None:
     """Tracked files that differ from the commit; None outside a git checkout."""
     command = ["git", "diff", "--name-only", "HEAD"]
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\n")[:-1]
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,4 +1,5 @@
-"""A checkpoint folder: one folder a model, in the layout of diffusers and transformers, and `gsv3d.json` beside them.
+"""A checkpoint folder: one folder a model, in the layout of diffusers and transformers,
+and `gsv3d.json` beside them.
 
 vae/  clip/  dino/  unet/  decoder/    config.json and safetensors of each
 lora/                                  the adapter of stage 2, in diffusers' format
@@ -36,7 +37,13 @@ def builders() -> dict[str, Callable[[Config], nn.Module]]:
     from ..unet import build_unet
     from ..vae import build_vae
 
-    return {"vae": build_vae, "clip": build_clip, "dino": build_dino, "unet": build_unet, "decoder": build_decoder}
+    return {
+        "vae": build_vae,
+        "clip": build_clip,
+        "dino": build_dino,
+        "unet": build_unet,
+        "decoder": build_decoder,
+    }
 
 
 def model_classes() -> dict:
@@ -66,7 +73,8 @@ def model_classes() -> dict:
 def load_model(folder: str | Path, name: str):
     """Open one model of a checkpoint folder, in float32.
 
-    Raises FileNotFoundError or ValueError, with what to do, where it is missing or damaged.
+    Raises FileNotFoundError or ValueError, with what to do, where it is missing or
+    damaged.
     """
     path = Path(folder) / name
     if not (path / "config.json").is_file():
@@ -75,17 +83,21 @@ def load_model(folder: str | Path, name: str):
             "or point to a folder that has them, such as data/checkpoints/tiny."
         )
     check_readable(*(file for file in path.iterdir() if file.is_file()))
-    options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)  # nothing unpickles
+    # nothing unpickles
+    options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
     try:
         opened = model_classes()[name].from_pretrained(path, **options)
         model, differences = opened[0].float().eval(), opened[1]
         if absent := sorted(differences["missing_keys"]):
             raise UserError(f"{len(absent)} tensors such as {absent[0]} are missing")
-    except Exception as error:  # safetensors, diffusers and transformers each raise their own kinds, some of many lines
+    # safetensors, diffusers and transformers each raise their own kinds, some of many
+    # lines
+    except Exception as error:
         raise UserError(
             f"The {name} weights in {folder} cannot be read ({reason(error)}); copy them again or train them anew."
         ) from error
-    if hasattr(model, "register_to_config"):  # diffusers notes the path, which the next `save_pretrained` would pass on
+    # diffusers notes the path, which the next `save_pretrained` would pass on
+    if hasattr(model, "register_to_config"):
         model.register_to_config(_name_or_path=name)
     return model
 
@@ -98,12 +110,15 @@ def load_dino(config: Config, weights: Path):
 def load_config(folder: str | Path) -> Config:
     """The configuration stored in a checkpoint folder (`gsv3d.json`).
 
-    Raises MissingFile or UserError, with what to do, where there is none or it is damaged.
+    Raises MissingFile or UserError, with what to do, where there is none or it is
+    damaged.
     """
     path = find(folder) / "gsv3d.json"
     if not path.is_file():
         advice = " The shipped one is data/checkpoints/tiny; `make train-tiny` makes your own."
-        raise MissingFile(f"{folder} is no GSV3D checkpoint: gsv3d.json is missing.{from_repository(folder) or advice}")
+        raise MissingFile(
+            f"{folder} is no GSV3D checkpoint: gsv3d.json is missing.{from_repository(folder) or advice}"
+        )
     try:
         stored = json.loads(path.read_text())
         base = preset(stored["name"])
@@ -111,7 +126,9 @@ def load_config(folder: str | Path) -> Config:
         values = {n: _typed(getattr(base, n), value) for n, value in stored.items() if n in fields}
         return dataclasses.replace(base, **values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy it again from a whole checkpoint.") from error
+        raise UserError(
+            f"{path} cannot be read ({error}); copy it again from a whole checkpoint."
+        ) from error
 
 
 def _typed(like, value):
@@ -122,7 +139,9 @@ def _typed(like, value):
 
 
 def trained_steps(folder: Path) -> dict[str, int]:
-    """{stage: steps} that a checkpoint folder states; {} where it states none. Raises UserError where it is damaged."""
+    """{stage: steps} that a checkpoint folder states; {} where it states none. Raises
+    UserError where it is damaged.
+    """
     path = Path(folder) / "gsv3d.json"
     if not path.is_file():
         return {}
@@ -130,7 +149,9 @@ def trained_steps(folder: Path) -> dict[str, int]:
         record = json.loads(path.read_text()).get("trained", {})
         return {stage: int(steps) for stage, steps in record.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}); copy it again from a whole checkpoint.") from error
+        raise UserError(
+            f"{path} cannot be read ({reason(error)}); copy it again from a whole checkpoint."
+        ) from error
 
 
 # ---------------------------------------------------------------- writing
@@ -141,8 +162,8 @@ def save_model(
 ) -> None:
     """One model to FOLDER/NAME, in full or not at all, and the configuration beside it.
 
-    trained: {stage: steps} that made it. Of several processes only the first writes, and
-    the others wait until it has.
+    trained: {stage: steps} that made it. Of several processes only the first writes,
+        and the others wait until it has.
     """
     if int(os.environ.get("RANK", 0)) == 0:
         place_whole(Path(folder) / name, writer(name, model))
@@ -152,16 +173,20 @@ def save_model(
 
 
 def writer(name: str, model: nn.Module) -> Callable[[Path], None]:
-    """What writes a model into an empty folder; "lora" is the adapter that a U-Net carries."""
+    """What writes a model into an empty folder; "lora" is the adapter that a U-Net
+    carries.
+    """
     if name == "lora":
         return lambda folder: save_lora(model, folder)
     return lambda folder: model.save_pretrained(folder, safe_serialization=True)
 
 
 def save_config(config: Config, folder: Path, trained: dict[str, int] | None = None) -> None:
-    """Write `gsv3d.json`: the configuration, and under "trained" the steps of each stage, those of before kept.
+    """Write `gsv3d.json`: the configuration, and under "trained" the steps of each
+    stage, those of before kept.
 
-    The schedules in it are those of the last command, whatever the other stages were trained with.
+    The schedules in it are those of the last command, whatever the other stages were
+    trained with.
     """
     record = trained_steps(folder) | (trained or {})
     with atomic_path(Path(folder) / "gsv3d.json") as path:

@@ -4,8 +4,9 @@
     metrics.jsonl                    one row per logged step
     training.lock                    held by the process that trains here
 
-A checkpoint states what made it, its `run_identity`. A run that would go on from it with anything else is refused; only
-the number of steps may grow, and then the learning rate follows the new schedule from there on.
+A checkpoint states what made it, its `run_identity`. A run that would go on from it
+with anything else is refused; only the number of steps may grow, and then the learning
+rate follows the new schedule from there on.
 """
 
 from __future__ import annotations
@@ -32,34 +33,59 @@ LONGEST = 1e9  # seconds, thirty years
 RUN_FORMAT = 1  # of what a checkpoint states about its run
 
 
-def run_identity(stage: Stage, schedule: Schedule, seed: int, mixed_precision: str) -> dict[str, object]:
-    """What a run is made of, by name, as JSON has it. Not: micro batches and processes, which change no result."""
-    facts = {"steps": schedule.steps, "batch": schedule.batch, "lr": schedule.lr, "warmup": schedule.warmup}
+def run_identity(
+    stage: Stage, schedule: Schedule, seed: int, mixed_precision: str
+) -> dict[str, object]:
+    """What a run is made of, by name, as JSON has it. Not: micro batches and processes,
+    which change no result.
+    """
+    facts = {
+        "steps": schedule.steps,
+        "batch": schedule.batch,
+        "lr": schedule.lr,
+        "warmup": schedule.warmup,
+    }
     facts |= {"weight_decay": schedule.weight_decay, "ema": schedule.ema, "seed": seed}
     facts |= {"precision": "bf16" if mixed_precision == "bf16" else "fp32"}
     return json.loads(json.dumps({"format": RUN_FORMAT} | facts | stage.identity()))
 
 
-def check_identity(stored: dict, identity: dict, step: int, path: Path, force: bool, first: bool) -> None:
-    """Raises UserError, with every difference by name, where a checkpoint is of another run than the one that begins.
+def check_identity(
+    stored: dict, identity: dict, step: int, path: Path, force: bool, first: bool
+) -> None:
+    """Raises UserError, with every difference by name, where a checkpoint is of another
+    run than the one that begins.
 
-    The number of steps may be larger than planned before. A checkpoint beyond it is refused whatever `force` says, and so
-    is one of a later version. One that states nothing, of an earlier version, is taken as far as its tensors fit.
+    The number of steps may be larger than planned before. A checkpoint beyond it is
+    refused whatever `force` says, and so is one of a later version. One that states
+    nothing, of an earlier version, is taken as far as its tensors fit.
     """
     steps = identity["steps"]
     if step > steps:
-        raise UserError(f"{path} holds step {step}, beyond the {steps} steps asked for: ask for {step} or more.")
+        raise UserError(
+            f"{path} holds step {step}, beyond the {steps} steps asked for: ask for {step} or more."
+        )
     if not stored:
         if first:
-            tqdm.write(f"{path} is of an earlier version and does not state its settings; they are not compared.")
+            tqdm.write(
+                f"{path} is of an earlier version and does not state its settings; they are not compared."
+            )
         return
     if stored["format"] > RUN_FORMAT:
-        raise UserError(f"{path} was written by a later version of this program: go on with that one.")
-    unlike = {name: (old, identity[name]) for name, old in stored.items() if identity.get(name, old) != old}
+        raise UserError(
+            f"{path} was written by a later version of this program: go on with that one."
+        )
+    unlike = {
+        name: (old, identity[name])
+        for name, old in stored.items()
+        if identity.get(name, old) != old
+    }
     if stored["steps"] < steps:
         del unlike["steps"]
         if first:
-            tqdm.write(f"{path} was planned with {stored['steps']} steps; the learning rate now follows {steps}.")
+            tqdm.write(
+                f"{path} was planned with {stored['steps']} steps; the learning rate now follows {steps}."
+            )
     if not unlike:
         return
     listed = [f"{name} {shown(old)} -> {shown(new)}" for name, (old, new) in unlike.items()]
@@ -83,14 +109,17 @@ def save_checkpoint(
     identity: dict,
     seconds: float = 0.0,
 ) -> None:
-    """Write `run_dir`/checkpoint-STEP in full, then make it visible by one rename; keep the last two.
+    """Write `run_dir`/checkpoint-STEP in full, then make it visible by one rename; keep
+    the last two.
 
     seconds: of training that the run has had.
     """
     tensors = {f"state.{name}": value for name, value in stage.training_state().items()}
     tensors |= {f"average.{name}": value for name, value in average.items()}
     for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()}
+        tensors |= {
+            f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()
+        }
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     statement = {"step": str(step), "tensors": str(len(tensors)), "run": json.dumps(identity)}
     statement["seconds"] = f"{seconds:.3f}"
@@ -115,12 +144,14 @@ def load_checkpoint(
     force: bool = False,
     first: bool = True,
 ) -> int:
-    """Restore the newest readable checkpoint of `run_dir`; returns the step to go on from, 0 if there is none.
+    """Restore the newest readable checkpoint of `run_dir`; returns the step to go on
+    from, 0 if there is none.
 
-    A damaged file (a full disk, a copy that broke off) is passed over for the one before it, with one line that says so;
-    its name then ends in .damaged.
+    A damaged file (a full disk, a copy that broke off) is passed over for the one
+    before it, with one line that says so; its name then ends in .damaged.
     identity: of the run that begins, which the file's must be, see `check_identity`.
-    Raises UserError where none can be read, and where the file is of another run or another model.
+    Raises UserError where none can be read, and where the file is of another run or
+    another model.
     """
     paths = list_checkpoints(run_dir)
     for path in reversed(paths):
@@ -136,7 +167,8 @@ def load_checkpoint(
         restore(tensors, "average.", average or {}, path)
         if optimizer is not None:
             restore_optimizer(tensors, optimizer, path)
-        for later in paths[paths.index(path) + 1 :] if first else ():  # else they would count as the last two
+        # else they would count as the last two
+        for later in paths[paths.index(path) + 1 :] if first else ():
             later.rename(later.with_suffix(".damaged"))
         return step
     if paths:
@@ -147,7 +179,9 @@ def load_checkpoint(
 
 
 def trained_seconds(run_dir: Path, step: int) -> float:
-    """Seconds of training behind the checkpoint of a step; 0 where there is none or it does not say."""
+    """Seconds of training behind the checkpoint of a step; 0 where there is none or it
+    does not say.
+    """
     path = Path(run_dir) / f"checkpoint-{step:07d}.safetensors"
     if not path.is_file():
         return 0.0
@@ -160,7 +194,9 @@ def trained_seconds(run_dir: Path, step: int) -> float:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, dict]:
-    """Tensors, step and `run_identity` ({} where it states none) of a checkpoint. Raises ValueError for nonsense."""
+    """Tensors, step and `run_identity` ({} where it states none) of a checkpoint.
+    Raises ValueError for nonsense.
+    """
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
         metadata = file.metadata()
@@ -171,15 +207,21 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, dict]:
         raise UserError(f"it holds {len(tensors)} tensors, not {metadata['tensors']}")
     if stored and not all(isinstance(stored.get(name), int) for name in ("format", "steps")):
         raise UserError("what it states of its run is no such statement")
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    bad = [
+        name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()
+    ]
     if bad:
         raise UserError(f"{bad[0]} holds numbers that are not finite")
     return tensors, step, stored
 
 
 @torch.no_grad()
-def restore(tensors: dict[str, Tensor], prefix: str, targets: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors[prefix + name] into targets[name], with one clear sentence when they do not fit."""
+def restore(
+    tensors: dict[str, Tensor], prefix: str, targets: dict[str, Tensor], path: Path
+) -> None:
+    """Copy tensors[prefix + name] into targets[name], with one clear sentence when they
+    do not fit.
+    """
     for name, target in targets.items():
         value = tensors.get(prefix + name)
         if value is None or value.shape != target.shape:
@@ -192,7 +234,9 @@ def restore(tensors: dict[str, Tensor], prefix: str, targets: dict[str, Tensor],
 
 
 def restore_optimizer(tensors: dict[str, Tensor], optimizer, path: Path) -> None:
-    """AdamW's averages of every parameter that has had a gradient. Raises UserError where they do not fit."""
+    """AdamW's averages of every parameter that has had a gradient. Raises UserError
+    where they do not fit.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -206,7 +250,9 @@ def restore_optimizer(tensors: dict[str, Tensor], optimizer, path: Path) -> None
                 f"{path} does not fit this model: its optimizer state {index} is another parameter's. Use the configuration "
                 "it was trained with, or another run folder."
             )
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def read_metrics(run_dir: Path, before: int | None = None) -> list[dict]:

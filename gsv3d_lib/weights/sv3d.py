@@ -1,11 +1,13 @@
-"""SV3D's published weights in this library's models: Stability's single file, or a folder in the layout of diffusers.
+"""SV3D's published weights in this library's models: Stability's single file, or a
+folder in the layout of diffusers.
 
     python -m gsv3d_lib sv3d stabilityai/sv3d                                     # says what it needs, fetches nothing
     python -m gsv3d_lib sv3d stabilityai/sv3d --download --out runs/paper         # weights for stages 1 and 2
     pipe = GSV3DPipeline.from_sv3d("sv3d_p.safetensors", checkpoint="runs/paper/weights")
 
-A model is built without memory, every stored tensor is assigned to one of its tensors by name, names and shapes are
-compared, and only then is anything read. docs/weights.md has files, sizes and licences.
+A model is built without memory, every stored tensor is assigned to one of its tensors
+by name, names and shapes are compared, and only then is anything read. docs/weights.md
+has files, sizes and licences.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from ..system.paths import check_readable, reason
 from .checkpoint import load_model, save_model
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
 
-SVD = "stabilityai/stable-video-diffusion-img2vid-xt"  # VAE, CLIP and scheduler where a source lacks them
+# VAE, CLIP and scheduler where a source lacks them
+SVD = "stabilityai/stable-video-diffusion-img2vid-xt"
 DINO = "facebook/dinov2-base"
 SINGLE = "sv3d_p.safetensors"  # Stability's file
 # our models and settings, and where a folder in the layout of diffusers has them
@@ -49,7 +52,9 @@ DINO_FILES = ("config.json", "model.safetensors")
 
 @dataclass(frozen=True)
 class Download:
-    """One file of the Hugging Face Hub. size in bytes and gated are None where this project does not know them."""
+    """One file of the Hugging Face Hub. size in bytes and gated are None where this
+    project does not know them.
+    """
 
     repo: str
     file: str
@@ -64,13 +69,18 @@ class Download:
         return f"{self.repo}/{self.file}: {size}, {gate}, {self.licence}{', here already' if self.cached else ''}"
 
 
-# licence, gated, sizes in bytes: as the models' pages stated them when docs/weights.md was written
+# licence, gated, sizes in bytes: as the models' pages stated them when docs/weights.md
+# was written
 KNOWN = {
     "stabilityai/sv3d": ("Stability AI Community License", True, {SINGLE: 9_370_000_000}),
     "chenguolin/sv3d-diffusers": (
         "sv3d-nc-community",
         False,
-        {FOLDERS["unet"]: 6_100_000_000, FOLDERS["vae"]: 335_000_000, FOLDERS["clip"]: 2_530_000_000}
+        {
+            FOLDERS["unet"]: 6_100_000_000,
+            FOLDERS["vae"]: 335_000_000,
+            FOLDERS["clip"]: 2_530_000_000,
+        }
         | {FOLDERS["scheduler"]: 594, FOLDERS["feature_extractor"]: 1000},
     ),
     SVD: (
@@ -83,7 +93,9 @@ KNOWN = {
 
 
 def downloads(source: str | Path, svd: str | Path = SVD, dino: str | Path = DINO) -> list[Download]:
-    """Every file of the Hub that `load_backbone` would ask for, with size, licence and gating. Fetches nothing."""
+    """Every file of the Hub that `load_backbone` would ask for, with size, licence and
+    gating. Fetches nothing.
+    """
     wanted = []
     if is_hub(source):
         files = [SINGLE] if str(source) == "stabilityai/sv3d" else list(FOLDERS.values())
@@ -114,7 +126,9 @@ def holds(source: str | Path, part: str) -> bool:
 
 
 def is_hub(source: str | Path) -> bool:
-    """Whether `source` reads as OWNER/NAME of the Hub and nothing of that name lies on this machine."""
+    """Whether `source` reads as OWNER/NAME of the Hub and nothing of that name lies on
+    this machine.
+    """
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None and not Path(source).exists()
 
 
@@ -123,7 +137,8 @@ class Absent(MissingFile):
 
 
 def fetch(repo: str, file: str, download: bool) -> Path:
-    """A file of the Hub: from the local cache or, only with `download`, from the network.
+    """A file of the Hub: from the local cache or, only with `download`, from the
+    network.
 
     Raises FileNotFoundError with one sentence on what to do.
     """
@@ -145,7 +160,9 @@ def fetch(repo: str, file: str, download: bool) -> Path:
             else f"pass download=True (--download) to fetch it from {page}, or give the path of a copy."
         )
     except errors.EntryNotFoundError:
-        raise Absent(f"{repo} has no {file}; name a repository in diffusers' layout, or {SINGLE} as a file.") from None
+        raise Absent(
+            f"{repo} has no {file}; name a repository in diffusers' layout, or {SINGLE} as a file."
+        ) from None
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
         problem = f"{file} of {repo} could not be fetched ({reason(error)}); try again, or give the path of a copy."
     raise MissingFile(problem)
@@ -155,7 +172,8 @@ def fetch(repo: str, file: str, download: bool) -> Path:
 
 
 class Weights:
-    """The tensors of one or more safetensors files: names and shapes at once, values when asked for.
+    """The tensors of one or more safetensors files: names and shapes at once, values
+    when asked for.
 
     Raises ValueError with one sentence where a file is damaged.
     """
@@ -175,7 +193,10 @@ class Weights:
                         f"{file} is damaged or no safetensors file ({reason(error)}); fetch or copy it again."
                     ) from error
                 for key in handle.keys():  # noqa: SIM118, a handle is no dict
-                    self.handles[key], self.shapes[key] = handle, tuple(handle.get_slice(key).get_shape())
+                    self.handles[key], self.shapes[key] = (
+                        handle,
+                        tuple(handle.get_slice(key).get_shape()),
+                    )
             opened.pop_all()  # the handles live as long as this object
 
     def read(self, key: str) -> Tensor:
@@ -187,9 +208,11 @@ class Weights:
 
 
 def find(source: str | Path, part: str, download: bool) -> list[Path]:
-    """The files of one entry of FOLDERS in `source`, a folder or a Hub name; empty where it is known to lack it.
+    """The files of one entry of FOLDERS in `source`, a folder or a Hub name; empty
+    where it is known to lack it.
 
-    Locally, a folder with only half precision or with several files per model will do too.
+    Locally, a folder with only half precision or with several files per model will do
+    too.
     """
     file = FOLDERS[part]
     if is_hub(source):
@@ -201,16 +224,22 @@ def find(source: str | Path, part: str, download: bool) -> list[Path]:
     if path.is_file():
         return [path]
     stem, suffix = path.stem, path.suffix
-    return sorted(path.parent.glob(f"{stem}-*-of-*{suffix}")) or sorted(path.parent.glob(f"{stem}.fp16{suffix}"))
+    return sorted(path.parent.glob(f"{stem}-*-of-*{suffix}")) or sorted(
+        path.parent.glob(f"{stem}.fp16{suffix}")
+    )
 
 
 def single_file(source: str | Path, download: bool) -> Path | None:
-    """Stability's file if `source` is one, names its repository, or is a folder that holds it; else None."""
+    """Stability's file if `source` is one, names its repository, or is a folder that
+    holds it; else None.
+    """
     if is_hub(source):
         return fetch(str(source), SINGLE, download) if str(source) == "stabilityai/sv3d" else None
     path = Path(source)
     if not path.exists():
-        raise MissingFile(f"There is no file or folder {source}; give one, or a Hub name such as stabilityai/sv3d.")
+        raise MissingFile(
+            f"There is no file or folder {source}; give one, or a Hub name such as stabilityai/sv3d."
+        )
     if path.is_dir():
         return path / SINGLE if (path / SINGLE).is_file() else None
     return path
@@ -220,7 +249,8 @@ def single_file(source: str | Path, download: bool) -> Path | None:
 
 
 def empty(part: str, config: Config, **options) -> nn.Module:
-    """The model of one part at the sizes of `config`, with parameters that take no memory yet.
+    """The model of one part at the sizes of `config`, with parameters that take no
+    memory yet.
 
     options: of `vae.build_vae`.
     """
@@ -237,12 +267,15 @@ def empty(part: str, config: Config, **options) -> nn.Module:
 def fill(part: str, weights: Weights, pieces: Pieces, config: Config) -> nn.Module:
     """The model of one part with its stored tensors, in float32.
 
-    Raises ValueError with one sentence where a tensor is missing, unknown, or of another shape.
+    Raises ValueError with one sentence where a tensor is missing, unknown, or of
+    another shape.
     """
     before_decoder = any(name.startswith("post_quant_conv.") for name in pieces)
     model = empty(part, config, **({"post_quant": True} if before_decoder else {}))
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {ours: tuple(how(weights.blank(stored)).shape) for ours, (stored, how) in pieces.items()}
+    found = {
+        ours: tuple(how(weights.blank(stored)).shape) for ours, (stored, how) in pieces.items()
+    }
     still = timeless(wanted) if part == "vae" and not timeless(found) else {}
     compare(part, weights.name, wanted, found | still, config)
     state = {name: pass_through(name, shape) for name, shape in still.items()}
@@ -254,24 +287,38 @@ def fill(part: str, weights: Weights, pieces: Pieces, config: Config) -> nn.Modu
 
 def timeless(shapes: dict) -> dict:
     """Those entries that a decoder without layers over time does not have."""
-    return {n: s for n, s in shapes.items() if re.search(r"temporal_res_block|time_mixer|time_conv_out", n)}
+    return {
+        n: s
+        for n, s in shapes.items()
+        if re.search(r"temporal_res_block|time_mixer|time_conv_out", n)
+    }
 
 
 def pass_through(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of a layer over time that changes nothing: a zero residual branch, or the identity as convolution."""
+    """The tensor of a layer over time that changes nothing: a zero residual branch, or
+    the identity as convolution.
+    """
     tensor = torch.zeros(shape)
     return nn.init.dirac_(tensor) if name.endswith("time_conv_out.weight") else tensor
 
 
 def compare(part: str, file: str, wanted: dict, found: dict, config: Config) -> None:
-    """Names and shapes of the stored tensors against the model's; ValueError with the first difference."""
-    problems = [f"{n} is {found[n]}, not {wanted[n]}" for n in wanted if n in found and found[n] != wanted[n]]
+    """Names and shapes of the stored tensors against the model's; ValueError with the
+    first difference.
+    """
+    problems = [
+        f"{n} is {found[n]}, not {wanted[n]}"
+        for n in wanted
+        if n in found and found[n] != wanted[n]
+    ]
     problems += [f"{n} is missing" for n in wanted if n not in found]
     problems += [f"{n} is unknown" for n in found if n not in wanted]
     if not problems:
         return
     kind = unet_kind(found) if part == "unet" else None
-    reason = kind or problems[0] + (f" (and {len(problems) - 1} more differences)" if problems[1:] else "")
+    reason = kind or problems[0] + (
+        f" (and {len(problems) - 1} more differences)" if problems[1:] else ""
+    )
     raise UserError(
         f"{file} does not hold the {part} of SV3D_p in the sizes of {config.name!r}: {reason}; "
         f"use {SINGLE} of stabilityai/sv3d or a folder like chenguolin/sv3d-diffusers."
@@ -281,7 +328,9 @@ def compare(part: str, file: str, wanted: dict, found: dict, config: Config) -> 
 def unet_kind(found: dict) -> str | None:
     """What a U-Net that is not SV3D_p's is, where its tensors tell."""
     if not found:
-        return "it has no model.diffusion_model tensors, so it is no checkpoint of generative-models"
+        return (
+            "it has no model.diffusion_model tensors, so it is no checkpoint of generative-models"
+        )
     if not any("temporal" in name for name in found):
         return "it has no layers over time, so it is an image model such as Stable Diffusion"
     width = found.get("add_embedding.linear_1.weight", (0, 0))[1]
@@ -300,23 +349,30 @@ def load_backbone(
     dino: str | Path = DINO,
     download: bool = False,
 ) -> tuple[Config, dict]:
-    """SV3D's own models: the configuration (default: the preset `paper`) and vae, clip, unet, dino in float32.
+    """SV3D's own models: the configuration (default: the preset `paper`) and vae, clip,
+    unet, dino in float32.
 
-    source: Stability's `sv3d_p.safetensors`, a folder in diffusers' layout, or the name of either on the Hub.
+    source: Stability's `sv3d_p.safetensors`, a folder in diffusers' layout, or the name
+        of either on the Hub.
     svd: folder or Hub name that has VAE, CLIP and scheduler where `source` lacks them.  dino: likewise, DINOv2.
     Raises FileNotFoundError or ValueError with one sentence on what to do.
     """
     config = config or preset("paper")
     single = single_file(source, download)
     stored = Weights(single) if single else None
-    models = {part: load_part(part, source, stored, config, svd, download) for part in ("unet", "vae", "clip")}
+    models = {
+        part: load_part(part, source, stored, config, svd, download)
+        for part in ("unet", "vae", "clip")
+    }
     if single is None:
         config = with_settings(source, svd, config, download)
     models["dino"] = load_dino(dino, config, download)
     return config, models
 
 
-def load_part(part: str, source, single: Weights | None, config: Config, svd, download: bool) -> nn.Module:
+def load_part(
+    part: str, source, single: Weights | None, config: Config, svd, download: bool
+) -> nn.Module:
     """One model, from `source` or, VAE and CLIP where it lacks them, from `svd`."""
     if single is not None:
         pieces = ORIGINAL[part](list(single.shapes), config)
@@ -324,43 +380,64 @@ def load_part(part: str, source, single: Weights | None, config: Config, svd, do
             return fill(part, single, pieces, config)
     files = find(source, part, download) if single is None else []
     if not files and part == "unet":
-        raise MissingFile(f"{source} has neither {FOLDERS[part]} nor {SINGLE}; name a whole copy of SV3D_p.")
+        raise MissingFile(
+            f"{source} has neither {FOLDERS[part]} nor {SINGLE}; name a whole copy of SV3D_p."
+        )
     if not files:
         try:
             files = find(svd, part, download)
         except MissingFile as error:
             raise MissingFile(f"{source} has no {FOLDERS[part]}, and {error} (svd=...)") from error
     if not files:
-        raise MissingFile(f"Neither {source} nor {svd} has {FOLDERS[part]}; give svd=... a folder that has it.")
+        raise MissingFile(
+            f"Neither {source} nor {svd} has {FOLDERS[part]}; give svd=... a folder that has it."
+        )
     weights = Weights(*files)
     return fill(part, weights, diffusers_pieces(part, list(weights.shapes)), config)
 
 
 def with_settings(source, svd, config: Config, download: bool) -> Config:
-    """The configuration with the source's noise levels; ValueError where its scheduler or CLIP input is not SV3D's."""
+    """The configuration with the source's noise levels; ValueError where its scheduler
+    or CLIP input is not SV3D's.
+    """
     from ..encoders import CLIP_MEAN, CLIP_STD
 
     scheduler = read_settings(find(source, "scheduler", download))
     if not scheduler and not is_hub(svd):
         scheduler = read_settings(find(svd, "scheduler", download))
-    expected = {"prediction_type": "v_prediction", "timestep_type": "continuous", "use_karras_sigmas": True}
+    expected = {
+        "prediction_type": "v_prediction",
+        "timestep_type": "continuous",
+        "use_karras_sigmas": True,
+    }
     pixels = read_settings(find(source, "feature_extractor", download))
-    for settings, values in ((scheduler, expected), (pixels, {"image_mean": [*CLIP_MEAN], "image_std": [*CLIP_STD]})):
+    for settings, values in (
+        (scheduler, expected),
+        (pixels, {"image_mean": [*CLIP_MEAN], "image_std": [*CLIP_STD]}),
+    ):
         for name, value in values.items():
             if settings.get(name, value) != value:
-                raise UserError(f"{source} has {name} = {settings[name]}; SV3D has {value}, so this is another model.")
-    sigmas = {name: float(scheduler[name]) for name in ("sigma_min", "sigma_max") if scheduler.get(name)}
+                raise UserError(
+                    f"{source} has {name} = {settings[name]}; SV3D has {value}, so this is another model."
+                )
+    sigmas = {
+        name: float(scheduler[name]) for name in ("sigma_min", "sigma_max") if scheduler.get(name)
+    }
     return config.replace(**sigmas)
 
 
 def read_settings(files: list[Path]) -> dict:
-    """A JSON file of settings, {} if there is none. Raises ValueError where it is damaged."""
+    """A JSON file of settings, {} if there is none. Raises ValueError where it is
+    damaged.
+    """
     if not files:
         return {}
     try:
         return dict(json.loads(files[0].read_text()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{files[0]} cannot be read ({reason(error)}); fetch or copy it again.") from error
+        raise UserError(
+            f"{files[0]} cannot be read ({reason(error)}); fetch or copy it again."
+        ) from error
 
 
 def load_dino(dino: str | Path, config: Config, download: bool):
@@ -373,7 +450,9 @@ def load_dino(dino: str | Path, config: Config, download: bool):
         folder = Path(dino)
         check_readable(*(folder / file for file in DINO_FILES))
         if missing := [file for file in DINO_FILES if not (folder / file).is_file()]:
-            raise MissingFile(f"{dino} has no {missing[0]}; give dino=... a copy of {DINO}, or that name itself.")
+            raise MissingFile(
+                f"{dino} has no {missing[0]}; give dino=... a copy of {DINO}, or that name itself."
+            )
     from transformers import Dinov2Model
 
     from ..lora import REFUSED
@@ -383,9 +462,13 @@ def load_dino(dino: str | Path, config: Config, download: bool):
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except REFUSED as error:
-        raise UserError(f"DINOv2 in {folder} cannot be read ({reason(error)}); fetch or copy it again.") from error
+        raise UserError(
+            f"DINOv2 in {folder} cannot be read ({reason(error)}); fetch or copy it again."
+        ) from error
     if report["missing_keys"] or model.config.hidden_size != config.dino_width:
-        raise UserError(f"{folder} is no DINOv2 of width {config.dino_width}; {config.name!r} is built for {DINO}.")
+        raise UserError(
+            f"{folder} is no DINOv2 of width {config.dino_width}; {config.name!r} is built for {DINO}."
+        )
     return model.float().eval()
 
 
@@ -401,14 +484,16 @@ def load_sv3d(
 ) -> tuple[Config, dict]:
     """`load_backbone`, and the Gaussian decoder and LoRA of a GSV3D checkpoint folder.
 
-    Without `checkpoint` the decoder is freshly initialised, with a warning: the views are SV3D's, the Gaussians mean
-    nothing before stage 1. A `dino` folder of the checkpoint goes before the argument `dino`.
+    Without `checkpoint` the decoder is freshly initialised, with a warning: the views
+    are SV3D's, the Gaussians mean nothing before stage 1. A `dino` folder of the
+    checkpoint goes before the argument `dino`.
     """
 
     folder = Path(checkpoint) if checkpoint is not None else None
     if folder is not None and (folder / "dino").is_dir():
         dino = folder / "dino"
-    decoder = load_model(folder, "decoder") if folder is not None else None  # before the gigabytes, it may be missing
+    # before the gigabytes, it may be missing
+    decoder = load_model(folder, "decoder") if folder is not None else None
     config, models = load_backbone(source, config, svd=svd, dino=dino, download=download)
     if folder is not None and lora and (folder / "lora").is_dir():
         load_lora(models["unet"], folder / "lora")
@@ -428,12 +513,22 @@ def load_sv3d(
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("sv3d", __doc__)
-    parser.add_argument("source", help=f"{SINGLE}, a folder in diffusers' layout, or the name of either on the Hub")
-    parser.add_argument("--svd", default=SVD, help="VAE, CLIP and scheduler where the source lacks them")
-    parser.add_argument("--dino", default=DINO)
-    parser.add_argument("--download", action="store_true", help="fetch what is missing; without it nothing is fetched")
     parser.add_argument(
-        "--out", type=output_path, help="convert into OUT/weights, where training at scale `paper` finds it"
+        "source", help=f"{SINGLE}, a folder in diffusers' layout, or the name of either on the Hub"
+    )
+    parser.add_argument(
+        "--svd", default=SVD, help="VAE, CLIP and scheduler where the source lacks them"
+    )
+    parser.add_argument("--dino", default=DINO)
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch what is missing; without it nothing is fetched",
+    )
+    parser.add_argument(
+        "--out",
+        type=output_path,
+        help="convert into OUT/weights, where training at scale `paper` finds it",
     )
     return parser
 
@@ -450,9 +545,15 @@ def run(args: argparse.Namespace) -> None:
         print(file)
     missing = [file for file in files if not file.cached]
     total = sum(file.size or 0 for file in missing) / 1e9
-    print(f"{len(missing)} files to download, {total:.2f} GB as far as known." if missing else "Nothing to download.")
+    print(
+        f"{len(missing)} files to download, {total:.2f} GB as far as known."
+        if missing
+        else "Nothing to download."
+    )
     if missing and not args.download:
-        return print("Nothing was fetched; add --download, and for gated files accept the licence and `hf auth login`.")
+        return print(
+            "Nothing was fetched; add --download, and for gated files accept the licence and `hf auth login`."
+        )
     for file in missing:
         fetch(file.repo, file.file, download=True)
     if args.out is not None:
@@ -461,7 +562,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def convert(source: str | Path, run: Path, config: Config | None = None, **options) -> None:
-    """Write SV3D's models into RUN/weights, where `train` finds them for stages 1 and 2. options: of `load_backbone`."""
+    """Write SV3D's models into RUN/weights, where `train` finds them for stages 1 and
+    2. options: of `load_backbone`.
+    """
     config, models = load_backbone(source, config, **options)
     for name, model in models.items():
         if model is not None:

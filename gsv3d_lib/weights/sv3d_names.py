@@ -1,6 +1,8 @@
-"""From Stability's names of SV3D's tensors to those of diffusers and transformers, which this library's models have.
+"""From Stability's names of SV3D's tensors to those of diffusers and transformers,
+which this library's models have.
 
-Each function gives, for the names in a file, our name -> (stored name, how to make our tensor of the stored one).
+Each function gives, for the names in a file, our name -> (stored name, how to make our
+tensor of the stored one).
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from ..config import Config
 
-Pieces = dict[str, tuple[str, Callable[[Tensor], Tensor]]]  # our name -> stored name, and how to make ours of it
+# our name -> stored name, and how to make ours of it
+Pieces = dict[str, tuple[str, Callable[[Tensor], Tensor]]]
 
 UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
@@ -32,7 +35,8 @@ RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
     "nin_shortcut": "conv_shortcut",  # the VAE's word for it
-    "mix_factor": "time_mixer.mix_factor",  # in the VAE; the U-Net says time_mixer.mix_factor itself
+    # in the VAE; the U-Net says time_mixer.mix_factor itself
+    "mix_factor": "time_mixer.mix_factor",
 }
 TRANSFORMER = {
     "time_stack": "temporal_transformer_blocks",
@@ -40,7 +44,13 @@ TRANSFORMER = {
     "time_pos_embed.2": "time_pos_embed.linear_2",
 }
 VAE_ENDS = {"norm_out": "conv_norm_out", "conv_out.time_mix_conv": "time_conv_out"}
-VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+VAE_ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
 CLIP_ENDS = {
     "class_embedding": "vision_model.embeddings.class_embedding",
     "positional_embedding": "vision_model.embeddings.position_embedding.weight",
@@ -60,7 +70,9 @@ CONDITIONER_VAE = r"conditioner\.embedders\.\d+\.encoder\."
 
 
 def rewrite(name: str, table: dict[str, str]) -> str:
-    """`name` with its leading words replaced by the table's first entry that fits, else unchanged."""
+    """`name` with its leading words replaced by the table's first entry that fits, else
+    unchanged.
+    """
     for old, new in table.items():
         if name == old or name.startswith(old + "."):
             return new + name[len(old) :]
@@ -68,10 +80,12 @@ def rewrite(name: str, table: dict[str, str]) -> str:
 
 
 def unet_name(name: str, layers: int) -> str:
-    """diffusers' name of one tensor of Stability's `VideoUNet` with `layers` residual blocks per level.
+    """diffusers' name of one tensor of Stability's `VideoUNet` with `layers` residual
+    blocks per level.
 
-    input_blocks count conv_in, then per level `layers` blocks and a downsampler; output_blocks `layers + 1` blocks a level.
-    Inside a block 0 is the residual block (or the downsampler), 1 the transformer, and the last may be the upsampler.
+    input_blocks count conv_in, then per level `layers` blocks and a downsampler;
+    output_blocks `layers + 1` blocks a level. Inside a block 0 is the residual block
+    (or the downsampler), 1 the transformer, and the last may be the upsampler.
     """
     match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(?:(\d+)\.)?(\d)\.(.+)", name)
     if match is None or name.startswith("input_blocks.0."):
@@ -98,12 +112,15 @@ def spatio_temporal(tail: str) -> str:
 
 
 def vae_name(name: str, levels: int) -> str:
-    """diffusers' name of one tensor of Stability's autoencoder. Its decoder counts levels from the image, diffusers' from
-    the latent."""
+    """diffusers' name of one tensor of Stability's autoencoder. Its decoder counts
+    levels from the image, diffusers' from the latent.
+    """
     half, _, rest = name.partition(".")
     resnet = spatio_temporal if half == "decoder" else partial(rewrite, table=RESNET)
     if match := re.fullmatch(r"(down|up)\.(\d+)\.block\.(\d+)\.(.+)", rest):
-        return f"{half}.{vae_level(match[1], match[2], levels)}.resnets.{match[3]}.{resnet(match[4])}"
+        return (
+            f"{half}.{vae_level(match[1], match[2], levels)}.resnets.{match[3]}.{resnet(match[4])}"
+        )
     if match := re.fullmatch(r"(down|up)\.(\d+)\.(?:down|up)sample\.(.+)", rest):
         return f"{half}.{vae_level(match[1], match[2], levels)}.{match[1]}samplers.0.{match[3]}"
     if match := re.fullmatch(r"mid\.block_([12])\.(.+)", rest):
@@ -137,17 +154,28 @@ def transposed(tensor: Tensor) -> Tensor:
 
 def original_unet(names: list[str], config: Config) -> Pieces:
     prefix = "model.diffusion_model."
-    return {unet_name(n.removeprefix(prefix), config.unet_layers): (n, same) for n in names if n.startswith(prefix)}
+    return {
+        unet_name(n.removeprefix(prefix), config.unet_layers): (n, same)
+        for n in names
+        if n.startswith(prefix)
+    }
 
 
 def original_vae(names: list[str], config: Config) -> Pieces:
-    """Encoder and quant_conv of the conditioner, the decoder of the first stage, as Stability's code uses them; each from
-    the other place where a file has it only there."""
+    """Encoder and quant_conv of the conditioner, the decoder of the first stage, as
+    Stability's code uses them; each from the other place where a file has it only
+    there.
+    """
     conditioner, first = prefixes(names, CONDITIONER_VAE), ["first_stage_model."]
-    halves = {("encoder", "quant_conv"): conditioner + first, ("decoder", "post_quant_conv"): first + conditioner}
+    halves = {
+        ("encoder", "quant_conv"): conditioner + first,
+        ("decoder", "post_quant_conv"): first + conditioner,
+    }
     pieces = {}
     for parts, places in halves.items():
-        place = next((p for p in places if any(n.startswith(f"{p}{parts[0]}.") for n in names)), None)
+        place = next(
+            (p for p in places if any(n.startswith(f"{p}{parts[0]}.") for n in names)), None
+        )
         for name in (n for n in names if place and n.startswith(place)):
             inner = name.removeprefix(place)
             if inner.split(".")[0] in parts:
@@ -164,15 +192,21 @@ def original_clip(names: list[str], config: Config) -> Pieces:
             inner = name.removeprefix(prefix)
             match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", inner)
             if inner == "proj":
-                pieces["visual_projection.weight"] = (name, transposed)  # x @ proj there, a linear layer here
+                # x @ proj there, a linear layer here
+                pieces["visual_projection.weight"] = (name, transposed)
             elif match is None:
                 pieces[rewrite(inner, CLIP_ENDS)] = (name, same)
             elif match[2].startswith("attn.in_proj_"):
                 for index, letter in enumerate("qkv"):
                     ours = f"self_attn.{letter}_proj.{match[2].removeprefix('attn.in_proj_')}"
-                    pieces[f"vision_model.encoder.layers.{match[1]}.{ours}"] = (name, partial(third, index=index))
+                    pieces[f"vision_model.encoder.layers.{match[1]}.{ours}"] = (
+                        name,
+                        partial(third, index=index),
+                    )
             else:
-                pieces[f"vision_model.encoder.layers.{match[1]}.{rewrite(match[2], CLIP_LAYER)}"] = (name, same)
+                pieces[
+                    f"vision_model.encoder.layers.{match[1]}.{rewrite(match[2], CLIP_LAYER)}"
+                ] = (name, same)
     return pieces
 
 
@@ -184,8 +218,13 @@ def prefixes(names: list[str], pattern: str) -> list[str]:
 
 
 def diffusers_pieces(part: str, names: list[str]) -> Pieces:
-    """The names as stored; a decoder without time, as of `AutoencoderKL`, gets the names of its spatial half."""
+    """The names as stored; a decoder without time, as of `AutoencoderKL`, gets the
+    names of its spatial half.
+    """
     if part != "vae":
-        return {n: (n, same) for n in names if not n.endswith("position_ids")}  # old transformers stored a count
-    plain = re.compile(r"(decoder\.\w+\.(?:\d+\.)?resnets\.\d+\.)(?!spatial_res_block|temporal_res_block|time_mixer)")
+        # old transformers stored a count
+        return {n: (n, same) for n in names if not n.endswith("position_ids")}
+    plain = re.compile(
+        r"(decoder\.\w+\.(?:\d+\.)?resnets\.\d+\.)(?!spatial_res_block|temporal_res_block|time_mixer)"
+    )
     return {plain.sub(r"\1spatial_res_block.", n): (n, same) for n in names}

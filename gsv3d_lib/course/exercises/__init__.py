@@ -1,6 +1,8 @@
-"""Checkers for the exercises of the notebooks: they run the learner's own function and say what is wrong with it.
+"""Checkers for the exercises of the notebooks: they run the learner's own function and
+say what is wrong with it.
 
-One module per notebook. A checker is a function `check_NAME(solution)` under `@checker`, made of `ask` and `expect_*`:
+One module per notebook. A checker is a function `check_NAME(solution)` under
+`@checker`, made of `ask` and `expect_*`:
 
     @checker
     def check_transmittance(transmittance):
@@ -10,7 +12,8 @@ One module per notebook. A checker is a function `check_NAME(solution)` under `@
         expect_shape(result, (2,))
         expect_close(result, [1.0, 0.5], "The first Gaussian has nothing in front of it: start at 1.")
 
-A stub returns None, and the checker then says that it is not written yet. The library holds the solutions.
+A stub returns None, and the checker then says that it is not written yet. The library
+holds the solutions.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class _NotWritten(Exception):
 
 
 def checker(check: Callable) -> Callable:
-    """Turns a function that raises `Wrong` into one that reports in one line; returns a Verdict."""
+    """Turns a function that raises `Wrong` into one that reports in one line; returns a
+    Verdict.
+    """
 
     @wraps(check)
     def run(solution: Callable, **options) -> Verdict:
@@ -59,8 +64,11 @@ def checker(check: Callable) -> Callable:
             return Verdict(False)
         except Wrong:
             raise
-        except Exception as error:  # of another kind than what was asked for, so that comparing it fails
-            raise Wrong(f"{name} returned what cannot be compared ({type(error).__name__}: {error}).") from error
+        # of another kind than what was asked for, so that comparing it fails
+        except Exception as error:
+            raise Wrong(
+                f"{name} returned what cannot be compared ({type(error).__name__}: {error})."
+            ) from error
         print(f"✓ {name}: right.")
         return Verdict(True)
 
@@ -68,12 +76,16 @@ def checker(check: Callable) -> Callable:
 
 
 def ask(solution: Callable, *arguments, **options):
-    """The learner's answer. An error inside becomes one sentence; None means that nothing is written yet."""
+    """The learner's answer. An error inside becomes one sentence; None means that
+    nothing is written yet.
+    """
     try:
         answer = solution(*arguments, **options)
     except Exception as error:
         given = ", ".join(_described(a) for a in (*arguments, *options.values()))
-        raise Wrong(f"{_name(solution)}({given}) stops with {type(error).__name__}: {error}") from error
+        raise Wrong(
+            f"{_name(solution)}({given}) stops with {type(error).__name__}: {error}"
+        ) from error
     if answer is None:
         raise _NotWritten
     return answer
@@ -87,12 +99,20 @@ def expect(condition: bool, hint: str) -> None:
 
 def expect_shape(answer: Tensor, shape: Sequence[int], what: str = "the answer") -> None:
     """The answer is a tensor of this shape."""
-    expect(isinstance(answer, Tensor), f"{what} should be a tensor of shape {tuple(shape)}; got {_described(answer)}.")
-    expect(answer.shape == tuple(shape), f"{what} should have shape {tuple(shape)}; got {tuple(answer.shape)}.")
+    expect(
+        isinstance(answer, Tensor),
+        f"{what} should be a tensor of shape {tuple(shape)}; got {_described(answer)}.",
+    )
+    expect(
+        answer.shape == tuple(shape),
+        f"{what} should have shape {tuple(shape)}; got {tuple(answer.shape)}.",
+    )
 
 
 def expect_close(answer, truth, hint: str, tolerance: float = 1e-4) -> None:
-    """The answer equals the truth within `tolerance` (absolute, and relative to the truth). The hint says what is off."""
+    """The answer equals the truth within `tolerance` (absolute, and relative to the
+    truth). The hint says what is off.
+    """
     answer, truth = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (answer, truth))
     expect_shape(answer, truth.shape)
     expect(torch.isfinite(answer).all(), "The answer holds inf or nan.")
@@ -103,11 +123,15 @@ def expect_close(answer, truth, hint: str, tolerance: float = 1e-4) -> None:
 def same(answer: Tensor, other: Tensor, rtol: float = 1e-3, atol: float = 1e-4) -> bool:
     """Equal in shape and, within the tolerances, in value."""
     equal_shapes = answer.shape == other.shape
-    return equal_shapes and torch.allclose(answer.detach().double(), other.detach().double(), rtol=rtol, atol=atol)
+    return equal_shapes and torch.allclose(
+        answer.detach().double(), other.detach().double(), rtol=rtol, atol=atol
+    )
 
 
 def expect_not(answer: Tensor, mistakes: dict[str, Tensor], **tolerances: float) -> None:
-    """The answer is none of the typical wrong ones; the hint of the one that it is says what happened."""
+    """The answer is none of the typical wrong ones; the hint of the one that it is says
+    what happened.
+    """
     for hint, wrong in mistakes.items():
         expect(not same(answer, wrong, **tolerances), hint)
 

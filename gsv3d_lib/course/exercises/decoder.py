@@ -17,7 +17,9 @@ from . import ask, checker, expect, expect_close, expect_not, expect_shape, same
 def check_shuffle(solution) -> None:
     """x [B, C r^2, h, w], r -> [B, C, h r, w r]."""
     for channels, r, height, width in ((3, 2, 2, 3), (2, 4, 3, 2)):
-        x = torch.arange(2.0 * channels * r * r * height * width).reshape(2, channels * r * r, height, width)
+        x = torch.arange(2.0 * channels * r * r * height * width).reshape(
+            2, channels * r * r, height, width
+        )
         answer = ask(solution, x, r)
         expect_shape(answer, (2, channels, height * r, width * r))
         for hint, order in SHUFFLES.items():
@@ -25,7 +27,9 @@ def check_shuffle(solution) -> None:
         grouped = x.unflatten(1, (r, r, channels)).permute(0, 3, 4, 1, 5, 2).reshape(answer.shape)
         hint = "The channels are grouped the wrong way: c is the slowest index of the input's channels; i and j follow."
         expect(not same(answer, grouped), hint)
-        expect_close(answer, F.pixel_shuffle(x, r), "out[c, h r + i, w r + j] = in[c r^2 + i r + j, h, w].")
+        expect_close(
+            answer, F.pixel_shuffle(x, r), "out[c, h r + i, w r + j] = in[c r^2 + i r + j, h, w]."
+        )
 
 
 # typical mistakes, as orders of the axes B, c, i, j, h, w
@@ -37,7 +41,9 @@ SHUFFLES = {
 
 
 def _shuffled(x: Tensor, r: int, order: str) -> Tensor:
-    """x [B, C r^2, h, w] with its axes b, c, i, j, h, w in another order, joined to [B, C, h r, w r]."""
+    """x [B, C r^2, h, w] with its axes b, c, i, j, h, w in another order, joined to [B,
+    C, h r, w r].
+    """
     axes = x.unflatten(1, (-1, r, r)).permute(*("bcijhw".index(axis) for axis in order))
     return axes.reshape(len(x), x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r)
 
@@ -45,7 +51,9 @@ def _shuffled(x: Tensor, r: int, order: str) -> Tensor:
 # ---------------------------------------------------------------- exercise 2
 
 
-def depth_logits_for(depth: Tensor, origins: Tensor, directions: Tensor, forward: Tensor, radius: float) -> Tensor:
+def depth_logits_for(
+    depth: Tensor, origins: Tensor, directions: Tensor, forward: Tensor, radius: float
+) -> Tensor:
     """The inverse of `decoder.ray_distance`: z-depth [H, W, 1] -> logits [H, W, 1]."""
     distance = depth / (directions * forward).sum(-1, keepdim=True)
     return _logit((distance - origins.norm(dim=-1, keepdim=True)) / radius)
@@ -58,7 +66,9 @@ def _logit(offset: Tensor) -> Tensor:
 
 @checker
 def check_depth_logits(solution) -> None:
-    """z-depth [H, W, 1], rays, the camera's forward axis [3], radius -> logits [H, W, 1]."""
+    """z-depth [H, W, 1], rays, the camera's forward axis [3], radius -> logits [H, W,
+    1].
+    """
     for azimuth, radius, distance in ((30.0, 1.0, 3.5), (200.0, 1.5, 4.0)):
         camera = orbit_cameras([azimuth], 15.0, 64, distance=distance)
         origins, directions = (t[0] for t in ray_grid(camera, 4, 6))
@@ -66,7 +76,10 @@ def check_depth_logits(solution) -> None:
         depth = distance + torch.linspace(-0.5, 0.3, 24).reshape(4, 6, 1)
         answer = ask(solution, depth, origins, directions, forward, radius)
         expect_shape(answer, depth.shape)
-        cosine, away = (directions * forward).sum(-1, keepdim=True), origins.norm(dim=-1, keepdim=True)
+        cosine, away = (
+            (directions * forward).sum(-1, keepdim=True),
+            origins.norm(dim=-1, keepdim=True),
+        )
         offset = (depth / cosine - away) / radius
         mistakes = {
             "You took z-depth for the distance along the ray: divide by the cosine of ray and axis.": _logit(
@@ -79,11 +92,18 @@ def check_depth_logits(solution) -> None:
             "That is 2 sigmoid(x) - 1: add 1, halve it, and invert the sigmoid.": offset,
         }
         if radius != 1:
-            mistakes["The offset counts in units of the object's radius: divide by it."] = _logit(offset * radius)
+            mistakes["The offset counts in units of the object's radius: divide by it."] = _logit(
+                offset * radius
+            )
         expect_not(answer, mistakes)
         placed = ray_distance(answer, origins, radius)
-        expect(torch.isfinite(answer).all(), "The answer holds inf or nan; is u = (offset + 1) / 2 inside (0, 1)?")
-        hint = "Put through `ray_distance`, your logits should place the means at the given z-depth."
+        expect(
+            torch.isfinite(answer).all(),
+            "The answer holds inf or nan; is u = (offset + 1) / 2 inside (0, 1)?",
+        )
+        hint = (
+            "Put through `ray_distance`, your logits should place the means at the given z-depth."
+        )
         expect_close(placed * cosine, depth, hint, tolerance=2e-4)
 
 
@@ -95,11 +115,21 @@ STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.05
 def dino_loss_of(student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
     """What `stages.DINOStage.forward` minimises, on given logits [2, B, K]."""
     targets = ((teacher.detach() - center) / TEACHER_TEMPERATURE).softmax(-1)
-    return sum(F.cross_entropy(student[a] / STUDENT_TEMPERATURE, targets[1 - a]) for a in (0, 1)) / 2
+    return (
+        sum(F.cross_entropy(student[a] / STUDENT_TEMPERATURE, targets[1 - a]) for a in (0, 1)) / 2
+    )
 
 
-def _cross(student: Tensor, targets: Tensor, temperature: float = STUDENT_TEMPERATURE, other: bool = True) -> Tensor:
-    return sum(F.cross_entropy(student[a] / temperature, targets[1 - a if other else a]) for a in (0, 1)) / 2
+def _cross(
+    student: Tensor, targets: Tensor, temperature: float = STUDENT_TEMPERATURE, other: bool = True
+) -> Tensor:
+    return (
+        sum(
+            F.cross_entropy(student[a] / temperature, targets[1 - a if other else a])
+            for a in (0, 1)
+        )
+        / 2
+    )
 
 
 @checker
@@ -122,7 +152,9 @@ def check_dino_loss(solution) -> None:
             "The centre is missing: subtract it from the teacher's logits before the softmax.": _cross(
                 student, (raw / TEACHER_TEMPERATURE).softmax(-1)
             ),
-            "The centre is added; subtract it.": _cross(student, ((raw + center) / TEACHER_TEMPERATURE).softmax(-1)),
+            "The centre is added; subtract it.": _cross(
+                student, ((raw + center) / TEACHER_TEMPERATURE).softmax(-1)
+            ),
             "The temperatures are swapped: the teacher has the lower one, 0.05, and is the sharper.": _cross(
                 student, (centred / STUDENT_TEMPERATURE).softmax(-1), TEACHER_TEMPERATURE
             ),
@@ -132,8 +164,18 @@ def check_dino_loss(solution) -> None:
             "That is the sum of both directions; take their mean.": 2 * _cross(student, sharp),
         },
     )
-    expect_close(answer, dino_loss_of(student, teacher, center), "The mean over both directions of -sum p log q.")
+    expect_close(
+        answer,
+        dino_loss_of(student, teacher, center),
+        "The mean over both directions of -sum p log q.",
+    )
     slopes = torch.autograd.grad(answer, (student, teacher), allow_unused=True)
-    expect(slopes[0] is not None and slopes[0].abs().sum() > 0, "The loss has no gradient for the student; keep it.")
+    expect(
+        slopes[0] is not None and slopes[0].abs().sum() > 0,
+        "The loss has no gradient for the student; keep it.",
+    )
     still = slopes[1] is None or slopes[1].abs().max() == 0
-    expect(still, "The loss has a gradient for the teacher: take the targets under torch.no_grad() or detach them.")
+    expect(
+        still,
+        "The loss has a gradient for the teacher: take the targets under torch.no_grad() or detach them.",
+    )

@@ -1,4 +1,6 @@
-"""Checkers of notebook 05: the LoRA merged into its layer, the loss of stage 2, the gradient that reaches the latents."""
+"""Checkers of notebook 05: the LoRA merged into its layer, the loss of stage 2, the
+gradient that reaches the latents.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,16 @@ def _randn(*shape: int, seed: int = 0) -> Tensor:
 
 @checker
 def check_merge_lora(solution) -> None:
-    """merge_lora(weight [out, in], A [r, in], B [out, r], alpha) -> the merged weight [out, in]."""
+    """merge_lora(weight [out, in], A [r, in], B [out, r], alpha) -> the merged weight
+    [out, in].
+    """
     weight, A, B, alpha = _randn(6, 4), _randn(2, 4, seed=1), _randn(6, 2, seed=2), 8.0
     given = weight.clone()
     answer = ask(solution, weight, A, B, alpha)
-    expect(torch.equal(weight, given), "Your function changed the frozen weight in place: return a new tensor.")
+    expect(
+        torch.equal(weight, given),
+        "Your function changed the frozen weight in place: return a new tensor.",
+    )
     expect_shape(answer, (6, 4))
     update = B @ A
     mistakes = {
@@ -49,8 +56,14 @@ def check_merge_lora(solution) -> None:
 
 @checker
 def check_stage2_loss(solution) -> None:
-    """stage2_loss(loss_2d scalar, losses_3d [B], sigma [B], lambda_3d, weighting) -> scalar."""
-    loss_2d, losses, sigma = torch.tensor(0.3), torch.tensor([0.1, 0.5, 0.2]), torch.tensor([0.0, 1.0, 3.0])
+    """stage2_loss(loss_2d scalar, losses_3d [B], sigma [B], lambda_3d, weighting) ->
+    scalar.
+    """
+    loss_2d, losses, sigma = (
+        torch.tensor(0.3),
+        torch.tensor([0.1, 0.5, 0.2]),
+        torch.tensor([0.0, 1.0, 3.0]),
+    )
     plain = ask(solution, loss_2d, losses, sigma, 2.0, "none")
     expect_shape(plain, (), "the loss")
     truth, weight = loss_2d + 2 * losses.mean(), sigma_weight(sigma, "snr")
@@ -73,15 +86,23 @@ def check_stage2_loss(solution) -> None:
         "You divided by the sum of the weights; then a noisy batch would count as much as a clean one. Take the mean.": (
             loss_2d + 2 * (weight * losses).sum() / weight.sum()
         ),
-        "You weighted L_2D too: w belongs to the 3D term alone.": (weight * (loss_2d + 2 * losses)).mean(),
-        "You used 1 / (1 + sigma): the weight has sigma squared.": loss_2d + 2 * (losses / (1 + sigma)).mean(),
+        "You weighted L_2D too: w belongs to the 3D term alone.": (
+            weight * (loss_2d + 2 * losses)
+        ).mean(),
+        "You used 1 / (1 + sigma): the weight has sigma squared.": loss_2d
+        + 2 * (losses / (1 + sigma)).mean(),
         "You summed over the objects: L_3D is their mean.": loss_2d + 2 * (weight * losses).sum(),
     }
     expect_not(answer, mistakes)
-    expect_close(answer, weighted, "L = L_2D + lambda_3D mean(w(sigma) L_3D), with w = 1 / (1 + sigma^2).")
+    expect_close(
+        answer, weighted, "L = L_2D + lambda_3D mean(w(sigma) L_3D), with w = 1 / (1 + sigma^2)."
+    )
     leaf = losses.clone().requires_grad_()
     carried = ask(solution, loss_2d, leaf, sigma, 2.0, "snr")
-    expect(carried.requires_grad, "Your loss has no gradient: do not detach or convert to numbers on the way.")
+    expect(
+        carried.requires_grad,
+        "Your loss has no gradient: do not detach or convert to numbers on the way.",
+    )
 
 
 # ---------------------------------------------------------------- exercise 3
@@ -89,13 +110,19 @@ def check_stage2_loss(solution) -> None:
 
 @cache
 def _world() -> tuple[Config, list[Cameras], list[tuple[Cameras, Tensor, Tensor, Tensor]], Tensor]:
-    """Two objects of two views at 32 pixels: configuration, input cameras, targets, and latents [2, 2, 4, 4, 4]."""
-    smallest = dict(decoder_width=16, decoder_layers=1, decoder_heads=2, decoder_upsample=2, decoder_planes=2)
+    """Two objects of two views at 32 pixels: configuration, input cameras, targets, and
+    latents [2, 2, 4, 4, 4].
+    """
+    smallest = dict(
+        decoder_width=16, decoder_layers=1, decoder_heads=2, decoder_upsample=2, decoder_planes=2
+    )
     config = preset("tiny", image_size=32, dino="none", lambda_alpha=0.0, **smallest)
     cameras = [orbit_cameras(sv3d_azimuths(2), 15.0, 32) for _ in range(2)]
     targets = []
     for k in range(2):
-        disk = (torch.linspace(-1, 1, 32)[:, None] ** 2 + torch.linspace(-1, 1, 32) ** 2 < 0.4 + 0.2 * k).float()
+        disk = (
+            torch.linspace(-1, 1, 32)[:, None] ** 2 + torch.linspace(-1, 1, 32) ** 2 < 0.4 + 0.2 * k
+        ).float()
         alpha = disk[None, ..., None]
         color = torch.tensor([0.8, 0.3, 0.2 + 0.5 * k])
         view = orbit_cameras(torch.tensor([40.0 + 90 * k]), 20.0, 32)
@@ -104,7 +131,9 @@ def _world() -> tuple[Config, list[Cameras], list[tuple[Cameras, Tensor, Tensor,
 
 
 def _decoder(config: Config) -> GaussianDecoder:
-    """A real decoder of a few thousand weights, moved off its start so that every head takes part."""
+    """A real decoder of a few thousand weights, moved off its start so that every head
+    takes part.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         decoder = build_decoder(config).eval()
@@ -114,18 +143,26 @@ def _decoder(config: Config) -> GaussianDecoder:
     return decoder
 
 
-def latent_gradient(decoder, z_hat: Tensor, cameras, features, targets, config: Config, reduce="mean") -> Tensor:
-    """The solution of exercise 3: dL_3D / dz_hat [B, N, 4, h, w] through a decoder that is frozen in passing."""
+def latent_gradient(
+    decoder, z_hat: Tensor, cameras, features, targets, config: Config, reduce="mean"
+) -> Tensor:
+    """The solution of exercise 3: dL_3D / dz_hat [B, N, 4, h, w] through a decoder that
+    is frozen in passing.
+    """
     decoder.requires_grad_(False)
     z_hat = z_hat.detach().requires_grad_()
     scenes = decoder(z_hat, cameras, features)
-    losses = torch.stack([rendering_loss(scene, *truth, config)[0] for scene, truth in zip(scenes, targets)])
+    losses = torch.stack(
+        [rendering_loss(scene, *truth, config)[0] for scene, truth in zip(scenes, targets)]
+    )
     return torch.autograd.grad(losses.mean() if reduce == "mean" else losses.sum(), z_hat)[0]
 
 
 @checker
 def check_latent_gradient(solution) -> None:
-    """latent_gradient(decoder, z_hat [B, N, 4, h, w], cameras, features, targets, config) -> the gradient, like z_hat."""
+    """latent_gradient(decoder, z_hat [B, N, 4, h, w], cameras, features, targets,
+    config) -> the gradient, like z_hat.
+    """
     config, cameras, targets, z_hat = _world()
     decoder = _decoder(config)
     before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
@@ -145,14 +182,22 @@ def check_latent_gradient(solution) -> None:
         f"{len(touched)} of the decoder's parameters hold a gradient: freeze them with requires_grad_(False) first.",
     )
     trainable = sum(p.requires_grad for p in decoder.parameters())
-    expect(not trainable, "The decoder's parameters still require gradients: freeze them with requires_grad_(False).")
+    expect(
+        not trainable,
+        "The decoder's parameters still require gradients: freeze them with requires_grad_(False).",
+    )
     same = all(torch.equal(p, before[name]) for name, p in decoder.named_parameters())
     expect(same, "Your function changed the decoder's weights.")
     reference = _decoder(config)
     truth = latent_gradient(reference, z_hat, cameras, None, targets, config)
     summed = latent_gradient(reference, z_hat, cameras, None, targets, config, reduce="sum")
-    color_only = latent_gradient(reference, z_hat, cameras, None, targets, config.replace(lambda_depth=0.0))
-    expect(answer.abs().max() > 0, "The gradient is zero everywhere: was z_hat detached on the way to the loss?")
+    color_only = latent_gradient(
+        reference, z_hat, cameras, None, targets, config.replace(lambda_depth=0.0)
+    )
+    expect(
+        answer.abs().max() > 0,
+        "The gradient is zero everywhere: was z_hat detached on the way to the loss?",
+    )
     scale = truth.abs().max()
     mistakes = {
         "You summed over the B objects: average.": summed / scale,
@@ -163,4 +208,6 @@ def check_latent_gradient(solution) -> None:
         not (answer[0].abs().max() > 0 and answer[1].abs().max() == 0),
         "Only the first object has a gradient: the decoder returns a list of B scenes, and each has its own targets.",
     )
-    expect_close(answer / scale, truth / scale, "This is not dL_3D / dz_hat averaged over the objects.", 1e-3)
+    expect_close(
+        answer / scale, truth / scale, "This is not dL_3D / dz_hat averaged over the objects.", 1e-3
+    )

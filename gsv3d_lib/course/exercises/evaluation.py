@@ -1,4 +1,6 @@
-"""Notebook 06: PSNR of the object alone, Chamfer distance as a loss, a paired interval. Solutions first, then checkers."""
+"""Notebook 06: PSNR of the object alone, Chamfer distance as a loss, a paired interval.
+Solutions first, then checkers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from . import ask, checker, expect, expect_close
 
 
 def object_psnr(predicted: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
-    """[V, H, W, 3] twice, mask [V, H, W, 1] -> mean over the views of the PSNR in dB inside the mask."""
+    """[V, H, W, 3] twice, mask [V, H, W, 1] -> mean over the views of the PSNR in dB
+    inside the mask.
+    """
     squared = ((predicted - truth) ** 2 * mask).sum(dim=(1, 2, 3))  # [V]
     return (-10 * (squared / (3 * mask.sum(dim=(1, 2, 3)))).log10()).mean()
 
@@ -24,8 +28,12 @@ def chamfer_loss(predicted: Tensor, truth: Tensor) -> Tensor:
     return (distances.min(dim=1).values.mean() + distances.min(dim=0).values.mean()) / 2
 
 
-def ratio_interval(ours: np.ndarray, theirs: np.ndarray, draws: int = 4000, seed: int = 0) -> tuple[float, float]:
-    """One number per object twice [O] -> 95 % bootstrap interval of mean(ours) / mean(theirs), objects kept paired."""
+def ratio_interval(
+    ours: np.ndarray, theirs: np.ndarray, draws: int = 4000, seed: int = 0
+) -> tuple[float, float]:
+    """One number per object twice [O] -> 95 % bootstrap interval of mean(ours) /
+    mean(theirs), objects kept paired.
+    """
     chosen = np.random.default_rng(seed).integers(len(ours), size=(draws, len(ours)))
     low, high = np.quantile(ours[chosen].mean(axis=1) / theirs[chosen].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
@@ -39,13 +47,20 @@ def check_object_psnr(solution) -> None:
     mask[:, 2:6, 2:6] = 1
     predicted = truth + 0.1 * mask  # 20 dB on the object, nothing elsewhere
     answer = number(ask(solution, predicted, truth, mask))
-    expect(math.isfinite(answer), "The answer is inf or nan; here the error inside the mask is 0.1 everywhere.")
+    expect(
+        math.isfinite(answer),
+        "The answer is inf or nan; here the error inside the mask is 0.1 everywhere.",
+    )
     hints = {
         -20.0: "The sign is turned: PSNR is minus 10 log10 of the error.",
         20 * math.log(10): "You used the natural logarithm; decibels take log10.",
         40.0: "You took 20 log10 of the squared error: with squares the factor is 10.",
         20 + 10 * math.log10(4): "You divided by all pixels; divide by those inside the mask only.",
-        20 - 10 * math.log10(3): "You forgot the three channels: a mask pixel holds three squared errors to average.",
+        20
+        - 10
+        * math.log10(
+            3
+        ): "You forgot the three channels: a mask pixel holds three squared errors to average.",
         10.0: "Square the error: 0.1 everywhere is 20 dB, not 10.",
     }
     for value, hint in hints.items():
@@ -61,7 +76,11 @@ def check_object_psnr(solution) -> None:
     expect_close(answer, 30.0, "Two views at 20 and 40 dB have a mean of 30 dB.")
     mask[1, 4:] = 0  # the object covers fewer pixels in the second view
     answer = ask(solution, predicted + 0.3 * (1 - mask), truth, mask)
-    expect_close(number(answer), 30.0, "Errors outside the mask, and the mask's size in another view, must not matter.")
+    expect_close(
+        number(answer),
+        30.0,
+        "Errors outside the mask, and the mask's size in another view, must not matter.",
+    )
     generator = torch.Generator().manual_seed(0)
     predicted, truth = (torch.rand(3, 8, 8, 3, generator=generator) for _ in range(2))
     mask = (torch.rand(3, 8, 8, 1, generator=generator) > 0.5).float()
@@ -79,7 +98,9 @@ def check_chamfer_loss(solution) -> None:
     b = torch.tensor([[0.0, 0.2, 0]])
     there, back = (0.2 + math.hypot(1, 0.2)) / 2, 0.2
     answer = ask(solution, a, b)
-    expect(isinstance(answer, Tensor), "Return a tensor: a plain number has no gradient to minimise.")
+    expect(
+        isinstance(answer, Tensor), "Return a tensor: a plain number has no gradient to minimise."
+    )
     value = number(answer)
     squared = ((0.04 + 1.04) / 2 + 0.04) / 2
     hints = {
@@ -88,7 +109,8 @@ def check_chamfer_loss(solution) -> None:
         there
         / 2: "You halved one direction without adding the other: half a prediction would score as well as a whole.",
         squared: "These are squared distances: take the root before the mean.",
-        2 * squared: "These are squared distances: take the root before the mean, and halve the sum.",
+        2
+        * squared: "These are squared distances: take the root before the mean, and halve the sum.",
         there + back: "You added the two directions; equation (6.4) takes half of their sum.",
         there + back / 2: "You summed over the points; take the mean over the points of each set.",
     }
@@ -96,16 +118,24 @@ def check_chamfer_loss(solution) -> None:
         expect(abs(value - wrong) > 1e-4, hint)
     expect_close(value, (there + back) / 2, "Two points against one give another value.")
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(64, 3, generator=generator).requires_grad_(), torch.randn(40, 3, generator=generator)
+    a, b = (
+        torch.randn(64, 3, generator=generator).requires_grad_(),
+        torch.randn(40, 3, generator=generator),
+    )
     answer = ask(solution, a, b)
-    expect_close(number(answer), chamfer_distance(a, b), "64 points against 40 differ from metrics.chamfer_distance.")
+    expect_close(
+        number(answer),
+        chamfer_distance(a, b),
+        "64 points against 40 differ from metrics.chamfer_distance.",
+    )
     expect(
         isinstance(answer, Tensor) and answer.requires_grad,
         "The answer has no gradient: stay in torch, without numpy, detach or item.",
     )
     gradient = torch.autograd.grad(answer, a)[0]
     expect(
-        (gradient.norm(dim=1) > 0).all(), "Some predicted points receive no gradient: each needs its own nearest truth."
+        (gradient.norm(dim=1) > 0).all(),
+        "Some predicted points receive no gradient: each needs its own nearest truth.",
     )
 
 
@@ -132,17 +162,24 @@ def check_ratio_interval(solution) -> None:
         "That is the mean of the ratios per object; divide the mean of ours by the mean of theirs.",
     )
     width, right_width = high - low, right_high - right_low
-    expect(width > 0.91 * right_width, "The interval is too narrow: take the 2.5 % and 97.5 % quantiles.")
     expect(
-        width < 1.12 * right_width, "The interval is too wide: take the 2.5 % and 97.5 % quantiles, all objects drawn."
+        width > 0.91 * right_width,
+        "The interval is too narrow: take the 2.5 % and 97.5 % quantiles.",
     )
-    expect_close([low, high], [right_low, right_high], "The ends are elsewhere.", tolerance=0.04 * right_high)
+    expect(
+        width < 1.12 * right_width,
+        "The interval is too wide: take the 2.5 % and 97.5 % quantiles, all objects drawn.",
+    )
+    expect_close(
+        [low, high], [right_low, right_high], "The ends are elsewhere.", tolerance=0.04 * right_high
+    )
 
 
 def number(answer) -> float:
     """A number or a tensor of one number."""
     expect(
-        isinstance(answer, int | float | np.floating) or (isinstance(answer, Tensor) and answer.numel() == 1),
+        isinstance(answer, int | float | np.floating)
+        or (isinstance(answer, Tensor) and answer.numel() == 1),
         "Return a single number (a tensor without dimensions).",
     )
     return float(answer.detach() if isinstance(answer, Tensor) else answer)

@@ -1,4 +1,6 @@
-"""Checkers of notebook 07: memory of a training, gradient accumulation, and sharing a batch among processes."""
+"""Checkers of notebook 07: memory of a training, gradient accumulation, and sharing a
+batch among processes.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,31 @@ from . import ask, checker, expect, expect_close
 
 @checker
 def check_training_memory(training_memory: Callable) -> None:
-    """training_memory(parameters, trained, activations, micro_batch, half) -> bytes, equation (7.1)."""
+    """training_memory(parameters, trained, activations, micro_batch, half) -> bytes,
+    equation (7.1).
+    """
     plain = ask(training_memory, 1000, 1000, 0, 1, False)
     hint = "Without activations, fully trained: 4 bytes of weight, 4 of gradient and 8 of AdamW's averages, 16 in all."
     expect_close(plain, 16_000, hint)
     lora = ask(training_memory, 1000, 10, 0, 1, False)
     expect_close(lora, 4_120, "Only what is trained has gradients and averages: 4 P + 12 T bytes.")
     two = ask(training_memory, 0, 0, 500, 2, False)
-    expect_close(two, 1000, "Every example on the device keeps its own activations: multiply by the micro-batch.")
+    expect_close(
+        two,
+        1000,
+        "Every example on the device keeps its own activations: multiply by the micro-batch.",
+    )
     half = ask(training_memory, 1000, 10, 500, 2, True)
-    expect_close(half, 4_620, "bfloat16 halves the activations only; weights and averages stay in float32.")
+    expect_close(
+        half, 4_620, "bfloat16 halves the activations only; weights and averages stay in float32."
+    )
 
 
 @checker
 def check_accumulate(accumulate: Callable) -> None:
-    """accumulate(loss_of, weight, batch, size): fills weight.grad as the mean loss of the whole batch would."""
+    """accumulate(loss_of, weight, batch, size): fills weight.grad as the mean loss of
+    the whole batch would.
+    """
     x = torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0])
     truth = x.pow(2).mean()  # d/dw of mean((w x)^2) / 2 at w = 1
     largest = []
@@ -44,10 +56,19 @@ def check_accumulate(accumulate: Callable) -> None:
         weight = torch.ones((), requires_grad=True)
         largest.clear()
         answer = ask(accumulate, loss_of, weight, x, size)
-        filled = isinstance(answer, Tensor) and weight.grad is not None and torch.equal(answer, weight.grad)
+        filled = (
+            isinstance(answer, Tensor)
+            and weight.grad is not None
+            and torch.equal(answer, weight.grad)
+        )
         expect(filled, "Return weight.grad when it is filled.")
-        expect(max(largest) <= size, f"A part held {max(largest)} examples where {size} was the limit.")
-        expect(sum(largest) == 5, f"The parts hold {sum(largest)} of 5 examples: the last part may be smaller.")
+        expect(
+            max(largest) <= size, f"A part held {max(largest)} examples where {size} was the limit."
+        )
+        expect(
+            sum(largest) == 5,
+            f"The parts hold {sum(largest)} of 5 examples: the last part may be smaller.",
+        )
         expect_close(weight.grad, truth, hint)
 
 
@@ -57,7 +78,10 @@ def check_share_of_batch(share_of_batch: Callable) -> None:
     shares = [ask(share_of_batch, rank, 2, 6) for rank in (0, 1)]
     expect(all(isinstance(s, list) for s in shares), "Return a list of whole numbers.")
     together = sorted(shares[0] + shares[1])
-    expect(together == list(range(6)), f"Two processes should cover examples 0..5 once each; they cover {together}.")
+    expect(
+        together == list(range(6)),
+        f"Two processes should cover examples 0..5 once each; they cover {together}.",
+    )
     expect(
         shares[0] == [0, 2, 4],
         f"Process 0 of 2 takes every second example, [0, 2, 4]; yours takes {shares[0]}. Blocks would work too, but the "

@@ -1,4 +1,6 @@
-"""Checkers of notebook 03: SV3D's orbit, Plücker rays of a latent grid, and cameras from OpenGL."""
+"""Checkers of notebook 03: SV3D's orbit, Plücker rays of a latent grid, and cameras
+from OpenGL.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def orbit_angles(num_frames: int, elevation_deg: float) -> Tensor:
 
 @checker
 def check_orbit(solution) -> None:
-    """num_frames, elevation in degrees -> polar and azimuth [N, 2] in degrees, in SV3D's order."""
+    """num_frames, elevation in degrees -> polar and azimuth [N, 2] in degrees, in
+    SV3D's order.
+    """
     for frames, elevation in ((4, 15.0), (16, 15.0), (21, -5.0)):
         truth = orbit_angles(frames, elevation)
         answer = ask(solution, frames, elevation)
@@ -52,10 +56,15 @@ def check_orbit(solution) -> None:
 def _expect_polar(polar: Tensor, elevation: float) -> None:
     mistakes = {
         "That is the elevation. SV3D's polar angle is measured from straight above: 90 - elevation.": elevation,
-        "The sign of the elevation is wrong: a camera above the object has a polar angle below 90.": 90 + elevation,
+        "The sign of the elevation is wrong: a camera above the object has a polar angle below 90.": 90
+        + elevation,
     }
     _expect_not(polar, {hint: torch.full_like(polar, value) for hint, value in mistakes.items()})
-    expect_close(polar, torch.full_like(polar, 90 - elevation), "polar should be 90 - elevation in every frame.")
+    expect_close(
+        polar,
+        torch.full_like(polar, 90 - elevation),
+        "polar should be 90 - elevation in every frame.",
+    )
 
 
 def _expect_azimuths(azimuth: Tensor, truth: Tensor) -> None:
@@ -70,11 +79,18 @@ def _expect_azimuths(azimuth: Tensor, truth: Tensor) -> None:
             unwrapped
         ),
         "N points from 0 to 360 contain one place twice: take N + 1 points and drop the first.": both_ends,
-        "N points from 0 to 360 have one place twice: take N + 1 points and drop the first.": both_ends % 360,
-        "The orbit runs the other way: the azimuth grows from frame to frame, 360 / N, 2 * 360 / N, ...": -truth % 360,
+        "N points from 0 to 360 have one place twice: take N + 1 points and drop the first.": both_ends
+        % 360,
+        "The orbit runs the other way: the azimuth grows from frame to frame, 360 / N, 2 * 360 / N, ...": -truth
+        % 360,
     }
     _expect_not(azimuth, mistakes)
-    expect_close(azimuth, truth, "The azimuths should be 360 k / N for k = 1 ... N, modulo 360.", tolerance=1e-3)
+    expect_close(
+        azimuth,
+        truth,
+        "The azimuths should be 360 k / N for k = 1 ... N, modulo 360.",
+        tolerance=1e-3,
+    )
 
 
 # ---------------------------------------------------------------- exercise 2
@@ -85,7 +101,9 @@ SIZE = 64  # image pixels per side
 
 @checker
 def check_latent_rays(solution) -> None:
-    """K [3, 3] in image pixels, c2w [4, 4], size (pixels), grid -> Plücker coordinates [grid, grid, 6]."""
+    """K [3, 3] in image pixels, c2w [4, 4], size (pixels), grid -> Plücker coordinates
+    [grid, grid, 6].
+    """
     camera = orbit_cameras([40.0], [25.0], SIZE)
     K, c2w = camera.Ks[0], camera.c2w()[0]
     answer = ask(solution, K.clone(), c2w.clone(), SIZE, GRID)
@@ -99,23 +117,41 @@ def check_latent_rays(solution) -> None:
             "You computed d x o; the moment is o x d, and the cross product changes its sign with the order.": (
                 torch.cat([-moments, directions], -1)
             ),
-            "The order is moment first, direction last: cat(o x d, d).": torch.cat([directions, moments], -1),
+            "The order is moment first, direction last: cat(o x d, d).": torch.cat(
+                [directions, moments], -1
+            ),
             "You concatenated the origin itself; the moment o x d is the same for every point of the ray.": (
                 torch.cat([origins, directions], -1)
             ),
-            "Rows and columns are exchanged: row i gives v (down), column j gives u (right).": truth.transpose(0, 1),
+            "Rows and columns are exchanged: row i gives v (down), column j gives u (right).": truth.transpose(
+                0, 1
+            ),
         },
     )
     _expect_grid(answer[..., 3:], camera, directions)
-    expect_close(answer, truth, "The directions are right, the moments are not: o x d with the camera's centre as o.")
-    back = ask(solution, K.clone(), orbit_cameras([40.0], [25.0], SIZE, distance=2 * DISTANCE).c2w()[0], SIZE, 1)
+    expect_close(
+        answer,
+        truth,
+        "The directions are right, the moments are not: o x d with the camera's centre as o.",
+    )
+    back = ask(
+        solution,
+        K.clone(),
+        orbit_cameras([40.0], [25.0], SIZE, distance=2 * DISTANCE).c2w()[0],
+        SIZE,
+        1,
+    )
     expect_shape(back, (1, 1, 6), "the Plücker coordinates of a grid of 1")
     centre = pluecker_rays(camera, 1, 1)[0]
-    expect_close(back, centre, "The central ray of a camera further back is the same line: same six numbers.")
+    expect_close(
+        back, centre, "The central ray of a camera further back is the same line: same six numbers."
+    )
 
 
 def _expect_grid(answer: Tensor, camera: Cameras, directions: Tensor) -> None:
-    """The directions [h, w, 3] go through the centres of the grid's cells, in the world, with length 1."""
+    """The directions [h, w, 3] go through the centres of the grid's cells, in the
+    world, with length 1.
+    """
     rotation = camera.c2w()[0, :3, :3]
     local = directions @ rotation  # in the camera's frame
     long = local / local[..., 2:]
@@ -124,22 +160,33 @@ def _expect_grid(answer: Tensor, camera: Cameras, directions: Tensor) -> None:
     _expect_not(
         answer,
         {
-            "The half pixel is missing: column j of the grid is at u = (j + 0.5) * size / grid.": corners @ rotation.mT,
-            "You used grid indices with the K of the image: a cell is size / grid pixels wide.": unscaled @ rotation.mT,
+            "The half pixel is missing: column j of the grid is at u = (j + 0.5) * size / grid.": corners
+            @ rotation.mT,
+            "You used grid indices with the K of the image: a cell is size / grid pixels wide.": unscaled
+            @ rotation.mT,
             "The directions are in the camera's frame; rotate them into the world with c2w[:3, :3].": local,
             "The directions are not of unit length: divide by the norm.": long @ rotation.mT,
-            "You rotated with the transpose: c2w[:3, :3] takes camera axes to the world.": local @ rotation,
+            "You rotated with the transpose: c2w[:3, :3] takes camera axes to the world.": local
+            @ rotation,
         },
     )
-    expect_close(answer, directions, "Directions: rays through the cells' centres, in the world, with unit length.")
+    expect_close(
+        answer,
+        directions,
+        "Directions: rays through the cells' centres, in the world, with unit length.",
+    )
 
 
 def _directions(camera: Cameras, offset: float, step: float = SIZE / GRID) -> Tensor:
-    """Unit directions [h, w, 3] in the camera's frame through ((j + offset) step, (i + offset) step)."""
+    """Unit directions [h, w, 3] in the camera's frame through ((j + offset) step, (i +
+    offset) step).
+    """
     at = (torch.arange(GRID) + offset) * step
     v, u = torch.meshgrid(at, at, indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)], -1)
-    return torch.nn.functional.normalize(pixels @ torch.linalg.inv(intrinsics(camera.width)).mT, dim=-1)
+    return torch.nn.functional.normalize(
+        pixels @ torch.linalg.inv(intrinsics(camera.width)).mT, dim=-1
+    )
 
 
 # ---------------------------------------------------------------- exercise 3
@@ -147,19 +194,25 @@ def _directions(camera: Cameras, offset: float, step: float = SIZE / GRID) -> Te
 
 @checker
 def check_from_opengl(solution) -> None:
-    """OpenGL c2w [V, 4, 4] -> OpenCV world-to-camera viewmats [V, 4, 4], in the same world."""
+    """OpenGL c2w [V, 4, 4] -> OpenCV world-to-camera viewmats [V, 4, 4], in the same
+    world.
+    """
     cameras = orbit_cameras([0.0, 70.0, 200.0], [10.0, 25.0, -20.0], SIZE)
     opengl = opencv_to_opengl(cameras.c2w())
     answer = ask(solution, opengl.clone())
     expect_shape(answer, (3, 4, 4), "the view matrices")
     answer = answer.detach().float()
     flip = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
-    only_y, only_z = (torch.diag(torch.tensor(d)) for d in ([1.0, -1.0, 1.0, 1.0], [1.0, 1.0, -1.0, 1.0]))
+    only_y, only_z = (
+        torch.diag(torch.tensor(d)) for d in ([1.0, -1.0, 1.0, 1.0], [1.0, 1.0, -1.0, 1.0])
+    )
     inverse = torch.linalg.inv
     _expect_not(
         answer,
         {
-            "That is still camera to world: the axes are right, now invert the matrix.": opengl_to_opencv(opengl),
+            "That is still camera to world: the axes are right, now invert the matrix.": opengl_to_opencv(
+                opengl
+            ),
             "You inverted but did not flip: y still points up and z backward.": inverse(opengl),
             "You flipped rows of c2w, which turns the WORLD; the camera's axes are the columns: c2w @ flip.": (
                 inverse(flip @ opengl)
@@ -179,6 +232,10 @@ def check_from_opengl(solution) -> None:
         },
     )
     expect_close(
-        torch.linalg.det(answer[:, :3, :3]), torch.ones(3), "The upper 3 x 3 is not a rotation (det should be 1)."
+        torch.linalg.det(answer[:, :3, :3]),
+        torch.ones(3),
+        "The upper 3 x 3 is not a rotation (det should be 1).",
     )
-    expect_close(answer, cameras.viewmats, "x_cam = viewmat @ x_world should have y down and z forward.")
+    expect_close(
+        answer, cameras.viewmats, "x_cam = viewmat @ x_world should have y down and z forward."
+    )

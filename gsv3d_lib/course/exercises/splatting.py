@@ -1,4 +1,6 @@
-"""Checkers of notebook 02: how far a splat reaches, expected depth, and the gradient of depth."""
+"""Checkers of notebook 02: how far a splat reaches, expected depth, and the gradient of
+depth.
+"""
 
 from __future__ import annotations
 
@@ -25,44 +27,61 @@ def extents(covariances: Tensor, opacities: Tensor) -> Tensor:
 
 @checker
 def check_splat_extent(solution) -> None:
-    """covariances [G, 2, 2] in pixels^2, opacities [G] -> half width and half height [G, 2] of the visible box."""
-    upright, opaque, farthest = torch.tensor([[[4.0, 0.0], [0.0, 9.0]]]), torch.ones(1), math.sqrt(2 * math.log(255))
+    """covariances [G, 2, 2] in pixels^2, opacities [G] -> half width and half height
+    [G, 2] of the visible box.
+    """
+    upright, opaque, farthest = (
+        torch.tensor([[[4.0, 0.0], [0.0, 9.0]]]),
+        torch.ones(1),
+        math.sqrt(2 * math.log(255)),
+    )
     sigmas = torch.tensor([[2.0, 3.0]])
     truth = extents(upright, opaque)
     answer = ask(solution, upright, opaque)
     expect_shape(answer, (1, 2), "the half width and half height")
     mistakes = {
         "Width and height are exchanged: Sigma_xx, entry [0, 0], gives the width.": truth.flip(-1),
-        "You used the variances, in pixels^2, where standard deviations belong: take the root.": farthest * sigmas**2,
-        "You cut at 3 standard deviations; alpha is still above 1/255 there. Solve for its edge.": 3 * sigmas,
+        "You used the variances, in pixels^2, where standard deviations belong: take the root.": farthest
+        * sigmas**2,
+        "You cut at 3 standard deviations; alpha is still above 1/255 there. Solve for its edge.": 3
+        * sigmas,
         "The exponent is -d^2 / (2 Sigma_xx): you forgot the 2, so alpha is above 1/255 at your edge.": (
             math.sqrt(math.log(255)) * sigmas
         ),
         "That is the whole width; asked for is the half, from the centre to the edge.": 2 * truth,
     }
     _expect_not(answer, mistakes)
-    expect_close(answer, truth, "At the edge of the box, opacity * exp(-d^2 / (2 Sigma_xx)) should be 1/255.")
+    expect_close(
+        answer, truth, "At the edge of the box, opacity * exp(-d^2 / (2 Sigma_xx)) should be 1/255."
+    )
 
     faint = torch.tensor([0.1])
     answer = ask(solution, upright, faint)
-    _expect_not(answer, {"Your extent ignores the opacity: a faint splat falls below 1/255 earlier.": truth})
+    _expect_not(
+        answer, {"Your extent ignores the opacity: a faint splat falls below 1/255 earlier.": truth}
+    )
     expect_close(
-        answer, extents(upright, faint), "Right for opacity 1, wrong for 0.1: the logarithm is of 255 * opacity."
+        answer,
+        extents(upright, faint),
+        "Right for opacity 1, wrong for 0.1: the logarithm is of 255 * opacity.",
     )
 
     turned = torch.tensor([[[6.5, 2.5], [2.5, 6.5]]])  # the same ellipse, turned by 45 degrees
     answer = ask(solution, turned, opaque)
-    own_axes = (
-        "You used the eigenvalues, the ellipse's own axes; a box along the image's axes needs Sigma_xx and Sigma_yy."
-    )
+    own_axes = "You used the eigenvalues, the ellipse's own axes; a box along the image's axes needs Sigma_xx and Sigma_yy."
     _expect_not(answer, {own_axes: truth, f"{own_axes} ": truth.flip(-1)})
     expect_close(
-        answer, extents(turned, opaque), "The box of a turned ellipse follows from Sigma_xx and Sigma_yy alone."
+        answer,
+        extents(turned, opaque),
+        "The box of a turned ellipse follows from Sigma_xx and Sigma_yy alone.",
     )
 
     answer = ask(solution, upright, torch.tensor([0.5 * ALPHA_MIN]))
     invisible = "A splat that is fainter than 1/255 everywhere has extent 0"
-    expect(torch.isfinite(answer).all(), f"{invisible}; the root of a negative logarithm is not a number.")
+    expect(
+        torch.isfinite(answer).all(),
+        f"{invisible}; the root of a negative logarithm is not a number.",
+    )
     expect_close(answer, torch.zeros(1, 2), f"{invisible}.")
 
 
@@ -70,7 +89,9 @@ def check_splat_extent(solution) -> None:
 
 
 def depth_of(alphas: Tensor, depths: Tensor) -> Tensor:
-    """Expected depth through the library's `composite`: alphas and depths [..., K], near to far -> [...]."""
+    """Expected depth through the library's `composite`: alphas and depths [..., K],
+    near to far -> [...].
+    """
     features = torch.stack([depths, torch.ones_like(depths)], -1)
     sums = composite(alphas[..., None, :], features)[..., 0, :]
     return torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1].clamp(min=1e-12), 0)
@@ -78,12 +99,16 @@ def depth_of(alphas: Tensor, depths: Tensor) -> Tensor:
 
 @checker
 def check_expected_depth(solution) -> None:
-    """alphas [..., K] and depths [..., K], near to far -> expected depth [...]; 0 where nothing is."""
+    """alphas [..., K] and depths [..., K], near to far -> expected depth [...]; 0 where
+    nothing is.
+    """
     alphas, depths = torch.tensor([0.4, 0.5, 0.8]), torch.tensor([2.0, 3.0, 5.0])
     answer = ask(solution, alphas, depths)
     expect_shape(answer, (), "the depth of one ray")
     weights, late = alphas * torch.tensor([1.0, 0.6, 0.3]), alphas * torch.tensor([0.6, 0.3, 0.06])
-    off_by_one = "The cumulative product is off by one: T_i holds the Gaussians in front of i, not i itself."
+    off_by_one = (
+        "The cumulative product is off by one: T_i holds the Gaussians in front of i, not i itself."
+    )
     mistakes = {
         "You divided by the sum of alphas; expected depth divides by the sum of the weights.": (
             (weights * depths).sum() / alphas.sum()
@@ -95,22 +120,31 @@ def check_expected_depth(solution) -> None:
             weights * depths
         ).sum(),
         off_by_one: (late * depths).sum() / late.sum(),
-        f"{off_by_one} And the division by the sum of the weights is missing.": (late * depths).sum(),
+        f"{off_by_one} And the division by the sum of the weights is missing.": (
+            late * depths
+        ).sum(),
         "That is the plain mean of the depths; nearer and more opaque Gaussians count more.": depths.mean(),
     }
     _expect_not(answer, mistakes)
-    expect_close(answer, depth_of(alphas, depths), "Expected depth is sum w z / sum w with w = alpha T.")
+    expect_close(
+        answer, depth_of(alphas, depths), "Expected depth is sum w z / sum w with w = alpha T."
+    )
 
     alphas = torch.linspace(0.05, 0.9, 24).reshape(2, 3, 4)
     depths = 3 + torch.arange(24.0).reshape(2, 3, 4) / 10
     answer = ask(solution, alphas, depths)
     expect_shape(answer, (2, 3), "the depths of 2 x 3 rays")
     expect_close(
-        answer, depth_of(alphas, depths), "Right for one ray, wrong for several: work along the last axis only."
+        answer,
+        depth_of(alphas, depths),
+        "Right for one ray, wrong for several: work along the last axis only.",
     )
 
     answer = ask(solution, torch.zeros(2, 3), torch.ones(2, 3))
-    expect(torch.isfinite(answer).all(), "Where nothing covers the pixel you divided 0 by 0; the depth is 0 there.")
+    expect(
+        torch.isfinite(answer).all(),
+        "Where nothing covers the pixel you divided 0 by 0; the depth is 0 there.",
+    )
     expect_close(answer, torch.zeros(2), "Where nothing covers the pixel the depth is 0.")
 
 
@@ -130,14 +164,22 @@ def check_depth_gradient(solution) -> None:
     answer = ask(solution, alphas, depths)
     expect_shape(answer, (3,), "the gradient")
     _expect_not(answer, _gradient_mistakes(alphas, depths))
-    expect_close(answer, depth_gradient_of(alphas, depths), "Autograd through the library's compositing disagrees.")
+    expect_close(
+        answer,
+        depth_gradient_of(alphas, depths),
+        "Autograd through the library's compositing disagrees.",
+    )
 
     draw = partial(torch.rand, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     alphas, depths = 0.05 + 0.8 * draw(), 3 + draw().sort().values
     answer = ask(solution, alphas, depths)
     expect_close(answer, depth_gradient_of(alphas, depths), "Right for 3 Gaussians, wrong for 7.")
     answer = ask(solution, alphas, torch.full_like(depths, 3.0))
-    expect_close(answer, torch.zeros(7), "Where all depths are equal, no alpha can change the expected depth.")
+    expect_close(
+        answer,
+        torch.zeros(7),
+        "Where all depths are equal, no alpha can change the expected depth.",
+    )
 
 
 def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
@@ -149,17 +191,23 @@ def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
         from_i_on = (weights * features).flip(0).cumsum(0).flip(0)
         return before * features - (from_i_on - weights * features) / (1 - alphas)
 
-    direct, from_i_on = before * (depths - depth), (weights * (depths - depth)).flip(0).cumsum(0).flip(0)
+    direct, from_i_on = (
+        before * (depths - depth),
+        (weights * (depths - depth)).flip(0).cumsum(0).flip(0),
+    )
     behind = from_i_on - weights * (depths - depth)
     return {
         "The sign is reversed: a near Gaussian that grows more opaque pulls the depth down, towards itself.": (
             -depth_gradient_of(alphas, depths)
         ),
-        "You differentiated sum w z alone; D is a quotient, and sum w depends on alpha too.": sum_gradient(depths),
+        "You differentiated sum w z alone; D is a quotient, and sum w depends on alpha too.": sum_gradient(
+            depths
+        ),
         "You treated sum w as a constant; it depends on alpha too, so the quotient rule has a second term.": (
             sum_gradient(depths) / total
         ),
-        "The quotient rule ends with a division: by sum w.": sum_gradient(depths) - depth * sum_gradient(depths**0),
+        "The quotient rule ends with a division: by sum w.": sum_gradient(depths)
+        - depth * sum_gradient(depths**0),
         "You forgot 1 / (1 - alpha_i): the weights behind i hold that factor, and the derivative takes it away.": (
             (direct - behind) / total
         ),

@@ -1,6 +1,8 @@
-"""Solid textures: functions of 3D points, so that any shape can be painted without texture coordinates.
+"""Solid textures: functions of 3D points, so that any shape can be painted without
+texture coordinates.
 
-A texture maps points [P, 3] to colours [P, 3] in 0..1. Textures nest: `checkers(noise(...), RED, 0.2)`.
+A texture maps points [P, 3] to colours [P, 3] in 0..1. Textures nest:
+`checkers(noise(...), RED, 0.2)`.
 """
 
 from __future__ import annotations
@@ -21,12 +23,20 @@ RED, YELLOW, METAL, GLASS = (0.8, 0.1, 0.1), (0.95, 0.85, 0.3), (0.68, 0.7, 0.73
 
 def apply(paint: Paint, points: np.ndarray) -> np.ndarray:
     """Colours [P, 3] of a paint at points [P, 3]."""
-    return paint(points) if callable(paint) else np.broadcast_to(np.asarray(paint, float), points.shape)
+    return (
+        paint(points)
+        if callable(paint)
+        else np.broadcast_to(np.asarray(paint, float), points.shape)
+    )
 
 
 def where(mask: Mask, inside: Paint, outside: Paint) -> Texture:
-    """`inside` where the mask holds, else `outside`; the base of all patterns with sharp edges."""
-    return lambda points: np.where(mask(points)[:, None], apply(inside, points), apply(outside, points))
+    """`inside` where the mask holds, else `outside`; the base of all patterns with
+    sharp edges.
+    """
+    return lambda points: np.where(
+        mask(points)[:, None], apply(inside, points), apply(outside, points)
+    )
 
 
 # ---------------------------------------------------------------- colours
@@ -39,11 +49,15 @@ def random_color(rng: np.random.Generator) -> Color:
 
 
 def wood_color(rng: np.random.Generator) -> Color:
-    return colorsys.hsv_to_rgb(rng.uniform(0.05, 0.11), rng.uniform(0.35, 0.75), rng.uniform(0.3, 0.85))
+    return colorsys.hsv_to_rgb(
+        rng.uniform(0.05, 0.11), rng.uniform(0.35, 0.75), rng.uniform(0.3, 0.85)
+    )
 
 
 def skin_color(rng: np.random.Generator) -> Color:
-    return colorsys.hsv_to_rgb(rng.uniform(0.03, 0.1), rng.uniform(0.25, 0.6), rng.uniform(0.4, 0.98))
+    return colorsys.hsv_to_rgb(
+        rng.uniform(0.03, 0.1), rng.uniform(0.25, 0.6), rng.uniform(0.4, 0.98)
+    )
 
 
 def shade(color: Color, factor: float) -> Color:
@@ -97,7 +111,9 @@ def spots(a: Paint, b: Paint, scale: float, seed: int) -> Texture:
 
 
 def patches(paints: list[Paint], cell: float, seed: int = 0) -> Texture:
-    """A patchwork of cells around random points (a Voronoi diagram), each in one of the paints."""
+    """A patchwork of cells around random points (a Voronoi diagram), each in one of the
+    paints.
+    """
     rng = np.random.default_rng(seed)
     count = int(np.clip((2.4 / cell) ** 3, 8, 400))
     centers, owners = rng.uniform(-1.2, 1.2, (count, 3)), rng.integers(len(paints), size=count)
@@ -137,7 +153,9 @@ def planks(color: Color, width: float) -> Texture:
 
 
 def label(ink: Paint, paper: Paint, seed: int, cell: float = 0.06, fill: float = 0.5) -> Texture:
-    """Pseudo-print on surfaces that face y: rows of random pixel blocks in x and z, every third row left empty."""
+    """Pseudo-print on surfaces that face y: rows of random pixel blocks in x and z,
+    every third row left empty.
+    """
     bits = np.random.default_rng(seed).random((64, 64)) < fill
 
     def is_ink(points):
@@ -165,14 +183,18 @@ def near(center, radius: float) -> Mask:
 
 
 def fractal_noise(points: np.ndarray, seed: int, octaves: int = 3) -> np.ndarray:
-    """Smooth noise [P], mostly within -0.5..0.5: octaves of value noise, each half as large and half as strong."""
+    """Smooth noise [P], mostly within -0.5..0.5: octaves of value noise, each half as
+    large and half as strong.
+    """
     values = np.random.default_rng(seed).uniform(-1, 1, (32, 32, 32))
     total = sum(0.5**k * _value_noise(points * 2**k + 5.7 * k, values) for k in range(octaves))
     return total / sum(0.5**k for k in range(octaves))
 
 
 def _value_noise(points: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Interpolate random values on the integer grid with a smooth step; the grid repeats."""
+    """Interpolate random values on the integer grid with a smooth step; the grid
+    repeats.
+    """
     cell = np.floor(points).astype(int)
     t = points - cell
     t = t * t * (3 - 2 * t)
@@ -184,7 +206,9 @@ def _value_noise(points: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def random_paint(rng: np.random.Generator, depth: int = 1) -> Paint:
-    """A plain colour (one time in six) or a random pattern; its colours may be patterns themselves (`depth` levels)."""
+    """A plain colour (one time in six) or a random pattern; its colours may be patterns
+    themselves (`depth` levels).
+    """
     a, b, c, d = (_random_ingredient(rng, depth) for _ in range(4))
     direction, seed = rng.normal(size=3), int(rng.integers(1 << 30))
     cell = 0.08 * 6 ** rng.random()  # 0.08 to 0.48, small cells as often as large ones
