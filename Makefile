@@ -41,8 +41,8 @@ notebooks: $(INSTALLED) ## run every notebook in place: outputs, time and memory
 	$(PY) tools/refresh.py
 	$(PY) tools/refresh.py --hero docs/images/hero.png
 
-full: $(INSTALLED) ## one notebook with a parameter set: make full NB=05 PARAMS=paper
-	$(if $(NB),,$(error say which notebook and parameter set, such as: make full NB=05 PARAMS=tiny))
+full: $(INSTALLED) ## one notebook with a parameter set: make full NB=07 PARAMS=paper
+	$(if $(NB),,$(error say which notebook and parameter set, such as: make full NB=07 PARAMS=tiny))
 	$(PY) -m gsv3d_lib run $(NB) --params $(or $(PARAMS),tiny) $(ARGS)
 
 train-tiny: $(INSTALLED) ## train all stages at tiny scale on procedural objects, into runs/tiny

@@ -244,7 +244,7 @@ def test_gradients_reach_the_lora_and_nothing_else(parts):
 
 
 def test_stage_1_s_alpha_term_is_not_stage_2_s(parts):
-    """Notebook 06 found that it does harm there: it needs a field of its own."""
+    """Notebook 08 found that it does harm there: it needs a field of its own."""
     batch = kept_batch(build_stage(parts))
     with torch.no_grad():
         (plain, scores), (same, _), (with_alpha, _) = (

@@ -1,242 +1,264 @@
-"""Notebook 03: what its cells define equals the library, and its checkers know right
-from wrong.
+"""Notebook 03: its derivations are the library's, and its checkers know right from
+typically wrong.
 """
+
+import math
 
 import pytest
 import torch
 from notebook_world import accepts, definitions, rejects
 
-from gsv3d_lib import cameras as cam
-from gsv3d_lib import unet
-from gsv3d_lib.course.exercises import multiview as checks
+from gsv3d_lib.cameras import orbit_cameras
+from gsv3d_lib.course.exercises import splatting
+from gsv3d_lib.course.figures import plot_ellipsoids, plot_rays
+from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.rendering import plain as reference
+from gsv3d_lib.rendering import render
+from gsv3d_lib.rotations import rotation_matrices
 
 SIZE = 32
-FLIP = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 
 
 @pytest.fixture(scope="module")
-def cells():
-    return definitions("03")
+def notebook() -> dict:
+    return definitions("02")
 
 
-@pytest.fixture
-def cameras():
-    return cam.orbit_cameras([0.0, 33.0, 170.0, 291.0], [0.0, 20.0, -35.0, 70.0], SIZE)
+@pytest.fixture(scope="module")
+def scene() -> Gaussians:
+    generator = torch.Generator().manual_seed(0)
+    uniform = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    means, quats = uniform(60, 3) - 0.5, torch.randn(60, 4, generator=generator)
+    return Gaussians(means, quats, 0.02 + 0.2 * uniform(60, 3), 0.9 * uniform(60), uniform(60, 3))
 
 
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="module")
+def camera():
+    return orbit_cameras([200.0], 10.0, SIZE)
 
 
-# ---------------------------------------------------------------- the notebook's functions
+@pytest.fixture(scope="module")
+def splats(scene, camera):
+    """Centres and covariances in the picture, by the library."""
+    view = camera.viewmats[0], camera.Ks[0], SIZE, SIZE
+    return reference.project(scene.means, scene.quats, scene.scales, *view)
 
 
-def test_cameras_are_the_library_s(cells, cameras):
-    angles = zip([0.0, 33.0, 170.0, 291.0], [0.0, 20.0, -35.0, 70.0])
-    mine = torch.stack([cells["view_matrix"](a, e, cam.DISTANCE) for a, e in angles])
-    assert torch.allclose(mine, cameras.viewmats, atol=1e-5)
-    assert torch.allclose(cells["pinhole"](SIZE, cam.FOV_DEG), cameras.Ks[0], atol=1e-5)
-    assert torch.allclose(
-        cells["flip_camera_axes"](cameras.c2w()), cam.opencv_to_opengl(cameras.c2w()), atol=1e-5
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+# ---------------------------------------------------------------- derivations
+
+
+def test_rotation_and_covariance(notebook, scene):
+    assert_close(notebook["rotation_matrix"](scene.quats), rotation_matrices(scene.quats))
+    assert_close(notebook["covariance"](scene.quats, scene.scales), scene.covariances())
+
+
+def test_axis_quaternion_turns_by_the_angle(notebook):
+    turned = rotation_matrices(notebook["axis_quaternion"]((0, 0, 1), 90)) @ torch.tensor(
+        [1.0, 0, 0]
     )
+    assert_close(turned, torch.tensor([0.0, 1, 0]))
 
 
-def test_projection_is_where_the_rasteriser_puts_a_splat(cells, cameras):
-    points = 0.4 * randn(20, 3)
-    quats, scales = torch.tensor([[1.0, 0, 0, 0]]).expand(20, 4), torch.full((20, 3), 0.01)
-    for viewmat, K in zip(cameras.viewmats, cameras.Ks):
-        centres, _ = reference.project(points, quats, scales, viewmat, K, SIZE, SIZE)
-        pixels, z = cells["project"](points, viewmat, K)
-        assert torch.allclose(pixels, centres, atol=1e-5, rtol=1e-5)
-        assert torch.allclose(z, points @ viewmat[2, :3] + viewmat[2, 3], atol=1e-5)
-
-
-def test_lifting_follows_the_library_s_rays(cells, cameras):
-    origins, directions = cam.ray_grid(cameras, SIZE, SIZE)
-    for v, (viewmat, K) in enumerate(zip(cameras.viewmats, cameras.Ks)):
-        depth = 3 + 0.3 * torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(v))
-        along = origins[v] + directions[v] * (depth / (directions[v] @ viewmat[2, :3]))[..., None]
-        assert torch.allclose(cells["lift"](depth, viewmat, K), along.reshape(-1, 3), atol=1e-5)
-
-
-def test_pluecker_and_sinusoids(cells, cameras):
-    rays = cells["pluecker"](*cam.ray_grid(cameras, 5, 7))
-    assert torch.allclose(rays, cam.pluecker_rays(cameras, 5, 7), atol=1e-5)
-    polar, azimuth = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) * 6
-    library = unet.angle_features(polar[None], azimuth[None], 1e-5)[0]
-    assert torch.allclose(cells["camera_features"](polar, azimuth, 1e-5), library, atol=1e-5)
-
-
-def sphere_views(cameras, radius=0.8):
-    """A ball coloured by position: rgb [V, H, W, 3] and z-depth [V, H, W]."""
-    origins, directions = cam.ray_grid(cameras, SIZE, SIZE)
-    along = -(origins * directions).sum(-1)
-    gap = radius**2 - (origins.square().sum(-1) - along**2)
-    points = origins + (along - gap.clamp(min=0).sqrt())[..., None] * directions
-    z = (
-        torch.einsum("vhwi,vi->vhw", points, cameras.viewmats[:, 2, :3])
-        + cameras.viewmats[:, 2, 3, None, None]
+def test_projection(notebook, scene, camera, splats):
+    ours = notebook["project_gaussians"](
+        scene.means, scene.covariances(), camera.viewmats[0], camera.Ks[0]
     )
-    return torch.where((gap > 0)[..., None], 0.5 + 0.5 * points, 1.0), torch.where(gap > 0, z, 0)
+    assert_close(ours[0], splats[0])
+    assert_close(ours[1], splats[1])
 
 
-def test_consistency_tells_one_object_from_two(cells):
-    ring = cam.orbit_cameras(torch.arange(8) * 45.0, 15.0, SIZE)
-    rgb, depth = sphere_views(ring)
-    painted, seen = cells["carry"](rgb, depth, ring, 0, 1)
-    inside = seen & (painted.amax(-1) < 0.95)  # without pixels that interpolate with the background
+def test_points_are_projected_exactly(notebook, camera):
+    """The spread of a tiny Gaussian's exact projections is the linearised covariance."""
+    torch.manual_seed(0)
+    mean, sigma = torch.tensor([0.3, 0.2, 0.1]), torch.diag(torch.tensor([1e-4, 4e-4, 2e-4]))
+    pixels = notebook["exact_pixels"](mean, sigma, camera.viewmats[0], camera.Ks[0], 20_000)
+    _, linear = notebook["project_gaussians"](
+        mean[None], sigma[None], camera.viewmats[0], camera.Ks[0], blur=0.0
+    )
+    assert (pixels.T.cov() - linear[0]).norm() < 0.05 * linear[0].norm()
+
+
+def test_footprint_and_its_gradient(notebook, scene, splats):
+    grid = torch.arange(SIZE).float()
+    theirs = reference.splat_alphas(*splats, scene.opacities, grid, grid)
+    assert_close(notebook["footprint"](*splats, scene.opacities, SIZE, SIZE), theirs)
+    centre = torch.tensor([[14.0, 16.0]], requires_grad=True)
+    alpha = reference.splat_alphas(
+        centre, splats[1][:1], torch.tensor([0.8]), grid[14:15], grid[15:16]
+    )[0, 0, 0]
+    (automatic,) = torch.autograd.grad(alpha, centre)
+    pixel = torch.tensor([15.5, 14.5])
+    by_hand = notebook["footprint_gradient"](
+        alpha.detach(), centre[0].detach(), splats[1][0], pixel
+    )
+    assert automatic.abs().max() > 1e-4
+    assert_close(by_hand, automatic[0])
+
+
+def test_compositing(notebook):
+    alphas, colors = torch.linspace(0.1, 0.6, 24).reshape(2, 3, 4), torch.rand(4, 3)
+    assert_close(notebook["transmittance"](alphas)[..., 0], torch.ones(2, 3))
+    assert_close(notebook["blend"](alphas, colors), reference.composite(alphas, colors))
+
+
+def test_gradient_of_compositing(notebook):
+    alphas, colors = (
+        torch.linspace(0.1, 0.6, 5, dtype=torch.float64),
+        torch.rand(5, 3, dtype=torch.float64),
+    )
+    by_alpha, by_color = notebook["blend_gradient"](alphas, colors)
+    alpha_jacobian, color_jacobian = torch.autograd.functional.jacobian(
+        reference.composite, (alphas, colors)
+    )
+    assert_close(by_alpha, alpha_jacobian.T)
+    assert_close(by_color, color_jacobian[0, :, 0])
+
+
+def test_renderer(notebook, scene, camera):
+    ours = notebook["render_view"](scene, camera)
+    sums, alpha = reference.rasterize(*scene.tensors(), camera.viewmats, camera.Ks, SIZE, SIZE)
+    assert_close(ours, torch.cat([sums, alpha], -1)[0])
+    assert_close(notebook["on_white"](ours), render(scene, camera).rgb[0])
+
+
+def test_fit_starts_from_a_valid_scene(notebook):
+    raw = notebook["random_start"](50)
+    start = notebook["activated"](raw)
+    assert all(value.requires_grad for value in raw.values())
+    assert (start.means.norm(dim=-1) <= 0.8 + 1e-6).all() and (start.scales > 0).all()
+    assert ((start.opacities > 0) & (start.opacities < 1)).all()
+
+
+def test_only_the_splat_has_a_slope(notebook):
+    front = orbit_cameras([270.0], 0.0, 16)
+    assert_close(notebook["box_picture"](0.2, front), notebook["box_picture"](0.2001, front))
+    x = torch.tensor(0.2, requires_grad=True)
+    goal = notebook["splat_picture"](torch.tensor(0.0), front)
+    (slope,) = torch.autograd.grad((notebook["splat_picture"](x, front) - goal).pow(2).mean(), x)
+    assert slope > 0
+
+
+def test_figures_that_move(notebook):
+    """What the sliders call, at the ends of their ranges."""
+    assert len(notebook["draw_gaussian"](0.005, 0.6, 0.2, -90, 90).axes) == 2
+    assert len(notebook["draw_ray"](6.3).axes) == 2
+
+
+def test_figures_of_splatting(scene, camera):
+    assert len(plot_ellipsoids(scene.select(slice(3)), camera).axes) == 6
     assert (
-        seen.sum() > 0.4 * (depth[0] > 0).sum() and (painted - rgb[0])[inside].abs().mean() < 0.02
+        len(plot_ellipsoids(scene.select(slice(3)), camera, ["a", "b", "c"], footprints=False).axes)
+        == 3
     )
-    other = rgb.clone()
-    other[1::2] = 1 - other[1::2]
-    same, different = (cells["consistency"](x, depth, ring) for x in (rgb, other))
-    assert same > 20 and different < same - 8
+    depths, alphas = torch.tensor([[3.0, 4.0], [4.0, 3.0]]), torch.full((2, 2), 0.5)
+    figure = plot_rays(depths, alphas, torch.eye(3)[:2], ["one", "two"])
+    near_red, near_green = (axis.images[0].get_array()[0, 0].tolist() for axis in figure.axes[1::2])
+    assert near_red == pytest.approx([0.75, 0.5, 0.25]) and near_green == pytest.approx(
+        [0.5, 0.75, 0.25]
+    )
 
 
-def test_one_orbit_keeps_each_azimuth_with_its_latent(cells):
-    class Rings:
-        """Orbits whose latents are their azimuth."""
-
-        def orbit(self, item, start, frames):
-            azimuth = cam.sv3d_azimuths(frames)
-            return {
-                "latents": azimuth[:, None, None, None].expand(-1, 4, 2, 2),
-                "azimuth": azimuth,
-                "elevation": torch.full((frames,), 15.0),
-            }
-
-    from gsv3d_lib.config import preset
-
-    stage = cells["OneOrbit"](None, None, Rings(), preset("tiny"))
-    seen = set()
-    for k in range(4):
-        generator = torch.Generator().manual_seed(k)
-        example = stage.example(generator, generator, 0)
-        assert torch.equal(example["latents"][:, 0, 0, 0], example["azimuth"])
-        assert torch.equal(example["azimuth"].sort().values, cam.sv3d_azimuths(16).sort().values)
-        seen.add(tuple(example["azimuth"].tolist()))
-    assert len(seen) == 4
+# ---------------------------------------------------------------- exercises
 
 
-# ---------------------------------------------------------------- stubs
-
-
-@pytest.mark.parametrize(
-    ("checker", "stub"),
-    [
-        (checks.check_orbit, "sv3d_orbit"),
-        (checks.check_latent_rays, "latent_rays"),
-        (checks.check_from_opengl, "from_opengl"),
-    ],
-)
-def test_stubs_are_not_written_yet(cells, checker, stub, capsys):
-    assert not checker(cells[stub])
+@pytest.mark.parametrize("name", ["splat_extent", "expected_depth", "depth_gradient"])
+def test_stub_is_not_written_yet(notebook, capsys, name):
+    assert not getattr(splatting, f"check_{name}")(notebook[name])
     assert "not written yet" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- exercise 1
+def test_right_answers_are_accepted(notebook):
+    assert accepts(splatting.check_splat_extent, splatting.extents)
+    assert accepts(splatting.check_expected_depth, splatting.depth_of)
+    assert accepts(splatting.check_depth_gradient, splatting.depth_gradient_of)
+
+    def by_the_hint(alphas, depths):
+        before = notebook["transmittance"](alphas)
+        weights = alphas * before
+        depth = (weights * depths).sum() / weights.sum()
+        shares = weights * (depths - depth)
+        behind = shares.sum() - shares.cumsum(0)
+        return (before * (depths - depth) - behind / (1 - alphas)) / weights.sum()
+
+    assert accepts(splatting.check_depth_gradient, by_the_hint)
 
 
-def orbit_with(azimuths, polar=lambda e: 90 - e):
-    def sv3d_orbit(num_frames, elevation_deg):
-        azimuth = azimuths(num_frames)
-        return torch.stack([torch.full_like(azimuth, float(polar(elevation_deg))), azimuth], -1)
+def test_checker_of_extent_explains():
+    def of(cutoff, size):
+        """An extent sqrt(2 cutoff) * size, from what a learner makes of opacities and
+        covariances.
+        """
+        return lambda covariances, opacities: (
+            (2 * cutoff(opacities)).sqrt()[:, None] * size(covariances)
+        )
 
-    return sv3d_orbit
-
-
-def test_orbit_checker():
-    right = cam.sv3d_azimuths
-    assert accepts(checks.check_orbit, orbit_with(right))
-    assert rejects(
-        checks.check_orbit,
-        orbit_with(lambda n: torch.linspace(0, 360, n + 1)[:-1]),
-        "condition view is first",
-    )
-    assert rejects(
-        checks.check_orbit, orbit_with(right, polar=lambda e: e), "That is the elevation"
-    )
-    assert rejects(
-        checks.check_orbit, orbit_with(right, polar=lambda e: 90 + e), "sign of the elevation"
-    )
-    assert rejects(
-        checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n + 1)[1:]), "modulo 360"
-    )
-    assert rejects(
-        checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n)), "N \\+ 1 points"
-    )
-    assert rejects(
-        checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n) % 360), "N \\+ 1 points"
-    )
-    assert rejects(checks.check_orbit, orbit_with(lambda n: -right(n) % 360), "the other way")
-    assert rejects(
-        checks.check_orbit, lambda n, e: orbit_with(right)(n, e).flip(-1), "columns are exchanged"
-    )
-    assert rejects(checks.check_orbit, lambda n, e: orbit_with(right)(n, e).deg2rad(), "radians")
-    assert rejects(checks.check_orbit, lambda n, e: right(n), "shape")
+    logarithm = lambda opacities: torch.log(255 * opacities).clamp(min=0)  # noqa: E731
+    sigmas = lambda covariances: covariances.diagonal(dim1=-2, dim2=-1).sqrt()  # noqa: E731
+    check = splatting.check_splat_extent
+    assert accepts(check, of(logarithm, sigmas))
+    assert rejects(check, of(logarithm, lambda c: sigmas(c) ** 2), "take the root")
+    assert rejects(check, of(logarithm, lambda c: sigmas(c).flip(-1)), "exchanged")
+    assert rejects(check, of(lambda o: 4.5 + 0 * o, sigmas), "3 standard deviations")
+    assert rejects(check, of(lambda o: logarithm(o) / 2, sigmas), "forgot the 2")
+    assert rejects(check, of(lambda o: math.log(255) + 0 * o, sigmas), "ignores the opacity")
+    assert rejects(check, of(logarithm, lambda c: torch.linalg.eigvalsh(c).sqrt()), "eigenvalues")
+    assert rejects(check, of(lambda o: torch.log(255 * o), sigmas), "negative logarithm")
 
 
-# ---------------------------------------------------------------- exercise 2
+def test_checker_of_depth_explains(notebook):
+    before = notebook["transmittance"]
+
+    def mean(weights, divisor):
+        """sum weights z / divisor, from functions of the alphas; 0 where the divisor
+        is.
+        """
+
+        def depth(alphas, depths):
+            below = divisor(alphas).sum(-1)
+            return torch.where(
+                below > 0, (weights(alphas) * depths).sum(-1) / torch.where(below > 0, below, 1), 0
+            )
+
+        return depth
+
+    right, plain = lambda a: a * before(a), lambda a: a  # noqa: E731
+    late = lambda a: a * torch.cumprod(1 - a, -1)  # noqa: E731
+    check = splatting.check_expected_depth
+    assert accepts(check, mean(right, right))
+    assert rejects(check, mean(right, plain), "divides by the sum of the weights")
+    assert rejects(check, mean(plain, plain), "forgot the transmittance")
+    assert rejects(check, mean(late, late), "off by one")
+    assert rejects(check, lambda a, z: (right(a) * z).sum(-1), "did not divide")
+    assert rejects(check, lambda a, z: (right(a) * z).sum(-1) / right(a).sum(-1), "0 by 0")
+    assert rejects(check, lambda a, z: (right(a) * z).sum() / right(a).sum(), "shape")
 
 
-def rays_with(
-    half=0.5, unit=True, world=True, transpose=False, scaled=True, order="right", indexing="ij"
-):
-    def latent_rays(K, c2w, size, grid):
-        at = (torch.arange(grid) + half) * (size / grid if scaled else 1)
-        v, u = torch.meshgrid(at, at, indexing=indexing)
-        d = torch.stack([u, v, torch.ones_like(u)], -1) @ torch.linalg.inv(K).T
-        if world:
-            d = d @ (c2w[:3, :3] if transpose else c2w[:3, :3].T)
-        d = torch.nn.functional.normalize(d, dim=-1) if unit else d
-        o = c2w[:3, 3].expand_as(d)
-        m = torch.linalg.cross(o, d)
-        parts = {"right": (m, d), "d x o": (-m, d), "d first": (d, m), "origin": (o, d)}
-        return torch.cat(parts[order], -1)
+def test_checker_of_depth_gradient_explains(notebook):
+    def solution(center=True, divide=True, own=False, one_minus=True, behind=True, sign=1):
+        """The right gradient with single steps left out."""
 
-    return latent_rays
+        def gradient(alphas, depths):
+            before = notebook["transmittance"](alphas)
+            weights = alphas * before
+            total = weights.sum()
+            features = depths - (weights * depths).sum() / total if center else depths
+            shares = weights * features
+            hidden = (shares.sum() - shares.cumsum(0) + own * shares) * behind
+            result = before * features - hidden / (1 - alphas if one_minus else 1)
+            return sign * result / (total if divide else 1)
 
+        return gradient
 
-def test_latent_rays_checker():
-    assert accepts(checks.check_latent_rays, rays_with())
-    assert rejects(checks.check_latent_rays, rays_with(order="d x o"), "d x o")
-    assert rejects(checks.check_latent_rays, rays_with(order="d first"), "moment first")
-    assert rejects(checks.check_latent_rays, rays_with(order="origin"), "origin itself")
-    assert rejects(checks.check_latent_rays, rays_with(half=0.0), "half pixel")
-    assert rejects(checks.check_latent_rays, rays_with(scaled=False), "grid indices")
-    assert rejects(checks.check_latent_rays, rays_with(unit=False), "unit length")
-    assert rejects(checks.check_latent_rays, rays_with(world=False), "camera's frame")
-    assert rejects(checks.check_latent_rays, rays_with(transpose=True), "transpose")
-    assert rejects(checks.check_latent_rays, rays_with(indexing="xy"), "Rows and columns")
-
-
-# ---------------------------------------------------------------- exercise 3
-
-
-def test_from_opengl_checker():
-    def diagonal(*values):
-        return torch.diag(torch.tensor([*values, 1.0]))
-
-    inverse = torch.linalg.inv
-    assert accepts(
-        checks.check_from_opengl, lambda c2w: cam.invert_rigid(cam.opengl_to_opencv(c2w))
-    )
-    assert rejects(checks.check_from_opengl, lambda c2w: c2w @ FLIP, "still camera to world")
-    assert rejects(checks.check_from_opengl, lambda c2w: inverse(c2w), "did not flip")
-    assert rejects(checks.check_from_opengl, lambda c2w: inverse(FLIP @ c2w), "turns the WORLD")
-    assert rejects(
-        checks.check_from_opengl,
-        lambda c2w: inverse(c2w @ diagonal(1.0, -1.0, 1.0)),
-        "Only y is flipped",
-    )
-    assert rejects(
-        checks.check_from_opengl,
-        lambda c2w: inverse(c2w @ diagonal(1.0, 1.0, -1.0)),
-        "Only z is flipped",
-    )
-    assert rejects(
-        checks.check_from_opengl, lambda c2w: inverse(c2w @ diagonal(-1.0, 1.0, -1.0)), "x and z"
-    )
-    assert rejects(checks.check_from_opengl, lambda c2w: (c2w @ FLIP).mT, "does not invert")
+    check = splatting.check_depth_gradient
+    assert accepts(check, solution())
+    assert rejects(check, solution(sign=-1), "sign is reversed")
+    assert rejects(check, solution(center=False), "quotient rule has a second term")
+    assert rejects(check, solution(center=False, divide=False), "sum w z alone")
+    assert rejects(check, solution(divide=False), "ends with a division")
+    assert rejects(check, solution(one_minus=False), "forgot 1 / ")
+    assert rejects(check, solution(own=True), "begins at i \\+ 1")
+    assert rejects(check, solution(behind=False), "own term")

@@ -1,208 +1,242 @@
-"""Notebook 04: its derivations equal the library, its checkers tell right from wrong."""
-
-import math
+"""Notebook 04: what its cells define equals the library, and its checkers know right
+from wrong.
+"""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from notebook_world import accepts, definitions, rejects
 
-from gsv3d_lib.cameras import orbit_cameras, pluecker_rays, ray_grid, sv3d_azimuths
-from gsv3d_lib.config import preset
-from gsv3d_lib.course.exercises import decoder as checks
-from gsv3d_lib.decoder import Block, GaussianDecoder, build_decoder, plane_sweep, ray_distance
-from gsv3d_lib.encoders import build_dino, dino_features
-from gsv3d_lib.pretraining import DINOStage
+from gsv3d_lib import cameras as cam
+from gsv3d_lib import unet
+from gsv3d_lib.course.exercises import multiview as checks
+from gsv3d_lib.rendering import plain as reference
 
-CLOSE = dict(atol=1e-5, rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def notebook():
-    return definitions("04")
+SIZE = 32
+FLIP = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 
 
 @pytest.fixture(scope="module")
+def cells():
+    return definitions("03")
+
+
+@pytest.fixture
 def cameras():
-    return orbit_cameras(sv3d_azimuths(4), 15.0, 64)
+    return cam.orbit_cameras([0.0, 33.0, 170.0, 291.0], [0.0, 20.0, -35.0, 70.0], SIZE)
 
 
-def test_embedding_is_the_decoders_convolution(notebook, cameras):
-    decoder = build_decoder(preset("tiny"))
-    latents, rays = torch.randn(4, 4, 8, 8), pluecker_rays(cameras, 8, 8)
-    tokens = notebook["embed"](latents, rays, decoder.embed.weight, decoder.embed.bias)
-    convolved = decoder.embed(torch.cat([latents, rays.movedim(-1, 1)], dim=1))
-    assert torch.allclose(tokens, convolved.movedim(1, -1).flatten(0, 2), **CLOSE)
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_attention_is_torchs_and_the_block_the_decoders(notebook):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9, 16)
-    result, weights = notebook["attend"](q, k, v)
-    assert torch.allclose(result, F.scaled_dot_product_attention(q, k, v), **CLOSE)
-    assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 7), **CLOSE)
-    block, x, context = Block(48, 3, 20), torch.randn(2, 10, 48), torch.randn(2, 5, 20)
-    by_hand, among_views, to_image = notebook["block_by_hand"](block, x, context)
-    assert torch.allclose(by_hand, block(x, context), **CLOSE)
-    assert among_views.shape == (2, 3, 10, 10) and to_image.shape == (2, 3, 10, 5)
+# ---------------------------------------------------------------- the notebook's functions
 
 
-def test_shuffle_is_torchs(notebook):
-    x = torch.randn(12, 3, 5)
-    assert torch.equal(notebook["shuffle"](x, 2), F.pixel_shuffle(x, 2))
-
-
-def test_activations_are_the_decoders(notebook, cameras):
-    decoder = GaussianDecoder(width=24, layers=1, heads=1, context_width=None, object_radius=1.3)
-    origins, directions = ray_grid(cameras, 6, 5)
-    maps = 2 * torch.randn(4, 6, 5, 12)
-    by_hand = notebook["activate"](maps, origins, directions, 1.3, decoder.config.scale_range)
-    expected = decoder.to_gaussians(maps, origins, directions)
-    for name in ("means", "quats", "scales", "opacities", "colors"):
-        assert torch.allclose(getattr(by_hand, name), getattr(expected, name), **CLOSE), name
-
-
-def test_projection_inverts_the_rays(notebook, cameras):
-    origins, directions = ray_grid(cameras, 8, 8)
-    t = ray_distance(torch.randn(4, 8, 8, 1), origins, 1.0)
-    pixels, z = notebook["project"](origins + t * directions, cameras)
-    columns = (torch.arange(8) + 0.5) * 8
-    assert torch.allclose(pixels[..., 0], columns.expand(4, 8, 8), atol=1e-3)
-    assert torch.allclose(pixels[..., 1], columns[:, None].expand(4, 8, 8), atol=1e-3)
-    assert (z < t[..., 0]).all()
-
-
-def test_sweep_along_one_ray_is_the_librarys(notebook, cameras):
-    config, latents = build_decoder(preset("tiny")).config, torch.randn(4, 4, 8, 8)
-    swept = plane_sweep(latents, cameras, (8, 8), config).unflatten(0, (4, 8, 8))
-    origins, directions = ray_grid(cameras, 8, 8)
-    planes = torch.linspace(-1, 1, config.planes)
-    seen = notebook["latents_along"](
-        origins[2, 3, 5], directions[2, 3, 5], planes, latents, cameras
-    )
-    assert torch.allclose(notebook["statistics"](seen).T.flatten(), swept[2, 3, 5], atol=1e-4)
-
-
-def test_dino_targets_are_the_stages(notebook):
-    torch.manual_seed(0)
-    config = preset("tiny", dino_layers=1)
-    # views are for drawing examples only
-    stage = DINOStage(build_dino(config), None, config).eval()
-    stage.center.normal_(std=0.1)
-    crops = torch.rand(3, 2, 64, 64, 3)
-    loss, metrics = stage({"crops": crops})
-    backbone, head = stage.teacher
-    teacher = torch.stack([head(dino_features(backbone, crops[:, a])) for a in (0, 1)])
-    targets = notebook["dino_targets"](teacher[0], stage.center, stage.TEACHER_TEMPERATURE)
-    assert torch.allclose(notebook["entropy"](targets).mean(), metrics["target_entropy"], atol=1e-4)
-    assert not targets.requires_grad
-    student = torch.stack([stage.head(dino_features(stage.dino, crops[:, a])) for a in (0, 1)])
-    assert torch.allclose(checks.dino_loss_of(student, teacher, stage.center), loss, **CLOSE)
-
-
-def test_principal_colors_fill_the_range(notebook):
-    colors = notebook["principal_colors"](torch.randn(64, 20))
-    assert colors.shape == (64, 3)
-    assert torch.allclose(colors.amin(0), torch.zeros(3)) and torch.allclose(
-        colors.amax(0), torch.ones(3)
+def test_cameras_are_the_library_s(cells, cameras):
+    angles = zip([0.0, 33.0, 170.0, 291.0], [0.0, 20.0, -35.0, 70.0])
+    mine = torch.stack([cells["view_matrix"](a, e, cam.DISTANCE) for a, e in angles])
+    assert torch.allclose(mine, cameras.viewmats, atol=1e-5)
+    assert torch.allclose(cells["pinhole"](SIZE, cam.FOV_DEG), cameras.Ks[0], atol=1e-5)
+    assert torch.allclose(
+        cells["flip_camera_axes"](cameras.c2w()), cam.opencv_to_opengl(cameras.c2w()), atol=1e-5
     )
 
 
-# ---------------------------------------------------------------- checkers
+def test_projection_is_where_the_rasteriser_puts_a_splat(cells, cameras):
+    points = 0.4 * randn(20, 3)
+    quats, scales = torch.tensor([[1.0, 0, 0, 0]]).expand(20, 4), torch.full((20, 3), 0.01)
+    for viewmat, K in zip(cameras.viewmats, cameras.Ks):
+        centres, _ = reference.project(points, quats, scales, viewmat, K, SIZE, SIZE)
+        pixels, z = cells["project"](points, viewmat, K)
+        assert torch.allclose(pixels, centres, atol=1e-5, rtol=1e-5)
+        assert torch.allclose(z, points @ viewmat[2, :3] + viewmat[2, 3], atol=1e-5)
+
+
+def test_lifting_follows_the_library_s_rays(cells, cameras):
+    origins, directions = cam.ray_grid(cameras, SIZE, SIZE)
+    for v, (viewmat, K) in enumerate(zip(cameras.viewmats, cameras.Ks)):
+        depth = 3 + 0.3 * torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(v))
+        along = origins[v] + directions[v] * (depth / (directions[v] @ viewmat[2, :3]))[..., None]
+        assert torch.allclose(cells["lift"](depth, viewmat, K), along.reshape(-1, 3), atol=1e-5)
+
+
+def test_pluecker_and_sinusoids(cells, cameras):
+    rays = cells["pluecker"](*cam.ray_grid(cameras, 5, 7))
+    assert torch.allclose(rays, cam.pluecker_rays(cameras, 5, 7), atol=1e-5)
+    polar, azimuth = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) * 6
+    library = unet.angle_features(polar[None], azimuth[None], 1e-5)[0]
+    assert torch.allclose(cells["camera_features"](polar, azimuth, 1e-5), library, atol=1e-5)
+
+
+def sphere_views(cameras, radius=0.8):
+    """A ball coloured by position: rgb [V, H, W, 3] and z-depth [V, H, W]."""
+    origins, directions = cam.ray_grid(cameras, SIZE, SIZE)
+    along = -(origins * directions).sum(-1)
+    gap = radius**2 - (origins.square().sum(-1) - along**2)
+    points = origins + (along - gap.clamp(min=0).sqrt())[..., None] * directions
+    z = (
+        torch.einsum("vhwi,vi->vhw", points, cameras.viewmats[:, 2, :3])
+        + cameras.viewmats[:, 2, 3, None, None]
+    )
+    return torch.where((gap > 0)[..., None], 0.5 + 0.5 * points, 1.0), torch.where(gap > 0, z, 0)
+
+
+def test_consistency_tells_one_object_from_two(cells):
+    ring = cam.orbit_cameras(torch.arange(8) * 45.0, 15.0, SIZE)
+    rgb, depth = sphere_views(ring)
+    painted, seen = cells["carry"](rgb, depth, ring, 0, 1)
+    inside = seen & (painted.amax(-1) < 0.95)  # without pixels that interpolate with the background
+    assert (
+        seen.sum() > 0.4 * (depth[0] > 0).sum() and (painted - rgb[0])[inside].abs().mean() < 0.02
+    )
+    other = rgb.clone()
+    other[1::2] = 1 - other[1::2]
+    same, different = (cells["consistency"](x, depth, ring) for x in (rgb, other))
+    assert same > 20 and different < same - 8
+
+
+def test_one_orbit_keeps_each_azimuth_with_its_latent(cells):
+    class Rings:
+        """Orbits whose latents are their azimuth."""
+
+        def orbit(self, item, start, frames):
+            azimuth = cam.sv3d_azimuths(frames)
+            return {
+                "latents": azimuth[:, None, None, None].expand(-1, 4, 2, 2),
+                "azimuth": azimuth,
+                "elevation": torch.full((frames,), 15.0),
+            }
+
+    from gsv3d_lib.config import preset
+
+    stage = cells["OneOrbit"](None, None, Rings(), preset("tiny"))
+    seen = set()
+    for k in range(4):
+        generator = torch.Generator().manual_seed(k)
+        example = stage.example(generator, generator, 0)
+        assert torch.equal(example["latents"][:, 0, 0, 0], example["azimuth"])
+        assert torch.equal(example["azimuth"].sort().values, cam.sv3d_azimuths(16).sort().values)
+        seen.add(tuple(example["azimuth"].tolist()))
+    assert len(seen) == 4
+
+
+# ---------------------------------------------------------------- stubs
 
 
 @pytest.mark.parametrize(
-    "stub, checker",
+    ("checker", "stub"),
     [
-        ("pixel_shuffle", "check_shuffle"),
-        ("depth_logits", "check_depth_logits"),
-        ("dino_loss", "check_dino_loss"),
+        (checks.check_orbit, "sv3d_orbit"),
+        (checks.check_latent_rays, "latent_rays"),
+        (checks.check_from_opengl, "from_opengl"),
     ],
 )
-def test_stub_is_not_written_yet(notebook, stub, checker, capsys):
-    assert not getattr(checks, checker)(notebook[stub])
+def test_stubs_are_not_written_yet(cells, checker, stub, capsys):
+    assert not checker(cells[stub])
     assert "not written yet" in capsys.readouterr().out
 
 
-def shuffle_by_axes(order):
-    def pixel_shuffle(x, r):
-        axes = x.unflatten(1, (-1, r, r)).permute(order)
-        return axes.reshape(len(x), x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r)
-
-    return pixel_shuffle
+# ---------------------------------------------------------------- exercise 1
 
 
-def test_shuffle_checker():
-    assert accepts(checks.check_shuffle, F.pixel_shuffle)
-    assert accepts(checks.check_shuffle, shuffle_by_axes((0, 1, 4, 2, 5, 3)))
-    assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 2, 3, 4, 5)), "without moving axes")
-    assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 4, 3, 5, 2)), "i and j are swapped")
-    assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 2, 4, 3, 5)), "slow index")
+def orbit_with(azimuths, polar=lambda e: 90 - e):
+    def sv3d_orbit(num_frames, elevation_deg):
+        azimuth = azimuths(num_frames)
+        return torch.stack([torch.full_like(azimuth, float(polar(elevation_deg))), azimuth], -1)
+
+    return sv3d_orbit
+
+
+def test_orbit_checker():
+    right = cam.sv3d_azimuths
+    assert accepts(checks.check_orbit, orbit_with(right))
     assert rejects(
-        checks.check_shuffle,
-        lambda x, r: F.pixel_shuffle(_regrouped(x, r), r),
-        "grouped the wrong way",
+        checks.check_orbit,
+        orbit_with(lambda n: torch.linspace(0, 360, n + 1)[:-1]),
+        "condition view is first",
     )
-    assert rejects(checks.check_shuffle, lambda x, r: x, "should have shape")
+    assert rejects(
+        checks.check_orbit, orbit_with(right, polar=lambda e: e), "That is the elevation"
+    )
+    assert rejects(
+        checks.check_orbit, orbit_with(right, polar=lambda e: 90 + e), "sign of the elevation"
+    )
+    assert rejects(
+        checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n + 1)[1:]), "modulo 360"
+    )
+    assert rejects(
+        checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n)), "N \\+ 1 points"
+    )
+    assert rejects(
+        checks.check_orbit, orbit_with(lambda n: torch.linspace(0, 360, n) % 360), "N \\+ 1 points"
+    )
+    assert rejects(checks.check_orbit, orbit_with(lambda n: -right(n) % 360), "the other way")
+    assert rejects(
+        checks.check_orbit, lambda n, e: orbit_with(right)(n, e).flip(-1), "columns are exchanged"
+    )
+    assert rejects(checks.check_orbit, lambda n, e: orbit_with(right)(n, e).deg2rad(), "radians")
+    assert rejects(checks.check_orbit, lambda n, e: right(n), "shape")
 
 
-def _regrouped(x, r):
-    return x.unflatten(1, (r * r, -1)).transpose(1, 2).flatten(1, 2)
+# ---------------------------------------------------------------- exercise 2
 
 
-def depth_solution(
-    distance=lambda z, cos: z / cos, last=torch.logit, scale=lambda offset, radius: offset / radius
+def rays_with(
+    half=0.5, unit=True, world=True, transpose=False, scaled=True, order="right", indexing="ij"
 ):
-    def depth_logits(depth, origins, directions, forward, radius):
-        t = distance(depth, (directions * forward).sum(-1, keepdim=True))
-        return last((scale(t - origins.norm(dim=-1, keepdim=True), radius) + 1) / 2)
+    def latent_rays(K, c2w, size, grid):
+        at = (torch.arange(grid) + half) * (size / grid if scaled else 1)
+        v, u = torch.meshgrid(at, at, indexing=indexing)
+        d = torch.stack([u, v, torch.ones_like(u)], -1) @ torch.linalg.inv(K).T
+        if world:
+            d = d @ (c2w[:3, :3] if transpose else c2w[:3, :3].T)
+        d = torch.nn.functional.normalize(d, dim=-1) if unit else d
+        o = c2w[:3, 3].expand_as(d)
+        m = torch.linalg.cross(o, d)
+        parts = {"right": (m, d), "d x o": (-m, d), "d first": (d, m), "origin": (o, d)}
+        return torch.cat(parts[order], -1)
 
-    return depth_logits
+    return latent_rays
 
 
-def test_depth_checker():
-    check = checks.check_depth_logits
-    assert accepts(check, depth_solution())
-    assert accepts(check, checks.depth_logits_for)
-    assert rejects(check, depth_solution(distance=lambda z, cos: z), "z-depth for the distance")
-    assert rejects(
-        check, depth_solution(distance=lambda z, cos: z * cos), "multiplied by the cosine"
+def test_latent_rays_checker():
+    assert accepts(checks.check_latent_rays, rays_with())
+    assert rejects(checks.check_latent_rays, rays_with(order="d x o"), "d x o")
+    assert rejects(checks.check_latent_rays, rays_with(order="d first"), "moment first")
+    assert rejects(checks.check_latent_rays, rays_with(order="origin"), "origin itself")
+    assert rejects(checks.check_latent_rays, rays_with(half=0.0), "half pixel")
+    assert rejects(checks.check_latent_rays, rays_with(scaled=False), "grid indices")
+    assert rejects(checks.check_latent_rays, rays_with(unit=False), "unit length")
+    assert rejects(checks.check_latent_rays, rays_with(world=False), "camera's frame")
+    assert rejects(checks.check_latent_rays, rays_with(transpose=True), "transpose")
+    assert rejects(checks.check_latent_rays, rays_with(indexing="xy"), "Rows and columns")
+
+
+# ---------------------------------------------------------------- exercise 3
+
+
+def test_from_opengl_checker():
+    def diagonal(*values):
+        return torch.diag(torch.tensor([*values, 1.0]))
+
+    inverse = torch.linalg.inv
+    assert accepts(
+        checks.check_from_opengl, lambda c2w: cam.invert_rigid(cam.opengl_to_opencv(c2w))
     )
-    assert rejects(check, depth_solution(last=lambda u: u), "sigmoid of the logit")
-    assert rejects(check, depth_solution(last=lambda u: 2 * u - 1), r"2 sigmoid\(x\) - 1")
+    assert rejects(checks.check_from_opengl, lambda c2w: c2w @ FLIP, "still camera to world")
+    assert rejects(checks.check_from_opengl, lambda c2w: inverse(c2w), "did not flip")
+    assert rejects(checks.check_from_opengl, lambda c2w: inverse(FLIP @ c2w), "turns the WORLD")
     assert rejects(
-        check, depth_solution(scale=lambda offset, radius: offset), "units of the object's radius"
+        checks.check_from_opengl,
+        lambda c2w: inverse(c2w @ diagonal(1.0, -1.0, 1.0)),
+        "Only y is flipped",
     )
-
-
-def dino_solution(tau_s=0.1, tau_t=0.05, sign=-1.0, other=True, keep_gradient=False, factor=0.5):
-    def dino_loss(student, teacher, center):
-        targets = ((teacher + sign * center) / tau_t).softmax(-1)
-        targets = targets if keep_gradient else targets.detach()
-        return factor * sum(
-            F.cross_entropy(student[a] / tau_s, targets[1 - a if other else a]) for a in (0, 1)
-        )
-
-    return dino_loss
-
-
-def test_dino_checker():
-    check = checks.check_dino_loss
-    assert accepts(check, dino_solution())
-    assert accepts(check, checks.dino_loss_of)
-    assert rejects(check, dino_solution(sign=0.0), "centre is missing")
-    assert rejects(check, dino_solution(sign=1.0), "centre is added")
-    assert rejects(check, dino_solution(other=False), "compared with itself")
-    assert rejects(check, dino_solution(tau_s=0.05, tau_t=0.1), "temperatures are swapped")
-    assert rejects(check, dino_solution(tau_t=1.0), "not sharpened")
-    assert rejects(check, dino_solution(factor=1.0), "sum of both directions")
-    assert rejects(check, dino_solution(keep_gradient=True), "gradient for the teacher")
-
-
-def test_the_cost_of_attention_as_the_notebook_counts_it():
-    """16 x 36 x 36 tokens at paper scale, whose weights fill 430 million numbers per
-    head.
-    """
-    config = preset("paper")
-    tokens = config.num_frames * (config.latent_size // config.decoder_patch) ** 2
-    assert tokens == 20_736 and math.isclose(tokens**2, 4.3e8, rel_tol=1e-2)
+    assert rejects(
+        checks.check_from_opengl,
+        lambda c2w: inverse(c2w @ diagonal(1.0, 1.0, -1.0)),
+        "Only z is flipped",
+    )
+    assert rejects(
+        checks.check_from_opengl, lambda c2w: inverse(c2w @ diagonal(-1.0, 1.0, -1.0)), "x and z"
+    )
+    assert rejects(checks.check_from_opengl, lambda c2w: (c2w @ FLIP).mT, "does not invert")

@@ -39,7 +39,7 @@ def notebook(tmp_path):
     )
     header = new_markdown_cell("| Time | <!-- measured -->old<!-- /measured --> |")
     cells = [header, parameters, new_code_cell("print(steps * lr)"), new_code_cell("1 / divisor")]
-    path = tmp_path / "02_small.ipynb"
+    path = tmp_path / "03_small.ipynb"
     nbformat.write(new_notebook(cells=cells), path)
     return path
 
@@ -164,23 +164,23 @@ def test_a_killed_run_keeps_what_it_had(notebook, tmp_path, signal_, state):
     record = json.loads((out / "run.json").read_text())
     assert record["state"] == state and record["parameters"] == {}
     keep_stopped(notebook, out)
-    assert [path.name for path in out.glob("*.ipynb")] == ["02_small.stopped.ipynb"]
+    assert [path.name for path in out.glob("*.ipynb")] == ["03_small.stopped.ipynb"]
 
 
 @pytest.mark.parametrize("record", ["", "[1]", '{"state": "running"}', "{", None])
 def test_a_damaged_record_is_one_of_a_stopped_run(tmp_path, record):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "02_small.ipynb").write_text("{")  # written by half
+    (out / "03_small.ipynb").write_text("{")  # written by half
     if record is not None:
         (out / "run.json").write_text(record)
     assert (
-        runner.collected_metrics(out / "02_small.ipynb")
+        runner.collected_metrics(out / "03_small.ipynb")
         == {}
         == runner.collected_metrics(out / "none.ipynb")
     )
-    runner.keep_stopped(tmp_path / "02_small.ipynb", out)
-    assert (out / "02_small.stopped.ipynb").is_file() and not (out / "02_small.ipynb").exists()
+    runner.keep_stopped(tmp_path / "03_small.ipynb", out)
+    assert (out / "03_small.stopped.ipynb").is_file() and not (out / "03_small.ipynb").exists()
 
 
 def within(seconds: float, happened) -> bool:
@@ -386,9 +386,9 @@ def test_of_a_progress_bar_a_line_a_minute_and_the_last_are_shown():
 
 def test_make_full_runs_a_parameter_set():
     shown = subprocess.run(
-        ["make", "-n", "full", "NB=05", "PARAMS=paper"], cwd=ROOT, capture_output=True, text=True
+        ["make", "-n", "full", "NB=07", "PARAMS=paper"], cwd=ROOT, capture_output=True, text=True
     )
-    assert "-m gsv3d_lib run 05 --params paper" in shown.stdout
+    assert "-m gsv3d_lib run 07 --params paper" in shown.stdout
     empty = subprocess.run(["make", "-n", "full"], cwd=ROOT, capture_output=True, text=True)
     assert empty.returncode and "say which notebook" in empty.stderr
 
@@ -398,7 +398,7 @@ def test_a_real_notebook_runs_from_a_parameter_file(tmp_path):
     parameters = tmp_path / "fit.yaml"
     parameters.write_text("steps: 320\nseed: 0\n")
     assert run.main(["02", "--params", str(parameters), "--out", str(tmp_path / "out")]) == 0
-    executed = nbformat.read(tmp_path / "out" / "02_gaussian_splatting.ipynb", as_version=4)
+    executed = nbformat.read(tmp_path / "out" / "03_gaussian_splatting.ipynb", as_version=4)
     (injected,) = [c for c in executed.cells if "injected-parameters" in c.metadata.get("tags", [])]
     assert "steps = 320" in injected.source
     assert json.loads((tmp_path / "out" / "run.json").read_text())["state"] == "finished"

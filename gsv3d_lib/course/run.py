@@ -1,8 +1,8 @@
 """Run a notebook with other parameters, through papermill, and keep a record of the
 run.
 
-    python -m gsv3d_lib run 05 --params paper        notebooks/params/05_paper.yaml
-    python -m gsv3d_lib run 05 --set steps=200 --set seed=1 --out runs/05-again
+    python -m gsv3d_lib run 07 --params paper        notebooks/params/07_paper.yaml
+    python -m gsv3d_lib run 07 --set steps=200 --set seed=1 --out runs/07-again
 
 Before anything runs, all is checked that can be (`course/parameters.py`): names, types
 and ranges, pictures and checkpoints, and a training that the notebook would start

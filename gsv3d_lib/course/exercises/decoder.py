@@ -1,4 +1,4 @@
-"""Checkers for notebook 04: pixel shuffle, the depth head's target, and DINO's loss."""
+"""Checkers for notebook 06: pixel shuffle, the depth head's target, and DINO's loss."""
 
 from __future__ import annotations
 

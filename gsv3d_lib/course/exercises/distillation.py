@@ -1,4 +1,4 @@
-"""Checkers of notebook 05: the LoRA merged into its layer, the loss of stage 2, the
+"""Checkers of notebook 07: the LoRA merged into its layer, the loss of stage 2, the
 gradient that reaches the latents.
 """
 

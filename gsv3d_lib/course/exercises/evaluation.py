@@ -1,4 +1,4 @@
-"""Notebook 06: PSNR of the object alone, Chamfer distance as a loss, a paired interval.
+"""Notebook 08: PSNR of the object alone, Chamfer distance as a loss, a paired interval.
 Solutions first, then checkers.
 """
 
@@ -111,7 +111,7 @@ def check_chamfer_loss(solution) -> None:
         squared: "These are squared distances: take the root before the mean.",
         2
         * squared: "These are squared distances: take the root before the mean, and halve the sum.",
-        there + back: "You added the two directions; equation (6.4) takes half of their sum.",
+        there + back: "You added the two directions; equation (8.4) takes half of their sum.",
         there + back / 2: "You summed over the points; take the mean over the points of each set.",
     }
     for wrong, hint in hints.items():

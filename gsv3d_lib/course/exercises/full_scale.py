@@ -1,4 +1,4 @@
-"""Checkers of notebook 07: memory of a training, gradient accumulation, and sharing a
+"""Checkers of notebook 11: memory of a training, gradient accumulation, and sharing a
 batch among processes.
 """
 
@@ -15,7 +15,7 @@ from . import ask, checker, expect, expect_close
 @checker
 def check_training_memory(training_memory: Callable) -> None:
     """training_memory(parameters, trained, activations, micro_batch, half) -> bytes,
-    equation (7.1).
+    equation (11.1).
     """
     plain = ask(training_memory, 1000, 1000, 0, 1, False)
     hint = "Without activations, fully trained: 4 bytes of weight, 4 of gradient and 8 of AdamW's averages, 16 in all."
@@ -74,7 +74,7 @@ def check_accumulate(accumulate: Callable) -> None:
 
 @checker
 def check_share_of_batch(share_of_batch: Callable) -> None:
-    """share_of_batch(rank, world, batch) -> list of example indices, equation (7.4)."""
+    """share_of_batch(rank, world, batch) -> list of example indices, equation (11.4)."""
     shares = [ask(share_of_batch, rank, 2, 6) for rank in (0, 1)]
     expect(all(isinstance(s, list) for s in shares), "Return a list of whole numbers.")
     together = sorted(shares[0] + shares[1])

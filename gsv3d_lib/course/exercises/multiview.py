@@ -1,4 +1,4 @@
-"""Checkers of notebook 03: SV3D's orbit, Plücker rays of a latent grid, and cameras
+"""Checkers of notebook 04: SV3D's orbit, Plücker rays of a latent grid, and cameras
 from OpenGL.
 """
 

@@ -1,4 +1,4 @@
-"""Checkers of notebook 02: how far a splat reaches, expected depth, and the gradient of
+"""Checkers of notebook 03: how far a splat reaches, expected depth, and the gradient of
 depth.
 """
 
@@ -187,7 +187,7 @@ def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
     weights = alphas * before
     total, depth = weights.sum(), (weights * depths).sum() / weights.sum()
 
-    def sum_gradient(features: Tensor) -> Tensor:  # of sum w f, equation (2.12)
+    def sum_gradient(features: Tensor) -> Tensor:  # of sum w f, equation (3.12)
         from_i_on = (weights * features).flip(0).cumsum(0).flip(0)
         return before * features - (from_i_on - weights * features) / (1 - alphas)
 
