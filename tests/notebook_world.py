@@ -16,7 +16,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
 def read_notebook(number: str) -> nbformat.NotebookNode:
-    """The notebook whose name begins with `number`, such as "02"."""
+    """The notebook whose name begins with `number`, such as "03"."""
     (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
     return nbformat.read(path, as_version=4)
 

@@ -21,7 +21,7 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def notebook() -> dict:
-    return definitions("02")
+    return definitions("03")
 
 
 @pytest.fixture(scope="module")

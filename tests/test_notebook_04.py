@@ -17,7 +17,7 @@ FLIP = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 
 @pytest.fixture(scope="module")
 def cells():
-    return definitions("03")
+    return definitions("04")
 
 
 @pytest.fixture

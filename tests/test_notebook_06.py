@@ -19,7 +19,7 @@ CLOSE = dict(atol=1e-5, rtol=1e-5)
 
 @pytest.fixture(scope="module")
 def notebook():
-    return definitions("04")
+    return definitions("06")
 
 
 @pytest.fixture(scope="module")

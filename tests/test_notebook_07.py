@@ -24,7 +24,7 @@ from gsv3d_lib.unet import build_unet
 
 @pytest.fixture(scope="module")
 def cells():
-    return definitions("05")
+    return definitions("07")
 
 
 SIGMA = torch.tensor([0.3, 5.0])

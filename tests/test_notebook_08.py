@@ -31,7 +31,7 @@ TABLE = json.loads((ROOT / "data" / "results" / "tiny-gso.json").read_text())
 
 @pytest.fixture(scope="module")
 def notebook() -> dict:
-    return definitions("06")
+    return definitions("08")
 
 
 def random_images(*shape, seed=0) -> torch.Tensor:

@@ -15,7 +15,7 @@ def test_bytes_by_hand_are_the_ledgers():
     with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda t: t):
         result = model(x)
     assert (
-        definitions("07")["kept_bytes"](model, x)
+        definitions("11")["kept_bytes"](model, x)
         == ledger.bytes
         == 4 * (x.numel() + result.numel())
     )
@@ -31,7 +31,7 @@ def memory(parameters, trained, activations, micro_batch, half):
 def test_memory_of_a_training():
     check = full_scale.check_training_memory
     assert accepts(check, memory)
-    assert not check(definitions("07")["training_memory"])
+    assert not check(definitions("11")["training_memory"])
     assert rejects(check, lambda p, t, a, m, h: 8 * p + m * a, "16 in all")
     assert rejects(check, lambda p, t, a, m, h: 16 * p + m * a, "Only what is trained")
     assert rejects(check, lambda p, t, a, m, h: 4 * p + 12 * t + a, "multiply by the micro-batch")
@@ -54,7 +54,7 @@ def by_library(loss_of, weight, batch, size):
 def test_gradient_accumulation():
     check = full_scale.check_accumulate
     assert accepts(check, by_library)
-    assert not check(definitions("07")["accumulate"])
+    assert not check(definitions("11")["accumulate"])
 
     def forgot_the_share(loss_of, weight, batch, size):
         for part in batch.split(size):
@@ -95,7 +95,7 @@ class Recorder(Stage):
 def test_sharing_a_batch():
     check = full_scale.check_share_of_batch
     assert accepts(check, lambda rank, world, batch: list(range(rank, batch, world)))
-    assert not check(definitions("07")["share_of_batch"])
+    assert not check(definitions("11")["share_of_batch"])
     assert rejects(check, lambda r, w, n: list(range(n)), "once each")
     assert rejects(
         check,

@@ -69,7 +69,7 @@ def test_wrong_parameters_are_named_before_anything_runs(
 ):
     monkeypatch.setattr(run, "find_notebooks", lambda _: [notebook])
     (tmp_path / "given.yaml").write_text(yaml.dump(given))
-    options = ["02", "--params", str(tmp_path / "given.yaml"), "--out", str(tmp_path / "out")]
+    options = ["03", "--params", str(tmp_path / "given.yaml"), "--out", str(tmp_path / "out")]
     assert run.main(options) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
@@ -122,7 +122,7 @@ import sys
 from pathlib import Path
 from gsv3d_lib.course import run
 run.find_notebooks = lambda _: [Path(sys.argv[1])]
-sys.exit(run.main(["02", "--out", sys.argv[2]]))
+sys.exit(run.main(["03", "--out", sys.argv[2]]))
 """
 
 
@@ -210,7 +210,7 @@ def test_a_failing_cell_is_one_sentence_and_the_rest_is_kept(
     notebook, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(run, "find_notebooks", lambda _: [notebook])
-    assert run.main(["02", "--set", "divisor=0", "--out", str(tmp_path / "out")]) == 1
+    assert run.main(["03", "--set", "divisor=0", "--out", str(tmp_path / "out")]) == 1
     assert "stopped: division by zero" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "out" / notebook.name).is_file()
     assert (
@@ -253,7 +253,7 @@ def test_every_parameter_file_fits_its_notebook(path):
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
-@pytest.mark.parametrize("number", ["01", "03", "04", "05", "07"])
+@pytest.mark.parametrize("number", ["01", "04", "06", "07", "11"])
 def test_every_training_notebook_has_three_scales(number, scale):
     (notebook,) = parameters.find_notebooks([number])
     given = parameters.read_parameters(parameters.PARAMS / f"{number}_{scale}.yaml")
@@ -271,7 +271,7 @@ def test_every_training_notebook_has_three_scales(number, scale):
         assert (config.stage2.steps, config.stage2.batch, config.stage2.lr) == (40_000, 32, 1e-5)
 
 
-@pytest.mark.parametrize("number", ["01", "03", "04", "05", "07"])
+@pytest.mark.parametrize("number", ["01", "04", "06", "07", "11"])
 def test_parameter_sets_in_the_prose_exist(number):
     (notebook,) = parameters.find_notebooks([number])
     prose = "\n".join(
@@ -305,7 +305,7 @@ def test_parameter_sets_in_the_prose_exist(number):
     ],
 )
 def test_a_training_that_would_fail_is_refused_before_the_notebook_runs(changes, message):
-    (notebook,) = parameters.find_notebooks(["04"])
+    (notebook,) = parameters.find_notebooks(["06"])
     everything = parameters.declared_parameters(notebook) | {"full_run": True} | changes
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run.check_training(everything)
@@ -397,7 +397,7 @@ def test_a_real_notebook_runs_from_a_parameter_file(tmp_path):
     """02, the quickest that trains: other steps than its default, through papermill."""
     parameters = tmp_path / "fit.yaml"
     parameters.write_text("steps: 320\nseed: 0\n")
-    assert run.main(["02", "--params", str(parameters), "--out", str(tmp_path / "out")]) == 0
+    assert run.main(["03", "--params", str(parameters), "--out", str(tmp_path / "out")]) == 0
     executed = nbformat.read(tmp_path / "out" / "03_gaussian_splatting.ipynb", as_version=4)
     (injected,) = [c for c in executed.cells if "injected-parameters" in c.metadata.get("tags", [])]
     assert "steps = 320" in injected.source
@@ -425,7 +425,7 @@ def test_refresh_leaves_a_failing_notebook_as_it_was(tmp_path, monkeypatch, caps
     nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), path)
     before = path.read_bytes()
     monkeypatch.setattr(parameters, "NOTEBOOKS", tmp_path)
-    assert refresh.main(["03", "--out", str(tmp_path)]) == 1
+    assert refresh.main(["04", "--out", str(tmp_path)]) == 1
     assert path.read_bytes() == before and "03_bad failed" in capsys.readouterr().err
 
 
