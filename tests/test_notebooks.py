@@ -162,20 +162,30 @@ def test_every_equation_names_the_function_that_implements_it(path):
 
 
 @teaching
-def test_exercises_are_rated_stubbed_and_checked(path):
+def test_exercises_predict_break_and_build(path):
+    """Each is rated, has a stub and a checker, and a solution that is not in sight."""
     text = prose(path)
-    count = len(re.findall(r"^### Exercise \d · ", text, re.M))
-    assert 2 <= count <= 3
-    assert len(re.findall(r"^Difficulty: [●○]{3} · about \d+ minutes", text, re.M)) == count
+    titles = re.findall(r"^### ((?:Exercise \d|Find the bug|Build) · .+)$", text, re.M)
+    kinds = [title.split(" · ")[0] for title in titles]
+    assert kinds.count("Find the bug") == kinds.count("Build") == 1
+    assert 3 <= len(titles) <= 6 and re.search(r"^### Predict · ", text, re.M)
+    ratings = re.findall(r"^Difficulty: [●○]{3} · about \d+ minutes", text, re.M)
+    assert len(ratings) == len(titles)
     checked = [c for c in cells(path, "code") if re.search(r"^\w+\.check_\w+\(", c.source, re.M)]
-    assert len(checked) == count
+    assert len(checked) == len(titles)
+    said = []
     for cell in checked:
-        stub = next(
-            node for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef)
-        )
-        assert len(ast.get_docstring(stub) or "") > 60 and stub.returns is not None
-        assert "not written yet" in "".join(out.get("text", "") for out in cell.outputs)
-        assert (ROOT / "tests" / f"test_notebook_{path.name[:2]}.py").is_file()
+        body = ast.parse(cell.source).body
+        stub = next(node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+        assert len(ast.get_docstring(stub) or "") > 60
+        said.append("".join(out.get("text", "") for out in cell.outputs))
+    assert sum("not written yet" in text for text in said) == len(titles) - 1
+    assert sum(text.startswith("✗ ") for text in said) == 1  # the bug
+    solutions = path.parent / "solutions" / f"{path.stem}.md"
+    solved = re.findall(r"^## (.+)$", solutions.read_text(encoding="utf-8"), re.M)
+    assert [title for title in titles if title not in solved] == []
+    assert f"solutions/{path.stem}.md" in text and "<summary>Solution" not in text
+    assert (ROOT / "tests" / f"test_notebook_{path.name[:2]}.py").is_file()
 
 
 @teaching

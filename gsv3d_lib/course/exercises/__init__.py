@@ -26,17 +26,20 @@ from torch import Tensor
 
 
 class Wrong(AssertionError):
-    """What is wrong with a solution, in one sentence. IPython shows only that sentence."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [f"✗ {self}"]
+    """What is wrong with a solution, in one sentence."""
 
 
 class Verdict:
-    """True or False, already told in print: as a cell's last value it shows nothing."""
+    """True or False with its sentence, which it prints when it is made.
 
-    def __init__(self, right: bool):
+    As a cell's last value it shows nothing. It never stops a run: a notebook may hold a
+    function that is wrong on purpose.
+    """
+
+    def __init__(self, right: bool, sentence: str):
         self.right = right
+        self.sentence = sentence
+        print(sentence)
 
     def __bool__(self) -> bool:
         return self.right
@@ -50,9 +53,7 @@ class _NotWritten(Exception):
 
 
 def checker(check: Callable) -> Callable:
-    """Turns a function that raises `Wrong` into one that reports in one line; returns a
-    Verdict.
-    """
+    """Turns a function that raises `Wrong` into one that returns a Verdict."""
 
     @wraps(check)
     def run(solution: Callable, **options) -> Verdict:
@@ -60,17 +61,15 @@ def checker(check: Callable) -> Callable:
         try:
             check(solution, **options)
         except _NotWritten:
-            print(f"○ {name}: not written yet. Replace the `...` and run the cell again.")
-            return Verdict(False)
-        except Wrong:
-            raise
+            todo = "not written yet. Replace the `...` and run the cell again."
+            return Verdict(False, f"○ {name}: {todo}")
+        except Wrong as wrong:
+            return Verdict(False, f"✗ {wrong}")
         # of another kind than what was asked for, so that comparing it fails
         except Exception as error:
-            raise Wrong(
-                f"{name} returned what cannot be compared ({type(error).__name__}: {error})."
-            ) from error
-        print(f"✓ {name}: right.")
-        return Verdict(True)
+            said = f"{type(error).__name__}: {error}"
+            return Verdict(False, f"✗ {name} returned what cannot be compared ({said}).")
+        return Verdict(True, f"✓ {name}: right.")
 
     return run
 
