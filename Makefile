@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 PIP_QUIET := $(if $(CI),--quiet)
 NOTEBOOKS := $(wildcard notebooks)
 
-.PHONY: help install demo test lab notebooks full train-tiny bench doctor lint clean
+.PHONY: help install demo test lab notebooks full train-tiny tables bench doctor lint clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -48,6 +48,9 @@ full: $(INSTALLED) ## one notebook with a parameter set: make full NB=07 PARAMS=
 train-tiny: $(INSTALLED) ## train all stages at tiny scale on procedural objects, into runs/tiny
 	$(PY) -m gsv3d_lib make_dataset --procedural 300 --seed 0 --out data/cache/procedural
 	$(PY) -m gsv3d_lib train --preset tiny --data data/cache/procedural --out runs/tiny
+
+tables: $(INSTALLED) ## write the generated tables of README and docs again
+	$(PY) tools/tables.py
 
 bench: $(INSTALLED) ## speed of the rasterisers, then of training steps and generation, on this machine
 	$(PY) benchmarks/rasterizer.py

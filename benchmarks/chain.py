@@ -1,14 +1,14 @@
-"""Where does the time of the chain go? The training steps and generation on one CPU
-thread, piece by piece.
+"""Where does the time of the chain go? Training steps and generation, piece by piece.
 
-    python benchmarks/chain.py [--sections steps generation comparisons] [--rounds 3] [--json FILE] [--markdown FILE]
+    python benchmarks/chain.py [--sections steps generation comparisons] [--rounds 3]
 
 Everything runs in one process on one thread, interleaved, so that other load on the
 machine hits all alike; reported is the minimum CPU time over the rounds. Only shares
 and ratios mean anything on another machine. Three sections:
 
-    steps        the pieces of one step of the diffusion stage, of stage 1 and of stage 2
-    generation   the pieces of one image -> Gaussians, and the whole against its matrix products timed alone
+    steps        the pieces of one step of the diffusion stage, of stage 1 and stage 2
+    generation   the pieces of one image -> Gaussians, and the whole against its matrix
+                 products timed alone
     comparisons  the same work done in two ways, each a ratio
 """
 
@@ -20,38 +20,40 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gsv3d_lib.cameras import batch_cameras
+from gsv3d_lib.attention import attending_with
+from gsv3d_lib.cameras import batch_cameras, orbit_cameras
 from gsv3d_lib.config import Config
 from gsv3d_lib.data.dataset import COLUMN_NAMES, ObjectViews, ViewTensors, resize_views
 from gsv3d_lib.data.examples import Orbits, load_orbits
-from gsv3d_lib.decoder import plane_sweep
-from gsv3d_lib.diffusion import Condition, diffusion_draws, guided_v, predict_v
-from gsv3d_lib.distillation import DistillationStage
+from gsv3d_lib.data.make_dataset import dataset_angles
+from gsv3d_lib.data.procedural.objects import procedural_object
+from gsv3d_lib.data.raycast import render_mesh
+from gsv3d_lib.decoder import deviation
+from gsv3d_lib.diffusion import diffusion_draws, guided_v, predict_v
 from gsv3d_lib.encoders import image_features, orbit_condition
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.lora import add_lora, load_lora, merged_lora
 from gsv3d_lib.pipeline import GSV3DPipeline
-from gsv3d_lib.pretraining import DiffusionStage
 from gsv3d_lib.rendering import render
-from gsv3d_lib.stage1 import DecoderStage
+from gsv3d_lib.stages import STAGES, build_stage, schedule_of
+from gsv3d_lib.system.paths import atomic_path
+from gsv3d_lib.system.provenance import commit, hardware
 from gsv3d_lib.training import Stage, draw_batch, update_average
 from gsv3d_lib.unet import FrameConv
 from gsv3d_lib.vae import encode
-from gsv3d_lib.weights.checkpoint import load_model
+from gsv3d_lib.weights.checkpoint import load_config, load_model
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "data" / "checkpoints" / "tiny"
@@ -62,25 +64,19 @@ SECTIONS = ("steps", "generation", "comparisons")
 
 def make_orbits(config: Config, vae) -> Orbits:
     """Two procedural objects, rendered here and encoded."""
-    from gsv3d_lib.cameras import orbit_cameras
-    from gsv3d_lib.data.make_dataset import dataset_angles
-    from gsv3d_lib.data.procedural.objects import procedural_object
-    from gsv3d_lib.data.raycast import render_mesh
-
     parts = []
     for seed in OBJECTS:
         azimuths, elevations = dataset_angles(seed)
         cameras = orbit_cameras(azimuths, elevations, config.image_size)
         rgba, depth = render_mesh(procedural_object(seed), cameras, 1)
-        views = ObjectViews(
-            str(seed), (rgba * 255).round().astype("u1"), depth, cameras, azimuths, elevations
-        )
+        pixels = (rgba * 255).round().astype("u1")
+        views = ObjectViews(str(seed), pixels, depth, cameras, azimuths, elevations)
         parts.append(resize_views(views, config.image_size))
     columns = {name: torch.stack(column) for name, column in zip(COLUMN_NAMES, zip(*parts))}
     return load_orbits(ViewTensors([str(seed) for seed in OBJECTS], **columns), vae, progress=False)
 
 
-# ----------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- measuring
 
 
 class Watch:
@@ -97,9 +93,7 @@ class Watch:
 
     @contextmanager
     def modules(self, **modules: nn.Module | None) -> Iterator[None]:
-        """Within the block every forward pass of the modules is added under their
-        names.
-        """
+        """Within the block forward passes of modules are added under their names."""
         entered: list[float] = []
         handles = []
         for name, module in modules.items():
@@ -107,13 +101,13 @@ class Watch:
                 continue
 
             def leave(*_, name=name):
-                self.seconds[name] = (
-                    self.seconds.get(name, 0.0) + time.process_time() - entered.pop()
-                )
+                spent = time.process_time() - entered.pop()
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
-            handles.append(
-                module.register_forward_pre_hook(lambda *_: entered.append(time.process_time()))
-            )
+            def enter(*_):
+                entered.append(time.process_time())
+
+            handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave))
         try:
             yield
@@ -123,14 +117,14 @@ class Watch:
 
     def rest_of(self, whole: str, parts: tuple[str, ...], rest: str) -> None:
         """Rename what `whole` took beyond its parts."""
-        self.seconds[rest] = self.seconds.pop(whole) - sum(
-            self.seconds.get(part, 0.0) for part in parts
-        )
+        known = sum(self.seconds.get(part, 0.0) for part in parts)
+        self.seconds[rest] = self.seconds.pop(whole) - known
 
 
 class Cut:
-    """Tensors that go on as new leaves, so that the backward passes behind and before
-    them can be timed apart.
+    """Tensors that go on as new leaves.
+
+    So the backward passes behind and before them can be timed apart.
     """
 
     def __init__(self, tensors: list[Tensor]):
@@ -139,10 +133,8 @@ class Cut:
 
     def backward(self) -> None:
         """Hand on the gradients that have arrived at the leaves."""
-        arrived = [
-            (t, leaf.grad) for t, leaf in zip(self.outputs, self.leaves) if leaf.grad is not None
-        ]
-        torch.autograd.backward(*zip(*arrived))
+        pairs = [(t, leaf.grad) for t, leaf in zip(self.outputs, self.leaves)]
+        torch.autograd.backward(*zip(*(pair for pair in pairs if pair[1] is not None)))
 
 
 def minimum(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -151,8 +143,9 @@ def minimum(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def least(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Minimum CPU milliseconds of each action; they take turns, and the first turn
-    warms up.
+    """Minimum CPU milliseconds of each action.
+
+    They take turns, and the first turn warms up.
     """
     seconds = dict.fromkeys(actions, math.inf)
     for turn in range(rounds + 1):
@@ -163,14 +156,15 @@ def least(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return {name: 1e3 * value for name, value in seconds.items()}
 
 
-# -------------------------------------------------------------------------------------------------- training steps
+# ---------------------------------------------------------------- training steps
 
 
 def timed_step(
     stage: Stage, optimizer, average: dict[str, Tensor], batch: int, ema: float
 ) -> Watch:
-    """One step as `training.train` makes it. The graph is cut behind U-Net and decoder,
-    which changes no gradient.
+    """One step as `training.train` makes it.
+
+    The graph is cut behind U-Net and decoder, which changes no gradient.
     """
     watch, cuts = Watch(), {}
 
@@ -210,47 +204,36 @@ def timed_step(
 def make_stages(
     orbits: Orbits, config: Config, weights: Path = WEIGHTS
 ) -> dict[str, tuple[Stage, int, float]]:
-    """The three stages with the shipped weights, each with its batch and the decay of
-    its average.
-    """
-
-    def model(name: str, trained: bool = True) -> nn.Module:
-        return load_model(weights, name).requires_grad_(trained)
-
+    """The stages with shipped weights; each with batch and decay of its average."""
     config = config.replace(view_counts=(config.num_frames,))
-    unet = add_lora(model("unet"), config.lora_rank)
-    with torch.no_grad():
-        for name, p in unet.named_parameters():
-            if "lora_B" in name:
-                # at its start a LoRA is zero, and so would be half of its gradients
-                p.normal_(std=1e-3)
-    stages = {
-        "diffusion": (
-            DiffusionStage(model("unet"), model("clip"), orbits, config),
-            config.diffusion_schedule,
-        ),
-        "stage1": (DecoderStage(model("decoder"), model("dino"), orbits, config), config.stage1),
-        "stage2": (
-            DistillationStage(unet, model("clip"), model("decoder"), model("dino"), orbits, config),
-            config.stage2,
-        ),
-    }
-    return {
-        name: (stage, schedule.batch, schedule.ema) for name, (stage, schedule) in stages.items()
-    }
+    stages = {}
+    for name in ("diffusion", "stage1", "stage2"):
+        models = {m: load_model(weights, m).requires_grad_(True) for m in STAGES[name].models}
+        if "lora" in STAGES[name].trains:
+            start_lora(models["unet"], config.lora_rank)
+        schedule = schedule_of(config, name)
+        stages[name] = build_stage(name, config, models, orbits), schedule.batch, schedule.ema
+    return stages
+
+
+@torch.no_grad()
+def start_lora(unet, rank: int) -> None:
+    """Add a LoRA that has begun to learn: a new one is zero, and half its gradients."""
+    add_lora(unet, rank)
+    for name, p in unet.named_parameters():
+        if "lora_B" in name:
+            p.normal_(std=1e-3)
 
 
 def measure_steps(orbits: Orbits, config: Config, rounds: int) -> dict:
     """{stage: {"batch": B, "cpu_ms": {piece: milliseconds}}}"""
-    stages, taken = make_stages(orbits, config), {}
-    state = {}
+    stages, taken, state = make_stages(orbits, config), {}, {}
     for name, (stage, _, ema) in stages.items():
         parameters = [p for p in stage.parameters() if p.requires_grad]
-        average = (
-            {key: p.detach().clone() for key, p in stage.training_state().items()} if ema else {}
-        )
-        # every round: the same weights
-        state[name] = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.99)), average
+        copies = {key: p.detach().clone() for key, p in stage.training_state().items()}
+        # no learning: every round has the same weights
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.99))
+        state[name] = optimizer, copies if ema else {}
     for turn in range(rounds + 1):
         for name, (stage, batch, ema) in stages.items():
             seconds = timed_step(stage, *state[name], batch, ema).seconds
@@ -261,13 +244,13 @@ def measure_steps(orbits: Orbits, config: Config, rounds: int) -> dict:
     }
 
 
-# -------------------------------------------------------------------------------------------------------- products
+# ---------------------------------------------------------------- products
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}  # and every kind of fused attention
 
 
 class Layout(NamedTuple):
-    """What a product's time depends on of a tensor; stride 0 is an expanded dimension."""
+    """What a product's time depends on of a tensor; stride 0: an expanded axis."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -280,9 +263,7 @@ class Layout(NamedTuple):
 
 
 class Product(NamedTuple):
-    """One call of a matrix product, convolution or attention, with layouts in the place
-    of tensors.
-    """
+    """One call of a product, convolution or attention; layouts stand for tensors."""
 
     function: torch._ops.OpOverload
     args: tuple
@@ -312,8 +293,9 @@ def frozen(value):
 
 
 def replayed(calls: list[Product]) -> Callable[[], None]:
-    """A function that makes the calls again, in order and nothing else, on random
-    tensors of the same layouts.
+    """A function that makes the calls again, in order and nothing else.
+
+    It does so on random tensors of the same layouts.
     """
     ready = {}
     for call in set(calls):
@@ -330,13 +312,11 @@ def replayed(calls: list[Product]) -> Callable[[], None]:
     return replay
 
 
-# ------------------------------------------------------------------------------------------------------ generation
+# ---------------------------------------------------------------- generation
 
 
 def without_frame_conv(unet):
-    """The U-Net with diffusers' own three-dimensional convolutions over frames. In
-    place.
-    """
+    """The U-Net with diffusers' 3-D convolutions over frames, in place."""
     for module in list(unet.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, FrameConv):
@@ -348,7 +328,7 @@ def without_frame_conv(unet):
 
 
 def without_token_attention(unet):
-    """The U-Net with queries and keys in its attention to the one token. In place."""
+    """The U-Net with queries and keys in its attention to the one token, in place."""
     unet.set_attn_processor(AttnProcessor2_0())
     return unet
 
@@ -358,48 +338,37 @@ def std_of_views(values: Tensor) -> Tensor:
     return values.std(0, correction=0)
 
 
-def guided_by_two(
-    unet, noisy: Tensor, sigma: Tensor, condition: Condition, weight: Tensor
-) -> Tensor:
-    """`diffusion.guided_v` in two passes, one with the condition and one without."""
-    v, null = (predict_v(unet, noisy, sigma, c) for c in (condition, condition.dropped()))
-    return null + weight * (v - null)
+class TwoPasses(nn.Module):
+    """A U-Net that takes the two halves of a guided batch one after the other.
 
-
-def lora_apart(unet, scale: float | None = None):
-    """In place of `lora.merged_lora`: the U-Net with its LoRA beside the weights."""
-    return unet
-
-
-@contextmanager
-def plain_code() -> Iterator[None]:
-    """Within the block: the LoRA apart, two passes for guidance, and torch's `std` in
-    the plane sweep.
+    The network is no submodule, so `lora.merged_lora` finds no LoRA here to merge.
     """
-    ways = {
-        "pipeline.merged_lora": lora_apart,
-        "diffusion.guided_v": guided_by_two,
-        "decoder.deviation": std_of_views,
-    }
-    with ExitStack() as stack:
-        for name, way in ways.items():
-            stack.enter_context(patch(f"gsv3d_lib.{name}", way))
-        yield
+
+    def __init__(self, unet):
+        super().__init__()
+        self.hidden = [unet]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden[0].device
+
+    def forward(self, *inputs: Tensor | float) -> Tensor:
+        halves = zip(*(i.chunk(2) if isinstance(i, Tensor) else (i, i) for i in inputs))
+        return torch.cat([self.hidden[0](*half) for half in halves])
 
 
 def measure_generation(orbits: Orbits, rounds: int, steps: int) -> dict:
-    """The pieces of `pipe.generate`, the whole against its products, and the same
-    without the shortcuts.
+    """The pieces of `pipe.generate`, and the whole against its products.
+
+    Both also without the shortcuts: the LoRA apart, two passes for guidance, diffusers'
+    convolutions over frames, and queries and keys for the one token.
     """
-    image, options = (
-        orbits.scene(0).rgb[12],
-        dict(steps=steps, progress=False, back_projection=False),
-    )
+    image = orbits.scene(0).rgb[12]
+    options = dict(steps=steps, progress=False, back_projection=False)
     pipe, plain = (GSV3DPipeline.from_pretrained(WEIGHTS, device="cpu") for _ in range(2))
-    without_token_attention(without_frame_conv(plain.unet))
-    models = dict(
-        vae=pipe.vae.encoder, clip=pipe.clip, unet=pipe.unet, dino=pipe.dino, decoder=pipe.decoder
-    )
+    plain.unet = TwoPasses(without_token_attention(without_frame_conv(plain.unet)))
+    models = {name: getattr(pipe, name) for name in ("clip", "unet", "dino", "decoder")}
+    models = {"vae": pipe.vae.encoder} | models
     pieces: list[dict[str, float]] = []
 
     def generate():
@@ -411,8 +380,7 @@ def measure_generation(orbits: Orbits, rounds: int, steps: int) -> dict:
         return result.gaussians
 
     def generate_plainly():
-        with plain_code():
-            return plain.generate(image, **options).gaussians
+        return plain.generate(image, **options).gaussians
 
     with Products() as now:
         ours = generate()
@@ -426,6 +394,7 @@ def measure_generation(orbits: Orbits, rounds: int, steps: int) -> dict:
         "its products, plain": replayed(before.calls),
     }
     cpu_ms = least(actions, rounds)
+    differences = [a - b for a, b in zip(ours.tensors(), theirs.tensors())]
     return {
         "steps": steps,
         "cpu_ms": cpu_ms,
@@ -438,13 +407,11 @@ def measure_generation(orbits: Orbits, rounds: int, steps: int) -> dict:
         "ratio to products": cpu_ms["generation"] / cpu_ms["its products"],
         "ratio to products, plain": cpu_ms["generation, plain"] / cpu_ms["its products, plain"],
         "plain / now": cpu_ms["generation, plain"] / cpu_ms["generation"],
-        "largest difference": max(
-            float((a - b).abs().max()) for a, b in zip(ours.tensors(), theirs.tensors())
-        ),
+        "largest difference": max(float(d.abs().max()) for d in differences),
     }
 
 
-# ----------------------------------------------------------------------------------------------------- comparisons
+# ---------------------------------------------------------------- comparisons
 
 
 class Comparison(NamedTuple):
@@ -489,23 +456,21 @@ def bf16():
 
 
 class Workbench:
-    """One orbit with its condition, and four pieces of work on it. Guided or not, the
-    U-Net gets two orbits at once.
+    """One orbit with its condition, and the pieces of work on it.
+
+    Guided or not, the U-Net gets two orbits at once.
     """
 
     def __init__(self, orbits: Orbits, config: Config):
         orbit = orbits.orbit(0, 12, config.num_frames)
         draws = diffusion_draws(orbit["latents"], torch.Generator().manual_seed(0), config)
-        batch = {
-            key: value[None] for key, value in (orbit | draws | {"keep": torch.ones(())}).items()
-        }
+        parts = orbit | draws | {"keep": torch.ones(())}
+        batch = {key: value[None] for key, value in parts.items()}
         clip, dino, decoder = (load_model(WEIGHTS, name) for name in ("clip", "dino", "decoder"))
         self.latents, self.sigma = batch["latents"], torch.tensor([2.0])
         self.noisy = self.latents + 2.0 * batch["noise"]
         self.cameras = batch_cameras(batch["azimuth"], batch["elevation"], config.image_size)
-        self.four = batch_cameras(
-            batch["azimuth"][:, ::4], batch["elevation"][:, ::4], config.image_size
-        )[0]
+        self.four = self.cameras[0][::4]
         self.pictures = orbits.scene(0).rgb[: config.num_frames]
         with torch.no_grad():
             self.condition = orbit_condition(batch, clip, config)
@@ -513,26 +478,20 @@ class Workbench:
             self.scene = decoder(self.latents, self.cameras, self.features)[0]
 
     @torch.no_grad()
-    def sample(self, unet, ask=guided_v, context=nullcontext) -> Tensor:
+    def sample(self, unet, context=nullcontext) -> Tensor:
         """What a step of the sampler asks of the U-Net."""
         with context():
-            return ask(unet, self.noisy, self.sigma, self.condition, 1.5)
+            return guided_v(unet, self.noisy, self.sigma, self.condition, 1.5)
 
     def train(self, unet, context=nullcontext, vae=None) -> None:
-        """The U-Net there and back, after encoding the views of two orbits if there is
-        a `vae`.
-        """
+        """The U-Net there and back; with a `vae`, first the views of two orbits."""
         if vae is not None:
             with torch.no_grad():
                 encode(vae, torch.cat([self.pictures, self.pictures]))
         unet.zero_grad(set_to_none=True)
+        noisy, sigma = self.noisy.repeat(2, 1, 1, 1, 1), self.sigma.repeat(2)
         with context():
-            v = predict_v(
-                unet,
-                self.noisy.repeat(2, 1, 1, 1, 1),
-                self.sigma.repeat(2),
-                self.condition.with_null(),
-            )
+            v = predict_v(unet, noisy, sigma, self.condition.with_null())
         v.float().square().mean().backward()
 
     def decode(self, decoder, context=nullcontext) -> None:
@@ -543,13 +502,12 @@ class Workbench:
             maps = decoder.output_maps(latents, self.cameras, self.features)[0]
         maps.float().square().mean().backward()
 
-    def sweep(self, decoder, context=nullcontext) -> None:
-        """The decoder's plane sweep alone, there and back to its latents."""
-        latents = self.latents[0].clone().requires_grad_()
-        with context():
-            plane_sweep(
-                latents, self.cameras[0], tuple(latents.shape[-2:]), decoder.config
-            ).square().mean().backward()
+    def spread(self, config, function) -> None:
+        """A deviation over the views, as in the plane sweep, there and back."""
+        frames, channels, height, width = self.latents[0].shape
+        seen = torch.linspace(-2, 2, frames * channels * height * width * config.planes)
+        seen = seen.sin().reshape(frames, channels, height * width, -1).requires_grad_()
+        function(seen).square().mean().backward()
 
     def render(self, groups: list) -> None:
         """The Gaussians rendered from each group of cameras, and back."""
@@ -560,63 +518,50 @@ class Workbench:
 def sampling_comparisons(bench: Workbench) -> Iterator[Comparison]:
     work, sample = "U-Net, one guided step", bench.sample
     base, apart = load_model(WEIGHTS, "unet"), lora_unet()
-    lora = merged_lora(apart)
+    merged = merged_lora(apart)
     full = without_token_attention(copy.deepcopy(base))
     slow = without_frame_conv(copy.deepcopy(base))
-    token, frame = "attention to one token without queries and keys", "frame convolution in 2-D"
-    yield Comparison(work, "LoRA merged", "yes", lambda: sample(apart), lambda: sample(lora))
-    yield Comparison(work, token, "yes", lambda: sample(full), lambda: sample(base))
-    yield Comparison(work, frame, "yes", lambda: sample(slow), lambda: sample(base))
-    last = channels_last(base)
-    yield Comparison(work, "channels last", "no", lambda: sample(base), lambda: sample(last))
-    yield Comparison(
-        work, "bf16 autocast", "no", lambda: sample(base), lambda: sample(base, context=bf16)
-    )
-    together = "condition and null condition in one batch"
-    yield Comparison(
-        work, together, "yes", lambda: sample(base, guided_by_two), lambda: sample(base)
-    )
+    last, twice = channels_last(base), TwoPasses(base)
+
+    def compare(idea: str, used: str, without, with_it, **options) -> Comparison:
+        return Comparison(
+            work, idea, used, partial(sample, without), partial(sample, with_it, **options)
+        )
+
+    yield compare("LoRA merged", "yes", apart, merged)
+    yield compare("attention to one token without queries and keys", "yes", full, base)
+    yield compare("frame convolution in 2-D", "yes", slow, base)
+    yield compare("channels last", "no", base, last)
+    yield compare("bf16 autocast", "no", base, base, context=bf16)
+    yield compare("condition and null condition in one batch", "yes", twice, base)
 
 
 def training_comparisons(bench: Workbench) -> Iterator[Comparison]:
-    work, train = "U-Net, 2 orbits, forward and backward", bench.train
+    compare = partial(Comparison, "U-Net, 2 orbits, forward and backward")
     unet, vae = load_model(WEIGHTS, "unet"), load_model(WEIGHTS, "vae")
     slow, again = without_frame_conv(copy.deepcopy(unet)), recomputing(unet)
-    yield Comparison(
-        work, "frame convolution in 2-D", "yes", lambda: train(slow), lambda: train(unet)
-    )
-    yield Comparison(
-        work, "latents from a cache", "yes", lambda: train(unet, vae=vae), lambda: train(unet)
-    )
-    yield Comparison(work, "bf16 autocast", "no", lambda: train(unet), lambda: train(unet, bf16))
-    yield Comparison(
-        work, "gradient checkpointing", "no", lambda: train(unet), lambda: train(again)
-    )
+    train = partial(bench.train, unet)
+    yield compare("frame convolution in 2-D", "yes", partial(bench.train, slow), train)
+    yield compare("latents from a cache", "yes", partial(bench.train, unet, vae=vae), train)
+    yield compare("bf16 autocast", "no", train, partial(bench.train, unet, bf16))
+    yield compare("gradient checkpointing", "no", train, partial(bench.train, again))
 
 
 def decoder_comparisons(bench: Workbench) -> Iterator[Comparison]:
-    work, decode = "decoder, 1 orbit, forward and backward", bench.decode
+    compare = partial(Comparison, "decoder, 1 orbit, forward and backward")
     decoder = load_model(WEIGHTS, "decoder")
-    again, explicit = (
-        recomputing(decoder),
-        partial(patch.object, F, "scaled_dot_product_attention", explicit_attention),
-    )
-    spread, idea = (
-        partial(patch, "gsv3d_lib.decoder.deviation", std_of_views),
-        "deviation by elementwise passes",
-    )
+    decode, again = partial(bench.decode, decoder), recomputing(decoder)
+    explicit = partial(attending_with, explicit_attention)
+    yield compare("fused attention", "yes", partial(bench.decode, decoder, explicit), decode)
+    yield compare("bf16 autocast", "no", decode, partial(bench.decode, decoder, bf16))
+    yield compare("gradient checkpointing", "no", decode, partial(bench.decode, again))
+    spread, idea = partial(bench.spread, decoder.config), "elementwise passes"
     yield Comparison(
-        work, "fused attention", "yes", lambda: decode(decoder, explicit), lambda: decode(decoder)
-    )
-    sweep = bench.sweep
-    yield Comparison(
-        "its plane sweep", idea, "yes", lambda: sweep(decoder, spread), lambda: sweep(decoder)
-    )
-    yield Comparison(
-        work, "bf16 autocast", "no", lambda: decode(decoder), lambda: decode(decoder, bf16)
-    )
-    yield Comparison(
-        work, "gradient checkpointing", "no", lambda: decode(decoder), lambda: decode(again)
+        "the sweep's deviation over views",
+        idea,
+        "yes",
+        partial(spread, std_of_views),
+        partial(spread, deviation),
     )
 
 
@@ -624,32 +569,25 @@ def rendering_comparisons(bench: Workbench) -> Iterator[Comparison]:
     work, four = "rendering 4 views, forward and backward", bench.four
     singly = [four[k : k + 1] for k in range(4)]
     yield Comparison(
-        work, "one call", "yes", lambda: bench.render(singly), lambda: bench.render([four])
+        work, "one call", "yes", partial(bench.render, singly), partial(bench.render, [four])
     )
 
 
 def measure_comparisons(orbits: Orbits, config: Config, rounds: int) -> list[dict]:
-    """Each comparison with its CPU milliseconds and ratio = without / with: above 1 the
-    idea pays. Twice the rounds.
+    """Each comparison with its CPU milliseconds and ratio = without / with.
+
+    Above 1 the idea pays. Twice the rounds: they are short, and differences small.
     """
     rows, bench = [], Workbench(orbits, config)
     kinds = sampling_comparisons, training_comparisons, decoder_comparisons, rendering_comparisons
     for work, idea, used, without, with_it in chain.from_iterable(kind(bench) for kind in kinds):
-        # short, and the differences are small
         cpu_ms = least({"without": without, "with": with_it}, 2 * rounds)
-        rows.append(
-            {
-                "work": work,
-                "idea": idea,
-                "used": used,
-                **cpu_ms,
-                "ratio": cpu_ms["without"] / cpu_ms["with"],
-            }
-        )
+        ratio = cpu_ms["without"] / cpu_ms["with"]
+        rows.append({"work": work, "idea": idea, "used": used, **cpu_ms, "ratio": ratio})
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------- report
+# ---------------------------------------------------------------- report
 
 NAMES = {
     "draw": "drawing the batch",
@@ -667,57 +605,59 @@ NAMES = {
 
 
 def markdown(report: dict) -> str:
-    """The tables of docs/performance.md."""
-    lines = []
-    if steps := report.get("steps"):
-        pieces = list(dict.fromkeys(piece for stage in steps.values() for piece in stage["cpu_ms"]))
-        lines += [
-            "| CPU ms a step | "
-            + " | ".join(f"{n}, batch {s['batch']}" for n, s in steps.items())
-            + " |"
-        ]
-        lines += ["|---|" + "---|" * len(steps)]
-        for piece in [*pieces, "sum"]:
-            cells = []
-            for stage in steps.values():
-                total = sum(stage["cpu_ms"].values())
-                value = total if piece == "sum" else stage["cpu_ms"].get(piece)
-                cells.append("" if value is None else f"{value:.0f} ({value / total:.0%})")
-            lines.append(f"| {NAMES.get(piece, piece)} | " + " | ".join(cells) + " |")
-        lines.append("")
+    """All tables of a report."""
+    return "\n\n".join(tables(report).values())
+
+
+def tables(report: dict) -> dict[str, str]:
+    """The tables of docs/performance.md by name, of the sections that were run."""
+    found = {}
+    if "steps" in report:
+        found["steps"] = table(*step_rows(report["steps"]))
     if generation := report.get("generation"):
-        pieces = generation["pieces_cpu_ms"]
-        lines += [
-            f"| generation, {generation['steps']} guided steps | CPU ms | share |",
-            "|---|---|---|",
-        ]
-        for piece, value in pieces.items():
-            name = (
-                "decoder"
-                if piece == "decoder"
-                else NAMES.get(piece, piece).removesuffix(" forward")
-            )
-            lines.append(f"| {name} | {value:.0f} | {value / sum(pieces.values()):.1%} |")
-        lines += ["", "| | now | without the shortcuts |", "|---|---|---|"]
-        cpu_ms = generation["cpu_ms"]
-        for name in ("generation", "its products"):
-            lines.append(
-                f"| {name}, CPU ms | {cpu_ms[name]:.0f} | {cpu_ms[name + ', plain']:.0f} |"
-            )
-        ratios = [f"{generation[k]:.2f}" for k in ("ratio to products", "ratio to products, plain")]
-        lines += ["| ratio | " + " | ".join(ratios) + " |", ""]
-    if rows := report.get("comparisons"):
-        lines += [
-            "| work | idea | in the code | CPU ms without | with | ratio |",
-            "|---|---|---|---|---|---|",
-        ]
-        for row in rows:
-            lines.append(
-                f"| {row['work']} | {row['idea']} | {row['used']} | {row['without']:.0f} | {row['with']:.0f} "
-                f"| {row['ratio']:.2f} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+        heads = f"generation, {generation['steps']} guided steps", "CPU ms", "share"
+        found["generation"] = table(heads, piece_rows(generation["pieces_cpu_ms"]))
+        found["products"] = table(("", "now", "without the shortcuts"), product_rows(generation))
+    if "comparisons" in report:
+        heads = "work", "idea", "in the code", "CPU ms without", "with", "ratio"
+        found["comparisons"] = table(heads, [comparison_row(r) for r in report["comparisons"]])
+    return found
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    head, *lines = (f"| {' | '.join(line)} |" for line in (heads, *rows))
+    return "\n".join([head, "|" + "---|" * len(heads), *lines])
+
+
+def step_rows(steps: dict) -> tuple[list[str], list[list[str]]]:
+    heads = ["CPU ms a step", *(f"{name}, batch {s['batch']}" for name, s in steps.items())]
+    rows = []
+    for piece in dict.fromkeys(piece for stage in steps.values() for piece in stage["cpu_ms"]):
+        rows.append([NAMES.get(piece, piece)])
+        for stage in steps.values():
+            value, total = stage["cpu_ms"].get(piece), sum(stage["cpu_ms"].values())
+            rows[-1].append("" if value is None else f"{value:.0f} ({value / total:.0%})")
+    sums = [sum(stage["cpu_ms"].values()) for stage in steps.values()]
+    return heads, [*rows, ["sum", *(f"{total:.0f} (100%)" for total in sums)]]
+
+
+def piece_rows(pieces: dict[str, float]) -> Iterator[list[str]]:
+    for piece, value in pieces.items():
+        name = NAMES.get(piece, piece).removesuffix(" forward")
+        yield [name, f"{value:.0f}", f"{value / sum(pieces.values()):.1%}"]
+
+
+def product_rows(generation: dict) -> Iterator[list[str]]:
+    cpu_ms = generation["cpu_ms"]
+    for name in ("generation", "its products"):
+        yield [f"{name}, CPU ms", *(f"{cpu_ms[name + way]:.0f}" for way in ("", ", plain"))]
+    yield ["ratio", *(f"{generation['ratio to products' + way]:.2f}" for way in ("", ", plain"))]
+
+
+def comparison_row(row: dict) -> list[str]:
+    numbers = [f"{row['without']:.0f}", f"{row['with']:.0f}", f"{row['ratio']:.2f}"]
+    return [row["work"], row["idea"], row["used"], *numbers]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -728,23 +668,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=25, help="of the sampler (default 25)")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
     parser.add_argument(
         "--check", action="store_true", help=f"fail where generation takes {CEILING} x its products"
     )
     args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error(f"--rounds is at least 1; got {args.rounds}.")
-    from gsv3d_lib.system.provenance import commit, hardware
-    from gsv3d_lib.weights.checkpoint import load_config
-
     torch.set_num_threads(1)
     config = load_config(WEIGHTS)
     orbits = make_orbits(config, load_model(WEIGHTS, "vae"))
+    given = sys.argv[1:] if arguments is None else arguments
     report = {
-        "command": " ".join(
-            ["python benchmarks/chain.py", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        "command": " ".join(["python benchmarks/chain.py", *given]),
         "commit": commit(),
         "hardware": hardware(),
         "threads": 1,
@@ -759,13 +694,9 @@ def main(arguments: list[str] | None = None) -> int:
     for section in args.sections:
         report[section] = work[section]()
     print(markdown(report))
-    for path, text in (
-        (args.json, json.dumps(report, indent=1) + "\n"),
-        (args.markdown, markdown(report)),
-    ):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+    if args.json:
+        with atomic_path(args.json) as path:
+            path.write_text(json.dumps(report, indent=1) + "\n")
     ratio = report.get("generation", {}).get("ratio to products", 0.0)
     return int(args.check and ratio > CEILING)
 

@@ -1,14 +1,14 @@
-"""What training data costs: CPU seconds and bytes per view and object, measured, and
-what that makes of 100,000 objects.
+"""What training data costs: CPU seconds and bytes per view and object, measured.
 
-    python benchmarks/data_cost.py --meshes ../shared/objects/meshes --json data/results/data-cost.json
+    python benchmarks/data_cost.py --meshes ../shared/objects/meshes \\
+        --json data/results/data-cost.json
 
 Per scale, some meshes and as many procedural objects are rendered and packed as
-`make_dataset` and `shards` do it. Time is CPU time of this process and its children, so
-other load on the machine hardly counts, on one thread, so seconds are core seconds. The
-VAE has random weights of the preset's sizes: its speed does not depend on them. Where
-16 views at once would need too much memory (`paper`), one is encoded and counted 16
-times.
+`make_dataset` and `shards` do it; the table adds what that makes of 100,000 objects.
+Time is CPU time of this process and its children, so other load on the machine hardly
+counts, on one thread, so seconds are core seconds. The VAE has random weights of the
+preset's sizes: its speed does not depend on them. Where 16 views at once would need too
+much memory (`paper`), one is encoded and counted 16 times.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch
 
 from gsv3d_lib.cluster.shards import pack_depth, pack_picture
 from gsv3d_lib.config import preset
-from gsv3d_lib.data.dataset import RING, read_object, resize_views
+from gsv3d_lib.data.dataset import RING, object_files, read_object, resize_views
 from gsv3d_lib.data.make_dataset import make_dataset
 from gsv3d_lib.data.sources import Job, mesh_jobs, procedural_jobs
 from gsv3d_lib.system.paths import atomic_path
 from gsv3d_lib.system.provenance import commit, hardware
 from gsv3d_lib.vae import build_vae, encode
 
-# pixels of the dataset; a multiple of the preset's
+# Pixels of the dataset; a multiple of the preset's.
 RENDERED = {"tiny": 128, "small": 128, "paper": 576}
 TARGET = 100_000  # objects [paper: 1e5, with 84 views each]
 
@@ -43,7 +43,8 @@ def cpu_seconds() -> float:
 
 
 def measure(scale: str, jobs: list[Job], views: int, encoded: int) -> dict:
-    """Render, pack and encode `jobs` -> CPU seconds and bytes, per view and per object.
+    """Render, pack and encode `jobs` -> CPU seconds and bytes, per view and object.
+
     encoded: views given to the VAE.
     """
     config, size = preset(scale), RENDERED[scale]
@@ -51,16 +52,11 @@ def measure(scale: str, jobs: list[Job], views: int, encoded: int) -> dict:
         start = cpu_seconds()
         rows = make_dataset(jobs, folder, size=size, views=views, progress=False)
         rendering = cpu_seconds() - start
-        stored = sum(
-            path.stat().st_size
-            for path in Path(folder).iterdir()
-            if path.suffix in (".webp", ".npz")
-        )
+        stored = sum(p.stat().st_size for row in rows for p in object_files(folder, row["id"]))
         start, packed = cpu_seconds(), 0
         for row in rows:
-            rgb, alpha, depth, _, _ = resize_views(
-                read_object(folder, row["id"]), config.image_size
-            )
+            seen = read_object(folder, row["id"])
+            rgb, alpha, depth, _, _ = resize_views(seen, config.image_size)
             packed += sum(len(pack_picture(*pair)) for pair in zip(rgb, alpha))
             packed += sum(len(pack_depth(image[..., 0])) for image in depth)
         packing = cpu_seconds() - start
@@ -102,37 +98,38 @@ def extrapolated(one: dict, objects: int = TARGET) -> dict:
     }
 
 
+ROWS = {  # of the table: a number's name in the measurements, and how it is written
+    "rendering, views per second and core": ("views_per_second_and_core", "{:.1f}"),
+    "packing, core-seconds per object": ("pack_cpu_s_per_object", "{:.2f}"),
+    "latents of one ring, core-seconds per object": ("latents_cpu_s_per_object", "{:.2f}"),
+    "dataset folder, MB per object": ("dataset_bytes_per_object", "{:.2f}"),
+    "shards, MB per object": ("shard_bytes_per_object", "{:.2f}"),
+    "DINO features if stored, MB per object": ("feature_bytes_per_object", "{:.2f}"),
+}
+TARGET_ROWS = {
+    f"**{TARGET:,} objects**: rendering, core-hours": ("render_core_hours", "{:,.0f}"),
+    "packing, core-hours": ("pack_core_hours", "{:,.0f}"),
+    "latents, core-hours": ("latents_core_hours", "{:,.0f}"),
+    "dataset folder, TB": ("dataset_tb", "{:.2f}"),
+    "shards, TB": ("shards_tb", "{:.2f}"),
+    "DINO features if stored, TB": ("features_tb", "{:.2f}"),
+}
+
+
 def report(scales: dict[str, dict]) -> str:
     """The measurements as a Markdown table."""
-    rows = [
-        ("pixels rendered, trained", lambda m: f"{m['rendered_px']}, {m['trained_px']}"),
-        ("rendering, views per second and core", lambda m: f"{m['views_per_second_and_core']:.1f}"),
-        ("packing, core-seconds per object", lambda m: f"{m['pack_cpu_s_per_object']:.2f}"),
-        (
-            "latents of one ring, core-seconds per object",
-            lambda m: f"{m['latents_cpu_s_per_object']:.2f}",
-        ),
-        ("dataset folder, MB per object", lambda m: f"{m['dataset_bytes_per_object'] / 1e6:.2f}"),
-        ("shards, MB per object", lambda m: f"{m['shard_bytes_per_object'] / 1e6:.2f}"),
-        (
-            "DINO features if stored, MB per object",
-            lambda m: f"{m['feature_bytes_per_object'] / 1e6:.2f}",
-        ),
-        (
-            f"**{TARGET:,} objects**: rendering, core-hours",
-            lambda m: f"{m['target']['render_core_hours']:,.0f}",
-        ),
-        ("packing, core-hours", lambda m: f"{m['target']['pack_core_hours']:,.0f}"),
-        ("latents, core-hours", lambda m: f"{m['target']['latents_core_hours']:,.0f}"),
-        ("dataset folder, TB", lambda m: f"{m['target']['dataset_tb']:.2f}"),
-        ("shards, TB", lambda m: f"{m['target']['shards_tb']:.2f}"),
-        ("DINO features if stored, TB", lambda m: f"{m['target']['features_tb']:.2f}"),
+    found = list(scales.values())
+    lines = [
+        [f"{found[0]['views_per_object']} views per object", *(f"`{name}`" for name in scales)],
+        ["pixels rendered, trained", *(f"{m['rendered_px']}, {m['trained_px']}" for m in found)],
     ]
-    views = next(iter(scales.values()))["views_per_object"]
-    heads = [f"`{name}`" for name in scales]
-    lines = [f"| {views} views per object | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(show(m) for m in scales.values())} |" for name, show in rows]
-    return "\n".join(lines)
+    for title, (name, form) in ROWS.items():
+        unit = 1e6 if "bytes" in name else 1
+        lines.append([title, *(form.format(m[name] / unit) for m in found)])
+    for title, (name, form) in TARGET_ROWS.items():
+        lines.append([title, *(form.format(m["target"][name]) for m in found)])
+    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -140,9 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--meshes", metavar="FOLDER", help="render meshes of this folder too")
     parser.add_argument("--up", choices=["y", "z"], help="as for make_dataset")
     parser.add_argument("--objects", type=int, default=4, help="of each kind and scale (default 4)")
-    parser.add_argument(
-        "--views", type=int, default=84, help="per object (default 84, the paper's)"
-    )
+    views = "per object (default 84, the paper's)"
+    parser.add_argument("--views", type=int, default=84, help=views)
     parser.add_argument("--scales", nargs="+", default=["tiny", "paper"], choices=list(RENDERED))
     parser.add_argument("--json", type=Path, help="write the measurements here")
     args = parser.parse_args(arguments)
@@ -155,11 +151,9 @@ def main(arguments: list[str] | None = None) -> None:
         for name in args.scales
     }
     scales = {name: one | {"target": extrapolated(one)} for name, one in scales.items()}
-    command = shlex.join(
-        ["python", *(sys.argv if arguments is None else ["benchmarks/data_cost.py", *arguments])]
-    )
+    given = sys.argv[1:] if arguments is None else arguments
     record = {
-        "command": command,
+        "command": shlex.join(["python", "benchmarks/data_cost.py", *given]),
         "commit": commit(),
         "hardware": hardware(),
         "ids": [job.id for job in jobs],

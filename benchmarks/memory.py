@@ -1,9 +1,9 @@
-"""Is the plan right? Peak memory of training steps and of an inference, measured,
-beside what `gsv3d_lib.cluster.plan` says.
+"""Is the plan right? Peak memory, measured, beside what `cluster.plan` says.
 
-The file also gets the plan of stage 2 at paper scale, which nothing here can measure.
+    python benchmarks/memory.py [--scales tiny small] [--json FILE]
 
-    python benchmarks/memory.py [--scales tiny small] [--json data/results/memory.json]
+Of training steps and of an inference. The file also gets the plan of stage 2 at paper
+scale, which nothing here can measure.
 
 Each case runs in a child process forked from this one, on one CPU thread and in
 float32, with random weights and data. Measured are the tensors that stay (weights,
@@ -33,36 +33,31 @@ from gsv3d_lib.cluster.plan import plan, plan_inference, shapes, stage_on_meta, 
 from gsv3d_lib.config import Config, preset
 from gsv3d_lib.stages import schedule_of
 from gsv3d_lib.system.paths import atomic_path
+from gsv3d_lib.system.provenance import commit, hardware
 from gsv3d_lib.training import update_average
 
 MB = 1e6
-FRAMES, SIZES, RANKS = (4, 8, 16), (64, 128), (4, 16, 64)
+FRAMES = (4, 8, 16)
+SIZES = (64, 128)
+RANKS = (4, 16, 64)
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def cases(scale: str) -> list[dict]:
-    """What is measured: at `tiny` N, pixels and rank one by one and checkpointing
-    everywhere; at `small` a few.
+    """What is measured: at `tiny` N, pixels and rank one by one; at `small` a few.
+
+    Checkpointing is on and off everywhere.
     """
     if scale == "tiny":
-        grid = [(n, size, 16) for n, size in product(FRAMES, SIZES)] + [
-            (16, 64, rank) for rank in RANKS if rank != 16
-        ]
+        grid = [(n, size, 16) for n, size in product(FRAMES, SIZES)]
+        grid += [(16, 64, rank) for rank in RANKS if rank != 16]
     else:
         grid = [(n, 128, 16) for n in (4, 16)]
-    work = [(work, ckpt) for work in ("stage1", "stage2") for ckpt in (False, True)] + [
-        ("inference", False)
-    ]
+    work = [*product(("stage1", "stage2"), (False, True)), ("inference", False)]
+    names = ("scale", "work", "frames", "size", "rank", "checkpointing")
     return [
-        {
-            "scale": scale,
-            "work": work,
-            "frames": n,
-            "size": size,
-            "rank": rank,
-            "checkpointing": ckpt,
-        }
-        for (work, ckpt), (n, size, rank) in product(work, grid)
+        dict(zip(names, (scale, work, n, size, rank, checkpointing)))
+        for (work, checkpointing), (n, size, rank) in product(work, grid)
         if work != "stage1" or rank == 16  # it has no LoRA
     ]
 
@@ -73,14 +68,13 @@ def config_of(case: dict) -> Config:
 
 
 def batch_of(case: dict) -> int:
-    """Orbits in a step: those of the preset at `tiny`; one at `small`, whose batch is
-    for a GPU; one image.
+    """Orbits in a step: those of the preset at `tiny`, else one.
+
+    At `small` the preset's batch is for a GPU; an inference has one image.
     """
-    return (
-        1
-        if case["work"] == "inference" or case["scale"] != "tiny"
-        else getattr(config_of(case), case["work"]).batch
-    )
+    if case["work"] == "inference" or case["scale"] != "tiny":
+        return 1
+    return schedule_of(config_of(case), case["work"]).batch
 
 
 def with_numbers(model: torch.nn.Module) -> torch.nn.Module:
@@ -98,29 +92,24 @@ def with_numbers(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def training(case: dict) -> tuple[Callable[[], None], Callable[[], int]]:
-    """Functions that make one step as `training.train` does, and that count the bytes
-    of the tensors that stay.
+    """Functions that make one step, and that count the bytes of what stays.
+
+    The step is that of `training.train`.
     """
     config, batch = config_of(case), batch_of(case)
     stage = with_numbers(stage_on_meta(config, case["work"]))
     schedule = schedule_of(config, case["work"])
     parameters = [p for p in stage.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    average = (
-        {name: p.detach().clone() for name, p in stage.training_state().items()}
-        if schedule.ema
-        else {}
-    )
+    state = stage.training_state() if schedule.ema else {}
+    average = {name: p.detach().clone() for name, p in state.items()}
+    wanted = shapes(config, case["work"])
 
     def step() -> None:
-        examples = {
-            name: torch.rand(batch, *shape) for name, shape in shapes(config, case["work"]).items()
-        }
+        examples = {name: torch.rand(batch, *shape) for name, shape in wanted.items()}
         angles = torch.arange(config.num_frames) * 360.0 / config.num_frames
-        examples |= {
-            "azimuth": angles.repeat(batch, 1),
-            "elevation": torch.full((batch, config.num_frames), 15.0),
-        }
+        examples["azimuth"] = angles.repeat(batch, 1)
+        examples["elevation"] = torch.full((batch, config.num_frames), 15.0)
         loss, _ = stage(examples)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -145,9 +134,8 @@ def inference(case: dict) -> tuple[Callable[[], object], Callable[[], int]]:
     models = models_on_meta(config, *NETWORKS)
     with torch.device("meta"):
         add_lora(models["unet"], config.lora_rank)
-    pipe = GSV3DPipeline(
-        config, **{name: with_numbers(model).eval() for name, model in models.items()}
-    )
+    filled = {name: with_numbers(model).eval() for name, model in models.items()}
+    pipe = GSV3DPipeline(config, **filled)
     image = torch.rand(config.image_size, config.image_size, 3)
     weights = sum(p.nbytes for model in models.values() for p in model.parameters())
     return lambda: pipe.generate(image, steps=2, guidance=1.5, progress=False), lambda: weights
@@ -164,9 +152,7 @@ def forget_peak() -> None:
 
 
 def measured(case: dict) -> dict[str, float]:
-    """{"measured_mb": at the peak of the second step, "fixed_mb": what the process
-    holds beside tensors}
-    """
+    """Megabytes at the peak of the second step, and those beside tensors."""
     before = resident()
     work, staying = (inference if case["work"] == "inference" else training)(case)
     work()
@@ -182,8 +168,9 @@ def measured(case: dict) -> dict[str, float]:
 
 
 def in_a_child(function, *args):
-    """`function(*args)`, something for JSON, computed in a forked process. Raises
-    RuntimeError where that fails.
+    """`function(*args)`, something for JSON, computed in a forked process.
+
+    Raises RuntimeError where that fails.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -207,22 +194,16 @@ def planned(case: dict) -> int:
     if case["work"] == "inference":
         return plan_inference(config).memory
     # a step of one micro-batch
-    schedule = replace(getattr(config, case["work"]), batch=batch_of(case))
-    return plan(
-        config.replace(**{case["work"]: schedule}),
-        case["work"],
-        micro_batch=schedule.batch,
-        half=False,
-    ).memory
+    batch = batch_of(case)
+    schedule = replace(schedule_of(config, case["work"]), batch=batch)
+    config = config.replace(**{case["work"]: schedule})
+    return plan(config, case["work"], micro_batch=batch, half=False).memory
 
 
 def row(case: dict) -> dict:
     """A case with its megabytes."""
-    return (
-        case
-        | {"batch": batch_of(case), "planned_mb": round(planned(case) / MB, 1)}
-        | in_a_child(measured, case)
-    )
+    said = {"batch": batch_of(case), "planned_mb": round(planned(case) / MB, 1)}
+    return case | said | in_a_child(measured, case)
 
 
 def error(row: dict) -> float:
@@ -230,57 +211,38 @@ def error(row: dict) -> float:
     return row["planned_mb"] / row["measured_mb"] - 1
 
 
+HEADS = ("scale", "work", "N", "pixels", "rank", "batch", "checkpointing")
+HEADS += ("measured MB", "planned MB", "error")
+
+
 def markdown(rows: list[dict]) -> str:
     """The rows as a table."""
-    lines = [
-        "| scale | work | N | pixels | rank | batch | checkpointing | measured MB | planned MB | error |",
-        "|---|" * 10,
-    ]
-    lines[1] = "|" + "---|" * 10
+    lines = [HEADS]
     for r in rows:
-        kind = [
-            r["scale"],
-            r["work"],
-            r["frames"],
-            r["size"],
-            r["rank"],
-            r["batch"],
-            "on" if r["checkpointing"] else "off",
-        ]
-        numbers = f"| {r['measured_mb']:.0f} | {r['planned_mb']:.0f} | {error(r):+.0%} |"
-        lines.append("| " + " | ".join(map(str, kind)) + " " + numbers)
-    return "\n".join(lines)
+        kind = [r[name] for name in ("scale", "work", "frames", "size", "rank", "batch")]
+        kind.append("on" if r["checkpointing"] else "off")
+        numbers = f"{r['measured_mb']:.0f}", f"{r['planned_mb']:.0f}", f"{error(r):+.0%}"
+        lines.append([*map(str, kind), *numbers])
+    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(HEADS), *rest])
 
 
 def paper() -> list[dict]:
-    """What only a plan can say here: stage 2 at full size, one orbit on a GPU, in
-    bytes.
-    """
+    """What only a plan can say here: stage 2 at full size, one orbit, in bytes."""
     rows = []
     for frames, checkpointing, half in product(FRAMES, (False, True), (False, True)):
-        p = plan(
-            preset("paper", num_frames=frames, checkpointing=checkpointing), "stage2", half=half
-        )
-        sizes = {
-            "weights": p.weights,
-            "trained": p.gradients + p.optimizer,
-            "activations": p.activations,
-        }
-        rows.append(
-            {
-                "frames": frames,
-                "checkpointing": checkpointing,
-                "half": half,
-                **sizes,
-                "flops": p.flops,
-            }
-        )
+        config = preset("paper", num_frames=frames, checkpointing=checkpointing)
+        p = plan(config, "stage2", half=half)
+        row = {"frames": frames, "checkpointing": checkpointing, "half": half}
+        row |= {"weights": p.weights, "trained": p.gradients + p.optimizer}
+        rows.append(row | {"activations": p.activations, "flops": p.flops})
     return rows
 
 
 def prepare() -> None:
-    """What every child inherits: one thread, a malloc that gives back, and the
-    libraries, loaded and warmed up.
+    """What every child inherits.
+
+    One thread, a malloc that gives back, and the libraries, loaded and warmed up.
     """
     torch.set_num_threads(1)
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 16)
@@ -297,13 +259,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scales", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    from gsv3d_lib.system.provenance import commit, hardware
-
     prepare()
+    given = sys.argv[1:] if arguments is None else arguments
     report = {
-        "command": " ".join(
-            ["python benchmarks/memory.py", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        "command": " ".join(["python benchmarks/memory.py", *given]),
         "commit": commit(),
         "hardware": hardware(),
         "torch": torch.__version__,

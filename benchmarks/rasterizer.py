@@ -1,12 +1,12 @@
-"""How fast is the CPU rasteriser? CPU time of `render()` against gsplat's own PyTorch
-reference, and against ours.
+"""How fast is the CPU rasteriser? `render()` against two references in PyTorch.
 
-    python benchmarks/rasterizer.py [--workloads A B C] [--rounds 5] [--json data/benchmarks/rasterizer.json]
+    python benchmarks/rasterizer.py [--workloads A B C] [--rounds 5] [--json FILE]
 
-Everything runs in one process on one thread, interleaved, so that other load on the
-machine hits all alike; reported is the minimum CPU time over the rounds. Forward is one
-picture with depth and alpha of each view; forward + backward adds the gradients of all
-five Gaussian parameters. Only ratios mean anything on another machine.
+The references are gsplat's own and ours. Everything runs in one process on one thread,
+interleaved, so that other load on the machine hits all alike; reported is the minimum
+CPU time over the rounds. Forward is one picture with depth and alpha of each view;
+forward + backward adds the gradients of all five Gaussian parameters. Only ratios mean
+anything on another machine.
 
 gsplat's reference (`gsplat.cuda._torch_impl`) needs CUDA for two steps and the package
 nerfacc for a third; this file replaces these with PyTorch on the CPU: `list_tiles` for
@@ -33,8 +33,8 @@ from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.rendering import Rendering, render
 from gsv3d_lib.rendering.plain import ALPHA_MAX, ALPHA_MIN, TILE, TRANSMITTANCE_MIN
 
-# name: (image size, Gaussians, views); ours in PyTorch is left out of C, where autograd
-# would remember too many GB
+# Name: (image size, Gaussians, views). Ours in PyTorch is left out of C, where autograd
+# would remember too many GB.
 WORKLOADS = {"A": (64, 4_096, 8), "B": (128, 16_384, 8), "C": (256, 65_536, 4)}
 REFERENCE_WORKLOADS = ("A", "B")
 # --check fails below these ratios to gsplat's reference
@@ -42,8 +42,9 @@ FLOORS = {"forward": 35, "forward + backward": 15}
 
 
 def make_scene(name: str, seed: int = 0) -> tuple[Gaussians, Cameras]:
-    """A ball full of small Gaussians, each a fraction of a pixel to a few pixels wide,
-    seen from an orbit.
+    """A ball full of small Gaussians, seen from an orbit.
+
+    Each is a fraction of a pixel to a few pixels wide.
     """
     size, count, views = WORKLOADS[name]
     generator = torch.Generator().manual_seed(seed)
@@ -60,20 +61,20 @@ def make_scene(name: str, seed: int = 0) -> tuple[Gaussians, Cameras]:
         colors=uniform(count, 3),
     )
     azimuths = torch.arange(views) * 360 / views
-    return gaussians, orbit_cameras(
-        azimuths, 15 * torch.sin(azimuths), size, distance=2.6, fov_deg=48.9
-    )
+    elevations = 15 * torch.sin(azimuths)
+    return gaussians, orbit_cameras(azimuths, elevations, size, distance=2.6, fov_deg=48.9)
 
 
-# ------------------------------------------------------------------------------------- gsplat's reference on a CPU
+# ---------------------------------------------------------------- gsplat's reference
 
 
 @torch.no_grad()
 def list_tiles(
     means2d: Tensor, radii: Tensor, depths: Tensor, width: int, height: int
 ) -> tuple[Tensor, Tensor]:
-    """For all V x G splats: their ids (view * G + Gaussian), sorted by view, tile and
-    depth, and where tiles start.
+    """Ids of all V x G splats (view * G + Gaussian), and where tiles start.
+
+    They are sorted by view, tile and depth.
     """
     num_tiles = torch.tensor([math.ceil(width / TILE), math.ceil(height / TILE)])
     first = ((means2d - radii) / TILE).floor().long().clamp(min=0).minimum(num_tiles)
@@ -101,43 +102,39 @@ def list_pixels(
     ids: Tensor,
     tile_starts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(Gaussian, pixel, view) of everything that is blended, pixel by pixel and front
-    to back.
+    """(Gaussian, pixel, view) of all that is blended.
+
+    Pixel by pixel, and front to back.
     """
     views, count = opacities.shape
     across, down = math.ceil(width / TILE), math.ceil(height / TILE)
     means2d, conics, opacities = means2d.flatten(0, 1), conics.flatten(0, 1), opacities.flatten()
-    y, x = (
-        grid.flatten()
-        for grid in torch.meshgrid(torch.arange(TILE), torch.arange(TILE), indexing="ij")
-    )
+    side = torch.arange(TILE)
+    y, x = (grid.flatten() for grid in torch.meshgrid(side, side, indexing="ij"))
     found = []
     for tile, (start, end) in enumerate(zip(tile_starts, tile_starts[1:], strict=False)):
         if start == end:
             continue
         view, row, column = tile // (across * down), tile // across % down, tile % across
         splats, rows, columns = ids[start:end], row * TILE + y, column * TILE + x
-        dx, dy = (
-            columns[:, None] + 0.5 - means2d[splats, 0],
-            rows[:, None] + 0.5 - means2d[splats, 1],
-        )
+        dx = columns[:, None] + 0.5 - means2d[splats, 0]
+        dy = rows[:, None] + 0.5 - means2d[splats, 1]
         a, b, c = conics[splats].unbind(-1)
         sigma = 0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy
         alpha = (opacities[splats] * torch.exp(-sigma)).clamp_max(ALPHA_MAX)
-        blended = (
-            (alpha >= ALPHA_MIN) & (sigma >= 0) & ((rows < height) & (columns < width))[:, None]
-        )
+        inside = (rows < height) & (columns < width)
+        blended = (alpha >= ALPHA_MIN) & (sigma >= 0) & inside[:, None]
         blended &= torch.cumprod(1 - alpha * blended, 1) > TRANSMITTANCE_MIN
         pixel, splat = blended.nonzero(as_tuple=True)
-        found.append(
-            (splats[splat] % count, (rows * width + columns)[pixel], torch.full_like(pixel, view))
-        )
+        places = (rows * width + columns)[pixel]
+        found.append((splats[splat] % count, places, torch.full_like(pixel, view)))
     return tuple(torch.cat(column) for column in zip(*found, strict=True))
 
 
 def nerfacc_on_cpu() -> types.ModuleType:
-    """The two functions of nerfacc that gsplat's `accumulate` calls, for samples that
-    arrive ray by ray.
+    """The two functions of nerfacc that gsplat's `accumulate` calls.
+
+    Samples arrive ray by ray.
     """
 
     def render_weight_from_alpha(
@@ -145,9 +142,8 @@ def nerfacc_on_cpu() -> types.ModuleType:
     ) -> tuple[Tensor, Tensor]:
         log_after = torch.log1p(-alphas.double()).cumsum(0)  # float64: it runs through all rays
         log_before = torch.cat([log_after.new_zeros(1), log_after[:-1]])
-        starts = torch.cat(
-            [ray_indices.new_ones(1, dtype=torch.bool), ray_indices[1:] != ray_indices[:-1]]
-        )
+        first = ray_indices.new_ones(1, dtype=torch.bool)
+        starts = torch.cat([first, ray_indices[1:] != ray_indices[:-1]])
         ray = starts.cumsum(0) - 1
         transmittance = torch.exp(log_before - log_before[starts][ray]).to(alphas)
         return alphas * transmittance, transmittance
@@ -185,7 +181,7 @@ def render_gsplat_reference(gaussians: Gaussians, cameras: Cameras) -> Rendering
     return Rendering(sums[..., :3] + 1 - alpha, sums[..., 3:] / alpha.clamp(min=1e-10), alpha)
 
 
-# -------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- measuring
 
 RENDERERS = {
     "gsplat reference": render_gsplat_reference,
@@ -213,24 +209,21 @@ PASSES = {"forward": forward, "forward + backward": forward_backward}
 
 
 def measure(name: str, rounds: int) -> dict:
-    """Minimum CPU milliseconds of every renderer and pass on one workload, and how far
-    the results disagree.
+    """Minimum CPU milliseconds of every renderer and pass on one workload.
+
+    And how far the results disagree.
     """
     gaussians, cameras = make_scene(name)
-    renderers = {
-        k: f for k, f in RENDERERS.items() if k != "our reference" or name in REFERENCE_WORKLOADS
-    }
+    slow = () if name in REFERENCE_WORKLOADS else ("our reference",)
+    renderers = {k: f for k, f in RENDERERS.items() if k not in slow}
     seconds = {(renderer, step): math.inf for renderer in renderers for step in PASSES}
     results = {}
-    for _ in range(rounds + 1):  # the first round warms up
+    for turn in range(rounds + 1):  # the first one warms up
         for (renderer, step), best in seconds.items():
             start = time.process_time()
             results[renderer, step] = PASSES[step](renderers[renderer], gaussians, cameras)
             elapsed = time.process_time() - start
-            seconds[renderer, step] = (
-                min(best, elapsed) if (renderer, step, "warm") in results else best
-            )
-            results[renderer, step, "warm"] = True
+            seconds[renderer, step] = min(best, elapsed) if turn else best
     table = {
         renderer: {step: 1e3 * seconds[renderer, step] for step in PASSES} for renderer in renderers
     }
@@ -247,23 +240,20 @@ def _ratios(table: dict) -> dict:
 
 
 def _disagreement(results: dict) -> dict:
-    """render() against gsplat's reference: mean absolute difference of the picture,
-    relative of the gradients.
+    """render() against gsplat's reference.
+
+    Of the picture the mean absolute difference, of the gradients the relative one.
     """
     ours, theirs = results["render()", "forward"], results["gsplat reference", "forward"]
-    pairs = zip(
-        results["render()", "forward + backward"],
-        results["gsplat reference", "forward + backward"],
-        strict=True,
-    )
+    both = (results[name, "forward + backward"] for name in ("render()", "gsplat reference"))
+    pairs = zip(*both, strict=True)
     gradients = [float((a - b).norm() / b.norm()) for a, b in pairs]
     return {"rgb": float((ours.rgb - theirs.rgb).abs().mean()), "gradients": max(gradients)}
 
 
 def print_table(report: dict) -> None:
-    print(
-        f"{'workload':10}{'renderer':20}{'forward ms':>12}{'ratio':>8}{'fwd + bwd ms':>14}{'ratio':>8}"
-    )
+    heads = f"{'forward ms':>12}{'ratio':>8}{'fwd + bwd ms':>14}{'ratio':>8}"
+    print(f"{'workload':10}{'renderer':20}{heads}")
     for name, result in report.items():
         for renderer, times in result["cpu_ms"].items():
             row = f"{name:10}{renderer:20}"
@@ -271,8 +261,8 @@ def print_table(report: dict) -> None:
                 ratio = result["ratio"].get(renderer, {}).get(step)
                 row += f"{times[step]:{width}.1f}" + (f"{ratio:7.1f}x" if ratio else " " * 8)
             print(row)
-        print(f"{'':10}disagreement with gsplat: rgb {result['disagreement']['rgb']:.1e} (mean abs), "
-              f"gradients {result['disagreement']['gradients']:.1e} (relative)")  # fmt: skip
+        off = result["disagreement"]
+        print(f"{'':10}off gsplat's: rgb {off['rgb']:.1e}, gradients {off['gradients']:.1e}")
 
 
 def main() -> int:
@@ -282,9 +272,8 @@ def main() -> int:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument(
-        "--check", action="store_true", help=f"fail when A or B falls below {FLOORS}"
-    )
+    floors = f"fail when A or B falls below {FLOORS}"
+    parser.add_argument("--check", action="store_true", help=floors)
     args = parser.parse_args()
     torch.set_num_threads(1)
     report = {name: measure(name, args.rounds) for name in args.workloads}

@@ -49,8 +49,6 @@ What is not the paper lies in wings:
     data/raycast.py             meshes -> views by ray casting
     data/elevation.py           how high the camera of a picture stood (ours)
     data/meshfiles.py           mesh files of others, checked
-    data/blender.py             the same by Blender
-    data/photos.py              photographs with known cameras -> a dataset
     data/procedural/objects.py  families of objects made by rules
     data/procedural/shapes.py   their shapes
     data/procedural/textures.py their textures

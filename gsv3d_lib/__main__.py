@@ -12,13 +12,10 @@ is overwritten.
     run           a notebook with other parameters
     train         the stages of one preset, in order
     make_dataset  objects to train on: procedural ones, or your meshes
-    photos        photographs of one object as training data
-    sources       objects of Objaverse by licence
     shards        training data that streams from disk
     plan          memory and time of a training before it starts
     evaluate      a checkpoint measured on a dataset
     experiments   the paper's claims, trained and compared
-    elevation     the estimate of the camera's elevation, fitted
     sv3d          SV3D's published weights, converted
     doctor        what this machine has, and what falls back
 """
@@ -50,13 +47,10 @@ COMMANDS = {  # where each lives
     "run": "course.run",
     "train": "train",
     "make_dataset": "data.make_dataset",
-    "photos": "data.photos",
-    "sources": "data.sources",
     "shards": "cluster.shards",
     "plan": "cluster.plan",
     "evaluate": "evaluation.evaluate",
     "experiments": "evaluation.experiments",
-    "elevation": "data.elevation",
     "sv3d": "weights.sv3d",
     "doctor": "system.doctor",
 }

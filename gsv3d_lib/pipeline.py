@@ -270,7 +270,7 @@ class GSV3DPipeline:
         if self.estimator is None:
             raise UserError(
                 "This checkpoint cannot estimate elevations: give one in degrees, or fit an estimator with "
-                "`python -m gsv3d_lib elevation`."
+                "`python tools/fit_elevation.py`."
             )
         return float(self.estimator(rgb[None])[0])
 

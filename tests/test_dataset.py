@@ -1,5 +1,6 @@
-"""Objects on disk and in memory: what is written is read, what is broken is named,
-mirrors stay consistent.
+"""Objects on disk and in memory.
+
+What is written is read, what is broken is named, mirrors stay consistent.
 """
 
 import json
@@ -457,7 +458,7 @@ def test_a_damaged_cache_is_made_again(folder, tmp_path):
 
 
 def assert_shows(scene_rgb, scene_depth, cameras, balls):
-    """The pictures are what `cameras` see of `balls`, up to single pixels on outlines."""
+    """The pictures are what `cameras` see of `balls`, but for pixels on outlines."""
     rgb, _, depth = ball_pictures(cameras, balls)
     assert ((scene_rgb - rgb).abs().amax(-1) < 0.01).float().mean() > 0.998
     assert ((scene_depth - depth).abs() < 1e-3).float().mean() > 0.998
@@ -501,8 +502,9 @@ def test_ring_frames_are_sv3d_order():
 @pytest.mark.parametrize("item", [0, 1], ids=["as it is", "mirrored and recoloured"])
 @pytest.mark.parametrize("start", [0, 13])
 def test_an_orbit_lives_in_the_world_of_its_condition_view(item, start):
-    """Turn the object so that the condition view stands at azimuth 0: the relative
-    cameras see exactly that.
+    """Turn the object so that the condition view stands at azimuth 0.
+
+    The relative cameras see exactly that.
     """
     views, latents = ball_views(1), torch.randn(2, 16, 4, 4, 4)
     orbits = Orbits(views, make_variants(1, 2, seed=3), latents, 0.18215)

@@ -1,10 +1,12 @@
-"""The elevation of a picture: what the estimator sees, that it learns what can be
-learned, and how it is asked for.
+"""The elevation of a picture.
+
+What the estimator sees, that it learns what can be learned, and how it is asked for.
 """
 
 import argparse
 import math
 
+import fit_elevation
 import pytest
 import torch
 from tiny_world import SIZE, ball_pictures, one_sentence, randn
@@ -18,8 +20,9 @@ from gsv3d_lib.system.command import degrees
 
 
 def stripes(angle: float, size: int = 64) -> torch.Tensor:
-    """A square of stripes that run in direction `angle` (degrees, image x to the right,
-    y down) on white [1, S, S, 3].
+    """A square of stripes on white [1, S, S, 3].
+
+    They run in direction `angle` (degrees, image x to the right, y down).
     """
     y, x = torch.meshgrid(
         torch.arange(size) - size / 2, torch.arange(size) - size / 2, indexing="ij"
@@ -32,8 +35,9 @@ def stripes(angle: float, size: int = 64) -> torch.Tensor:
 
 
 def poles(objects: int) -> ViewTensors:
-    """Discs that lie on the ground: their outline is an ellipse that opens with the
-    elevation.
+    """Discs that lie on the ground.
+
+    Their outline is an ellipse that opens with the elevation.
     """
     generator = torch.Generator().manual_seed(0)
     elevations = torch.rand(objects, 24, generator=generator) * 50 - 10
@@ -80,7 +84,7 @@ def test_place_size_and_brightness_of_edges_do_not_matter():
 
 def test_ridge_is_the_minimiser():
     features, truth = randn(50, 6), randn(50, seed=1)
-    fitted = el.fit_ridge(features, truth, 0.3)
+    fitted = fit_elevation.fit_ridge(features, truth, 0.3)
     deviation = features.std(0) + 1e-3
 
     def objective(weights, bias):
@@ -95,7 +99,7 @@ def test_ridge_is_the_minimiser():
 
 def test_what_can_be_learned_is_learned_and_kept(tmp_path):
     views = poles(18)
-    estimator, scores = el.fit(views)
+    estimator, scores = fit_elevation.fit(views)
     assert scores["error"] < 0.4 * scores["constant"]
     rgb = views.rgb[0].float() / 255
     # a mirror image has the same elevation
@@ -135,13 +139,13 @@ def test_an_estimator_with_wrong_numbers_is_one_sentence(tmp_path, change, sente
 def test_only_free_views_are_measured_on(monkeypatch, tmp_path, capsys):
     views = poles(2)
     # a ring view that shows nothing takes no free view with it
-    views.alpha[0, el.RING_VIEWS[0]] = 0
-    assert [len(e) for _, e in el.view_features(views)] == [10, 11]
-    assert [len(e) for _, e in el.view_features(views, ring=())] == [8, 8]
+    views.alpha[0, fit_elevation.RING_VIEWS[0]] = 0
+    assert [len(e) for _, e in fit_elevation.view_features(views)] == [10, 11]
+    assert [len(e) for _, e in fit_elevation.view_features(views, ring=())] == [8, 8]
     (tmp_path / "gsv3d.json").write_text("{}")
     ring = ViewTensors(views.ids, *(getattr(views, name)[:, :16] for name in COLUMN_NAMES))
-    monkeypatch.setattr(el, "load_views", lambda *_: ring)
-    assert el.main(["--weights", str(tmp_path), "--data", "a", "--test", "rings"]) == 2
+    monkeypatch.setattr(fit_elevation, "load_views", lambda *_: ring)
+    assert fit_elevation.main(["--weights", str(tmp_path), "--data", "a", "--test", "rings"]) == 2
     assert "rings cannot be measured on" in capsys.readouterr().err
 
 
@@ -170,4 +174,4 @@ def test_how_an_elevation_is_given(tmp_path):
     with pytest.raises(ValueError, match="no estimator") as error:
         el.estimate(torch.ones(8, 8, 3), tmp_path)
     one_sentence(error)
-    assert el.main(["--weights", str(tmp_path), "--data", str(tmp_path)]) == 2
+    assert fit_elevation.main(["--weights", str(tmp_path), "--data", str(tmp_path)]) == 2

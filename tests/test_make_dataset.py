@@ -19,7 +19,7 @@ from gsv3d_lib.system.paths import WRITER
 
 @pytest.fixture
 def meshes(tmp_path) -> Path:
-    """A folder with a box, a ball in a folder of its own, and a file that is no mesh."""
+    """A folder with a box, a ball in its own folder, and a file that is no mesh."""
     folder = tmp_path / "meshes"
     (folder / "ball").mkdir(parents=True)
     trimesh.creation.box(extents=(1, 2, 3)).export(folder / "a box.ply")
@@ -149,8 +149,9 @@ def test_left_out_meshes_are_noted_and_tried_again_only_when_asked(meshes, tmp_p
 
 
 def test_a_job_that_kills_its_process_is_left_out_and_the_others_go_on():
-    """As embree, or the kernel when memory runs out, may do to `run_job`; signal 9 is
-    deadly and signal 0 is nothing.
+    """As embree, or the kernel when memory runs out, may do to `run_job`.
+
+    Signal 9 is deadly and signal 0 is nothing.
     """
     results = list(md._run_all(signal.raise_signal, [0, signal.SIGKILL, 0, 0], workers=2))
     assert results[0] is None and results[2:] == [None, None] and "killed the process" in results[1]
@@ -181,9 +182,7 @@ if __name__ == "__main__":
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked for in /proc")
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_the_process_that_started_them(tmp_path, stop):
-    """They would sleep for minutes, and a parent that was killed can do nothing about
-    it.
-    """
+    """They would sleep for minutes, and a killed parent can do nothing about it."""
     # a file, because workers import what started them
     (tmp_path / "sleepers.py").write_text(SLEEPERS)
     command = [sys.executable, str(tmp_path / "sleepers.py")]
@@ -258,7 +257,6 @@ def test_an_empty_or_missing_folder_is_refused(tmp_path, capsys):
         (["--views", "1000000000"], "must be 1000 or less"),
         (["--supersample", "10000"], "must be 16 or less"),
         (["--ring", "nan", "nan"], "must be a number from -90 to 90"),
-        (["--blender", sys.executable + "-not-there"], "cannot import bpy"),
         (["--ids", "list.txt"], "--ids chooses among"),
         (["--licences", "cc0"], "--licences among"),
     ],

@@ -1,5 +1,6 @@
-"""Mesh files with something wrong in them: left out with a sentence, never drawn grey
-or with holes.
+"""Mesh files with something wrong in them.
+
+They are left out with a sentence, never drawn grey or with holes.
 """
 
 import base64

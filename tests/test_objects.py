@@ -1,5 +1,6 @@
-"""Procedural objects: deterministic, normalised, painted, with a front; the primitives
-and textures they are made of.
+"""Procedural objects: deterministic, normalised, painted, with a front.
+
+And the primitives and textures they are made of.
 """
 
 import numpy as np

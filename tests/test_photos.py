@@ -1,5 +1,6 @@
-"""Photographs with known cameras -> an object of a dataset: warps are exact, axes come
-back, wrong inputs are named.
+"""Photographs with known cameras -> an object of a dataset.
+
+Warps are exact, axes come back, wrong inputs are named.
 """
 
 import json
@@ -7,6 +8,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import photos
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +17,6 @@ from tiny_world import BALLS, SIZE, ball_pictures, ball_views, moved, one_senten
 from gsv3d_lib import stages
 from gsv3d_lib.cameras import Cameras, intrinsics, look_at, opencv_to_opengl, orbit_cameras
 from gsv3d_lib.config import Schedule
-from gsv3d_lib.data import photos
 from gsv3d_lib.data.dataset import ViewTensors, load_views, read_object, resize_views
 
 # of the world that the photographs' cameras are given in
@@ -52,8 +53,9 @@ def handheld(count: int, distance=(3.4, 3.6), seed: int = 0) -> Cameras:
 
 
 def photographed(folder: Path, cameras: Cameras) -> Path:
-    """The balls, moved and enlarged into the world of the cameras, as a folder of PNGs
-    with transforms.json.
+    """The balls as a folder of PNGs with transforms.json.
+
+    They are moved and enlarged into the world of the cameras.
     """
     balls = moved(
         BALLS,
@@ -170,8 +172,9 @@ def test_photographs_that_cut_the_object_or_show_none_are_left_out(folder, tmp_p
 
 
 def test_a_warp_is_what_the_turned_and_zoomed_camera_sees(read):
-    """Exactly, up to the blur of sampling a photograph: from the true place, with the
-    true centre and radius.
+    """Exactly, up to the blur of sampling a photograph.
+
+    From the true place, with the true centre and radius.
     """
     size = 64
     for photo in read[:3]:
@@ -251,12 +254,13 @@ def test_the_ring_takes_what_lies_nearest_and_the_rest_is_free():
     assert photos.ring_and_free(azimuths, elevations, 24, front=38)[12] == 38
 
 
-# ---------------------------------------------------------------- an object of a dataset
+# ---------------------------------------------------------------- an object
 
 
 def test_the_object_is_that_which_the_standard_cameras_see(folder, tmp_path):
-    """The whole path against rendering directly; distances within 3 % of the standard
-    one, so perspective hardly differs.
+    """The whole path against rendering directly.
+
+    Distances are within 3 % of the standard one, so perspective hardly differs.
     """
     out = tmp_path / "mine"
     given = ["--center", *map(str, SHIFT.tolist()), "--radius", str(SCALE)]
@@ -308,8 +312,9 @@ def test_objects_share_a_dataset_and_the_front_can_be_named(folder, tmp_path):
 
 
 def test_training_on_photographs(folder, tmp_path):
-    """End to end: photographs -> dataset -> stage 2 with a finite loss and a LoRA that
-    moved, though no depth is known.
+    """End to end: photographs -> dataset -> stage 2.
+
+    The loss is finite and the LoRA has moved, though no depth is known.
     """
     assert photos.main([str(folder), "--out", str(tmp_path / "mine"), "--size", str(SIZE)]) == 0
     views = load_views([tmp_path / "mine"], SIZE, progress=False)
@@ -332,7 +337,7 @@ def test_training_on_photographs(folder, tmp_path):
     assert max(float(t.abs().max()) for name, t in load_file(file).items() if "lora_B" in name) > 0
 
 
-# ---------------------------------------------------------------- what a person may do wrong
+# ---------------------------------------------------------------- wrong input
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,9 @@ def colored_box(size=(1.0, 1.0, 1.0)) -> trimesh.Trimesh:
 
 
 def textured_quad(image: Image.Image) -> trimesh.Trimesh:
-    """A unit square in the plane y = 0; u runs along +x, v along +z, as its front (-y)
-    shows the picture upright.
+    """A unit square in the plane y = 0.
+
+    u runs along +x, v along +z, as its front (-y) shows the picture upright.
     """
     corners = [(-0.5, 0, -0.5), (0.5, 0, -0.5), (0.5, 0, 0.5), (-0.5, 0, 0.5)]
     uv = [(0, 0), (1, 0), (1, 1), (0, 1)]

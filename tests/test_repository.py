@@ -21,8 +21,6 @@ from packaging.version import Version
 
 import gsv3d_lib
 from gsv3d_lib import __main__ as door
-from gsv3d_lib.evaluation.experiments import claims
-from gsv3d_lib.evaluation.report import comparison
 from gsv3d_lib.system import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,8 +167,6 @@ def test_every_import_is_a_declared_dependency():
         "jupyter_client": "ipykernel",
     }
     declared = {r.name.lower().replace("-", "_") for r in requirements()}
-    # of Blender's own Python, under which blender.py renders (docs/data.md)
-    blender = {"bpy", "mathutils"}
     own = {"gsv3d_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
     own |= {path.stem for path in TOOLS}
     folders = ("gsv3d_lib", "tests", "benchmarks", "tools")
@@ -179,7 +175,7 @@ def test_every_import_is_a_declared_dependency():
         *NOTEBOOKS,
     ]:
         for name in (
-            imported_packages(path) - set(sys.stdlib_module_names) - own - {"torchvision"} - blender
+            imported_packages(path) - set(sys.stdlib_module_names) - own - {"torchvision"}
         ):
             distribution = distributions.get(name, name).lower().replace("-", "_")
             assert distribution in declared, (
@@ -412,28 +408,3 @@ def test_tracked_files_are_small_and_free_of_pickles():
     assert sum(f.stat().st_size for f in weights) <= 70_000_000
     assert [f for f in set(files) - set(weights) if f.stat().st_size > 5_000_000] == []
     assert [f for f in files if f.suffix in (".pt", ".pth", ".pkl", ".pickle", ".ckpt")] == []
-
-
-def block_of_results(name: str) -> str:
-    """The text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in
-    docs/results.md.
-    """
-    text = (ROOT / "docs" / "results.md").read_text()
-    return re.search(rf"<!-- {name}: begin.*?-->\n(.*?)\n<!-- {name}: end -->", text, re.S).group(1)
-
-
-def test_the_document_of_results_states_what_the_results_files_say():
-    """The block of the paper's claims is `experiments.claims` of the committed files,
-    word for word.
-    """
-    assert block_of_results("claims") == claims(ROOT / "data" / "results")
-
-
-def test_the_document_of_results_compares_what_the_evaluations_measured():
-    """The block of results is `report.comparison` of the committed files, word for
-    word.
-    """
-    measured = comparison(
-        *(ROOT / "data" / "results" / f"{name}-gso.json" for name in ("small", "tiny"))
-    )
-    assert block_of_results("results") == measured

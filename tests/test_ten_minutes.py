@@ -85,9 +85,7 @@ def test_packs_that_cannot_be_are_refused(dataset, tmp_path):
 
 @pytest.fixture(scope="module")
 def both():
-    """The library's orbits of two objects in three variants each, and the resident
-    ones.
-    """
+    """The library's orbits of two objects in three variants, and the resident's."""
     views = ball_views()
     orbits = random_orbits(views, copies=3)
     resident = ResidentOrbits(views, orbits.variants, SCALE, "cpu")
@@ -161,7 +159,7 @@ def test_batches_have_what_the_stages_draw_and_repeat(both):
     }
 
 
-# ---------------------------------------------------------------- the loop, what comes back
+# ---------------------------------------------------------------- what comes back
 
 
 class Line(Stage):
@@ -264,8 +262,9 @@ def test_a_step_at_full_size_runs_small_with_and_without_a_rasteriser(stage, mon
 
 
 def test_compiled_attention_is_one_graph():
-    """`attend` looks at a context variable, which would cut the U-Net's graph at every
-    layer.
+    """`attend` looks at a context variable.
+
+    That would cut the U-Net's graph at every layer.
     """
     q = torch.randn(1, 2, 5, 4)
     compiled = torch.compile(lambda t: attend(t, t, t) + 1, backend="eager", fullgraph=True)

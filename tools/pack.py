@@ -1,7 +1,7 @@
 """Dataset folders in one file that is small enough to travel to a GPU machine.
 
-    python tools/pack.py data/cache/mine ... --out data/cache/pack/unet.safetensors --megabytes 28 --ring
-    python tools/pack.py data/cache/mine ... --out data/cache/pack/stage1.safetensors --megabytes 28 --depth-bits 8
+    python tools/pack.py data/cache/mine ... --out unet.safetensors --ring
+    python tools/pack.py data/cache/mine ... --out stage1.safetensors --depth-bits 8
 
 Views travel as the WebP sheets that a dataset folder has anyway: as they are where they
 fit the given size, else encoded again at the best quality that does. --ring leaves the
@@ -43,14 +43,8 @@ from gsv3d_lib.data.dataset import (
     resize_views,
     split_sheet,
 )
-from gsv3d_lib.system.command import (
-    check_writable,
-    exit_code,
-    input_path,
-    number,
-    output_path,
-    positive,
-)
+from gsv3d_lib.system import command
+from gsv3d_lib.system.command import input_path, output_path
 from gsv3d_lib.system.errors import MissingFile, UserError
 from gsv3d_lib.system.files import UNREADABLE
 from gsv3d_lib.system.paths import atomic_path, check_readable, reason
@@ -65,17 +59,16 @@ SPARE = 0.97  # of the allowed size, because a sample is not the whole
 
 
 def sheet_bytes(rgba: np.ndarray, quality: int) -> bytes:
-    """Views uint8 [V, S, S, 4] as one WebP picture, as `data.dataset.write_object`
-    makes it.
-    """
+    """Views uint8 [V, S, S, 4] as one WebP, as `data.dataset.write_object` does."""
     buffer = io.BytesIO()
     Image.fromarray(join_sheet(rgba), "RGBA").save(buffer, format="WEBP", quality=quality, method=4)
     return buffer.getvalue()
 
 
 def depth_bytes(depth: np.ndarray, bits: int) -> tuple[bytes, float, float]:
-    """z-depth float32 [V, S, S] (0 = nothing) -> a lossless WebP, the least depth, and
-    the range.
+    """z-depth float32 [V, S, S] -> a lossless WebP, the least depth, the range.
+
+    0 stands for nothing.
     """
     step = max(1, depth.shape[1] // DEPTH_SIDE)
     small = depth[:, step // 2 :: step, step // 2 :: step]
@@ -111,8 +104,9 @@ def size_of(objects: list[dict]) -> int:
 def fitting_qualities(
     rows: list, views: int | None, bits: int, limit: float, pool
 ) -> tuple[int | None, ...]:
-    """The qualities at which all objects should fit, by a sample, best first; None for
-    the sheets as they are.
+    """The qualities at which all objects should fit, by a sample, best first.
+
+    None stands for the sheets as they are.
     """
     sample = rows[:: max(1, len(rows) // SAMPLE)]
 
@@ -134,30 +128,28 @@ def write_pack(
     bits: int = 0,
     limit: int | None = None,
 ) -> dict:
-    """All objects of some dataset folders in one file. Returns its facts; raises
-    UserError where they do not fit.
+    """All objects of some dataset folders in one file -> its facts.
+
+    Raises UserError where they do not fit.
     """
     if bits not in (0, 8, 16):
         raise UserError(f"Depth is packed in 8 or 16 bits, or not at all (0); got {bits}.")
     rows, views = list_all(folders, limit), RING if ring else None
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         for quality in fitting_qualities(rows, views, bits, 1e6 * megabytes, pool):
-            objects = list(
-                pool.map(
-                    partial(packed, views=views, quality=quality, bits=bits), rows, chunksize=8
-                )
-            )
+            work = partial(packed, views=views, quality=quality, bits=bits)
+            objects = list(pool.map(work, rows, chunksize=8))
             if size_of(objects) <= SPARE * 1e6 * megabytes:
                 break
         else:
             raise UserError(
-                f"{len(rows)} objects do not fit {megabytes:g} MB even at quality {QUALITIES[-1]}: take fewer (--limit)."
+                f"{len(rows)} objects do not fit {megabytes:g} MB even at quality "
+                f"{QUALITIES[-1]}: take fewer (--limit)."
             )
-    for name in ("azimuths", "side"):
-        if len({np.size(one[name]) if name == "azimuths" else one[name] for one in objects}) > 1:
-            raise UserError(
-                "Objects of one pack have equally many views of one size; pack these folders apart."
-            )
+    if len({(len(one["azimuths"]), one["side"]) for one in objects}) > 1:
+        raise UserError(
+            "Objects of one pack have equally many views of one size; pack these folders apart."
+        )
     parts = [part for one in objects for part in (one["sheet"], one["depth"])]
     tensors = {
         "bytes": torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8),
@@ -190,7 +182,7 @@ def read_pack(
     check_readable(path)
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             facts = json.loads(file.metadata()["pack"])
         ids, count = facts["ids"][:limit], len(facts["ids"][:limit])
         views = tensors["azimuths"].shape[1]
@@ -204,12 +196,10 @@ def read_pack(
         shares = [range(k, count, processes) for k in range(processes)]
         work = partial(unpack, facts=facts, tensors=tensors, columns=columns, size=size)
         in_processes(work, shares)
+    except UserError:
+        raise
     except UNREADABLE as error:
-        raise (
-            error
-            if isinstance(error, UserError)
-            else UserError(f"{path} cannot be read ({reason(error)}).")
-        ) from error
+        raise UserError(f"{path} cannot be read ({reason(error)}).") from error
     columns.setdefault("depth", torch.zeros(1).expand(count, views, size, size, 1))
     angles = (tensors[name][:count] for name in ("azimuths", "elevations"))
     return ViewTensors(ids, columns["rgb"], columns["alpha"], columns["depth"], *angles)
@@ -221,9 +211,7 @@ def shared(*shape: int) -> Tensor:
 
 
 def in_processes(work, shares: list[range]) -> None:
-    """`work(share)` for each share, in as many processes. Raises UserError where one
-    fails.
-    """
+    """`work(share)` for each share, in as many processes."""
     if len(shares) == 1:
         return work(shares[0])
     # the others start anew and would import torch again
@@ -267,16 +255,16 @@ def picture(data: bytes, mode: str) -> np.ndarray:
 
 
 def depth_of(data: bytes, views: int, side: int, bits: int, low: float, span: float) -> np.ndarray:
-    """The inverse of `depth_bytes`: float32 [V, side, side], each packed value repeated
-    over its block.
+    """The inverse of `depth_bytes`: float32 [V, side, side].
+
+    Each packed value is repeated over its block.
     """
     sheet = picture(data, "RGBA").astype("u2")
     packed_side = sheet.shape[1] // COLUMNS
     tiles = split_sheet(sheet, views, packed_side, packed_side)
     codes = tiles[..., 0] * np.uint16(256) + tiles[..., 1]
-    depth = np.where(
-        codes > 0, low + (codes.astype("f4") - 1) * np.float32(span / (2**bits - 2)), 0
-    )
+    level = np.float32(span / (2**bits - 2))
+    depth = np.where(codes > 0, low + (codes.astype("f4") - 1) * level, 0)
     block = side // packed_side
     return depth.repeat(block, 1).repeat(block, 2)
 
@@ -288,36 +276,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=input_path, help="dataset folders")
-    parser.add_argument("--out", type=output_path, required=True, metavar="FILE")
-    parser.add_argument(
-        "--megabytes", type=number(0.01, 1000), default=28.0, help="what the file may have"
-    )
-    parser.add_argument("--ring", action="store_true", help="the 16 views of the ring only")
-    parser.add_argument("--depth-bits", type=int, choices=(0, 8, 16), default=0, help="0: no depth")
-    parser.add_argument("--limit", type=positive, help="only the first objects")
+    add = parser.add_argument
+    add("folders", nargs="+", type=input_path, help="dataset folders")
+    add("--out", type=output_path, required=True, metavar="FILE")
+    size = command.number(0.01, 1000)
+    add("--megabytes", type=size, default=28.0, help="what the file may have (default 28)")
+    add("--ring", action="store_true", help="the 16 views of the ring only")
+    add("--depth-bits", type=int, choices=(0, 8, 16), default=0, help="0: no depth")
+    add("--limit", type=command.positive, help="only the first objects")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    check_writable(options.out)
-    facts = write_pack(
-        options.folders,
-        options.out,
-        options.megabytes,
-        options.ring,
-        options.depth_bits,
-        options.limit,
-    )
+    command.check_writable(options.out)
+    settings = dict(ring=options.ring, bits=options.depth_bits, limit=options.limit)
+    facts = write_pack(options.folders, options.out, options.megabytes, **settings)
     quality = "sheets as they were" if facts["quality"] is None else f"quality {facts['quality']}"
     print(
-        f"{options.out}: {facts['objects']} objects, {facts['views']} views of {facts['side']} px, {quality}, "
-        f"depth in {facts['bits']} bits, {facts['bytes'] / 1e6:.1f} MB."
+        f"{options.out}: {facts['objects']} objects, {facts['views']} views of "
+        f"{facts['side']} px, {quality}, depth in {facts['bits']} bits, "
+        f"{facts['bytes'] / 1e6:.1f} MB."
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
+    return command.exit_code(run, build_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Run notebooks in place and write what a reader sees: outputs, and the time and memory
-in their headers.
+"""Run notebooks in place and write what a reader sees: outputs, times and memory.
 
     python tools/refresh.py [02 05 ...] [--out FOLDER]
-    python tools/refresh.py --hero docs/images/hero.png    # the README's picture instead
+    python tools/refresh.py --hero docs/images/hero.png    # the README's picture
 
-Every notebook runs on a fresh kernel in the notebooks' folder. The text between `<!--
-measured -->` and `<!-- /measured -->` in its first cells, and in its row of the
-README's table, is replaced by what was measured. What GitHub cannot show is left
-out: widget state, widgets without a kernel, and cell timings. A notebook that fails is
-    left as it was.
+Every notebook runs on a fresh kernel in the notebooks' folder. What was measured goes
+between `<!-- measured -->` and `<!-- /measured -->`, in its first cells and in its row
+of the README's table. What GitHub cannot show is left out: widget state, widgets
+without a kernel, and cell timings. A notebook that fails is left as it was.
 """
 
 from __future__ import annotations
@@ -30,14 +28,12 @@ from gsv3d_lib.system.paths import BEST, ROOT, atomic_path, find
 MEASURED = re.compile(r"<!-- measured -->.*?<!-- /measured -->")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HERO = ("house", "car", "chair", "face", "mug")  # the README's picture
-# GB on Linux
+# What a kernel is asked at its end; GB on Linux.
 PEAK = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
 
 
 def run_notebook(path: Path, cell_timeout: int = 900) -> tuple[nbformat.NotebookNode, float, float]:
-    """Execute a notebook -> (it with outputs, seconds, peak memory of its kernel in
-    GB).
-    """
+    """Execute a notebook -> (it with outputs, seconds, peak GB of its kernel)."""
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
@@ -77,9 +73,9 @@ def stated(seconds: float, gigabytes: float, cores: int) -> str:
     return f"{seconds:.0f} s, {gigabytes:.1f} GB on {cores} CPU core{'s' if cores > 1 else ''}"
 
 
-def write_measured(text: str, sentence: str) -> str:
-    """The text with the sentence between its marks."""
-    return MEASURED.sub(lambda _: f"<!-- measured -->{sentence}<!-- /measured -->", text)
+def marked(sentence: str) -> str:
+    """The sentence between its marks."""
+    return f"<!-- measured -->{sentence}<!-- /measured -->"
 
 
 def refresh(path: Path, out: Path) -> str:
@@ -88,29 +84,31 @@ def refresh(path: Path, out: Path) -> str:
     sentence = stated(seconds, peak, usable_cores())
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = write_measured(cell.source, sentence)
+            cell.source = MEASURED.sub(lambda _: marked(sentence), cell.source)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_path(out / path.name) as temporary:
         nbformat.write(tidy(notebook), temporary)
     return sentence
 
 
+def with_measured(readme: str, name: str, measured: str) -> str:
+    """The README's text with the marked sentence in the row of a notebook."""
+    lines = readme.split("\n")
+    for k, line in enumerate(lines):
+        if line.startswith("|") and f"notebooks/{name}" in line:
+            lines[k] = MEASURED.sub(lambda _: measured, line)
+    return "\n".join(lines)
+
+
 def update_readme(name: str, sentence: str, readme: Path = ROOT / "README.md") -> None:
-    """The notebook's row of the README's table."""
-    lines = [
-        write_measured(line, sentence)
-        if line.startswith("|") and f"notebooks/{name}" in line
-        else line
-        for line in readme.read_text(encoding="utf-8").split("\n")
-    ]
+    """Write the notebook's row of the README's table."""
+    text = with_measured(readme.read_text(encoding="utf-8"), name, marked(sentence))
     with atomic_path(readme) as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: int = 160) -> None:
-    """Bundled pictures and what `weights` make of them, seen from eight sides, as a
-    PNG.
-    """
+    """A PNG of bundled pictures and what `weights` make of them, from eight sides."""
     import torch
 
     from gsv3d_lib.cameras import orbit_cameras
@@ -123,15 +121,13 @@ def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: in
     angles, pictures = torch.arange(8) * 45.0, []
     for name in tqdm(names, unit="picture"):
         image = ROOT / "data" / "images" / f"{name}.png"
-        seen = render(
-            pipe(image, seed=0, progress=False), orbit_cameras(angles, 15.0, size)
-        ).rgb.clamp(0, 1)
+        made = pipe(image, seed=0, progress=False)
+        seen = render(made, orbit_cameras(angles, 15.0, size)).rgb.clamp(0, 1)
         pictures += [prepare_condition(image, size)[0], *seen]
     titles = ["input", *(f"{angle:.0f}°" for angle in angles)]
+    figure = image_grid(pictures, titles=titles, columns=9, width=10)
     with atomic_path(path) as temporary:
-        image_grid(pictures, titles=titles, columns=9, width=10).savefig(
-            temporary, dpi=100, format="png"
-        )
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 def build_parser() -> argparse.ArgumentParser:

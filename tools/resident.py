@@ -1,5 +1,4 @@
-"""Orbits that live on the device: examples are drawn there, hundreds at once, without a
-loop.
+"""Orbits that live on the device: examples are drawn there, hundreds at once.
 
 `ResidentOrbits` holds all pictures as bytes and all latents, and gives for many items
 and start views together what `data.examples.Orbits` gives for one
@@ -20,19 +19,17 @@ from gsv3d_lib.vae import encode
 
 
 class ResidentOrbits:
-    """Variants of the objects in `views`, on `device`; `encode` must come before
-    `orbit`.
-    """
+    """Variants of objects on `device`; `encode` must come before `orbit`."""
 
     def __init__(self, views: ViewTensors, variants: list[Variant], latent_scale: float, device):
         self.rgb, self.alpha = views.rgb.to(device), views.alpha.to(device)
         flat = views.depth.stride(0) == 0  # a pack without depth
         self.depth = views.depth[:1].to(device) if flat else views.depth.to(device)
-        self.has_depth, self.latent_scale, self.device = not flat, latent_scale, device
-        places = [views.places(v.index, v.mirror) for v in variants]
-        self.order, self.azimuths, self.elevations = (
-            torch.stack(t).to(device) for t in zip(*places)
-        )
+        self.has_depth = not flat
+        self.latent_scale = latent_scale
+        self.device = device
+        places = zip(*(views.places(v.index, v.mirror) for v in variants))
+        self.order, self.azimuths, self.elevations = (torch.stack(p).to(device) for p in places)
         self.index = torch.tensor([v.index for v in variants], device=device)
         self.mirror = torch.tensor([v.mirror for v in variants], device=device)
         self.palette = torch.tensor([v.palette for v in variants], device=device)
@@ -44,8 +41,9 @@ class ResidentOrbits:
     # ------------------------------------------------------------ what is stored
 
     def seen(self, stored: Tensor, items: Tensor, views: Tensor) -> Tensor:
-        """Views [B, K] of items [B] from stored [O, V, S, S, C], mirrored where the
-        variant is.
+        """Views [B, K] of items [B] from stored [O, V, S, S, C].
+
+        They are mirrored where the variant is.
         """
         source = self.order[items].gather(1, views)
         found = stored[self.index[items][:, None], source]
@@ -81,8 +79,9 @@ class ResidentOrbits:
     def orbit(
         self, items: Tensor, starts: Tensor, num_frames: int, shifts: Tensor | None = None
     ) -> Example:
-        """`Orbits.orbit` of items [B] with condition views starts [B]; the frames of
-        orbit b then `pretraining.rolled` by shifts[b].
+        """`Orbits.orbit` of items [B] with condition views starts [B].
+
+        The frames of orbit b are then `pretraining.rolled` by shifts[b].
         """
         places = torch.arange(num_frames, device=self.device).expand(len(items), -1)
         if shifts is not None:
@@ -154,9 +153,9 @@ class ResidentOrbits:
         views = torch.rand(batch, self.rgb.shape[1], generator=generator, device=self.device)
         chosen = views.argsort(1)[:, : config.target_views]
         drawn = self.orbit(items, starts, frames) | self.targets(items, starts, chosen)
-        return drawn | (
-            self.own_pixels(items, starts, frames, config) if config.lambda_pixel else {}
-        )
+        if config.lambda_pixel:
+            drawn |= self.own_pixels(items, starts, frames, config)
+        return drawn
 
 
 def pooled(images: Tensor, block: int) -> Tensor:

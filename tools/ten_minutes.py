@@ -1,10 +1,10 @@
 """Ten minutes on one GPU: a prepared script that makes the most of them.
 
-    python tools/ten_minutes.py --rehearse                    all that needs no GPU, at a hundredth of the size
-    python tools/ten_minutes.py predict --out data/cache/pack/predictions.json      what `plan` says, here, before
-    python tools/ten_minutes.py unet   --out $OUT ...         first call: the U-Net, and gsplat compiled beside it
-    python tools/ten_minutes.py decoder --out $OUT ...        second call: parity, paper-size steps, stage 1
-    python tools/ten_minutes.py collect FOLDER --into runs/gpu        what came back -> weights that open
+    python tools/ten_minutes.py --rehearse       all that needs no GPU, small
+    python tools/ten_minutes.py predict ...      at home: what `plan` says
+    python tools/ten_minutes.py unet ...         first call: the U-Net; gsplat compiles
+    python tools/ten_minutes.py decoder ...      second call: parity, full size, stage 1
+    python tools/ten_minutes.py collect ...      what came back -> weights that open
 
 The packs are made by tools/pack.py. How a person with a lent machine goes on, command
 by command, stands in tools/README.md. The stages, their losses and their models are the
@@ -19,14 +19,15 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import pack
 import torch
-from pack import read_pack
 from resident import ResidentOrbits
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -63,6 +64,7 @@ from gsv3d_lib.weights.checkpoint import (
 ROOT = Path(__file__).resolve().parents[1]
 PIECE = 15_000_000  # bytes of a file that comes back: 16 MiB are allowed
 BASE = "data/checkpoints/small"
+PREDICTIONS = "data/cache/pack/predictions.json"
 DENSE_BF16 = 989e12  # FLOP/s of an H100 and H200, by the datasheet
 MEMORY_SHARE = 0.4  # of the card for the U-Net's batch; a second process compiles beside it
 # Seconds of the two calls. Training gets what the others leave of --seconds.
@@ -84,7 +86,9 @@ class Clock:
     """Seconds since the script began, how many there are, and what each step took."""
 
     def __init__(self, seconds: float):
-        self.begin, self.seconds, self.taken = time.monotonic(), seconds, {}
+        self.begin = time.monotonic()
+        self.seconds = seconds
+        self.taken: dict[str, float] = {}
 
     @property
     def spent(self) -> float:
@@ -107,8 +111,9 @@ class Clock:
 
 
 def environment() -> dict:
-    """Card, versions, and the rate of a large bfloat16 product, against which shares
-    are stated.
+    """Card, versions, and the rate of a large bfloat16 product.
+
+    Shares are stated against that rate.
     """
     facts = {"torch": torch.__version__, "cuda": torch.version.cuda, "cores": os.cpu_count()}
     if not torch.cuda.is_available():
@@ -138,28 +143,21 @@ def timed(action, device: str, repeats: int = 3) -> float:
 
 
 def compile_gsplat(folder: Path) -> subprocess.Popen | None:
-    """Begin to compile gsplat's kernels in the background; None, with a sentence,
-    without nvcc.
+    """Begin to compile gsplat's kernels in the background.
+
+    None, with a sentence, without nvcc.
     """
-    if (
-        subprocess.run(["which", "nvcc"], capture_output=True).returncode
-        or not torch.cuda.is_available()
-    ):
+    if shutil.which("nvcc") is None or not torch.cuda.is_available():
         print("gsplat is not compiled: that takes nvcc and a CUDA device.")
         return None
     major, minor = torch.cuda.get_device_capability()
-    extra = {
-        "TORCH_EXTENSIONS_DIR": str(folder),
-        "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}",
-        "VERBOSE": "1",
-    }
-    extra["MAX_JOBS"] = str(max(1, (os.cpu_count() or 2) - 4))
+    extra = {"TORCH_EXTENSIONS_DIR": str(folder), "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    extra |= {"VERBOSE": "1", "MAX_JOBS": str(max(1, (os.cpu_count() or 2) - 4))}
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", "from gsplat.cuda._backend import _C; assert _C is not None"]
+    env = os.environ | extra
     with open(folder / "log.txt", "w") as log:
-        return subprocess.Popen(
-            command, env=os.environ | extra, stdout=log, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
 def library_of_gsplat(folder: Path) -> Path:
@@ -167,8 +165,9 @@ def library_of_gsplat(folder: Path) -> Path:
 
 
 def gsplat_ready(process: subprocess.Popen | None, folder: Path, seconds: float = 0.0) -> bool:
-    """Whether the kernels can be used now, after waiting at most so long; then they are
-    loaded.
+    """Whether the kernels can be used, after waiting at most so long.
+
+    Then they are loaded.
     """
     if process is not None:
         try:
@@ -181,9 +180,8 @@ def gsplat_ready(process: subprocess.Popen | None, folder: Path, seconds: float 
     from torch.utils.cpp_extension import _import_module_from_library
 
     try:  # gsplat asks for a compiled `gsplat.csrc` first
-        sys.modules.setdefault(
-            "gsplat.csrc", _import_module_from_library("gsplat_cuda", str(library.parent), True)
-        )
+        module = _import_module_from_library("gsplat_cuda", str(library.parent), True)
+        sys.modules.setdefault("gsplat.csrc", module)
         from gsplat.cuda._backend import _C
     except Exception as error:
         print(f"gsplat's kernels were compiled but do not open: {error}")
@@ -199,12 +197,15 @@ def tail(path: Path, lines: int = 30) -> list[str]:
 
 
 class Learner:
-    """One stage on the device: steps without a look at the numbers, and averages of the
-    weights.
+    """One stage on the device, and the averages of its weights.
+
+    It steps without a look at the numbers, which would wait for the device.
     """
 
     def __init__(self, stage: Stage, schedule: Schedule, device: str):
-        self.stage, self.schedule, self.device = stage.to(device).train(), schedule, device
+        self.stage = stage.to(device).train()
+        self.schedule = schedule
+        self.device = device
         self.parameters = [p for p in stage.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -214,7 +215,8 @@ class Learner:
             fused=device == "cuda",
         )
         self.average = {name: p.detach().clone() for name, p in stage.training_state().items()}
-        self.done, self.rows = 0, []
+        self.done = 0
+        self.rows: list[dict] = []
 
     def step(self, batch: dict[str, Tensor], spent: float) -> Tensor:
         """One optimiser step; returns the loss, still on the device."""
@@ -235,8 +237,10 @@ class Learner:
     ) -> None:
         """Steps until the clock shows `end`, one at least.
 
-        fraction(): the share of the training's time that is spent.  draw(): a batch.
-        each_minute(): saves.  changed(): called now and then, for what gets ready meanwhile.
+        fraction(): the share of the training's time that is spent.
+        draw(): a batch.
+        each_minute(): saves.
+        changed(): called now and then, for what gets ready meanwhile.
         Raises UserError where the loss is no number.
         """
         saved, mark, first = clock.spent, clock.spent, self.done
@@ -247,18 +251,10 @@ class Learner:
                 if value != value:
                     raise UserError(f"The loss of step {self.done} is {value}.")
                 pace = (clock.spent - mark) / max(1, (self.done - 1) % every + 1)
-                self.rows.append(
-                    {
-                        "step": self.done,
-                        "seconds": round(clock.spent, 2),
-                        "loss": value,
-                        "pace": pace,
-                    }
-                )
-                print(
-                    f"[{clock.spent:6.1f} s] step {self.done}: loss {value:.4f}, {pace:.4f} s a step",
-                    flush=True,
-                )
+                row = {"step": self.done, "seconds": round(clock.spent, 2)}
+                self.rows.append(row | {"loss": value, "pace": pace})
+                said = f"loss {value:.4f}, {pace:.4f} s a step"
+                print(f"[{clock.spent:6.1f} s] step {self.done}: {said}", flush=True)
                 mark = clock.spent
                 if changed is not None:
                     changed()
@@ -276,8 +272,9 @@ def half_precision(device: str):
 
 
 def fitting_batch(learner: Learner, draw, asked: int, share: float = MEMORY_SHARE) -> int:
-    """The largest batch up to `asked` that takes at most this share of the card, by two
-    small steps.
+    """The largest batch up to `asked` that takes at most this share of the card.
+
+    Two small steps tell what one example takes.
     """
     if learner.device != "cuda":
         return asked
@@ -303,7 +300,9 @@ class Compiled:
     """
 
     def __init__(self, unet: nn.Module, command: list[str], folder: Path, seconds: float):
-        self.unet, self.folder, self.on = unet, folder, False
+        self.unet = unet
+        self.folder = folder
+        self.on = False
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
         with open(folder / "log.txt", "w") as log:
@@ -335,9 +334,7 @@ def diffusion_stage(config: Config, base: Path, fresh: bool) -> DiffusionStage:
 
 
 def compile_ahead(options: argparse.Namespace) -> None:
-    """The work of the process behind `Compiled`: one step at every size, on numbers of
-    no meaning.
-    """
+    """The process behind `Compiled`: one step at every size, on random numbers."""
     stage = diffusion_stage(unet_config(options), options.base, options.fresh).cuda().train()
     torch.set_float32_matmul_precision("high")
     stage.unet.compile(mode="default", dynamic=False)
@@ -356,10 +353,8 @@ def compile_ahead(options: argparse.Namespace) -> None:
 
 def random_batch(config: Config, stage: str, batch: int, device: str) -> dict[str, Tensor]:
     """Numbers of no meaning in the shapes of a batch."""
-    drawn = {
-        name: torch.rand(batch, *shape, device=device)
-        for name, shape in shapes(config, stage).items()
-    }
+    wanted = shapes(config, stage)
+    drawn = {name: torch.rand(batch, *wanted[name], device=device) for name in wanted}
     for name in ("azimuth", "target_azimuth"):
         if name in drawn:
             drawn[name] *= 360
@@ -367,17 +362,14 @@ def random_batch(config: Config, stage: str, batch: int, device: str) -> dict[st
 
 
 def unet_config(options: argparse.Namespace) -> Config:
-    """The base's configuration with the U-Net's channels and the largest of the sizes."""
+    """The base's configuration with the U-Net's channels and the largest size."""
     config = load_config(options.base).replace(image_size=max(options.sizes), seed=options.seed)
     heads = tuple(max(1, width // 32) for width in options.channels)
     if tuple(options.channels) != config.unet_channels:
         config = config.replace(unet_channels=tuple(options.channels), unet_heads=heads)
-    schedule = dataclasses.replace(
-        config.diffusion_schedule, steps=9_999_999, batch=options.batch, lr=options.lr
-    )
-    return config.replace(
-        diffusion_schedule=dataclasses.replace(schedule, ema=options.ema), copies=options.copies
-    )
+    given = dict(steps=9_999_999, batch=options.batch, lr=options.lr, ema=options.ema)
+    schedule = dataclasses.replace(config.diffusion_schedule, **given)
+    return config.replace(diffusion_schedule=schedule, copies=options.copies)
 
 
 def on_device(views, config: Config, vae, device: str, clock: Clock) -> ResidentOrbits:
@@ -392,22 +384,22 @@ def cores() -> int:
 
 
 def train_unet(options: argparse.Namespace) -> dict:
-    """The first call. Everything is read before the GPU is used: processes are forked
-    to decode.
+    """The first call.
+
+    Everything is read before the GPU is used: processes are forked to decode.
     """
     clock, device = Clock(options.seconds), "cuda" if torch.cuda.is_available() else "cpu"
     config, results = unet_config(options), {"plan": TIMES["unet"]}
     views = {
-        s: clock.step(f"read {s} px", read_pack, options.pack, s, cores(), options.limit)
+        s: clock.step(f"read {s} px", pack.read_pack, options.pack, s, cores(), options.limit)
         for s in options.sizes
     }
     results["environment"] = clock.step("environment", environment)
     gsplat = compile_gsplat(options.work / "gsplat")
     vae = load_model(options.base, "vae").to(device).requires_grad_(False)
     orbits = {s: on_device(views.pop(s), config, vae, device, clock) for s in options.sizes}
-    learner = Learner(
-        diffusion_stage(config, options.base, options.fresh), config.diffusion_schedule, device
-    )
+    stage = diffusion_stage(config, options.base, options.fresh)
+    learner = Learner(stage, config.diffusion_schedule, device)
     generator = torch.Generator(device).manual_seed(options.seed)
 
     def draw(size: int, batch: int):
@@ -425,11 +417,8 @@ def train_unet(options: argparse.Namespace) -> dict:
         )
 
     def save():
-        record = {
-            "config": dataclasses.asdict(config),
-            "trained": {"diffusion": learner.done},
-            "models": ["unet", "clip"],
-        }
+        record = {"config": dataclasses.asdict(config), "models": ["unet", "clip"]}
+        record |= {"trained": {"diffusion": learner.done}}
         write_pieces(learner.averaged(), record, options.out)
 
     start, end = clock.spent, options.seconds - TIMES["unet"]["save"]
@@ -456,10 +445,8 @@ def train_unet(options: argparse.Namespace) -> dict:
         results["compile log"] = tail(options.work / "compiled" / "log.txt")
     results |= {"steps": learner.done, "curve": learner.rows}
     library = library_of_gsplat(options.work / "gsplat")
-    results["gsplat"] = {
-        "compiled": library.is_file(),
-        "log": tail(options.work / "gsplat" / "log.txt"),
-    }
+    log = tail(options.work / "gsplat" / "log.txt")
+    results["gsplat"] = {"compiled": library.is_file(), "log": log}
     if gsplat is not None and gsplat.poll() is None and clock.left > 0:
         gsplat_ready(gsplat, options.work / "gsplat", clock.left)
     if library.is_file() and library.stat().st_size < PIECE:
@@ -469,21 +456,16 @@ def train_unet(options: argparse.Namespace) -> dict:
 
 def compile_command(options: argparse.Namespace, batches: dict[int, int]) -> list[str]:
     command = [sys.executable, __file__, "compile", "--folder", str(options.work / "compiled")]
-    command += [
-        "--base",
-        str(options.base),
-        "--seed",
-        str(options.seed),
-        "--batches",
-        *map(str, batches.values()),
-    ]
+    command += ["--base", str(options.base), "--seed", str(options.seed)]
+    command += ["--batches", *map(str, batches.values())]
     command += ["--sizes", *map(str, options.sizes), "--channels", *map(str, options.channels)]
     return [*command, *(["--fresh"] if options.fresh else [])]
 
 
 def share_of_peak(learner: Learner, predictions: Path, size: int, batch: int) -> float | None:
-    """Of the card's bfloat16 peak, by the operations that `plan` counts and the last
-    pace.
+    """Share of the card's bfloat16 peak.
+
+    By the operations that `plan` counts and the last pace.
     """
     found = read_json(predictions).get(f"diffusion {size}")
     if learner.device != "cuda" or not found or len(learner.rows) < 2:
@@ -491,12 +473,13 @@ def share_of_peak(learner: Learner, predictions: Path, size: int, batch: int) ->
     return batch * found["flops"] / learner.rows[-1]["pace"] / DENSE_BF16
 
 
-# ---------------------------------------------------------------- (d) gsplat against ours
+# ---------------------------------------------------------------- (d) parity
 
 
 def parity(device: str, gaussians: int = 2000, views: int = 2, size: int = 64) -> dict:
-    """Largest differences of images and gradients between gsplat's kernels and
-    `rendering/plain.py`, and times.
+    """Largest differences between gsplat's kernels and `rendering/plain.py`.
+
+    Of images and gradients; and the times.
     """
     from gsv3d_lib.cameras import orbit_cameras
     from gsv3d_lib.gaussians import Gaussians
@@ -547,17 +530,17 @@ def parity(device: str, gaussians: int = 2000, views: int = 2, size: int = 64) -
 
 
 def train_decoder(options: argparse.Namespace) -> dict:
-    """The second call: paper-size steps while gsplat is compiled, parity, then stage 1."""
+    """The second call: steps at full size while gsplat compiles, parity, stage 1."""
     clock, device = Clock(options.seconds), "cuda" if torch.cuda.is_available() else "cpu"
     config = load_config(options.base).replace(seed=options.seed, copies=options.copies)
     changes = {"lambda_lpips": options.lpips, "lambda_ssim": options.ssim}
     config = config.replace(**changes, lpips_weights=str(options.lpips_weights))
-    schedule = dataclasses.replace(
-        config.stage1, steps=9_999_999, batch=options.batch, lr=options.lr, ema=options.ema
+    given = dict(steps=9_999_999, batch=options.batch, lr=options.lr, ema=options.ema)
+    config = config.replace(stage1=dataclasses.replace(config.stage1, **given))
+    results, size = {"plan": TIMES["decoder"]}, config.image_size
+    views = clock.step(
+        f"read {size} px", pack.read_pack, options.pack, size, cores(), options.limit
     )
-    config, results = config.replace(stage1=schedule), {"plan": TIMES["decoder"]}
-    size = config.image_size
-    views = clock.step(f"read {size} px", read_pack, options.pack, size, cores(), options.limit)
     results["environment"] = clock.step("environment", environment)
     folder = options.work / "gsplat"
     brought = options.gsplat is not None and options.gsplat.is_file()
@@ -593,11 +576,8 @@ def train_decoder(options: argparse.Namespace) -> dict:
         return orbits.decoder_batch(generator, batch, frames, config)
 
     def save():
-        record = {
-            "config": dataclasses.asdict(config),
-            "trained": {"stage1": learner.done},
-            "models": ["decoder"],
-        }
+        record = {"config": dataclasses.asdict(config), "models": ["decoder"]}
+        record |= {"trained": {"stage1": learner.done}}
         write_pieces(learner.averaged(), record, options.out)
 
     start, end = clock.spent, options.seconds - TIMES["decoder"]["save"]
@@ -623,8 +603,9 @@ def plain_rendering():
 
 
 def attempted(action):
-    """What an action returns, or the first line of why not: one measurement must not
-    end the others.
+    """What an action returns, or the first line of why not.
+
+    One measurement must not end the others.
     """
     try:
         return action()
@@ -634,13 +615,11 @@ def attempted(action):
         return {"failed": line}
 
 
-# ---------------------------------------------------------------- (f) steps at full size
+# ---------------------------------------------------------------- (f) full size
 
 
 def paper_steps(clock: Clock, device: str, predictions: Path, gsplat: bool, scale: str) -> dict:
-    """One step of stage 1 and of stage 2 with random weights, beside what `plan`
-    predicts.
-    """
+    """One step of stage 1 and 2 with random weights, beside what `plan` predicts."""
     found = {}
     if device == "cuda" or scale != "paper":
         for stage in ("stage2", "stage1"):
@@ -659,8 +638,9 @@ def paper_steps(clock: Clock, device: str, predictions: Path, gsplat: bool, scal
 
 
 def full_step(stage_name: str, device: str, gsplat: bool, scale: str = "paper") -> dict:
-    """Seconds and peak memory of one micro-batch, forward and backward, and of the
-    optimiser's step.
+    """Seconds and peak memory of one micro-batch, and of the optimiser's step.
+
+    A micro-batch goes forward and backward.
     """
     config = preset(scale)
     orbits = max(1, schedule_of(config, stage_name).micro_batch)
@@ -690,18 +670,14 @@ def full_step(stage_name: str, device: str, gsplat: bool, scale: str = "paper") 
         update = timed(optimizer.step, device, repeats)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None
     rendered = "gsplat" if gsplat else "nothing: a stand-in takes the rasteriser's place"
-    return {
-        "orbits": orbits,
-        "seconds": seconds,
-        "optimiser": update,
-        "peak_gb": peak,
-        "rendered by": rendered,
-    }
+    report = {"orbits": orbits, "seconds": seconds, "optimiser": update, "peak_gb": peak}
+    return report | {"rendered by": rendered}
 
 
 def no_rendering(means, quats, scales, opacities, colors, viewmats, Ks, width: int, height: int):
-    """A picture of one colour that has gradients for all five tensors, in next to no
-    time.
+    """A picture of one colour in next to no time.
+
+    It has gradients for all five tensors.
     """
     mixed = torch.stack([t.float().mean() for t in (means, quats, scales, opacities)]).sum()
     sums = torch.cat([colors.float().mean(0), mixed[None]]).expand(len(viewmats), height, width, 4)
@@ -709,8 +685,9 @@ def no_rendering(means, quats, scales, opacities, colors, viewmats, Ks, width: i
 
 
 def predict(options: argparse.Namespace) -> None:
-    """What `plan` says of the steps that will be measured; takes a minute without a
-    GPU.
+    """What `plan` says of the steps that will be measured.
+
+    It takes a minute without a GPU.
     """
     found = {}
     for stage in ("stage1", "stage2"):
@@ -742,10 +719,10 @@ def read_json(path: Path | None) -> dict:
 def write_pieces(
     tensors: dict[str, Tensor], record: dict, folder: Path, limit: int = PIECE
 ) -> None:
-    """Tensors in files of at most `limit` bytes, with `record` in each; those of before
-    are replaced together.
+    """Tensors in files of at most `limit` bytes, with `record` in each.
 
-    Raises ValueError for a tensor that is larger than a file may be.
+    Those of before are replaced together. Raises ValueError for a tensor that is larger
+    than a file may be.
     """
     pieces, room = [], 0
     for name, tensor in tensors.items():
@@ -770,8 +747,9 @@ def write_pieces(
 
 
 def read_pieces(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """The inverse. Raises MissingFile where there are none, UserError where they are
-    not of one moment.
+    """The inverse of `write_pieces`.
+
+    Raises UserError where the files are not of one moment.
     """
     paths = sorted(folder.glob("weights-*.safetensors"))
     if not paths:
@@ -780,7 +758,7 @@ def read_pieces(folder: Path) -> tuple[dict[str, Tensor], dict]:
     for path in paths:
         with safe_open(path, "pt") as file:
             records.append(json.loads(file.metadata()["record"]))
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}
     if any(record != records[0] for record in records) or len(paths) != records[0]["pieces"]:
         raise UserError(
             f"The pieces in {folder} are not those of one checkpoint: fetch all of them again."
@@ -807,18 +785,17 @@ def collect(options: argparse.Namespace) -> None:
     take_over(options.base, options.into, list(record["trained"]), config)
     for name in names:
         model = builders()[name](config)
-        model.load_state_dict(
-            {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
-        )
+        own = {n: t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        model.load_state_dict({n.removeprefix(f"{name}."): t for n, t in own.items()})
         save_model(model, weights, name, config, record["trained"])
     print(f"{', '.join(names)} after {record['trained']} steps are in {weights}.")
 
 
-# ---------------------------------------------------------------- rehearsal, command line
+# ---------------------------------------------------------------- command line
 
 
 def rehearsal(options: argparse.Namespace) -> None:
-    """Every step that needs no GPU, at a hundredth of the size, in a temporary folder."""
+    """Every step that needs no GPU, at a hundredth of the size."""
     import tempfile
 
     sys.path.insert(0, str(ROOT / "tests"))
@@ -834,48 +811,33 @@ def rehearsal(options: argparse.Namespace) -> None:
             write_object(data, one)
         write_index(data, [{"id": one.id} for one in views])
         for name, extra in (("unet", ["--ring"]), ("stage1", ["--depth-bits", "8"])):
-            import pack
-
-            assert (
-                pack.main([str(data), "--out", str(packs / name), "--megabytes", "1", *extra]) == 0
-            )
+            given = [str(data), "--out", str(packs / name), "--megabytes", "1", *extra]
+            assert pack.main(given) == 0
         common = ["--batch", "1", "--copies", "2", "--every", "1", "--work", str(place / "work")]
         one = ["--sizes", "64", "--seconds", str(seconds + 20), "--pack", str(packs / "unet")]
-        assert (
-            main(["predict", "--paper", "tiny", "--sizes", "64", "--out", str(packs / "said.json")])
-            == 0
-        )
-        common += ["--predictions", str(packs / "said.json")]
+        said = str(packs / "said.json")
+        assert main(["predict", "--paper", "tiny", "--sizes", "64", "--out", said]) == 0
+        common += ["--predictions", said]
         assert main(["unet", *one, *common, "--out", str(place / "one")]) == 0
-        two = [
-            "--pack",
-            str(packs / "stage1"),
-            "--seconds",
-            str(seconds + 40),
-            "--base",
-            "data/checkpoints/tiny",
-            "--paper",
-            "tiny",
-        ]
+        two = ["--pack", str(packs / "stage1"), "--seconds", str(seconds + 40)]
+        two += ["--base", "data/checkpoints/tiny", "--paper", "tiny"]
         assert main(["decoder", *two, *common, "--out", str(place / "two")]) == 0
         for folder in ("one", "two"):
             base = ["--base", BASE if folder == "one" else "data/checkpoints/tiny"]
-            assert (
-                main(
-                    ["collect", str(place / folder), "--into", str(place / f"run-{folder}"), *base]
-                )
-                == 0
-            )
+            into = str(place / f"run-{folder}")
+            assert main(["collect", str(place / folder), "--into", into, *base]) == 0
         results = {k: read_json(place / k / "results.json") for k in ("one", "two")}
         for name, result in results.items():
             print(f"{name}: {result['steps']} steps, seconds {result['seconds']}")
             print(f"parity: {result.get('parity')}")
     print(
-        "Left out, for want of CUDA: bfloat16, fused AdamW, torch.compile, the memory probe, gsplat's kernels."
+        "Left out, for want of CUDA: bfloat16, fused AdamW, torch.compile, the memory probe, "
+        "gsplat's kernels."
     )
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -883,98 +845,76 @@ def build_parser() -> argparse.ArgumentParser:
     rehearse_ = commands.add_parser("rehearse", help="all that needs no GPU, small")
     rehearse_.add_argument("--seconds", type=number(0, 600), default=10.0, help="of each training")
     rehearse_.set_defaults(action=rehearsal)
-
     unet = commands.add_parser("unet", help="the first call")
     compile_ = commands.add_parser("compile", help="used by `unet` itself")
     guess = commands.add_parser("predict", help="what plan says, to carry along")
     decoder = commands.add_parser("decoder", help="the second call")
+    back = commands.add_parser("collect", help="what came back -> weights")
+    for one in (unet, compile_, guess, decoder, back):
+        given = dict(type=input_path, default=input_path(BASE))
+        one.add_argument("--base", **given, help="weights to start from")
     for one in (unet, compile_, guess, decoder):
-        one.add_argument(
-            "--base", type=input_path, default=input_path(BASE), help="weights to start from"
-        )
         one.add_argument("--seed", type=training_seed, default=0)
     for one in (unet, compile_, guess):
-        one.add_argument("--channels", nargs="+", type=positive, default=[64, 128])
-        one.add_argument(
-            "--sizes", nargs="+", type=whole(16, 1024), default=[64, 128], help="pixels, in order"
-        )
-        one.add_argument(
-            "--fresh", action="store_true", help="new weights; needed for other channels"
-        )
-    for one in (unet, guess):
-        one.set_defaults(batch=256, lr=6e-4, ema=0.999, copies=4)
-    for one, seconds, pack, batch, lr in (
-        (unet, 420, "unet", 256, 6e-4),
-        (decoder, 230, "stage1", 16, 4e-4),
-    ):
-        one.add_argument(
-            "--seconds", type=number(1, 3600), default=seconds, help="of the whole call"
-        )
-        one.add_argument(
-            "--pack", type=input_path, default=input_path(f"data/cache/pack/{pack}.safetensors")
-        )
-        one.add_argument(
-            "--out",
-            type=output_path,
-            default=output_path(os.environ.get("OUT", "runs/ten_minutes")),
-        )
-        one.add_argument("--work", type=output_path, default=output_path("/tmp/ten_minutes"))
-        one.add_argument(
-            "--predictions", type=input_path, default=input_path("data/cache/pack/predictions.json")
-        )
-        one.add_argument("--batch", type=positive, default=batch, help="orbits, at most")
-        one.add_argument("--lr", type=number(0, 1), default=lr)
-        one.add_argument("--ema", type=number(0, 0.999999), default=0.999)
-        one.add_argument("--copies", type=whole(1, 64), default=4, help="variants of each object")
-        one.add_argument("--limit", type=positive, help="only the first objects")
-        one.add_argument(
-            "--every", type=positive, default=50, help="steps between two rows of the log"
-        )
-    unet.add_argument(
-        "--share", type=number(0.01, 1), default=0.35, help="of the time for the first size"
-    )
+        _add_network_options(one)
+    _add_call_options(unet, "unet", seconds=420, batch=256, lr=6e-4)
+    _add_call_options(decoder, "stage1", seconds=230, batch=16, lr=4e-4)
+
+    share = dict(type=number(0.01, 1), default=0.35)
+    unet.add_argument("--share", **share, help="of the time for the first size")
     unet.add_argument("--no-compile", action="store_true")
+    unet.set_defaults(action=train_unet)
     compile_.add_argument("--folder", type=output_path, required=True)
     compile_.add_argument("--batches", nargs="+", type=positive, required=True)
-    compile_.set_defaults(batch=256, lr=6e-4, ema=0.999, copies=4, action=compile_ahead)
-    guess.add_argument(
-        "--out", type=output_path, default=output_path("data/cache/pack/predictions.json")
-    )
+    compile_.set_defaults(action=compile_ahead)
+    guess.add_argument("--out", type=output_path, default=output_path(PREDICTIONS))
     guess.add_argument("--paper", default="paper")
     guess.set_defaults(action=predict)
-    decoder.add_argument(
-        "--gsplat", type=input_path, help="a gsplat_cuda.so that came back from the first call"
-    )
-    decoder.add_argument(
-        "--lpips", type=number(0, 100), default=0.0, help="weight of LPIPS in the loss"
-    )
-    decoder.add_argument(
-        "--ssim", type=number(0, 100), default=0.0, help="weight of 1 - SSIM in the loss"
-    )
-    decoder.add_argument(
-        "--lpips-weights", type=input_path, default="data/cache/lpips/alex.safetensors"
-    )
-    decoder.add_argument("--paper", default="paper", help="preset of the full-size steps")
-    unet.set_defaults(action=train_unet)
+    add, weight = decoder.add_argument, dict(type=number(0, 100), default=0.0)
+    add("--gsplat", type=input_path, help="a gsplat_cuda.so that came back from the first call")
+    add("--lpips", **weight, help="weight of LPIPS in the loss")
+    add("--ssim", **weight, help="weight of 1 - SSIM in the loss")
+    add("--lpips-weights", type=input_path, default="data/cache/lpips/alex.safetensors")
+    add("--paper", default="paper", help="preset of the full-size steps")
     decoder.set_defaults(action=train_decoder)
-
-    back = commands.add_parser("collect", help="what came back -> weights")
     back.add_argument("folder", type=input_path)
     back.add_argument("--into", type=output_path, default=output_path("runs/gpu"))
-    back.add_argument("--base", type=input_path, default=input_path(BASE))
     back.set_defaults(action=collect)
     return parser
+
+
+def _add_network_options(parser: argparse.ArgumentParser) -> None:
+    """What says which U-Net it is, for the call and what goes before it."""
+    parser.add_argument("--channels", nargs="+", type=positive, default=[64, 128])
+    sizes = dict(nargs="+", type=whole(16, 1024), default=[64, 128])
+    parser.add_argument("--sizes", **sizes, help="pixels, in order")
+    parser.add_argument("--fresh", action="store_true", help="needed for other channels")
+    parser.set_defaults(batch=256, lr=6e-4, ema=0.999, copies=4)
+
+
+def _add_call_options(parser, name: str, seconds: float, batch: int, lr: float) -> None:
+    """What both calls on the GPU take."""
+    add, packed = parser.add_argument, input_path(f"data/cache/pack/{name}.safetensors")
+    add("--seconds", type=number(1, 3600), default=seconds, help="of the whole call")
+    add("--pack", type=input_path, default=packed)
+    out = output_path(os.environ.get("OUT", "runs/ten_minutes"))
+    add("--out", type=output_path, default=out)
+    add("--work", type=output_path, default=output_path("/tmp/ten_minutes"))
+    add("--predictions", type=input_path, default=input_path(PREDICTIONS))
+    add("--batch", type=positive, default=batch, help="orbits, at most")
+    add("--lr", type=number(0, 1), default=lr)
+    add("--ema", type=number(0, 0.999999), default=0.999)
+    add("--copies", type=whole(1, 64), default=4, help="variants of each object")
+    add("--limit", type=positive, help="only the first objects")
+    add("--every", type=positive, default=50, help="steps between two rows of the log")
 
 
 def run(options: argparse.Namespace) -> None:
     results = options.action(options)
     if results is not None:
         write_json(options.out / "results.json", results)
-        print(
-            json.dumps(
-                {name: value for name, value in results.items() if name != "curve"}, indent=1
-            )
-        )
+        shown = {name: value for name, value in results.items() if name != "curve"}
+        print(json.dumps(shown, indent=1))
 
 
 def main(arguments: list[str] | None = None) -> int:

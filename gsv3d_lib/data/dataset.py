@@ -1,13 +1,12 @@
-"""Multi-view objects on disk: a folder that holds, per object, a sheet of RGBA views,
-depth and cameras.
+"""Objects on disk: per object a sheet of RGBA views, depth and cameras.
 
     index.json        a list of rows, each with at least "id"
     <id>.webp         a sheet of 6 columns of square RGBA views (straight alpha)
     <id>.npz          depth, K, c2w, az, el, dist (see `write_object`)
 
 The layout is that of `../shared/objects`, so one reader serves scans, meshes rendered
-here, and procedural objects. Views 0-15 are a ring of constant elevation, azimuth 22.5
-k degrees; views 16-23 are free.
+here, and procedural objects. Views 0-15 are a ring of constant elevation, view k at
+azimuth 22.5 k degrees; views 16-23 are free.
 """
 
 from __future__ import annotations
@@ -27,17 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cameras import Cameras, from_c2w, intrinsics, orbit_cameras
+from ..system import files
 from ..system.errors import MissingFile, UserError
-from ..system.files import (
-    UNREADABLE,
-    Field,
-    Table,
-    read_json,
-    read_npz,
-    read_plain,
-    read_tensors,
-    webp_facts,
-)
+from ..system.files import UNREADABLE, Field, Table
 from ..system.paths import atomic_path, check_id, check_readable, reason, remove_leftovers
 
 COLUMNS = 6
@@ -73,23 +64,21 @@ COLUMN_NAMES = tuple(VIEWS)
 
 @dataclass
 class ObjectViews:
-    """V views of one object. rgba: uint8 [V, H, W, 4], straight alpha; depth: float32
-    [V, H, W], z-depth, 0 = nothing;
-    azimuths, elevations: float32 [V], degrees.
-    """
+    """V views of one object."""
 
     id: str
-    rgba: np.ndarray
-    depth: np.ndarray
+    rgba: np.ndarray  # uint8 [V, H, W, 4], straight alpha
+    depth: np.ndarray  # float32 [V, H, W], z-depth, 0 = nothing
     cameras: Cameras
-    azimuths: np.ndarray
-    elevations: np.ndarray
+    azimuths: np.ndarray  # float32 [V], degrees
+    elevations: np.ndarray  # float32 [V], degrees
+
+
+# ---------------------------------------------------------------- the index
 
 
 def list_objects(folder: str | Path) -> list[dict]:
-    """The rows of a dataset folder's index, sorted by id. Raises FileNotFoundError or
-    ValueError with what to do.
-    """
+    """The rows of a dataset folder's index, sorted by id."""
     index = Path(folder) / "index.json"
     if not index.is_file():
         raise MissingFile(
@@ -98,7 +87,7 @@ def list_objects(folder: str | Path) -> list[dict]:
         )
     check_readable(index)
     try:
-        rows = read_json(index)
+        rows = files.read_json(index)
         if not (isinstance(rows, dict) and "shards" in rows):
             return checked_rows(rows)
     except UNREADABLE as error:
@@ -106,14 +95,13 @@ def list_objects(folder: str | Path) -> list[dict]:
             f"{index} cannot be read ({reason(error)}); delete it and make the dataset again."
         ) from error
     raise UserError(
-        f"{folder} holds shards, which `train --shards` reads; give the dataset folder they were made from."
+        f"{folder} holds shards, which `train --shards` reads; "
+        "give the dataset folder they were made from."
     )
 
 
 def checked_rows(rows) -> list[dict]:
-    """The rows of an index sorted by id. Raises UserError where they are none, or an id
-    is no id or there twice.
-    """
+    """The rows of an index sorted by id, each id a file name and there once."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError("it is no list of rows")
     for row in rows:
@@ -142,58 +130,64 @@ def list_all(folders: list[str | Path], limit: int | None = None) -> list[tuple[
 
 
 def check_once(ids) -> None:
-    """Raises UserError where an id is there twice: its files would be read, or written,
-    for both.
-    """
+    """Raises UserError where an id is there twice: both would share its files."""
     twice = [id for id, count in Counter(ids).items() if count > 1]
     if twice:
         raise UserError(f"the id {twice[0]!r} is there twice")
 
 
+def write_index(folder: str | Path, rows: list[dict]) -> None:
+    """Write index.json atomically; every row needs an "id"."""
+    with atomic_path(Path(folder) / "index.json") as path:
+        path.write_text(json.dumps(rows, indent=1))
+
+
+# ---------------------------------------------------------------- one object
+
+
+def object_files(folder: str | Path, id: str) -> list[Path]:
+    """The two files of an object."""
+    return [Path(folder) / f"{id}{suffix}" for suffix in (".webp", ".npz")]
+
+
 def read_object(folder: str | Path, id: str) -> ObjectViews:
     """One object with all its views, exactly as stored.
 
-    Raises UserError where a file is missing or damaged, or holds what is no object of a
-    dataset: numbers that are not finite, a sheet of another size or without alpha,
-    cameras that are not those of its angles, no ring.
+    Raises UserError where a file is missing or damaged, or is no object of a dataset:
+    numbers that are not finite, a sheet of another size or without alpha, cameras that
+    are not those of its angles, no ring.
     """
     check_id(id)
-    check_readable(*object_files(folder, id))
+    sheet_file, array_file = object_files(folder, id)
+    check_readable(sheet_file, array_file)
     try:
-        data = read_plain(Path(folder) / f"{id}.webp", MAX_SHEET)
-        width, height, alpha, moves = webp_facts(data[:30])
+        data = files.read_plain(sheet_file, MAX_SHEET)
+        width, height, alpha, moves = files.webp_facts(data[:30])
         if not alpha or moves:
             raise UserError(f"the sheet {'moves' if moves else 'has no alpha channel'}")
-        arrays = read_npz(Path(folder) / f"{id}.npz", OBJECT, {"S": width // COLUMNS})
+        arrays = files.read_npz(array_file, OBJECT, {"S": width // COLUMNS})
         views, side, _ = arrays["depth"].shape
-        check_sheet((width, height), views, side)
+        wide, high = COLUMNS * side, -(-views // COLUMNS) * side
+        if (width, height) != (wide, high):
+            raise UserError(f"the sheet is {width} x {height}, not {wide} x {high}")
         check_ring(arrays["az"])
         check_cameras(arrays, side)
         with Image.open(io.BytesIO(data), formats=["WEBP"]) as sheet:
             rgba = split_sheet(np.asarray(sheet.convert("RGBA")), views, side, side)
     except UNREADABLE as error:
         raise UserError(
-            f"Object {id!r} in {folder} cannot be read ({reason(error)}); delete its files and render it again."
+            f"Object {id!r} in {folder} cannot be read ({reason(error)}); "
+            "delete its files and render it again."
         ) from error
     depth = decode_depth(arrays["depth"], float(arrays["depth_min"]), float(arrays["depth_range"]))
-    c2w, K = (torch.from_numpy(arrays[name].astype("f4")) for name in ("c2w", "K"))
-    cameras = from_c2w(c2w, K.expand(views, 3, 3), side, side)
-    return ObjectViews(
-        id, rgba, depth, cameras, *(arrays[name].astype("f4") for name in ("az", "el"))
-    )
-
-
-def check_sheet(sides: tuple[int, int], views: int, side: int) -> None:
-    """Raises UserError where a sheet of so many pixels (width, height) does not hold V
-    views of S pixels.
-    """
-    wanted = (COLUMNS * side, -(-views // COLUMNS) * side)
-    if sides != wanted:
-        raise UserError(f"the sheet is {sides[0]} x {sides[1]}, not {wanted[0]} x {wanted[1]}")
+    c2w, K, az, el = (arrays[name].astype("f4") for name in ("c2w", "K", "az", "el"))
+    Ks = torch.from_numpy(K).expand(views, 3, 3)
+    cameras = from_c2w(torch.from_numpy(c2w), Ks, side, side)
+    return ObjectViews(id, rgba, depth, cameras, az, el)
 
 
 def check_size(views: int, side: int) -> None:
-    """Raises UserError where V views of S pixels fit no sheet: before any is rendered."""
+    """Raises UserError where V views of S pixels fit no sheet."""
     if views < RING:
         raise UserError(f"An object has at least the {RING} views of the ring; got {views}.")
     rows = -(-views // COLUMNS)
@@ -205,28 +199,25 @@ def check_size(views: int, side: int) -> None:
 
 
 def check_ring(azimuths: np.ndarray) -> None:
-    """Raises UserError unless the first 16 of azimuths [V] (degrees) go once around, as
-    22.5 k does.
-    """
+    """Raises UserError unless the first 16 azimuths go once around, as 22.5 k."""
     if len(azimuths) < RING:
         raise UserError(f"it has {len(azimuths)} views, fewer than the {RING} of a ring")
     gaps = np.abs((azimuths[:RING] - np.arange(RING) * 360 / RING + 180) % 360 - 180)
     if gaps.max() > MAX_GAP:
         worst = int(gaps.argmax())
         raise UserError(
-            f"its first {RING} views are no ring: view {worst} stands at azimuth {azimuths[worst]:g}, "
-            f"{gaps[worst]:.0f} degrees from {worst * 360 / RING:g}"
+            f"its first {RING} views are no ring: view {worst} stands at azimuth "
+            f"{azimuths[worst]:g}, {gaps[worst]:.0f} degrees from {worst * 360 / RING:g}"
         )
 
 
 def check_cameras(arrays: dict[str, np.ndarray], side: int) -> None:
-    """Raises UserError unless the cameras are the project's own at the angles that are
-    given beside them.
+    """Raises UserError unless the cameras are ours at the angles given beside them.
 
     Training knows cameras by their angles alone, so others would be taken for these in
     silence.
     """
-    c2w, azimuths = arrays["c2w"].astype("f8"), torch.from_numpy(arrays["az"].astype("f8"))
+    c2w, azimuths, elevations = (arrays[name].astype("f8") for name in ("c2w", "az", "el"))
     rotation = c2w[:, :3, :3]
     bent = np.abs(rotation @ rotation.swapaxes(1, 2) - np.eye(3)).max((1, 2))
     bent += np.abs(np.linalg.det(rotation) - 1) + np.abs(c2w[:, 3] - [0, 0, 0, 1]).max(1)
@@ -235,25 +226,26 @@ def check_cameras(arrays: dict[str, np.ndarray], side: int) -> None:
         raise UserError(
             f"c2w of view {first} does not only turn and move: it scales, bends or mirrors"
         )
-    expected = orbit_cameras(azimuths, torch.from_numpy(arrays["el"].astype("f8")), side)
+    expected = orbit_cameras(torch.from_numpy(azimuths), torch.from_numpy(elevations), side)
     off = np.abs(expected.c2w().numpy() - c2w).max((1, 2))
     if off.max() > TOLERANCE:
         first = int((off > TOLERANCE).argmax())
         raise UserError(
             f"c2w of view {first} is not the camera at azimuth {azimuths[first]:g} and elevation "
-            f"{arrays['el'][first]:g}: another place, direction, or other axes (it is off by {off[first]:.2g})"
+            f"{elevations[first]:g}: another place, direction, or other axes "
+            f"(it is off by {off[first]:.2g})"
         )
-    if np.abs(intrinsics(side).numpy() - arrays["K"]).max() > TOLERANCE * side:
+    lens = intrinsics(side).numpy()
+    if np.abs(lens - arrays["K"]).max() > TOLERANCE * side:
         raise UserError(
-            f"K is not the lens of this project for {side} px, {intrinsics(side)[0, 0]:.1f} px of focal length"
+            f"K is not the lens of this project for {side} px, {lens[0, 0]:.1f} px of focal length"
         )
 
 
 def write_object(folder: str | Path, views: ObjectViews) -> None:
     """Write `<id>.webp` and `<id>.npz` atomically, in the layout described above."""
     check_id(views.id)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    sheet_file, array_file = object_files(folder, views.id)
     depth, depth_min, depth_range = encode_depth(views.depth)
     arrays = dict(
         depth=depth,
@@ -266,25 +258,17 @@ def write_object(folder: str | Path, views: ObjectViews) -> None:
         dist=views.cameras.positions().norm(dim=-1).numpy(),
     )
     sheet = Image.fromarray(join_sheet(views.rgba), "RGBA")
-    with atomic_path(folder / f"{views.id}.webp") as path:
+    with atomic_path(sheet_file) as path:
         sheet.save(path, format="WEBP", quality=85, method=4, exact=False)
-    with atomic_path(folder / f"{views.id}.npz") as path, open(path, "wb") as file:
+    with atomic_path(array_file) as path, open(path, "wb") as file:
         np.savez_compressed(file, **arrays)
-
-
-def write_index(folder: str | Path, rows: list[dict]) -> None:
-    """Write index.json atomically; every row needs an "id"."""
-    with atomic_path(Path(folder) / "index.json") as path:
-        path.write_text(json.dumps(rows, indent=1))
 
 
 # ---------------------------------------------------------------- encodings
 
 
 def encode_depth(depth: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """float32 z-depth (0 = nothing) -> uint16 with 0 for nothing, and (depth_min,
-    depth_range).
-    """
+    """float32 z-depth -> (uint16, depth_min, depth_range); 0 = nothing in both."""
     hit = depth > 0
     low, high = (float(depth[hit].min()), float(depth[hit].max())) if hit.any() else (0.0, 1.0)
     span = max(high - low, 1e-6)
@@ -293,9 +277,7 @@ def encode_depth(depth: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def decode_depth(codes: np.ndarray, depth_min: float, depth_range: float) -> np.ndarray:
-    """The inverse: z = depth_min + (16 (d - 1) + 8) / 65534 * depth_range, good to
-    depth_range / 8191.
-    """
+    """The inverse of `encode_depth`, good to depth_range / 8191."""
     depth = depth_min + (16.0 * (codes.astype("f4") - 1) + 8) / 65534 * depth_range
     return np.where(codes > 0, depth, 0).astype("f4")
 
@@ -315,11 +297,8 @@ def join_sheet(rgba: np.ndarray) -> np.ndarray:
     rows = -(-views // COLUMNS)
     tiles = np.zeros((rows * COLUMNS, height, width, 4), np.uint8)
     tiles[:views] = rgba
-    return (
-        tiles.reshape(rows, COLUMNS, height, width, 4)
-        .swapaxes(1, 2)
-        .reshape(rows * height, COLUMNS * width, 4)
-    )
+    tiles = tiles.reshape(rows, COLUMNS, height, width, 4).swapaxes(1, 2)
+    return tiles.reshape(rows * height, COLUMNS * width, 4)
 
 
 # ---------------------------------------------------------------- tensors for training
@@ -327,40 +306,38 @@ def join_sheet(rgba: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Scene:
-    """One object as training sees it. rgb [V, S, S, 3] on white, alpha and depth [V, S,
-    S, 1], all float32;
-    cameras: V of them; azimuths, elevations [V] degrees. View k < 16 has azimuth 22.5
-        k.
-    """
+    """One object as training sees it: V views; view k < 16 has azimuth 22.5 k."""
 
-    rgb: Tensor
-    alpha: Tensor
-    depth: Tensor
+    rgb: Tensor  # [V, S, S, 3] on white
+    alpha: Tensor  # [V, S, S, 1]
+    depth: Tensor  # [V, S, S, 1]
     cameras: Cameras
-    azimuths: Tensor
-    elevations: Tensor
+    azimuths: Tensor  # [V] degrees
+    elevations: Tensor  # [V] degrees
 
 
 @dataclass
 class ViewTensors:
-    """All objects of some dataset folders at one size: rgb uint8 [O, V, S, S, 3] on
-    white, alpha uint8 and depth float32 [O, V, S, S, 1], azimuths and elevations
-    float32 [O, V] in degrees. Bytes keep thousands of views in memory.
+    """All objects of some dataset folders at one size.
+
+    Bytes, and not floats, keep thousands of views in memory.
     """
 
     ids: list[str]
-    rgb: Tensor
-    alpha: Tensor
-    depth: Tensor
-    azimuths: Tensor
-    elevations: Tensor
+    rgb: Tensor  # uint8 [O, V, S, S, 3] on white
+    alpha: Tensor  # uint8 [O, V, S, S, 1]
+    depth: Tensor  # float32 [O, V, S, S, 1]
+    azimuths: Tensor  # float32 [O, V] degrees
+    elevations: Tensor  # float32 [O, V] degrees
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def fingerprint(self) -> str:
-        """Twelve characters that change with the objects, by their names, angles and
-        every 8th picture and pixel.
+        """Twelve characters that change with the objects.
+
+        By their names, their angles, and every 8th view, row and column: to read all
+        would take minutes.
         """
         total = hashlib.sha256(json.dumps([self.ids, list(self.rgb.shape)]).encode())
         for name in COLUMN_NAMES:
@@ -377,9 +354,10 @@ class ViewTensors:
     def scene(
         self, index: int, mirror: bool = False, palette: tuple[int, int, int] = (0, 1, 2)
     ) -> Scene:
-        """Object `index`, optionally mirrored (y -> -y, another object with the same
-        statistics) and with its colour channels permuted. Cameras are rebuilt from the
-        angles, so that they fit the mirrored world too.
+        """Object `index`, optionally mirrored and with its colour channels permuted.
+
+        A mirrored object (y -> -y) is another object with the same statistics. Cameras
+        are rebuilt from the angles, so that they fit the mirrored world too.
         """
         rgb, alpha, depth = (t[index] for t in (self.rgb, self.alpha, self.depth))
         order, azimuths, elevations = self.places(index, mirror)
@@ -390,8 +368,7 @@ class ViewTensors:
         return Scene(rgb, alpha, depth, cameras, azimuths, elevations)
 
     def places(self, index: int, mirror: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Which stored view makes view k of a scene, and the scene's azimuths and
-        elevations, all [V].
+        """Which stored view makes view k of a scene, and its angles: three of [V].
 
         Mirrored, ring view k is made of view -k, so that the ring keeps its order.
         """
@@ -410,38 +387,19 @@ def load_views(
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> ViewTensors:
-    """Read dataset folders into tensors of `size` pixels. Colours are averaged over
-    areas (alpha-weighted); depth takes the nearest stored sample, because a mean across
-    an edge lies on no surface.
+    """Read dataset folders into tensors of `size` pixels.
 
-    cache: a folder where the tensors are kept, so that the next call with the same
-        files takes a second; the last ones of each size stay, and a damaged file is
-        made again.
+    cache: a folder that keeps the tensors, so that the next call with the same files
+        takes a second. The last ones of each size stay; a damaged file is made again.
     """
     rows = list_all(folders, limit)
-    ids = [id for _, id in rows]
-    stored = (
-        None if cache is None else Path(cache) / f"views-{size}px-{files_digest(rows)}.safetensors"
-    )
-    columns = {} if stored is None else read_cache(stored, VIEWS, {"O": len(rows), "S": size})
-    if not columns:
-        objects = tqdm(rows, desc="reading objects", disable=not progress, mininterval=5)
-        for index, (folder, id) in enumerate(objects):
-            parts = dict(zip(COLUMN_NAMES, resize_views(read_object(folder, id), size)))
-            # filled in place: thousands of small tensors beside large temporaries tear
-            # memory apart
-            if not columns:
-                columns = {
-                    name: part.new_empty(len(rows), *part.shape) for name, part in parts.items()
-                }
-            views, expected = len(parts["rgb"]), columns["rgb"].shape[1]
-            if views != expected:
-                raise UserError(
-                    f"{id} in {folder} has {views} views, those before it {expected}; read them apart."
-                )
-            for name, part in parts.items():
-                columns[name][index] = part
-        if stored is not None:
+    if cache is None:
+        columns = _read_columns(rows, size, progress)
+    else:
+        stored = Path(cache) / f"views-{size}px-{files_digest(rows)}.safetensors"
+        columns = read_cache(stored, VIEWS, {"O": len(rows), "S": size})
+        if not columns:
+            columns = _read_columns(rows, size, progress)
             remove_leftovers(stored.parent, "views-*")
             with atomic_path(stored) as path:
                 save_file(columns, path)
@@ -449,42 +407,55 @@ def load_views(
             for other in stored.parent.glob(f"views-{size}px-*.safetensors"):
                 if other != stored:
                     other.unlink()
-    return ViewTensors(ids, **columns)
+    return ViewTensors([id for _, id in rows], **columns)
+
+
+def _read_columns(rows: list[tuple[Path, str]], size: int, progress: bool) -> dict[str, Tensor]:
+    """The columns of `ViewTensors`, filled in place.
+
+    Thousands of small tensors beside large temporaries would tear memory apart.
+    """
+    columns: dict[str, Tensor] = {}
+    objects = tqdm(rows, desc="reading objects", disable=not progress, mininterval=5)
+    for index, (folder, id) in enumerate(objects):
+        parts = dict(zip(COLUMN_NAMES, resize_views(read_object(folder, id), size)))
+        for name, part in parts.items() if not columns else ():
+            columns[name] = part.new_empty(len(rows), *part.shape)
+        views, expected = len(parts["rgb"]), columns["rgb"].shape[1]
+        if views != expected:
+            raise UserError(
+                f"{id} in {folder} has {views} views, those before it {expected}; read them apart."
+            )
+        for name, part in parts.items():
+            columns[name][index] = part
+    return columns
 
 
 def files_digest(rows: list[tuple[str | Path, str]]) -> str:
-    """Twelve characters that change when an object of `rows` (folder, id) is another,
-    or a file of it was written anew.
-    """
-    stamps = [[id, *map(_stamp, object_files(folder, id))] for folder, id in rows]
+    """Twelve characters that change when a file of a (folder, id) is written."""
+    stamps = []
+    for folder, id in rows:
+        found = [path.stat() if path.is_file() else None for path in object_files(folder, id)]
+        stamps.append([id, *([stat.st_size, stat.st_mtime_ns] if stat else [] for stat in found)])
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:12]
-
-
-def object_files(folder: str | Path, id: str) -> list[Path]:
-    """The two files of an object."""
-    return [Path(folder) / f"{id}{suffix}" for suffix in (".webp", ".npz")]
-
-
-def _stamp(path: Path) -> list[int]:
-    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
 
 
 def read_cache(
     path: str | Path, table: Table, sizes: dict[str, int] | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a file that we wrote; none where it is missing, damaged or not as
-    `table` says, so that the caller makes it again.
-    """
+    """The tensors of a file that we wrote; none where the caller must make it again."""
     check_readable(Path(path))
     try:
-        return read_tensors(path, table, sizes)
+        return files.read_tensors(path, table, sizes)
     except UNREADABLE:
         return {}
 
 
 def resize_views(views: ObjectViews, size: int) -> tuple[Tensor, ...]:
-    """One object -> (rgb uint8 on white, alpha uint8, depth, azimuths, elevations), the
-    columns of `ViewTensors`.
+    """One object -> its rgb, alpha, depth, azimuths, elevations as in `ViewTensors`.
+
+    Colours are averaged over areas, weighted by alpha. Depth takes the nearest stored
+    sample, because a mean across an edge lies on no surface.
     """
     stored = views.rgba.shape[1]
     if stored % size:

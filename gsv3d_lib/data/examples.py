@@ -1,8 +1,7 @@
-"""Orbits for training: a condition view, N views around it with their latents, and
-target views to render.
+"""Training examples: a condition view, N views around it, and views to render.
 
-Everything is expressed relative to the condition view: it stands at azimuth 0 and is
-the last of the N (SV3D's order), so the world of the Gaussians is turned such that the
+Everything is expressed relative to the condition view. It stands at azimuth 0 and is
+the last of the N (SV3D's order). So the world of the Gaussians is turned such that the
 input image was taken from azimuth 0.
 """
 
@@ -36,8 +35,7 @@ PALETTES = ((0, 1, 2), (1, 2, 0), (2, 0, 1), (1, 0, 2), (0, 2, 1), (2, 1, 0))
 
 
 class Example(TypedDict, total=False):
-    """One training example, by name; a batch has the same names and one more axis in
-    front.
+    """One training example; a batch has the same names and one more axis in front.
 
     The condition view is the last of the N views and stands at azimuth 0. Q target
     views are rendered and compared; colours are in [0, 1] on white.
@@ -71,11 +69,12 @@ def draw(generator: torch.Generator, high: int, *shape: int) -> Tensor:
     return torch.randint(high, shape, generator=generator)
 
 
+# ---------------------------------------------------------------- which examples
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One object as it is, mirrored, or with permuted colour channels: cheap extra
-    objects.
-    """
+    """One object as it is, or mirrored, or recoloured: cheap extra objects."""
 
     index: int
     mirror: bool = False
@@ -83,22 +82,20 @@ class Variant:
 
 
 def make_variants(objects: int, copies: int = 1, seed: int = 0) -> list[Variant]:
-    """The `objects` themselves and `copies - 1` altered versions of each: every second
-    one mirrored, all recoloured.
+    """The objects themselves and `copies - 1` altered versions of each.
+
+    All versions are recoloured, and every second one is mirrored.
     """
     generator = torch.Generator().manual_seed(seed)
     variants = [Variant(i) for i in range(objects)]
     for copy in range(1, copies):
-        palettes = torch.randint(len(PALETTES), (objects,), generator=generator).tolist()
-        variants += [
-            Variant(i, mirror=copy % 2 == 1, palette=PALETTES[p]) for i, p in enumerate(palettes)
-        ]
+        palettes = draw(generator, len(PALETTES), objects).tolist()
+        variants += [Variant(i, copy % 2 == 1, PALETTES[p]) for i, p in enumerate(palettes)]
     return variants
 
 
 class ShuffledOrder:
-    """Every item once per epoch, in an order that depends on the seed and the epoch
-    alone.
+    """Every item once per epoch, in an order that seed and epoch alone decide.
 
     groups: the items of each file they are read from. The files are shuffled, and the
         items of `window` neighbouring files among themselves: far-apart examples share
@@ -106,7 +103,9 @@ class ShuffledOrder:
     """
 
     def __init__(self, groups: list[list[int]], seed: int = 0, window: int = 8):
-        self.groups, self.seed, self.window = groups, seed, window
+        self.groups = groups
+        self.seed = seed
+        self.window = window
         self.epoch = lru_cache(1)(self._epoch)
 
     def item(self, place: int) -> int:
@@ -115,21 +114,27 @@ class ShuffledOrder:
         return self.epoch(epoch)[rest]
 
     def _epoch(self, epoch: int) -> list[int]:
+        # far apart, so that no epoch of one seed is an epoch of the next seed
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        files = [
-            self.groups[k] for k in torch.randperm(len(self.groups), generator=generator).tolist()
-        ]
+        files = _shuffled(self.groups, generator)
         order: list[int] = []
         for first in range(0, len(files), self.window):
             pool = [item for items in files[first : first + self.window] for item in items]
-            order += [pool[k] for k in torch.randperm(len(pool), generator=generator).tolist()]
+            order += _shuffled(pool, generator)
         return order
 
 
-class Orbits:
-    """Variants of the objects in `views`, with the unscaled VAE latents of their rings
-    [M, 16, 4, h, w].
+def _shuffled(items: list, generator: torch.Generator) -> list:
+    return [items[k] for k in torch.randperm(len(items), generator=generator).tolist()]
 
+
+# ---------------------------------------------------------------- what they hold
+
+
+class Orbits:
+    """Variants of the objects in `views`, with the latents of their rings.
+
+    latents: of the VAE, unscaled [M, 16, 4, h, w].
     order: of the items in a training; without one, they are drawn at random.
     features: DINO's of every ring view [M, 16, T, D]; if given, every orbit has those
         of its condition view.
@@ -150,64 +155,53 @@ class Orbits:
             raise ValueError(
                 f"latents are [{len(variants)}, {RING}, 4, h, w]; got {tuple(latents.shape)}."
             )
-        self.views, self.variants, self.latents, self.latent_scale = (
-            views,
-            variants,
-            latents,
-            latent_scale,
-        )
-        self.order, self.features, self.encoder = order, features, encoder
+        self.views = views
+        self.variants = variants
+        self.latents = latents
+        self.latent_scale = latent_scale
+        self.order = order
+        self.features = features
+        self.encoder = encoder
         self._last: tuple[int, Scene] | None = None  # one example asks for its scene several times
 
     def __len__(self) -> int:
         return len(self.variants)
 
     def fingerprint(self) -> str:
-        """Changes when the objects, their variants, their order or what encoded them
-        change.
-        """
+        """Changes with the objects, their variants, order or what encoded them."""
         made_by = self.encoder or digest({"latents": self.latents[:, ::8]})
-        parts = [
-            self.views.fingerprint(),
-            [astuple(v) for v in self.variants],
-            self.order is None,
-            made_by,
-        ]
+        variants = [astuple(v) for v in self.variants]
+        parts = [self.views.fingerprint(), variants, self.order is None, made_by]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     def item(self, generator: torch.Generator, place: int) -> int:
-        """The item of the example at a place of a training (see `training.draw_batch`)."""
-        drawn = int(torch.randint(len(self), (), generator=generator))
+        """The item at a place of a training, see `training.draw_batch`."""
+        # drawn in either case: what follows has the same random numbers with an order
+        drawn = int(draw(generator, len(self)))
         return drawn if self.order is None else self.order.item(place)
 
     def scene(self, item: int) -> Scene:
         """The views of variant `item`."""
         if self._last is None or self._last[0] != item:
-            variant = self.variants[item]
-            self._last = item, self.views.scene(variant.index, variant.mirror, variant.palette)
+            self._last = item, self.views.scene(*astuple(self.variants[item]))
         return self._last[1]
 
     def orbit(self, item: int, start: int, num_frames: int) -> Example:
-        """The orbit of N frames whose condition view is ring view `start`.
-
-        latents [N, 4, h, w] scaled; image [S, S, 3] and image_latent [4, h, w]
-        unscaled, of the condition view; azimuth, elevation [N] degrees relative to it;
-        features [T, D] of the condition view, where there are any.
-        """
+        """The orbit of N frames whose condition view is ring view `start`."""
         frames, scene = ring_frames(start, num_frames), self.scene(item)
-        orbit = {
+        orbit: Example = {
             "latents": self.latent_scale * self.latents[item][frames],
             "image": scene.rgb[start],
             "image_latent": self.latents[item][start],
             "azimuth": relative_azimuths(scene, start, frames),
             "elevation": scene.elevations[frames],
         }
-        return orbit if self.features is None else orbit | {"features": self.features[item][start]}
+        if self.features is not None:
+            orbit["features"] = self.features[item][start]
+        return orbit
 
     def targets(self, item: int, start: int, chosen: Tensor) -> Example:
-        """Views `chosen` [Q] (ring or free) with their true rgb, depth, alpha and
-        angles relative to the condition view.
-        """
+        """Views `chosen` [Q], ring or free, as the truth of what is rendered."""
         scene = self.scene(item)
         return {
             "target_rgb": scene.rgb[chosen],
@@ -219,24 +213,18 @@ class Orbits:
 
 
 def relative_azimuths(scene: Scene, start: int, chosen: Tensor) -> Tensor:
-    """Azimuths [Q] in degrees of views `chosen`, in the world where view `start` stands
-    at 0.
-    """
+    """Azimuths [Q] in degrees of views `chosen`, where view `start` stands at 0."""
     return (scene.azimuths[chosen] - scene.azimuths[start]) % 360
 
 
 def relative_cameras(scene: Scene, start: int, chosen: Tensor) -> Cameras:
-    """Cameras of views `chosen` in the world of the result, where view `start` stands
-    at azimuth 0.
-    """
+    """Cameras of views `chosen` in the result's world: view `start` has azimuth 0."""
     azimuths = relative_azimuths(scene, start, chosen)
     return orbit_cameras(azimuths, scene.elevations[chosen], scene.rgb.shape[1])
 
 
 def ring_frames(start: int, num_frames: int) -> Tensor:
-    """Ring indices [N] of an orbit in SV3D's order: evenly spaced, `start` last. N must
-    divide 16.
-    """
+    """Ring indices [N] of an orbit in SV3D's order: evenly spaced, `start` last."""
     if RING % num_frames:
         raise UserError(
             f"An orbit on a ring of {RING} views has 1, 2, 4, 8 or 16 frames, not {num_frames}."
@@ -244,12 +232,15 @@ def ring_frames(start: int, num_frames: int) -> Tensor:
     return (start + torch.arange(1, num_frames + 1) * (RING // num_frames)) % RING
 
 
+# ---------------------------------------------------------------- latents in a file
+
+
 @torch.no_grad()
 def encode_rings(views: ViewTensors, variants: list[Variant], vae, progress: bool = True) -> Tensor:
     """Unscaled latents of every variant's ring [M, 16, 4, h, w]."""
     rings = []
     for variant in tqdm(variants, desc="encoding", disable=not progress, mininterval=5):
-        rgb = views.scene(variant.index, variant.mirror, variant.palette).rgb[:RING]
+        rgb = views.scene(*astuple(variant)).rgb[:RING]
         rings.append(encode(vae, rgb.to(vae.device)).cpu().contiguous())
     return torch.stack(rings)
 
@@ -262,52 +253,41 @@ def load_orbits(
     seed: int = 0,
     progress: bool = True,
 ) -> Orbits:
-    """`Orbits` of all objects; latents are kept in the file `cache`, if given, and made
-    again when it does not fit.
+    """`Orbits` of all objects.
+
+    cache: a file that keeps the latents; they are made again when it does not fit.
     """
     variants = make_variants(len(views), copies, seed)
     fingerprint = latent_fingerprint(views, variants, vae)
-    if cache is not None:
-        stored = read_cache(cache, LATENTS, {"M": len(variants)})
-        if stored and torch.equal(stored["fingerprint"], fingerprint):
-            return Orbits(
-                views,
-                variants,
-                stored["latents"],
-                vae.config.scaling_factor,
-                encoder=vae_fingerprint(vae),
-            )
-    latents = encode_rings(views, variants, vae, progress)
-    if cache is not None:
-        remove_leftovers(Path(cache).parent, Path(cache).name)
-        with atomic_path(cache) as path:
-            save_file({"latents": latents, "fingerprint": fingerprint}, path)
+    stored = {} if cache is None else read_cache(cache, LATENTS, {"M": len(variants)})
+    if stored and torch.equal(stored["fingerprint"], fingerprint):
+        latents = stored["latents"]
+    else:
+        latents = encode_rings(views, variants, vae, progress)
+        if cache is not None:
+            remove_leftovers(Path(cache).parent, Path(cache).name)
+            with atomic_path(cache) as path:
+                save_file({"latents": latents, "fingerprint": fingerprint}, path)
     return Orbits(views, variants, latents, vae.config.scaling_factor, encoder=vae_fingerprint(vae))
 
 
 def latent_fingerprint(views: ViewTensors, variants: list[Variant], vae) -> Tensor:
-    """32 bytes that change when the objects, their variants or what encodes them
-    change.
-    """
+    """32 bytes that change with the objects, their variants or what encodes them."""
     size, ring = views.rgb.shape[-2], views.rgb[:, :RING]
     parts = [size, [astuple(v) for v in variants], digest({"rgb": ring}), vae_fingerprint(vae)]
-    return torch.tensor(
-        list(hashlib.sha256(json.dumps(parts).encode()).digest()), dtype=torch.uint8
-    )
+    return torch.tensor(list(hashlib.sha256(json.dumps(parts).encode()).digest())).to(torch.uint8)
 
 
 def vae_fingerprint(vae) -> str:
-    """SHA-256 of what makes latents: the encoder and the layer behind it, which
-    `vae.calibrate` rescales.
+    """SHA-256 of what makes latents.
+
+    That is the encoder and the layer behind it, which `vae.calibrate` rescales.
     """
-    layers = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
-    return digest(
-        {
-            f"{layer}.{k}": v
-            for layer, module in layers.items()
-            for k, v in module.state_dict().items()
-        }
-    )
+    weights = {}
+    for name in ("encoder", "quant_conv"):
+        layer = getattr(vae, name).state_dict()
+        weights |= {f"{name}.{key}": tensor for key, tensor in layer.items()}
+    return digest(weights)
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

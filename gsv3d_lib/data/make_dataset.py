@@ -1,15 +1,15 @@
 """Make a dataset folder of multi-view renderings, in the layout of `data/dataset.py`.
 
-    python -m gsv3d_lib make_dataset --procedural 200 --seed 0 --out data/cache/procedural
+    python -m gsv3d_lib make_dataset --procedural 200 --out data/cache/procedural
     python -m gsv3d_lib make_dataset --meshes FOLDER --out data/cache/meshes
 
-Each object gets 24 views (`--views`): 16 on a ring, at elevation 15 degrees or, with
-`--ring -5 30`, at one drawn for the object from that range (the paper's); the others at
-random with elevation in [-10, 40] degrees. A run that was stopped goes on where it was
-when the same command is given again. A mesh that cannot be read or rendered, or that
-kills the process which tries, is left out and noted in `skipped.jsonl` beside the
-index; it is tried again only with `--retry`. Other sources of meshes are in
-`data/sources.py`.
+Each object gets 24 views (`--views`). 16 of them are a ring at elevation 15 degrees;
+with `--ring -5 30` the elevation is drawn per object from that range (the paper's). The
+others are random, with elevations in [-10, 40] degrees. A run that was stopped goes on
+where it was when the same command is given again. A mesh that cannot be read or
+rendered, or that kills the process which tries, is left out and noted in
+`skipped.jsonl` beside the index; it is tried again only with `--retry`. Other sources
+of meshes are in `data/sources.py`.
 """
 
 from __future__ import annotations
@@ -33,22 +33,11 @@ import torch
 from tqdm import tqdm
 
 from ..cameras import orbit_cameras
-from ..system.command import (
-    check_writable,
-    command_parser,
-    exit_code,
-    input_path,
-    number,
-    output_path,
-    pixels,
-    positive,
-    seed,
-    whole,
-)
+from ..system import command
+from ..system.command import exit_code, input_path, whole
 from ..system.errors import UserError
 from ..system.files import UNREADABLE, parse_json, read_plain
 from ..system.paths import atomic_path, check_id, reason, remove_leftovers, resolve
-from .blender import check_python, render_cycles
 from .dataset import (
     RING,
     RING_ELEVATION,
@@ -67,31 +56,35 @@ from .sources import Job, mesh_jobs, objaverse_jobs, procedural_jobs, read_ids, 
 LEVEL = (RING_ELEVATION, RING_ELEVATION)  # range of the ring's elevation: all objects alike
 RANDOM_VIEWS = 8
 RANDOM_ELEVATIONS = (-10.0, 40.0)  # degrees
-# objects between two writings of the index, or a hundredth of all: what a killed run
-# may lose
-INDEX_EVERY = 20
+INDEX_EVERY = 20  # objects between two writings of the index: what a killed run may lose
 SKIPPED = "skipped.jsonl"
 MAX_SKIPPED = 1 << 28  # bytes of that file
 MAX_WORKERS = 4 * (os.cpu_count() or 1)  # more only take turns
+KILLED = "it killed the process that rendered it (no memory, or a mesh reader's crash)."
 MAX_FINE = 4096  # rays a side of a view: their colours take 1 GB
+
+
+# ---------------------------------------------------------------- one object
 
 
 def dataset_angles(
     seed: int, views: int = RING + RANDOM_VIEWS, ring: tuple[float, float] = LEVEL
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Azimuths and elevations [views] in degrees: the ring, then random views drawn
-    from `seed`.
+    """Azimuths and elevations [views] in degrees: the ring, then random views.
 
     ring: the range from which the ring's one elevation is drawn.
     """
     check_size(views, 1)
     if not -90 < ring[0] <= ring[1] < 90:
         raise UserError(
-            f"The ring's elevation is drawn from LOW to HIGH degrees between -90 and 90; got {ring}."
+            "The ring's elevation is drawn from LOW to HIGH degrees "
+            f"between -90 and 90; got {ring}."
         )
-    rng, free = np.random.default_rng(seed), views - RING
-    azimuths = np.concatenate([np.arange(RING) * 360 / RING, rng.uniform(0, 360, free)])
-    elevations = np.concatenate([np.full(RING, 0.0), rng.uniform(*RANDOM_ELEVATIONS, free)])
+    rng = np.random.default_rng(seed)
+    azimuths = np.arange(views) * 360 / RING
+    elevations = np.zeros(views)
+    azimuths[RING:] = rng.uniform(0, 360, views - RING)
+    elevations[RING:] = rng.uniform(*RANDOM_ELEVATIONS, views - RING)
     elevations[:RING] = rng.uniform(*ring)  # drawn last: the free views do not depend on the range
     return azimuths.astype(np.float32), elevations.astype(np.float32)
 
@@ -102,47 +95,28 @@ def render_object(
     supersample: int = 2,
     views: int = RING + RANDOM_VIEWS,
     ring: tuple[float, float] = LEVEL,
-    blender: str | None = None,
 ) -> tuple[ObjectViews, dict]:
-    """Render the views of a job -> (views, its row of the index). Raises ValueError
-    where nothing is visible.
-
-    blender: a Python with bpy, for Cycles instead of the ray caster.
-    """
+    """Render the views of a job -> (views, its row of the index)."""
     mesh = job.load()
+    # the seed is the id's: an object has the same views in whatever order it is made
     azimuths, elevations = dataset_angles(zlib.crc32(job.id.encode()), views, ring)
     cameras = orbit_cameras(azimuths, elevations, size)
-    rgba, depth = (
-        render_cycles(mesh, cameras, blender)
-        if blender
-        else render_mesh(mesh, cameras, supersample)
-    )
+    rgba, depth = render_mesh(mesh, cameras, supersample)
     if not depth.any(axis=(1, 2)).all():
         raise UserError("it is invisible in some view.")
-    pictures = ObjectViews(
-        job.id, np.round(rgba * 255).astype(np.uint8), depth, cameras, azimuths, elevations
-    )
+    pixels = np.round(rgba * 255).astype(np.uint8)
+    row = {"id": job.id, "source": "mesh" if job.path else "procedural"}
     if job.path:
-        row = {"id": job.id, "source": "mesh", "file": job.path.name} | job.facts
+        row |= {"file": job.path.name} | job.facts
     else:
-        row = {
-            "id": job.id,
-            "source": "procedural",
-            "seed": job.seed,
-            "family": mesh.metadata["family"],
-        }
-    row |= {"renderer": "Cycles"} if blender else {}
-    return pictures, row | {
-        "views": views,
-        "size": size,
-        "coverage": round(float(rgba[..., 3].mean()), 4),
-    }
+        row |= {"seed": job.seed, "family": mesh.metadata["family"]}
+    coverage = round(float(rgba[..., 3].mean()), 4)
+    row |= {"views": views, "size": size, "coverage": coverage}
+    return ObjectViews(job.id, pixels, depth, cameras, azimuths, elevations), row
 
 
 def run_job(job: Job, out: Path, **settings) -> dict | str:
-    """Render and write one object -> its row, or one line that says why it was left
-    out.
-    """
+    """Render and write one object -> its row, or why it was left out."""
     # the work is in embree and numpy; idle torch threads only take turns with it
     torch.set_num_threads(1)
     try:
@@ -152,6 +126,9 @@ def run_job(job: Job, out: Path, **settings) -> dict | str:
         return " ".join(str(error).split())[:500] or type(error).__name__
     write_object(out, pictures)
     return row
+
+
+# ---------------------------------------------------------------- the folder
 
 
 def make_dataset(
@@ -164,26 +141,27 @@ def make_dataset(
     views: int = RING + RANDOM_VIEWS,
     ring: tuple[float, float] = LEVEL,
     retry: bool = True,
-    blender: str | None = None,
 ) -> list[dict]:
-    """Render the jobs that `out` does not hold yet and write its index -> all rows of
-    the index, sorted by id.
+    """Render the jobs that `out` does not hold yet -> all rows of its index, by id.
 
-    views: per object, 16 of them on the ring.  ring: range of the ring's elevation, degrees.
-    retry: try also what an earlier run noted in `skipped.jsonl`.  blender: a Python with bpy, see `data/blender.py`.
-    Raises UserError where that has none, for views, rings and sizes that no object can
-    have, for two jobs of one id, and where `out` holds objects with another number of
-    views or pixels.
+    views: per object, 16 of them on the ring.
+    ring: range of the ring's elevation, degrees.
+    retry: try also what an earlier run noted in `skipped.jsonl`.
+    Raises UserError for views, rings and sizes that no object can have, for two jobs of
+    one id, and where `out` holds objects with another number of views or pixels.
     """
-    check_size(views, size)  # what fits no object is said before the first, not noted for each
+    # what fits no object is said before the first, and not noted for each
+    check_size(views, size)
     dataset_angles(0, views, ring)
     if size * supersample > MAX_FINE:
         raise UserError(
-            f"{supersample} rays a side of a pixel of {size} px are {size * supersample}, above {MAX_FINE}."
+            f"{supersample} rays a side of a pixel of {size} px are {size * supersample}, "
+            f"above {MAX_FINE}."
         )
-    check_jobs(jobs)
-    if blender:
-        check_python(blender)
+    try:
+        check_once(job.id for job in jobs)
+    except UserError as error:
+        raise UserError(f"Two objects would get one name: {error}; rename one of them.") from error
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
@@ -191,18 +169,9 @@ def make_dataset(
     check_alike(out, rows.values(), views, size)
     reasons = {row["id"]: row["reason"] for row in skipped_rows(out)}
     missing = [job for job in jobs if job.id not in rows and (retry or job.id not in reasons)]
-    work = partial(
-        run_job,
-        out=out,
-        size=size,
-        supersample=supersample,
-        views=views,
-        ring=ring,
-        blender=blender,
-    )
-    bar = tqdm(
-        _run_all(work, missing, workers), total=len(missing), unit="object", disable=not progress
-    )
+    settings = dict(size=size, supersample=supersample, views=views, ring=ring)
+    results = _run_all(partial(run_job, out=out, **settings), missing, workers)
+    bar = tqdm(results, total=len(missing), unit="object", disable=not progress)
     unwritten = 0
     try:
         for job, result in zip(missing, bar):
@@ -218,17 +187,7 @@ def make_dataset(
                 unwritten = 0
     finally:
         _write_lists(out, rows, reasons)
-    return _sorted(rows)
-
-
-def check_jobs(jobs: list[Job]) -> None:
-    """Raises UserError where two jobs have one id: the second would overwrite the
-    first.
-    """
-    try:
-        check_once(job.id for job in jobs)
-    except UserError as error:
-        raise UserError(f"Two objects would get one name: {error}; rename one of them.") from error
+    return [rows[id] for id in sorted(rows)]
 
 
 def skipped_rows(folder: Path) -> list[dict]:
@@ -248,36 +207,40 @@ def skipped_rows(folder: Path) -> list[dict]:
 
 
 def _write_lists(out: Path, rows: dict[str, dict], reasons: dict[str, str]) -> None:
-    write_index(out, _sorted(rows))
-    lines = [json.dumps({"id": id, "reason": reasons[id]}) + "\n" for id in sorted(reasons)]
-    if lines:
-        with atomic_path(out / SKIPPED) as path:
-            path.write_text("".join(lines))
-    else:
+    write_index(out, [rows[id] for id in sorted(rows)])
+    if not reasons:
         (out / SKIPPED).unlink(missing_ok=True)
+        return
+    with atomic_path(out / SKIPPED) as path, open(path, "w") as file:
+        for id in sorted(reasons):
+            file.write(json.dumps({"id": id, "reason": reasons[id]}) + "\n")
 
 
 def check_alike(out: Path, rows: Iterable[dict], views: int, size: int) -> None:
-    """Objects of one dataset are stacked in training. Rows of older datasets state
-    nothing and are let through.
+    """Raises UserError unless the objects of a dataset are alike: training stacks them.
+
+    Rows of older datasets state nothing and are let through.
     """
     for row in rows:
         have = row.get("views", views), row.get("size", size)
         if have != (views, size):
             raise UserError(
-                f"{out} holds objects of {have[0]} views of {have[1]} px, not {views} of {size} px; give another --out."
+                f"{out} holds objects of {have[0]} views of {have[1]} px, "
+                f"not {views} of {size} px; give another --out."
             )
 
 
 def existing_rows(folder: Path) -> list[dict]:
-    """The rows of a folder's index whose two files are there; none where there is no
-    index yet.
-    """
+    """The rows of a folder's index whose two files are there; none without an index."""
     rows = list_objects(folder) if (folder / "index.json").is_file() else []
     return [row for row in rows if all(path.is_file() for path in object_files(folder, row["id"]))]
 
 
+# ---------------------------------------------------------------- processes
+
+
 def _run_all(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | str]:
+    """`work(job)` of all, in order; a job that kills its process is a sentence."""
     if workers <= 1:
         threads = torch.get_num_threads()
         try:
@@ -295,7 +258,11 @@ def _run_all(work: partial, jobs: list[Job], workers: int) -> Iterator[dict | st
         # one of those that were running; each of them gets a process of its own
         except BrokenProcessPool:
             for job in jobs[done : done + 2 * workers]:
-                yield _alone(work, job)
+                try:
+                    result = next(_in_processes(work, [job], 1))
+                except BrokenProcessPool:
+                    result = KILLED
+                yield result
                 done += 1
 
 
@@ -315,8 +282,9 @@ def _in_processes(work: partial, jobs: list[Job], workers: int) -> Iterator[dict
 
 
 def end_with_parent() -> None:
-    """In a worker: end when the process that started it has ended, however it did;
-    leave Ctrl-C to it.
+    """In a worker: end when the process that started it has ended, however it did.
+
+    Ctrl-C reaches all of them; it is left to the parent.
     """
 
     def watch() -> None:
@@ -327,92 +295,38 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _alone(work: partial, job: Job) -> dict | str:
-    try:
-        return next(_in_processes(work, [job], 1))
-    except BrokenProcessPool:
-        return (
-            "it killed the process that rendered it (out of memory, or a crash of a mesh reader)."
-        )
-
-
-def _sorted(rows: dict[str, dict]) -> list[dict]:
-    return [rows[id] for id in sorted(rows)]
+# ---------------------------------------------------------------- command line
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = command_parser("make_dataset", __doc__)
+    parser = command.command_parser("make_dataset", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--procedural", type=positive, metavar="COUNT", help="make this many procedural objects"
-    )
-    source.add_argument(
-        "--meshes", type=input_path, metavar="FOLDER", help="render every mesh file below a folder"
-    )
-    source.add_argument(
-        "--scans",
-        type=input_path,
-        metavar="FOLDER",
-        help="render Google Scanned Objects, NAME/meshes/model.obj",
-    )
-    source.add_argument(
-        "--objaverse",
-        type=input_path,
-        metavar="JSON",
-        help="render the downloaded objects of a catalogue",
-    )
-    parser.add_argument(
-        "--out",
-        type=output_path,
-        required=True,
-        metavar="FOLDER",
-        help="the dataset folder; it may exist already",
-    )
-    parser.add_argument(
-        "--seed", type=seed, default=0, help="seed of the first procedural object (default 0)"
-    )
-    parser.add_argument(
-        "--family", choices=list(FAMILIES), help="only this family (default: all, mixed)"
-    )
-    parser.add_argument(
-        "--ids",
-        type=input_path,
-        metavar="FILE",
-        help="of --scans and --objaverse: only these, one id a line",
-    )
-    parser.add_argument(
-        "--licences",
-        nargs="+",
-        metavar="NAME",
-        help="of --objaverse: only these, for example cc0 by",
-    )
-    parser.add_argument(
-        "--up", choices=["y", "z"], help="up axis in the mesh files (default: y for glTF, else z)"
-    )
-    parser.add_argument("--size", type=pixels, default=128, help="pixels per side (default 128)")
-    parser.add_argument(
-        "--views",
-        type=whole(RING, 1000),
-        default=RING + RANDOM_VIEWS,
-        help="per object, 16 of them on the ring",
-    )
-    ring = dict(nargs=2, type=number(-90, 90), default=LEVEL, metavar=("LOW", "HIGH"))
-    parser.add_argument(
-        "--ring",
-        **ring,
-        help="range of the ring's elevation in degrees (default 15 15; paper: -5 30)",
-    )
-    parser.add_argument(
-        "--supersample", type=whole(1, 16), default=2, help="rays per pixel and axis (default 2)"
-    )
-    parser.add_argument(
-        "--blender", metavar="PYTHON", help="render with Cycles, by this Python that has bpy"
-    )
-    parser.add_argument("--workers", type=whole(1, 1000), default=1, help="processes (default 1)")
-    parser.add_argument(
-        "--retry", action="store_true", help="try again what an earlier run left out"
-    )
+    folder = dict(type=input_path, metavar="FOLDER")
+    count = dict(type=command.positive, metavar="COUNT")
+    source.add_argument("--procedural", **count, help="make this many procedural objects")
+    source.add_argument("--meshes", **folder, help="every mesh file below a folder")
+    source.add_argument("--scans", **folder, help="Google Scanned Objects, NAME/meshes/model.obj")
+    catalogue = dict(type=input_path, metavar="JSON")
+    source.add_argument("--objaverse", **catalogue, help="the downloaded objects of a catalogue")
+    add = parser.add_argument
+    out = dict(type=command.output_path, required=True, metavar="FOLDER")
+    add("--out", **out, help="the dataset folder; it may exist already")
+    add("--seed", type=command.seed, default=0, help="of the first procedural object (default 0)")
+    add("--family", choices=list(FAMILIES), help="only this family (default: all, mixed)")
+    ids = dict(type=input_path, metavar="FILE")
+    add("--ids", **ids, help="of --scans and --objaverse: only these, one id a line")
+    licences = dict(nargs="+", metavar="NAME")
+    add("--licences", **licences, help="of --objaverse: only these, for example cc0 by")
+    add("--up", choices=["y", "z"], help="up axis of meshes (default: y for glTF, else z)")
+    add("--size", type=command.pixels, default=128, help="pixels per side (default 128)")
+    views = dict(type=whole(RING, 1000), default=RING + RANDOM_VIEWS)
+    add("--views", **views, help="per object, 16 of them on the ring")
+    ring = dict(nargs=2, type=command.number(-90, 90), default=LEVEL, metavar=("LOW", "HIGH"))
+    add("--ring", **ring, help="range of the ring's elevation (default 15 15; paper: -5 30)")
+    add("--supersample", type=whole(1, 16), default=2, help="rays per pixel and axis (default 2)")
+    add("--workers", type=whole(1, 1000), default=1, help="processes (default 1)")
+    add("--retry", action="store_true", help="try again what an earlier run left out")
     return parser
 
 
@@ -421,10 +335,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    names = ("size", "supersample", "workers", "views", "retry", "blender")
-    settings = {name: getattr(options, name) for name in names} | {"ring": tuple(options.ring)}
-    check_writable(Path(options.out) / "index.json")
-    rows = make_dataset(jobs_of(options), options.out, **settings)
+    names = ("size", "supersample", "workers", "views", "retry")
+    settings = {name: getattr(options, name) for name in names}
+    command.check_writable(Path(options.out) / "index.json")
+    rows = make_dataset(jobs_of(options), options.out, ring=tuple(options.ring), **settings)
     left_out = len(skipped_rows(Path(options.out)))
     note = f" {left_out} were left out; {SKIPPED} says why." if left_out else ""
     print(f"{options.out} now holds {len(rows)} objects.{note}")
@@ -432,9 +346,8 @@ def run(options: argparse.Namespace) -> None:
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     """The jobs that a command line names."""
-    if (options.ids and not (options.scans or options.objaverse)) or (
-        options.licences and not options.objaverse
-    ):
+    lists = options.scans or options.objaverse
+    if (options.ids and not lists) or (options.licences and not options.objaverse):
         raise UserError(
             "--ids chooses among --scans or --objaverse, and --licences among --objaverse, only."
         )

@@ -1,10 +1,10 @@
 """Mesh files as others made them: checked before trimesh reads them, and after.
 
 trimesh goes on where it can: without a texture that it cannot decode, without a
-material that is not there, without the triangles of a vertex that is no number. A data
-set would get an object that is grey, or has holes. So `read_scene` refuses what would
-be drawn other than the file says, in one sentence, and what would take more memory than
-the bounds below.
+material that is not there, without the triangles of a vertex that is no number. A
+dataset would get an object that is grey, or has holes. So `read_scene` refuses what
+would be drawn other than the file says, in one sentence. It also refuses what would
+take more memory than the bounds below.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -41,31 +42,34 @@ MAX_NODES = 10_000  # of a glTF's tree, and parts of a scene
 BOM = "\ufeff"  # that Windows' editors put before a text
 ROUNDING = 1e-3  # of colours, above 1
 MAX_UV = 1e5  # texture coordinates beyond repeat the texture more often than float32 can tell
-
-# Extensions of glTF that a file may require: those that change nothing of what is drawn
-# here, and those that trimesh knows. All KHR_materials_... belong to the first kind.
 NOT_FINITE = re.compile(r"^vt? (?:.*[ \t])?[+-]?(?:nan|inf|infinity)(?:[ \t].*)?$", re.M | re.I)
+
+# Extensions of glTF that a file may require: those that trimesh knows. The many
+# KHR_materials_... may be required too: they change nothing of what is drawn here.
 EXTENSIONS = {"EXT_texture_webp", "KHR_lights_punctual", "KHR_mesh_quantization"}
 FLOAT = 5126
 COMPONENTS = {5120: "i1", 5121: "u1", 5122: "i2", 5123: "u2", 5125: "u4", FLOAT: "f4"}
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
-POINTS_AND_LINES, TRIANGLES = (0, 1, 2, 3), (4, 5)  # modes of glTF's primitives; 6, fans, are rare
+ATTRIBUTES = ("POSITION", "TEXCOORD_0", "COLOR_0")  # those that are drawn
+POINTS_AND_LINES = (0, 1, 2, 3)  # modes of glTF's primitives
+TRIANGLES = (4, 5)  # single ones and strips; 6, fans, are rare
 
 
 def read_scene(path: Path, *places: Path) -> trimesh.Scene:
     """A mesh file as trimesh reads it, with the pictures and materials that it names.
 
     Those lie where it says (not farther away than a folder beside its own), else beside
-    it or in `places`. Raises UserError where one is nowhere or no picture (mesh readers
-    would go on in grey), and where the mesh cannot be read, or not as it was meant.
+    it or in `places`. Raises UserError where one is nowhere or no picture, and where
+    the mesh cannot be read, or not as it was meant.
     """
     import trimesh
 
-    companions = companions_of(path, places)
+    companions = Companions(path, places)
     suffix = path.suffix.lower()
     try:
         data = read_plain(path, MAX_FILE)
-        CHECKS.get(suffix, _nothing)(data, companions)
+        if suffix in CHECKS:
+            CHECKS[suffix](data, companions)
         scene = trimesh.load_scene(
             io.BytesIO(data), file_type=suffix[1:], resolver=companions, process=False
         )
@@ -73,7 +77,8 @@ def read_scene(path: Path, *places: Path) -> trimesh.Scene:
         check_scene(scene)
     except NotThere as error:
         raise UserError(
-            f"{path.name} names {error}, which is not there or cannot be read; without it, all would be grey."
+            f"{path.name} names {error}, which is not there or cannot be read; "
+            "without it, all would be grey."
         ) from error
     except Exception as error:  # each reader raises its own kinds
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -81,68 +86,62 @@ def read_scene(path: Path, *places: Path) -> trimesh.Scene:
     return scene
 
 
-# ---------------------------------------------------------------- the files that a mesh names
+# ---------------------------------------------------------------- files that it names
 
 
 class NotThere(MissingFile):
     """A file that a mesh names and that is nowhere, or of no use."""
 
 
-def companions_of(path: Path, places: tuple[Path, ...]):
-    """What trimesh asks for the files that a mesh names; it gets those that were
-    checked.
-    """
-    from trimesh.resolvers import FilePathResolver
+class Companions:
+    """The files that a mesh names; trimesh gets those that were checked before."""
 
-    class Companions(FilePathResolver):
-        def __init__(self) -> None:
-            super().__init__(str(path))
-            self.checked: dict[str, bytes] = {}
+    def __init__(self, path: Path, places: tuple[Path, ...]) -> None:
+        self.path = path
+        self.places = places
+        self.checked: dict[str, bytes] = {}
 
-        def get(self, name: str) -> bytes:
-            if name not in self.checked:
-                raise MissingFile(name)
-            return self.checked[name]
+    def get(self, name: str) -> bytes:
+        """What trimesh asks of its "resolver"."""
+        if name not in self.checked:
+            raise MissingFile(name)
+        return self.checked[name]
 
-        def plain(self, name: str) -> bytes:
-            """A file as it is. Raises NotThere."""
-            return self._find(name, lambda data: None)
+    __getitem__ = get
 
-        def picture(self, name: str) -> bytes:
-            """A picture that can be decoded. Raises NotThere."""
-            return self._find(name, check_picture)
+    def plain(self, name: str) -> bytes:
+        """A file as it is. Raises NotThere."""
+        return self._find(name, lambda data: None)
 
-        def _find(self, name: str, check: Callable[[bytes], None]) -> bytes:
-            for candidate in _candidates(path, name, places):
-                try:
-                    data = read_plain(candidate, MAX_FILE)
-                    check(data)
-                except UNREADABLE:
-                    continue
-                self.checked[name] = data
-                return data
-            raise NotThere(name[:200])
+    def picture(self, name: str) -> bytes:
+        """A picture that can be decoded. Raises NotThere."""
+        return self._find(name, check_picture)
 
-    return Companions()
+    def _find(self, name: str, check: Callable[[bytes], None]) -> bytes:
+        for candidate in self._candidates(name):
+            try:
+                data = read_plain(candidate, MAX_FILE)
+                check(data)
+            except UNREADABLE:
+                continue
+            self.checked[name] = data
+            return data
+        raise NotThere(name[:200])
 
-
-def _candidates(path: Path, name: str, places: tuple[Path, ...]) -> list[Path]:
-    """Where a file may lie that the mesh at `path` names."""
-    plain = unquote(name.strip().replace("\\", "/"))  # Windows' paths; glTF's, which are addresses
-    found = []
-    for stated in (name.strip(), plain):
-        try:
-            found.append(named_file(path.parent, stated))
-        # it leads out of the folder: its name alone is looked for beside the mesh
-        except UserError:
-            continue
-    return found + [place / Path(plain).name for place in (path.parent, *places)]
+    def _candidates(self, name: str) -> list[Path]:
+        """Where a file of this name may lie."""
+        plain = unquote(name.strip().replace("\\", "/"))  # Windows' paths; glTF's addresses
+        found = []
+        for stated in (name.strip(), plain):
+            try:
+                found.append(named_file(self.path.parent, stated))
+            except UserError:  # out of the folder: only its last part is looked for
+                continue
+        return found + [place / Path(plain).name for place in (self.path.parent, *self.places)]
 
 
 def check_picture(data: bytes, texels: int = MAX_TEXELS, modes: tuple[str, ...] = MODES) -> None:
-    """Raises UserError, or another error of `UNREADABLE`, where a texture cannot be
-    decoded.
-    """
+    """Raises one of `UNREADABLE` where a texture cannot be decoded."""
     try:
         picture = Image.open(io.BytesIO(data), formats=PICTURES)
     except Image.DecompressionBombError as error:
@@ -150,35 +149,35 @@ def check_picture(data: bytes, texels: int = MAX_TEXELS, modes: tuple[str, ...] 
     except UnidentifiedImageError as error:
         raise UserError(f"it is no picture of a kind known here: {', '.join(PICTURES)}") from error
     with picture:
-        if picture.width * picture.height > texels:
-            raise UserError(
-                f"a texture has {picture.width} x {picture.height} pixels, above {texels:,}"
-            )
+        width, height = picture.size
+        if width * height > texels:
+            raise UserError(f"a texture has {width} x {height} pixels, above {texels:,}")
         if picture.mode not in modes:
             raise UserError(
-                f"a texture's pixels are of mode {picture.mode}, and only {', '.join(modes)} are known here"
+                f"a texture's pixels are of mode {picture.mode}, "
+                f"and only {', '.join(modes)} are known here"
             )
         picture.load()
 
 
-def check_shiny(data: bytes) -> None:
-    """`check_picture` of what trimesh computes with, in 64 bits, and takes indices of
-    palettes for colours.
-    """
-    check_picture(data, MAX_TEXELS // 4, ("L", "LA", "RGB", "RGBA"))
+# Of pictures that trimesh computes with: in 64 bits, and with indices of palettes as if
+# they were colours.
+check_shiny = partial(check_picture, texels=MAX_TEXELS // 4, modes=("L", "LA", "RGB", "RGBA"))
 
 
-# ---------------------------------------------------------------- before trimesh
+def _check_color(color, count: int, name: str) -> None:
+    """Raises UserError unless a colour is `count` numbers from 0 to 1."""
+    if not isinstance(color, list) or len(color) != count:
+        raise UserError(f"{name} is not {count} numbers")
+    if not all(isinstance(value, int | float) and 0 <= value <= 1 + ROUNDING for value in color):
+        raise UserError(f"{name} is {color}, not from 0 to 1")
 
 
-def _nothing(data: bytes, companions) -> None:
-    """STL: trimesh compares its length with what it claims, and it names nothing."""
+# ---------------------------------------------------------------- OBJ, PLY, OFF
 
 
-def check_obj(data: bytes, companions) -> None:
-    """Materials that are not there, or say nothing; indices and colours that trimesh
-    misreads.
-    """
+def check_obj(data: bytes, companions: Companions) -> None:
+    """Materials that are not there, or say nothing; numbers that trimesh misreads."""
     from trimesh.exchange.obj import parse_mtl
     from trimesh.util import decode_text
 
@@ -206,16 +205,8 @@ def check_obj(data: bytes, companions) -> None:
             _check_color(known[name].get("diffuse"), 3, f"Kd of the material {name[:100]!r}")
 
 
-def _check_color(color, count: int, name: str) -> None:
-    """Raises UserError unless a colour is `count` numbers from 0 to 1."""
-    if not isinstance(color, list) or len(color) != count:
-        raise UserError(f"{name} is not {count} numbers")
-    if not all(isinstance(value, int | float) and 0 <= value <= 1 + ROUNDING for value in color):
-        raise UserError(f"{name} is {color}, not from 0 to 1")
-
-
-def check_ply(data: bytes, companions) -> None:
-    """Textures that are not there, and colours under names that trimesh does not know."""
+def check_ply(data: bytes, companions: Companions) -> None:
+    """Textures that are not there, and colours under names that trimesh ignores."""
     header = data[: data.find(b"end_header")].decode(errors="replace")
     for name in re.findall(r"texturefile[ \t]+(.*?)[ \t\r]*$", header, re.M | re.I):
         companions.picture(name)
@@ -223,20 +214,23 @@ def check_ply(data: bytes, companions) -> None:
         raise UserError("its colours have other names than red, green and blue")
 
 
-def check_off(data: bytes, companions) -> None:
+def check_off(data: bytes, companions: Companions) -> None:
     """Colours, which trimesh leaves out."""
     lines = [line.split("#")[0].split() for line in data.decode(errors="replace").splitlines()]
     lines = [line for line in lines if line]
-    numbers = lines[1:] if lines and lines[0][0].upper().endswith("OFF") else lines
     if lines and lines[0][0].upper() == "COFF":
         raise UserError("it has colours, which are not read from OFF: save it as PLY")
-    vertices = int(numbers[0][0])
-    for line in numbers[1 + vertices : 2 + vertices]:
+    numbers = lines[1:] if lines and lines[0][0].upper().endswith("OFF") else lines
+    first_face = 1 + int(numbers[0][0])
+    for line in numbers[first_face : first_face + 1]:
         if len(line) > 1 + int(line[0]):
             raise UserError("its faces have colours, which are not read from OFF: save it as PLY")
 
 
-def check_glb(data: bytes, companions) -> None:
+# ---------------------------------------------------------------- glTF
+
+
+def check_glb(data: bytes, companions: Companions) -> None:
     """The chunks of a binary glTF, and what they hold."""
     magic, version, length = struct.unpack_from("<4sII", data.ljust(12, b"\0"))
     if magic != b"glTF" or version != 2:
@@ -252,31 +246,29 @@ def check_glb(data: bytes, companions) -> None:
         place += 8 + size
     if not chunks or chunks[0][0] != b"JSON":
         raise UserError("its first chunk is no JSON")
-    blobs = [chunk for kind, chunk in chunks if kind == b"BIN\0"]
-    GlTF(_strict_json(chunks[0][1]), companions, blobs).check()
+    check_gltf(chunks[0][1], companions, [chunk for kind, chunk in chunks if kind == b"BIN\0"])
 
 
-def check_gltf(data: bytes, companions) -> None:
-    """A glTF whose buffers are files of their own."""
-    GlTF(_strict_json(data), companions, []).check()
+def check_gltf(data: bytes, companions: Companions, blobs: list[bytes] | None = None) -> None:
+    """The tree of a glTF; its buffers are files of their own, or `blobs`."""
 
-
-def _strict_json(text: bytes) -> dict:
     def refuse(name: str):
         raise UserError(f"it holds {name}, which is no number")
 
-    tree = json.loads(text, parse_constant=refuse)
+    tree = json.loads(data, parse_constant=refuse)
     if not isinstance(tree, dict):
         raise UserError("its JSON is no glTF")
-    return tree
+    GlTF(tree, companions, blobs or []).check()
 
 
 class GlTF:
     """The tree of a glTF file, to be checked before trimesh believes it."""
 
-    def __init__(self, tree: dict, companions, blobs: list[bytes]) -> None:
-        self.tree, self.companions, self.blobs = tree, companions, blobs
-        self.known_images: set[tuple[int, Callable]] = set()  # those that were decoded already
+    def __init__(self, tree: dict, companions: Companions, blobs: list[bytes]) -> None:
+        self.tree = tree
+        self.companions = companions
+        self.blobs = blobs
+        self.known_images: set[tuple[int, Callable]] = set()  # decoded once, however often used
 
     def check(self) -> None:
         """Raises UserError, or what reading of a malformed tree raises."""
@@ -284,7 +276,10 @@ class GlTF:
         required = {name for name in required if not name.startswith("KHR_materials_")}
         if unknown := sorted(required - EXTENSIONS):
             raise UserError(f"it requires the extension {unknown[0][:60]}, which is not known here")
-        self.buffers = [self._buffer(each) for each in self.tree.get("buffers", ())]
+        self.buffers = [
+            self._linked(buffer["uri"], self.companions.plain) if "uri" in buffer else self.blobs[0]
+            for buffer in self.tree.get("buffers", ())
+        ]
         self._check_sizes()
         self._check_nodes()
         for mesh in self.tree.get("meshes", ()):
@@ -293,15 +288,8 @@ class GlTF:
         for material in self.tree.get("materials", ()):
             self._check_material(material)
 
-    def _buffer(self, buffer: dict) -> bytes:
-        if "uri" not in buffer:
-            return self.blobs[0]
-        return self._linked(buffer["uri"], self.companions.plain)
-
     def _linked(self, uri: str, find: Callable[[str], bytes]) -> bytes:
-        """What an address stands for: the data that it holds itself, or a file beside
-        the mesh.
-        """
+        """What an address stands for: data that it holds itself, or a file."""
         if "base64," in uri:  # as trimesh tells them apart
             return base64.b64decode(uri[uri.index("base64,") + 7 :])
         return find(uri)
@@ -352,27 +340,23 @@ class GlTF:
         drawn = {n: k for n, k in primitive["attributes"].items() if n in ATTRIBUTES}
         drawn |= {"indices": primitive["indices"]} if "indices" in primitive else {}
         for name, number in drawn.items():
-            accessor = self.tree["accessors"][_whole(number)]
-            if "bufferView" not in accessor or "sparse" in accessor:
-                raise UserError(f"its {name} are sparse or packed, which is not known here")
-            scaled = accessor["componentType"] != FLOAT and accessor.get("normalized", False)
-            if (name == "POSITION" and scaled) or (
-                name == "TEXCOORD_0" and accessor["componentType"] != FLOAT
-            ):
-                raise UserError(
-                    f"its {name} are whole numbers to be scaled, which is not known here"
-                )
-            if name == "COLOR_0" and accessor["componentType"] == FLOAT:
-                if not np.isfinite(self._floats(accessor)).all():
-                    raise UserError("its COLOR_0 holds values that are not finite")
+            self._check_array(name, self.tree["accessors"][_whole(number)])
+
+    def _check_array(self, name: str, accessor: dict) -> None:
+        if "bufferView" not in accessor or "sparse" in accessor:
+            raise UserError(f"its {name} are sparse or packed, which is not known here")
+        floats = accessor["componentType"] == FLOAT
+        scaled = not floats and accessor.get("normalized", False)
+        if (name == "POSITION" and scaled) or (name == "TEXCOORD_0" and not floats):
+            raise UserError(f"its {name} are whole numbers to be scaled, which is not known here")
+        if name == "COLOR_0" and floats and not np.isfinite(self._floats(accessor)).all():
+            raise UserError("its COLOR_0 holds values that are not finite")
 
     def _floats(self, accessor: dict) -> np.ndarray:
         """The values of an accessor of floats [count, width]."""
         view = self.tree["bufferViews"][accessor["bufferView"]]
-        item, start = (
-            _item_size(accessor),
-            view.get("byteOffset", 0) + accessor.get("byteOffset", 0),
-        )
+        item = _item_size(accessor)
+        start = view.get("byteOffset", 0) + accessor.get("byteOffset", 0)
         stride = view.get("byteStride", 0) or item
         shape = (accessor["count"], item // 4)
         return np.ndarray(shape, "<f4", self.buffers[view["buffer"]], start, (stride, 4))
@@ -403,13 +387,7 @@ class GlTF:
             return
         image = self.tree["images"][source]
         try:
-            if "bufferView" in image:
-                view = self.tree["bufferViews"][_whole(image["bufferView"])]
-                start = view.get("byteOffset", 0)
-                data = self.buffers[view["buffer"]][start : start + view["byteLength"]]
-            else:
-                data = self._linked(image["uri"], self.companions.picture)
-            check(data)
+            check(self._image(image))
         except NotThere:
             raise
         except UNREADABLE as error:
@@ -418,8 +396,12 @@ class GlTF:
             raise UserError(f"its {name} is said to be KTX2, which is not known here")
         self.known_images.add((source, check))
 
-
-ATTRIBUTES = ("POSITION", "TEXCOORD_0", "COLOR_0")
+    def _image(self, image: dict) -> bytes:
+        if "bufferView" not in image:
+            return self._linked(image["uri"], self.companions.picture)
+        view = self.tree["bufferViews"][_whole(image["bufferView"])]
+        start = view.get("byteOffset", 0)
+        return self.buffers[view["buffer"]][start : start + view["byteLength"]]
 
 
 def _whole(number) -> int:
@@ -433,6 +415,7 @@ def _item_size(accessor: dict) -> int:
     return WIDTHS[accessor["type"]] * np.dtype(COMPONENTS[accessor["componentType"]]).itemsize
 
 
+# STL needs none: trimesh compares its length with what it claims, and it names no file.
 CHECKS = {
     ".obj": check_obj,
     ".ply": check_ply,
@@ -446,11 +429,10 @@ CHECKS = {
 
 
 def _keep_vertex_colors(scene: trimesh.Scene) -> None:
-    """Where a glTF has a material and vertex colours, its specification multiplies
-    them, and they are linear.
+    """Keep the vertex colours that a glTF has beside a material, in place.
 
-    trimesh hangs such colours on the material, where the first copy of the mesh loses
-    them. In place.
+    glTF multiplies both, and these are linear. trimesh hangs them on the material,
+    where the first copy of the mesh loses them.
     """
     for part in scene.geometry.values():
         colors = getattr(getattr(part, "visual", None), "vertex_attributes", {}).get("color")
@@ -459,53 +441,47 @@ def _keep_vertex_colors(scene: trimesh.Scene) -> None:
 
 
 def check_scene(scene: trimesh.Scene) -> None:
-    """Raises UserError where what was read cannot be drawn as it was meant, or is too
-    much.
-    """
+    """Raises UserError where what was read cannot be drawn as meant, or is too much."""
     import trimesh
 
     parts = {k: part for k, part in scene.geometry.items() if isinstance(part, trimesh.Trimesh)}
     for part in parts.values():
-        check_part(part)
+        if len(part.faces):
+            check_part(part)
     placed = [scene.graph[node][1] for node in scene.graph.nodes_geometry]
     triangles = sum(len(parts[name].faces) for name in placed if name in parts)
     if len(placed) > MAX_NODES or triangles > MAX_TRIANGLES:
         raise UserError(
-            f"it has {len(placed):,} parts with {triangles:,} triangles, above {MAX_NODES:,} and {MAX_TRIANGLES:,}"
+            f"it has {len(placed):,} parts with {triangles:,} triangles, "
+            f"above {MAX_NODES:,} and {MAX_TRIANGLES:,}"
         )
 
 
 def check_part(part: trimesh.Trimesh) -> None:
-    """Raises UserError where a triangle has a corner, or a corner a place, that is
-    none.
-    """
+    """Raises UserError where a triangle names no vertex, or a vertex no place."""
     faces, count = part.faces, len(part.vertices)
-    if not len(faces):
-        return
     if part.vertices.shape[1:] != (3,):
         raise UserError("a vertex has not three coordinates")
     if faces.min() < 0 or faces.max() >= count:
         raise UserError(f"a triangle names vertex {faces.max()} of {count}")
     if not np.isfinite(part.vertices[faces]).all():
         raise UserError("a vertex has coordinates that are not finite")
-    raw = part.metadata.pop("_ply_raw", {}).get("vertex", {}).get("data")
-    for name in ("red", "green", "blue"):
-        column = _column(raw, name)
-        if column is not None and not np.isfinite(column).all():
+    # what trimesh keeps of a PLY: a dict of columns, or an array with names
+    raw = part.metadata.pop("_ply_raw", {}).get("vertex", {}).get("data", {})
+    names = raw if isinstance(raw, dict) else raw.dtype.names or ()
+    for name in {"red", "green", "blue"} & set(names):
+        if not np.isfinite(np.asarray(raw[name], float)).all():
             raise UserError("a vertex has a colour that is not finite")
-    if part.visual.kind != "texture":
+    if part.visual.kind != "texture" or texture_of(part.visual.material) is None:
         return
-    uv, image = part.visual.uv, texture_of(part.visual.material)
-    if image is not None and uv is None:
+    uv = part.visual.uv
+    if uv is None:
         raise UserError("it has a texture, and no coordinates that say where it lies")
-    if image is not None and (len(uv) != count or not (np.abs(uv[faces]) < MAX_UV).all()):
+    if len(uv) != count or not (np.abs(uv[faces]) < MAX_UV).all():
         raise UserError("its texture coordinates are not finite, too large, or not one a vertex")
 
 
-def _column(raw, name: str):
-    if raw is None or name not in (raw if isinstance(raw, dict) else raw.dtype.names or ()):
-        return None
-    return np.asarray(raw[name], float)
+# ---------------------------------------------------------------- colours
 
 
 def texture_of(material) -> Image.Image | None:
@@ -516,8 +492,9 @@ def texture_of(material) -> Image.Image | None:
 
 
 def unit_rgb(colors: np.ndarray) -> np.ndarray:
-    """Integer (0..255, or 0..65535 of uint16) or float (0..1) colours [..., 3 or 4] ->
-    float32 [..., 3] in 0..1.
+    """Colours [..., 3 or 4] -> float32 [..., 3] in 0..1.
+
+    Whole numbers are 0..255, of uint16 0..65535; floats are 0..1 already.
     """
     whole = np.issubdtype(colors.dtype, np.integer)
     scale = (65535 if colors.dtype == np.uint16 else 255) if whole else 1

@@ -1,10 +1,10 @@
-"""Meshes to images: exact ray casting on the CPU (trimesh reads the file, embree finds
-the first hit of each ray).
+"""Meshes to images by exact ray casting on the CPU.
 
-A rendering is RGBA plus the z-depth of the first surface. The light is fixed to the
-object and never to the camera, so that one surface point has one colour in all views,
-which is what multi-view training needs. Everything is deterministic: the same mesh and
-cameras give the same bits.
+trimesh reads the file, embree finds the first hit of each ray. A rendering is RGBA plus
+the z-depth of the first surface. The light is fixed to the object and never to the
+camera. So one surface point has one colour in all views, which is what multi-view
+training needs. Everything is deterministic: the same mesh and cameras give the same
+bits.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .meshfiles import BESIDE_MATERIAL, read_scene, srgb, texture_of, unit_rgb
 if TYPE_CHECKING:
     import trimesh
 
-# the glTF specification fixes +y as up; the other formats do not say
-Y_UP_SUFFIXES = (".glb", ".gltf")
+    Mesh = trimesh.Trimesh | trimesh.Scene
 
-# rays per embree call, to bound its memory; the speed is the same from 2,000 to
-# 1,000,000
+# The glTF specification fixes +y as up; the other formats do not say.
+Y_UP_SUFFIXES = (".glb", ".gltf")
+# Rays per embree call, to bound its memory; 2,000 to 1,000,000 are equally fast.
 RAY_BLOCK = 16_000
 UNPAINTED = (0.7, 0.7, 0.7)  # albedo of a mesh that carries no colour
 
@@ -38,20 +38,17 @@ UNPAINTED = (0.7, 0.7, 0.7)  # albedo of a mesh that carries no colour
 AMBIENT, SKY, SUN = 0.74, 0.20, 0.17
 SUN_DIRECTION = np.array([0.60, -0.73, 0.32])
 
+Pictures = tuple[np.ndarray, np.ndarray]  # rgba [..., H, W, 4], depth [..., H, W]
 # (triangle index [P], barycentric weights [P, 3]) -> albedo [P, 3]
 ColorLookup = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def load_mesh(path: str | Path, up: str | None = None) -> trimesh.Scene:
-    """Read a mesh file as a scene of parts, z up, centred, inside the unit ball and
-    touching it.
+    """Read a mesh file as a scene of parts, z up, just inside the unit ball.
 
-    path: .glb, .gltf, .obj, .ply, .stl or .off; textures and vertex / face colours are
-        kept.
-    up:   the axis that points up in the file, "y" or "z". None: "y" for glTF (fixed by its specification), else "z".
-    A y-up file is turned about x: its +z (the front in glTF) becomes -y (the front here).
-    Raises FileNotFoundError, or ValueError as `read_scene` does and where the file
-    holds no triangles.
+    path: .glb, .gltf, .obj, .ply, .stl or .off; its textures and colours are kept.
+    up: the axis that points up in the file, "y" or "z"; None: "y" for glTF, else "z".
+    A y-up file is turned about x: its +z (glTF's front) becomes -y (the front here).
     """
     path = Path(path)
     if not path.is_file():
@@ -62,13 +59,10 @@ def load_mesh(path: str | Path, up: str | None = None) -> trimesh.Scene:
     return normalized(read_scene(path), Y_UP_TO_Z_UP.numpy() if up == "y" else np.eye(4))
 
 
-def normalized(
-    mesh: trimesh.Trimesh | trimesh.Scene, turn: np.ndarray | None = None
-) -> trimesh.Scene:
-    """Copy of a mesh after the rotation `turn` [4, 4], its bounding box centred, its
-    farthest vertex at radius 1.
+def normalized(mesh: Mesh, turn: np.ndarray | None = None) -> trimesh.Scene:
+    """A copy, turned by `turn` [4, 4], then centred and scaled into the unit ball.
 
-    Raises ValueError where there is no triangle, or no extent.
+    The middle of the bounding box becomes the origin; the farthest vertex has radius 1.
     """
     import trimesh
 
@@ -86,22 +80,24 @@ def normalized(
     return trimesh.Scene(parts)
 
 
-def render_mesh(
-    mesh: trimesh.Trimesh | trimesh.Scene, cameras: Cameras, supersample: int = 2
-) -> tuple[np.ndarray, np.ndarray]:
-    """Render a mesh from V cameras.
+def render_mesh(mesh: Mesh, cameras: Cameras, supersample: int = 2) -> Pictures:
+    """Render a mesh from V cameras -> rgba [V, H, W, 4], depth [V, H, W], both float32.
 
-    Returns rgba float32 [V, H, W, 4] in 0..1, straight alpha, averaged over
-    supersample^2 rays per pixel, and depth float32 [V, H, W]: the z-depth of the first
-    hit of the ray through the pixel centre (never averaged across an edge), 0 where
-    that ray hits nothing. Surfaces are seen from both sides; transparency and
-    transforms of textures (glTF's KHR_texture_transform) are ignored.
+    rgba: in 0..1, straight alpha, averaged over supersample^2 rays per pixel.
+    depth: z-depth of the first hit of the ray through the pixel's centre, 0 where there
+        is none; never averaged across an edge.
+    Surfaces are seen from both sides. Transparency and transforms of textures (glTF's
+    KHR_texture_transform) are ignored.
     """
     if supersample < 1:
         raise UserError(f"supersample must be at least 1, but is {supersample}.")
     target, cameras = Target(mesh), cameras.to("cpu")
     views = [_render_view(target, cameras[v : v + 1], supersample) for v in range(len(cameras))]
-    return np.stack([rgba for rgba, _ in views]), np.stack([depth for _, depth in views])
+    rgba, depth = zip(*views)
+    return np.stack(rgba), np.stack(depth)
+
+
+# ---------------------------------------------------------------- rays
 
 
 @dataclass
@@ -114,11 +110,9 @@ class Hits:
 
 
 class Target:
-    """A mesh prepared for rays: embree's search tree, triangles, normals and one colour
-    lookup per part.
-    """
+    """A mesh prepared for rays: embree's search tree, normals, colours of each part."""
 
-    def __init__(self, mesh: trimesh.Trimesh | trimesh.Scene) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         from embreex.mesh_construction import TriangleMesh
         from embreex.rtcore_scene import EmbreeScene
 
@@ -132,33 +126,25 @@ class Target:
         TriangleMesh(self._tree, self.triangles)
 
     def cast(self, origins: np.ndarray, directions: np.ndarray) -> Hits:
-        """origins [P, 3], unit directions [P, 3], float32 -> the rays that hit, and
-        where.
-        """
-        starts = range(0, len(origins), RAY_BLOCK)
-        blocks = [
-            self._cast_block(origins[s : s + RAY_BLOCK], directions[s : s + RAY_BLOCK])
-            for s in starts
-        ]
+        """Rays from origins [P, 3] in unit directions [P, 3], both float32."""
+        blocks = []
+        for first in range(0, len(origins), RAY_BLOCK):
+            rays = (
+                np.ascontiguousarray(a[first : first + RAY_BLOCK]) for a in (origins, directions)
+            )
+            found = self._tree.run(*rays, output=1)
+            blocks.append([found[name] for name in ("primID", "u", "v")])
         face, u, v = (np.concatenate(column) for column in zip(*blocks, strict=True))
         ray = np.flatnonzero(face >= 0)
         u, v = u[ray], v[ray]
         return Hits(ray, face[ray], np.stack([1 - u - v, u, v], axis=1))
 
-    def _cast_block(self, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, ...]:
-        found = self._tree.run(
-            np.ascontiguousarray(origins), np.ascontiguousarray(directions), output=1
-        )
-        return found["primID"], found["u"], found["v"]
-
     def points(self, hits: Hits) -> np.ndarray:
         """[P', 3] where the rays hit."""
-        return np.einsum("pc,pcx->px", hits.weights, self.triangles[hits.face])
+        return _at_hits(self.triangles, hits.face, hits.weights)
 
     def colors(self, hits: Hits, directions: np.ndarray) -> np.ndarray:
-        """[P', 3] albedo times brightness; directions [P, 3] of all rays tell which
-        side of a triangle is seen.
-        """
+        """[P', 3] albedo times brightness of the sides that rays [P, 3] see."""
         normals = self.normals[hits.face]
         away = np.einsum("px,px->p", normals, directions[hits.ray]) > 0
         normals = np.where(away[:, None], -normals, normals)
@@ -166,9 +152,8 @@ class Target:
 
     def _albedo(self, hits: Hits) -> np.ndarray:
         albedo = np.empty((len(hits.face), 3), np.float32)
-        for lookup, first, end in zip(
-            self.lookups, self.first_faces[:-1], self.first_faces[1:], strict=True
-        ):
+        for k, lookup in enumerate(self.lookups):
+            first, end = self.first_faces[k : k + 2]
             here = (hits.face >= first) & (hits.face < end)
             if here.any():
                 albedo[here] = lookup(hits.face[here] - first, hits.weights[here])
@@ -180,14 +165,13 @@ def brightness(normals: np.ndarray) -> np.ndarray:
     return AMBIENT + SKY * (1 + normals[:, 2]) / 2 + SUN * np.maximum(normals @ SUN_DIRECTION, 0)
 
 
-def _render_view(
-    target: Target, camera: Cameras, supersample: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _render_view(target: Target, camera: Cameras, supersample: int) -> Pictures:
     """One camera -> rgba [H, W, 4], depth [H, W]."""
     height, width = camera.height, camera.width
     directions, hits = _cast_grid(target, camera, 1)
     depth = np.zeros(height * width, np.float32)
-    depth[hits.ray] = _z_depth(target.points(hits), camera)
+    z_row = camera.viewmats[0, 2].numpy()
+    depth[hits.ray] = target.points(hits) @ z_row[:3] + z_row[3]
     if supersample > 1:
         directions, hits = _cast_grid(target, camera, supersample)
     premultiplied = np.zeros((height * supersample * width * supersample, 4), np.float32)
@@ -198,23 +182,18 @@ def _render_view(
     return mean, depth.reshape(height, width)
 
 
-def _z_depth(points: np.ndarray, camera: Cameras) -> np.ndarray:
-    """World points [P, 3] -> camera-space z [P]."""
-    row = camera.viewmats[0, 2].numpy()
-    return points @ row[:3] + row[3]
-
-
 def _cast_grid(target: Target, camera: Cameras, supersample: int) -> tuple[np.ndarray, Hits]:
-    """Cast supersample^2 rays per pixel -> unit directions [P, 3], hits; P runs over
-    the rows of the finer image.
+    """Cast supersample^2 rays per pixel -> unit directions [P, 3], hits.
+
+    P runs over the rows of the finer image.
     """
     rays = ray_grid(camera, camera.height * supersample, camera.width * supersample)
     origins, directions = (ray.reshape(-1, 3).float().numpy() for ray in rays)
     return directions, target.cast(origins, directions)
 
 
-def _parts(mesh: trimesh.Trimesh | trimesh.Scene) -> list[trimesh.Trimesh]:
-    """The triangle meshes of a scene, each placed in the world; a lone mesh as it is."""
+def _parts(mesh: Mesh) -> list[trimesh.Trimesh]:
+    """The triangle meshes of a scene, placed in the world; a lone mesh as it is."""
     import trimesh
 
     parts = mesh.dump() if isinstance(mesh, trimesh.Scene) else [mesh]
@@ -225,32 +204,33 @@ def _parts(mesh: trimesh.Trimesh | trimesh.Scene) -> list[trimesh.Trimesh]:
 
 
 def _unit_normals(triangles: np.ndarray) -> np.ndarray:
-    """[F, 3, 3] -> [F, 3]; a triangle without area gets the zero vector, hence the
-    ambient light only.
-    """
+    """[F, 3, 3] -> [F, 3]; without area the zero vector, hence ambient light only."""
     normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
 
 
+# ---------------------------------------------------------------- colours
+
+
 def _color_lookup(part: trimesh.Trimesh) -> ColorLookup:
-    """Choose how the albedo of a part is found: texture image, vertex colours, face
-    colours or one colour.
-    """
+    """How the albedo of a part is found: a texture, or colours at the corners."""
     visual = part.visual
+    every = (len(part.faces), 3, 3)  # a colour at each corner of each triangle
     if visual.kind == "texture":
         image, tint = _material(visual.material)
-        colors = np.broadcast_to(tint, (len(part.faces), 3, 3))
+        colors = np.broadcast_to(tint, every)
         if BESIDE_MATERIAL in part.vertex_attributes:
             colors = colors * part.vertex_attributes[BESIDE_MATERIAL][part.faces]
         if image is not None and visual.uv is not None:
             corners = visual.uv[part.faces].astype(np.float32)  # [F, 3, 2]
             return partial(_texture_color, _shrunk(image, corners, part.area), corners, colors)
-        return partial(_corner_color, colors)
-    if visual.kind == "vertex":
-        return partial(_corner_color, unit_rgb(visual.vertex_colors)[part.faces])
-    if visual.kind == "face":
-        return partial(_corner_color, np.repeat(unit_rgb(visual.face_colors)[:, None], 3, axis=1))
-    return partial(_corner_color, np.broadcast_to(np.float32(UNPAINTED), (len(part.faces), 3, 3)))
+    elif visual.kind == "vertex":
+        colors = unit_rgb(visual.vertex_colors)[part.faces]
+    elif visual.kind == "face":
+        colors = np.broadcast_to(unit_rgb(visual.face_colors)[:, None], every)
+    else:
+        colors = np.broadcast_to(np.float32(UNPAINTED), every)
+    return partial(_at_hits, colors)
 
 
 def _material(material) -> tuple[object, np.ndarray]:
@@ -264,8 +244,8 @@ def _material(material) -> tuple[object, np.ndarray]:
     return image, np.ones(3, np.float32) if image is not None else unit_rgb(material.main_color)
 
 
-def _corner_color(corners: np.ndarray, face: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Interpolate colours given at the triangle corners [F, 3, 3] -> [P, 3]."""
+def _at_hits(corners: np.ndarray, face: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Values at the triangles' corners [F, 3, C], interpolated at hits -> [P, C]."""
     return np.einsum("pc,pcx->px", weights, corners[face])
 
 
@@ -276,12 +256,11 @@ def _texture_color(
     face: np.ndarray,
     weights: np.ndarray,
 ) -> np.ndarray:
-    """Bilinear texture lookup with wrap-around, times the colours at the corners [F, 3,
-    3].
+    """Bilinear texture lookup with wrap-around, times the colours at the corners.
 
-    image [h, w, 3] in 0..1, texture coordinates corners [F, 3, 2].
+    image [h, w, 3] in 0..1, texture coordinates corners [F, 3, 2], colors [F, 3, 3].
     """
-    uv = np.einsum("pc,pcx->px", weights, corners[face])
+    uv = _at_hits(corners, face, weights)
     height, width = image.shape[:2]
     x, y = uv[:, 0] * width - 0.5, (1 - uv[:, 1]) * height - 0.5  # v points up, image rows go down
     x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
@@ -289,12 +268,11 @@ def _texture_color(
     left, right, top, bottom = x0 % width, (x0 + 1) % width, y0 % height, (y0 + 1) % height
     upper = image[top, left] * (1 - fx) + image[top, right] * fx
     lower = image[bottom, left] * (1 - fx) + image[bottom, right] * fx
-    return (upper * (1 - fy) + lower * fy) * _corner_color(colors, face, weights)
+    return (upper * (1 - fy) + lower * fy) * _at_hits(colors, face, weights)
 
 
 def _shrunk(image, corners: np.ndarray, area: float, finest: float = 1 / 256) -> np.ndarray:
-    """PIL image -> float32 [h, w, 3], reduced until one texel spans about `finest`
-    world units.
+    """PIL image -> float32 [h, w, 3], reduced until a texel spans `finest` world units.
 
     A texture much finer than the pixels would alias; one global level of a mip pyramid
     is enough for a small object.

@@ -1,8 +1,9 @@
 """Shapes: painted triangle meshes made from a few closed primitives.
 
 Every function returns a `trimesh.Trimesh` in the world of `cameras.py` (z up, front
--y). `paint` gives it vertex colours, `place` turns and moves it, `join` makes one
-object of many. Lengths are world units; an object is about 2 units large.
+-y). `paint` gives it vertex colours, `place` turns and moves it, `put` does both, and
+`join` makes one object of many. Lengths are world units; an object is about 2 units
+large.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     import trimesh
 
 TEXTURE_EDGE = 0.03  # longest edge under a texture: about two pixels of a 128 px view
-# turns (degrees about x, y, z) that lay z along an axis
+# Turns (degrees about x, y, z) that lay z along an axis.
 AXES = {"x": (0, 90, 0), "y": (90, 0, 0), "z": (0, 0, 0)}
 
 
-# ---------------------------------------------------------------- primitives, centred at the origin
+# ---------------------------------------------------------------- primitives, centred
 
 
 def box(size) -> trimesh.Trimesh:
@@ -41,9 +42,7 @@ def ball(radii=1.0, detail: int = 3) -> trimesh.Trimesh:
 
 
 def superellipsoid(radii, roundness: float = 0.3, resolution: int = 48) -> trimesh.Trimesh:
-    """Between a box (roundness near 0) and an ellipsoid (1); above 1 it becomes a star.
-    radii: three.
-    """
+    """A box (roundness near 0), an ellipsoid (1) or a star (above 1); radii: three."""
     latitude = np.linspace(-np.pi / 2, np.pi / 2, resolution // 2 + 1)[:, None]
     longitude = _circle(resolution)[None]
     c, s = _power(np.cos(latitude), roundness), _power(np.sin(latitude), roundness)
@@ -52,8 +51,9 @@ def superellipsoid(radii, roundness: float = 0.3, resolution: int = 48) -> trime
 
 
 def lathe(profile, resolution: int = 48) -> trimesh.Trimesh:
-    """Turn a profile [(radius, z), ...], bottom to top, around the z axis; open ends
-    are closed by flat caps.
+    """Turn a profile [(radius, z), ...], bottom to top, around the z axis.
+
+    Open ends are closed by flat caps.
     """
     profile = np.asarray(profile, float)
     angle = _circle(resolution)
@@ -65,15 +65,12 @@ def lathe(profile, resolution: int = 48) -> trimesh.Trimesh:
 
 def cylinder(radius: float, height: float, top: float | None = None) -> trimesh.Trimesh:
     """Along z; another `top` radius makes a cone."""
-    return lathe(
-        [(radius, -height / 2), (radius if top is None else top, height / 2)], resolution=40
-    )
+    top = radius if top is None else top
+    return lathe([(radius, -height / 2), (top, height / 2)], resolution=40)
 
 
 def torus(radius: float, thickness: float, arc: float = 360) -> trimesh.Trimesh:
-    """Around z, starting at +x; an arc (degrees) below 360 makes a handle with closed
-    ends.
-    """
+    """Around z, from +x; an arc (degrees) below 360 makes a handle with closed ends."""
     turns = np.radians(np.linspace(0, arc, 33))
     path = radius * np.stack([np.cos(turns), np.sin(turns), 0 * turns], axis=-1)
     return tube(path, thickness)
@@ -95,11 +92,10 @@ def tube(path, radius) -> trimesh.Trimesh:
 
 
 def loft(sections, roundness: float = 0.5, resolution: int = 40) -> trimesh.Trimesh:
-    """A skin over sections [(y, center x, half width, bottom z, top z), ...]: car
-    bodies, shoes, fuselages.
+    """A skin over sections [(y, center x, half width, bottom z, top z), ...].
 
-    Each section is a superellipse; roundness as in `superellipsoid`. Sections are
-    joined by straight lines.
+    Car bodies, shoes, fuselages. Each section is a superellipse, roundness as in
+    `superellipsoid`; straight lines join the sections.
     """
     y, x, width, bottom, top = np.asarray(sections, float).T[:, :, None]
     angle = _circle(resolution)[None]
@@ -109,17 +105,16 @@ def loft(sections, roundness: float = 0.5, resolution: int = 40) -> trimesh.Trim
 
 
 def prism(outline, height: float) -> trimesh.Trimesh:
-    """A convex outline [(x, z), ...] pushed from y = -height / 2 to height / 2: roofs,
-    wedges, signs.
-    """
+    """A convex outline [(x, z), ...], `height` long in y: roofs, wedges, signs."""
     outline = np.asarray(outline, float)
     layers = [np.insert(outline, 1, y, axis=1) for y in (-height / 2, height / 2)]
     return grid(np.stack(layers))
 
 
 def grid(rings: np.ndarray) -> trimesh.Trimesh:
-    """Points [R, C, 3]: R closed rings of C points; quads between neighbouring rings,
-    both ends closed by a fan.
+    """Points [R, C, 3], R closed rings of C points -> a closed skin.
+
+    Quads join neighbouring rings, and a fan closes either end.
     """
     import trimesh
 
@@ -128,23 +123,17 @@ def grid(rings: np.ndarray) -> trimesh.Trimesh:
     index = np.arange(count * columns).reshape(count, columns)
     a, b = index[:-1], np.roll(index, -1, axis=1)[:-1]
     c, d = index[1:], np.roll(index, -1, axis=1)[1:]
-    quads = np.concatenate(
-        [np.stack([a, b, d], -1).reshape(-1, 3), np.stack([a, d, c], -1).reshape(-1, 3)]
-    )
+    triangles = [np.stack(corners, -1).reshape(-1, 3) for corners in ((a, b, d), (a, d, c))]
     centers = rings[[0, -1]].mean(1)
     first, last = index.size, index.size + 1
-    start = np.stack([np.full(columns, first), np.roll(index[0], -1), index[0]], -1)
-    end = np.stack([np.full(columns, last), index[-1], np.roll(index[-1], -1)], -1)
-    mesh = trimesh.Trimesh(
-        np.concatenate([rings.reshape(-1, 3), centers]),
-        np.concatenate([quads, start, end]),
-        process=False,
-    )
+    triangles.append(np.stack([np.full(columns, first), b[0], a[0]], -1))
+    triangles.append(np.stack([np.full(columns, last), c[-1], d[-1]], -1))
+    vertices = np.concatenate([rings.reshape(-1, 3), centers])
+    mesh = trimesh.Trimesh(vertices, np.concatenate(triangles), process=False)
     # a ring of radius 0 (a pole) leaves slivers without area
     mesh.update_faces(mesh.area_faces > 1e-12)
     mesh.remove_unreferenced_vertices()
-    # the rings ran the other way round; viewers that hide back faces need outward
-    # triangles
+    # rings that ran the other way round; viewers that hide back faces need outward ones
     if mesh.volume < 0:
         mesh.invert()
     return mesh
@@ -154,8 +143,9 @@ def grid(rings: np.ndarray) -> trimesh.Trimesh:
 
 
 def place(mesh: trimesh.Trimesh, at=(0, 0, 0), turn=(0, 0, 0), along: str = "z") -> trimesh.Trimesh:
-    """Lay the mesh's z along an axis, turn it (degrees about x, then y, then z) and
-    move it to `at`; in place.
+    """Lay the mesh's z along an axis, turn it and move it to `at`, in place.
+
+    turn: degrees about x, then y, then z.
     """
     from trimesh.transformations import euler_matrix
 
@@ -166,8 +156,9 @@ def place(mesh: trimesh.Trimesh, at=(0, 0, 0), turn=(0, 0, 0), along: str = "z")
 
 
 def paint(mesh: trimesh.Trimesh, color: Paint, edge: float = TEXTURE_EDGE) -> trimesh.Trimesh:
-    """Vertex colours from a colour or a texture; under a texture the triangles are cut
-    until no edge exceeds `edge`.
+    """The mesh with vertex colours from a colour or a texture.
+
+    Under a texture the triangles are cut until no edge exceeds `edge`.
     """
     import trimesh
 
@@ -178,10 +169,13 @@ def paint(mesh: trimesh.Trimesh, color: Paint, edge: float = TEXTURE_EDGE) -> tr
     return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_colors=rgba, process=False)
 
 
+def put(mesh, at, color: Paint, turn=(0, 0, 0), along: str = "z") -> trimesh.Trimesh:
+    """Place a mesh, then paint it: a texture belongs to the place."""
+    return paint(place(mesh, at, turn, along), color)
+
+
 def roughened(mesh: trimesh.Trimesh, amount: float, scale: float, seed: int) -> trimesh.Trimesh:
-    """Push the vertices along their normals by smooth noise (a height field on the
-    surface).
-    """
+    """The surface as a height field: smooth noise along the normals."""
     mesh = mesh.subdivide_to_size(0.08, max_iter=20)
     mesh.merge_vertices()
     offset = amount * 2 * fractal_noise(mesh.vertices / scale, seed, octaves=2)
@@ -216,8 +210,9 @@ def join(parts: list[trimesh.Trimesh]) -> trimesh.Trimesh:
 
 
 def _refined(rings: np.ndarray, step: float = 0.12) -> np.ndarray:
-    """Put rings between rings that are farther apart than `step`: `paint` cuts compact
-    triangles into fewer pieces.
+    """More rings, between those that are farther apart than `step`.
+
+    `paint` cuts compact triangles into fewer pieces than long ones.
     """
     gaps = np.linalg.norm(np.diff(rings, axis=0), axis=2).max(1)  # [R - 1]
     pieces = np.ceil(gaps / step).clip(1).astype(int)

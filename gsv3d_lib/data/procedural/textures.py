@@ -1,5 +1,4 @@
-"""Solid textures: functions of 3D points, so that any shape can be painted without
-texture coordinates.
+"""Solid textures: functions of 3D points, so no shape needs texture coordinates.
 
 A texture maps points [P, 3] to colours [P, 3] in 0..1. Textures nest:
 `checkers(noise(...), RED, 0.2)`.
@@ -23,20 +22,19 @@ RED, YELLOW, METAL, GLASS = (0.8, 0.1, 0.1), (0.95, 0.85, 0.3), (0.68, 0.7, 0.73
 
 def apply(paint: Paint, points: np.ndarray) -> np.ndarray:
     """Colours [P, 3] of a paint at points [P, 3]."""
-    return (
-        paint(points)
-        if callable(paint)
-        else np.broadcast_to(np.asarray(paint, float), points.shape)
-    )
+    if callable(paint):
+        return paint(points)
+    return np.broadcast_to(np.asarray(paint, float), points.shape)
 
 
 def where(mask: Mask, inside: Paint, outside: Paint) -> Texture:
-    """`inside` where the mask holds, else `outside`; the base of all patterns with
-    sharp edges.
-    """
-    return lambda points: np.where(
-        mask(points)[:, None], apply(inside, points), apply(outside, points)
-    )
+    """`inside` where the mask holds, else `outside`; all sharp patterns are made so."""
+    return lambda p: np.where(mask(p)[:, None], apply(inside, p), apply(outside, p))
+
+
+def mix(a: Paint, b: Paint, t: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Colours between a (t = 0) and b (t = 1), t [P]."""
+    return (1 - t)[:, None] * apply(a, points) + t[:, None] * apply(b, points)
 
 
 # ---------------------------------------------------------------- colours
@@ -49,15 +47,13 @@ def random_color(rng: np.random.Generator) -> Color:
 
 
 def wood_color(rng: np.random.Generator) -> Color:
-    return colorsys.hsv_to_rgb(
-        rng.uniform(0.05, 0.11), rng.uniform(0.35, 0.75), rng.uniform(0.3, 0.85)
-    )
+    hue, saturation = rng.uniform(0.05, 0.11), rng.uniform(0.35, 0.75)
+    return colorsys.hsv_to_rgb(hue, saturation, rng.uniform(0.3, 0.85))
 
 
 def skin_color(rng: np.random.Generator) -> Color:
-    return colorsys.hsv_to_rgb(
-        rng.uniform(0.03, 0.1), rng.uniform(0.25, 0.6), rng.uniform(0.4, 0.98)
-    )
+    hue, saturation = rng.uniform(0.03, 0.1), rng.uniform(0.25, 0.6)
+    return colorsys.hsv_to_rgb(hue, saturation, rng.uniform(0.4, 0.98))
 
 
 def shade(color: Color, factor: float) -> Color:
@@ -84,8 +80,8 @@ def gradient(a: Paint, b: Paint, direction=(0, 0, 1), start: float = -1, end: fl
     direction = np.asarray(direction, float) / np.linalg.norm(direction)
 
     def texture(points):
-        t = np.clip((points @ direction - start) / (end - start), 0, 1)[:, None]
-        return (1 - t) * apply(a, points) + t * apply(b, points)
+        t = np.clip((points @ direction - start) / (end - start), 0, 1)
+        return mix(a, b, t, points)
 
     return texture
 
@@ -99,8 +95,7 @@ def noise(a: Paint, b: Paint, scale: float, seed: int = 0) -> Texture:
     """A cloudy mix of two paints; `scale` is the size of the largest blobs."""
 
     def texture(points):
-        t = np.clip(0.5 + 0.9 * fractal_noise(points / scale, seed), 0, 1)[:, None]
-        return (1 - t) * apply(a, points) + t * apply(b, points)
+        return mix(a, b, np.clip(0.5 + 0.9 * fractal_noise(points / scale, seed), 0, 1), points)
 
     return texture
 
@@ -111,9 +106,7 @@ def spots(a: Paint, b: Paint, scale: float, seed: int) -> Texture:
 
 
 def patches(paints: list[Paint], cell: float, seed: int = 0) -> Texture:
-    """A patchwork of cells around random points (a Voronoi diagram), each in one of the
-    paints.
-    """
+    """A patchwork of cells around random points: a Voronoi diagram."""
     rng = np.random.default_rng(seed)
     count = int(np.clip((2.4 / cell) ** 3, 8, 400))
     centers, owners = rng.uniform(-1.2, 1.2, (count, 3)), rng.integers(len(paints), size=count)
@@ -153,9 +146,7 @@ def planks(color: Color, width: float) -> Texture:
 
 
 def label(ink: Paint, paper: Paint, seed: int, cell: float = 0.06, fill: float = 0.5) -> Texture:
-    """Pseudo-print on surfaces that face y: rows of random pixel blocks in x and z,
-    every third row left empty.
-    """
+    """Pseudo-print on surfaces that face y: random blocks, every third row empty."""
     bits = np.random.default_rng(seed).random((64, 64)) < fill
 
     def is_ink(points):
@@ -179,12 +170,13 @@ def near(center, radius: float) -> Mask:
     return lambda p: np.linalg.norm(p - np.asarray(center, float), axis=1) < radius
 
 
-# ---------------------------------------------------------------- noise and random choice
+# ---------------------------------------------------------------- noise and chance
 
 
 def fractal_noise(points: np.ndarray, seed: int, octaves: int = 3) -> np.ndarray:
-    """Smooth noise [P], mostly within -0.5..0.5: octaves of value noise, each half as
-    large and half as strong.
+    """Smooth noise [P], mostly within -0.5..0.5.
+
+    Octaves of value noise are added, each half as large and half as strong.
     """
     values = np.random.default_rng(seed).uniform(-1, 1, (32, 32, 32))
     total = sum(0.5**k * _value_noise(points * 2**k + 5.7 * k, values) for k in range(octaves))
@@ -192,9 +184,7 @@ def fractal_noise(points: np.ndarray, seed: int, octaves: int = 3) -> np.ndarray
 
 
 def _value_noise(points: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Interpolate random values on the integer grid with a smooth step; the grid
-    repeats.
-    """
+    """Random values on the integer grid, interpolated smoothly; the grid repeats."""
     cell = np.floor(points).astype(int)
     t = points - cell
     t = t * t * (3 - 2 * t)
@@ -206,8 +196,9 @@ def _value_noise(points: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def random_paint(rng: np.random.Generator, depth: int = 1) -> Paint:
-    """A plain colour (one time in six) or a random pattern; its colours may be patterns
-    themselves (`depth` levels).
+    """A plain colour (one time in five) or a random pattern.
+
+    The pattern's colours may be patterns themselves, `depth` levels deep.
     """
     a, b, c, d = (_random_ingredient(rng, depth) for _ in range(4))
     direction, seed = rng.normal(size=3), int(rng.integers(1 << 30))
