@@ -40,6 +40,8 @@ What is not the paper lies in wings:
     rendering/constants.py      the numbers that all rasterisers share
 
     export/__init__.py          an object's files: PLY, mesh, video, page
+    export/page.py              the viewer: one page, one object or many
+    export/gallery.py           the command that writes a page for many
     export/mesh.py              TSDF fusion into a mesh
 
     data/dataset.py             objects on disk: views, depth, cameras

@@ -15,6 +15,7 @@ is overwritten.
     shards        training data that streams from disk
     plan          memory and time of a training before it starts
     evaluate      a checkpoint measured on a dataset
+    gallery       one page for many objects, two side by side
     experiments   the paper's claims, trained and compared
     sv3d          SV3D's published weights, converted
     doctor        what this machine has, and what falls back
@@ -50,6 +51,7 @@ COMMANDS = {  # where each lives
     "shards": "cluster.shards",
     "plan": "cluster.plan",
     "evaluate": "evaluation.evaluate",
+    "gallery": "export.gallery",
     "experiments": "evaluation.experiments",
     "sv3d": "weights.sv3d",
     "doctor": "system.doctor",
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s"
     )
     with results_folder(out, FILES.values()) as folder:
-        for kind, path in save_object(made.gaussians, folder).items():
+        for kind, path in save_object(made.gaussians, folder, made.image, made.elevation).items():
             print(f"{kind:>7}  {path}")
 
 

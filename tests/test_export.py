@@ -1,10 +1,6 @@
 """Files that leave the project must open elsewhere and show what render() shows."""
 
-import base64
 import errno
-import io
-import re
-import shutil
 from functools import partial
 
 import numpy as np
@@ -27,11 +23,6 @@ from gsv3d_lib.export import (
 from gsv3d_lib.export.mesh import fuse_mesh, save_mesh
 from gsv3d_lib.gaussians import Gaussians, turn_axes
 from gsv3d_lib.rendering import render
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-)
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
 
 
 def scene(count: int = 600, seed: int = 0) -> Gaussians:
@@ -373,125 +364,3 @@ def test_broken_gaussians_are_not_written(tmp_path):
         ):
             save(faint, tmp_path / "file")
     assert not list(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------- the viewer page
-
-
-def test_page_is_complete_and_loads_nothing(tmp_path):
-    gaussians = scene()
-    save_viewer_page(gaussians, tmp_path / "page.html", title="A <b>bold</b> bus", azimuth=30)
-    page = (tmp_path / "page.html").read_text()
-    assert "<title>A &lt;b&gt;bold&lt;/b&gt; bus</title>" in page and "__" not in re.sub(
-        r"[\w+/=]{100,}", "", page
-    )
-    assert not re.search(r"https?://|src=|href=|import |fetch\(", page)
-    stored = base64.b64decode(re.search(r'type="text/plain">([^<]*)<', page)[1])
-    assert stored == pack_splats(gaussians.prune())
-    assert len(page) < 20_000 + 43 * len(gaussians)
-
-
-def test_titles_are_text_whatever_they_hold(tmp_path):
-    save_viewer_page(scene(5), tmp_path / "page.html", title="__SPLATS__ __VIEW__ \\1 \udcff 椅子")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "<title>__SPLATS__ __VIEW__ \\1 ? 椅子</title>" in page
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if CHROMIUM is None:
-        pytest.skip(
-            "no chromium here: apt-get install chromium to test the viewer page in a real browser"
-        )
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="pip install playwright to test the viewer page"
-    )
-    with playwright.sync_playwright() as context:
-        with context.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as instance:
-            yield instance
-
-
-@pytest.fixture
-def viewer(chromium, tmp_path):
-    """The viewer at 96 x 96 pixels, opened from file://, with every error and request
-    recorded.
-    """
-    save_viewer_page(scene(), tmp_path / "page.html", azimuth=300, elevation=20)
-    page = chromium.new_page(viewport={"width": 96, "height": 96})
-    page.problems, page.requests = [], []
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.on(
-        "console",
-        lambda message: page.problems.append(message.text) if message.type == "error" else None,
-    )
-    page.on("request", lambda request: page.requests.append(request.url))
-    page.goto((tmp_path / "page.html").as_uri())
-    page.evaluate("document.getElementById('note').remove()")
-    yield page
-    page.close()
-
-
-def settled(page) -> np.ndarray:
-    """A screenshot [H, W, 3] in [0, 1] after the pending frame has been drawn."""
-    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    return np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")) / 255
-
-
-def expected(azimuth, elevation, size=96) -> np.ndarray:
-    return render(scene(), orbit_cameras([float(azimuth)], float(elevation), size)).rgb[0].numpy()
-
-
-def test_page_draws_what_render_draws(viewer):
-    views = [(300, 20), (45, -35), (170, 70)]
-    for azimuth, elevation in views:
-        viewer.evaluate(f"location.hash = 'azimuth={azimuth}&elevation={elevation}'")
-        error = np.abs(settled(viewer) - expected(azimuth, elevation))
-        assert error.mean() < 0.004 and error.max() < 0.12  # 8-bit blending and quaternions
-    assert viewer.problems == [] and [url[:5] for url in viewer.requests] == ["file:"]
-
-
-def test_dragging_turns_and_the_wheel_zooms(viewer):
-    first = settled(viewer)
-    assert np.abs(first - expected(300, 20)).mean() < 0.004
-    viewer.mouse.move(48, 48)
-    viewer.mouse.down()
-    viewer.mouse.move(48 - 25, 48 + 10)
-    viewer.mouse.up()
-    # 0.4 degrees a pixel
-    assert np.abs(settled(viewer) - expected(300 + 10, 20 + 4)).mean() < 0.004
-    viewer.mouse.wheel(0, -300)
-    closer = settled(viewer)
-    assert (closer < 0.99).any(-1).mean() > (first < 0.99).any(-1).mean() * 1.2
-    viewer.mouse.dblclick(48, 48)
-    assert np.abs(settled(viewer) - first).max() < 0.02
-
-
-def test_fingers_turn_and_pinch(chromium, tmp_path):
-    save_viewer_page(scene(), tmp_path / "page.html", azimuth=0, elevation=0)
-    page = chromium.new_page(viewport={"width": 96, "height": 96}, has_touch=True)
-    page.goto((tmp_path / "page.html").as_uri())
-    page.evaluate("document.getElementById('note').remove()")
-    session = page.context.new_cdp_session(page)
-
-    def touch(kind, *points):
-        points = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(points)]
-        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-
-    touch("touchStart", (60, 48))
-    touch("touchMove", (35, 48))
-    touch("touchEnd")
-    turned = settled(page)
-    assert np.abs(turned - expected(10, 0)).mean() < 0.004
-    touch("touchStart", (40, 48), (56, 48))
-    touch("touchMove", (20, 48), (76, 48))
-    touch("touchEnd")
-    assert (settled(page) < 0.99).any(-1).mean() > (turned < 0.99).any(-1).mean() * 1.2
-    page.close()
-
-
-def test_a_page_without_gaussians_is_white(chromium, tmp_path):
-    save_viewer_page(scene().select(slice(0, 0)), tmp_path / "empty.html")
-    page = chromium.new_page(viewport={"width": 32, "height": 32})
-    page.goto((tmp_path / "empty.html").as_uri())
-    assert (settled(page) == 1).all()
-    page.close()

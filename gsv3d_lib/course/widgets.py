@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import html
 import io
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import ipywidgets
 import numpy as np
@@ -86,18 +84,17 @@ def orbit_frame(gaussians: Gaussians, azimuth: float, elevation: float, size: in
     return render(gaussians, camera).rgb[0].clamp(0, 1)
 
 
-def splat_viewer(gaussians: Gaussians, height: int = 420) -> HTML:
-    """The stand-alone WebGL page of `export.save_viewer_page` inside the notebook; it
-    lives without a kernel.
+def splat_viewer(gaussians: Gaussians | dict[str, Gaussians], height: int = 420) -> HTML:
+    """The page of `export.save_viewer_page` inside the notebook; it lives without a
+    kernel. Several objects by their names get the page's comparer.
     """
-    from ..export import save_viewer_page
+    from ..export.page import Item, page_of
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "viewer.html"
-        save_viewer_page(gaussians, path)
-        page = html.escape(path.read_text())
+    named = gaussians if isinstance(gaussians, dict) else {"object": gaussians}
+    page = html.escape(page_of([Item(*pair) for pair in named.items()]))
     return HTML(
-        f'<div><iframe srcdoc="{page}" width="100%" height="{height}" style="border:0"></iframe></div>'
+        f'<div><iframe srcdoc="{page}" width="100%" height="{height}" style="border:0"'
+        ' title="3D viewer"></iframe></div>'
     )
 
 

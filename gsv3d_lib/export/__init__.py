@@ -1,26 +1,23 @@
-"""What leaves the project: turntable videos, a stand-alone viewer page, .splat files
-(PLY is in `gaussians`, meshes in `mesh`), and all that a person may want at once.
+"""What leaves the project: turntable videos, .splat files, and all that a person may
+want at once. PLY is in `gaussians`, meshes in `mesh`, the viewer in `page`.
 """
 
-import base64
-import html
 import io
-import json
-import re
 from collections.abc import Callable
 from functools import partial
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..cameras import DISTANCE, FOV_DEG, orbit_cameras
+from ..cameras import orbit_cameras
 from ..gaussians import Gaussians, turn_axes
 from ..rendering import render
 from ..system.errors import UserError, machine_fault
 from ..system.paths import atomic_path, reason
+from .page import Item, save_page
+from .page import save_viewer_page as save_viewer_page
 
 SPLAT_BYTES = 32
 FPS = 24  # of a turntable
@@ -149,31 +146,7 @@ def _with_palette(frame: np.ndarray, palette: Image.Image) -> Image.Image:
     return image
 
 
-# ---------------------------------------------------------------- the viewer page and .splat
-
-
-def save_viewer_page(
-    gaussians: Gaussians,
-    html_path: str | Path,
-    title: str = "GSV3D",
-    azimuth: float = 0.0,
-    elevation: float = 15.0,
-) -> None:
-    """One HTML file that shows the Gaussians in any browser with WebGL 2: drag, wheel,
-    touch, arrow keys.
-
-    It loads nothing, so it works offline and from file://. 43 bytes per Gaussian plus
-    13 kB; Gaussians that the renderer never draws are left out. azimuth, elevation: of
-    the first view, degrees; page.html#azimuth=90 opens another.
-    """
-    drawn = gaussians.check("the Gaussians to save").prune()
-    splats = base64.b64encode(pack_splats(drawn)).decode()
-    view = {"azimuth": azimuth, "elevation": elevation, "distance": DISTANCE, "fov": FOV_DEG}
-    page = resources.files(__package__).joinpath("viewer.html").read_text(encoding="utf-8")
-    values = {"__TITLE__": html.escape(title), "__VIEW__": json.dumps(view), "__SPLATS__": splats}
-    page = re.sub("|".join(values), lambda match: values[match[0]], page)
-    with atomic_path(html_path) as temporary:
-        temporary.write_bytes(page.encode("utf-8", "replace"))  # a file's name need not be text
+# ---------------------------------------------------------------- .splat
 
 
 def save_splat(gaussians: Gaussians, path: str | Path) -> None:
@@ -229,12 +202,18 @@ def write_all(writers: dict[Path, Callable[[Path], None]]) -> None:
         raise UserError(f"{said}. Written: {', '.join(written) or 'nothing'}.")
 
 
-def save_object(gaussians: Gaussians, folder: str | Path) -> dict[str, Path]:
+def save_object(
+    gaussians: Gaussians,
+    folder: str | Path,
+    image: torch.Tensor | None = None,
+    elevation: float = 15.0,
+) -> dict[str, Path]:
     """Write every file a person may want of a generated object; returns the paths by
     kind.
 
     Gaussians that no picture shows are left out. object.glb is turned such that the
-    side the input saw, +x here, faces a glTF viewer (+z there). Raises ValueError as
+    side the input saw, +x here, faces a glTF viewer (+z there). image, elevation: of
+    the input, which the viewer then offers as its source view. Raises ValueError as
     `write_all` does, and before it for numbers that describe no Gaussians.
     """
     gaussians = gaussians.check("the Gaussians to save").prune()
@@ -245,7 +224,7 @@ def save_object(gaussians: Gaussians, folder: str | Path) -> dict[str, Path]:
         "mesh": partial(_save_front_mesh, gaussians),
         "video": partial(_write_mp4, frames, fps=FPS),
         "gif": partial(_write_gif, frames, fps=FPS),
-        "page": partial(save_viewer_page, gaussians),
+        "page": partial(save_page, [Item("object", gaussians, image, frames[:1], elevation)]),
     }
     write_all({paths[kind]: write for kind, write in writers.items()})
     return paths
