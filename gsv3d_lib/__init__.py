@@ -23,7 +23,7 @@ The paper's chain stands flat, in the order in which the course builds it:
     decoder.py                the Gaussian Splatting Decoder
     losses.py                 L_3D, one function per term
     training.py               the loop that all stages share
-    pretraining.py            the stages VAE, DINO and diffusion, which the paper gets trained
+    pretraining.py            VAE, DINO, diffusion: the paper takes them pretrained
     stage1.py                 stage 1: the decoder learns from true latents
     distillation.py           stage 2: the LoRA learns from rendered RGB and depth
     stages.py                 the table of the five stages

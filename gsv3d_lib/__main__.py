@@ -45,7 +45,7 @@ from .system.command import (
 )
 from .system.paths import BEST, folder_name
 
-COMMANDS = {  # where each lives
+COMMANDS = {  # the module of each
     "demo": "course.demo",
     "run": "course.run",
     "train": "train",
@@ -65,11 +65,8 @@ COMMANDS = {  # where each lives
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("", __doc__)
-    parser.add_argument(
-        "image",
-        type=input_path,
-        help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask",
-    )
+    picture = "PNG, JPEG, WebP or BMP; an alpha channel is used as the mask"
+    parser.add_argument("image", type=input_path, help=picture)
     parser.add_argument(
         "--out", type=output_path, help="folder (default: runs/object/ and the image's name)"
     )
@@ -109,20 +106,17 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or output_path("runs/object") / folder_name(args.image)
     check_writable(out / "object.ply")
     config = load_config(args.weights)
-    options = {"elevation": args.elevation, "steps": args.steps}
-    options |= {"guidance": args.guidance, "seed": args.seed}
+    options = {name: getattr(args, name) for name in ("elevation", "steps", "guidance", "seed")}
     settings_for(config, **options)  # bad options and a bad image fail before models load
     rgb, mask = prepare_condition(args.image, config.image_size)
     pipe = GSV3DPipeline.from_pretrained(args.weights, lora=not args.no_lora)
     started = time.perf_counter()
-    options["back_projection"] = not args.no_back_projection
-    made = pipe.generate(rgb, mask=mask, **options)
+    result = pipe.generate(rgb, mask=mask, back_projection=not args.no_back_projection, **options)
     seconds = time.perf_counter() - started
-    print(
-        f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s"
-    )
+    count = f"{len(result.gaussians):,} Gaussians"
+    print(f"image at {result.elevation:.0f} degrees -> {count} in {seconds:.1f} s")
     with results_folder(out, FILES.values()) as folder:
-        for kind, path in save_object(made.gaussians, folder).items():
+        for kind, path in save_object(result.gaussians, folder).items():
             print(f"{kind:>7}  {path}")
 
 

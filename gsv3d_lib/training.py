@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import VALUES, Schedule, shown
+from .config import VALUES, Schedule
 from .data.examples import digest
+from .system.arguments import shown
 from .system.errors import UserError
 from .system.process import Signals, leave, only_training
 from .weights.run_folder import (

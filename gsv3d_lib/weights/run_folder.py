@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import Schedule, shown
+from ..config import Schedule
+from ..system.arguments import shown
 from ..system.errors import UserError
 from ..system.paths import atomic_path, check_readable, reason
 
