@@ -83,19 +83,17 @@ def frames_like(values: Tensor, latents: Tensor) -> Tensor:
 
 
 def predict_v(unet: SV3DUNet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-    """F(c_in z, c_noise; condition): noisy latents [B, N, 4, h, w], sigma [B] -> v of
-    the same shape.
-    """
+    """F(c_in z, c_noise; condition), shaped as noisy [B, N, 4, h, w]; sigma [B]."""
     if noisy.ndim != 5 or sigma.shape != noisy.shape[:1]:
         raise ValueError(
-            f"Noisy latents are [B, N, 4, h, w] with sigma [B]; got {tuple(noisy.shape)}, {tuple(sigma.shape)}."
+            "Noisy latents are [B, N, 4, h, w] with sigma [B]; "
+            f"got {tuple(noisy.shape)}, {tuple(sigma.shape)}."
         )
     _, _, c_in, c_noise = scalings(sigma)
     image = condition.latent[:, None].expand(-1, noisy.shape[1], -1, -1, -1)
     sample = torch.cat([frames_like(c_in, noisy) * noisy, image], dim=2)
-    return unet(
-        sample, c_noise, condition.token, condition.polar, condition.azimuth, condition.cond_aug
-    )
+    known = condition.token, condition.polar, condition.azimuth, condition.cond_aug
+    return unet(sample, c_noise, *known)
 
 
 def denoise(unet: SV3DUNet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
