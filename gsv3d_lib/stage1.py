@@ -56,7 +56,9 @@ class DecoderStage(Stage):
         return {
             "own_rgb": avg_pool(scene.rgb[ring], block),
             "own_alpha": avg_pool(scene.alpha[ring], block),
-            "own_depth": scene.depth[ring][:, ::block, ::block],  # a mean across an edge is no depth
+            "own_depth": scene.depth[ring][
+                :, ::block, ::block
+            ],  # a mean across an edge is no depth
         }
 
     def forward(self, batch: Example) -> tuple[Tensor, dict[str, Tensor]]:

@@ -155,8 +155,8 @@ def initial(name: str, config: Config, init: Path | None) -> nn.Module:
     for key, value in traits(model).items():
         if wanted.get(key) != value:
             raise UserError(
-                f"The {name} in {init} is not of this configuration ({key} is {value}, not "
-                f"{wanted.get(key)}); train without --init, or without the settings that changed it."
+                f"The {name} in {init} is not of this configuration ({key} is {value}, "
+                f"not {wanted.get(key)}); train without --init or the settings that changed it."
             )
     return model
 

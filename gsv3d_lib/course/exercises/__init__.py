@@ -1,5 +1,4 @@
-"""Checkers for the exercises of the notebooks: they run the learner's own function and
-say what is wrong with it.
+"""Checkers for the exercises: they run the learner's function and say what is wrong.
 
 One module per notebook. A checker is a function `check_NAME(solution)` under
 `@checker`, made of `ask` and `expect_*`:
@@ -10,10 +9,10 @@ One module per notebook. A checker is a function `check_NAME(solution)` under
         alphas = torch.tensor([0.5, 0.5])
         result = ask(transmittance, alphas)
         expect_shape(result, (2,))
-        expect_close(result, [1.0, 0.5], "The first Gaussian has nothing in front of it: start at 1.")
+        expect_close(result, [1.0, 0.5], "Nothing is in front of the first: start at
+        1.")
 
-A stub returns None, and the checker then says that it is not written yet. The library
-holds the solutions.
+A stub returns None, and the checker then says that it is not written yet.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 
 
 class Wrong(AssertionError):
-    """What is wrong with a solution, in one sentence. IPython shows only that sentence."""
+    """What is wrong with a solution, in one sentence; IPython shows only that."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"✗ {self}"]
@@ -50,9 +49,7 @@ class _NotWritten(Exception):
 
 
 def checker(check: Callable) -> Callable:
-    """Turns a function that raises `Wrong` into one that reports in one line; returns a
-    Verdict.
-    """
+    """Turns a function that raises `Wrong` into one that says a line; see `Verdict`."""
 
     @wraps(check)
     def run(solution: Callable, **options) -> Verdict:
@@ -64,8 +61,7 @@ def checker(check: Callable) -> Callable:
             return Verdict(False)
         except Wrong:
             raise
-        # of another kind than what was asked for, so that comparing it fails
-        except Exception as error:
+        except Exception as error:  # of another kind than asked for: comparing it fails
             raise Wrong(
                 f"{name} returned what cannot be compared ({type(error).__name__}: {error})."
             ) from error
@@ -76,9 +72,7 @@ def checker(check: Callable) -> Callable:
 
 
 def ask(solution: Callable, *arguments, **options):
-    """The learner's answer. An error inside becomes one sentence; None means that
-    nothing is written yet.
-    """
+    """The learner's answer. An error inside is one sentence, None `_NotWritten`."""
     try:
         answer = solution(*arguments, **options)
     except Exception as error:
@@ -110,8 +104,9 @@ def expect_shape(answer: Tensor, shape: Sequence[int], what: str = "the answer")
 
 
 def expect_close(answer, truth, hint: str, tolerance: float = 1e-4) -> None:
-    """The answer equals the truth within `tolerance` (absolute, and relative to the
-    truth). The hint says what is off.
+    """The answer equals the truth within `tolerance`; the hint says what is off.
+
+    The tolerance is absolute, and relative to the truth.
     """
     answer, truth = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (answer, truth))
     expect_shape(answer, truth.shape)
@@ -129,9 +124,7 @@ def same(answer: Tensor, other: Tensor, rtol: float = 1e-3, atol: float = 1e-4) 
 
 
 def expect_not(answer: Tensor, mistakes: dict[str, Tensor], **tolerances: float) -> None:
-    """The answer is none of the typical wrong ones; the hint of the one that it is says
-    what happened.
-    """
+    """The answer is none of the typical wrong ones; the hint says which it is."""
     for hint, wrong in mistakes.items():
         expect(not same(answer, wrong, **tolerances), hint)
 
