@@ -12,7 +12,6 @@ The paper's chain stands flat, in the order in which the course builds it:
     gaussians.py              the scene: five tensors
     ply.py                    the file that splat viewers open
     images.py                 any picture -> the condition image
-    cutout.py                 its mask, and a sentence where that is in doubt
     config.py                 every number, in three presets
     vae.py                    images <-> latents
     encoders.py               CLIP and DINO, and SV3D's condition from them
@@ -51,6 +50,7 @@ What is not the paper lies in wings:
     data/meshfiles.py           mesh files of others, checked
     data/blender.py             the same by Blender
     data/photos.py              photographs with known cameras -> a dataset
+    data/cutout.py              which pixels of a picture are the object
     data/procedural/objects.py  families of objects made by rules
     data/procedural/shapes.py   their shapes
     data/procedural/textures.py their textures

@@ -65,28 +65,18 @@ COMMANDS = {  # the module of each
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("", __doc__)
+    add = parser.add_argument
     picture = "PNG, JPEG, WebP or BMP; an alpha channel is used as the mask"
-    parser.add_argument("image", type=input_path, help=picture)
-    parser.add_argument(
-        "--out", type=output_path, help="folder (default: runs/object/ and the image's name)"
-    )
-    parser.add_argument(
-        "--weights", type=input_path, default=BEST, help="checkpoint folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP
-    )
-    parser.add_argument("--steps", type=sampler_steps, help="of the sampler")
-    parser.add_argument(
-        "--guidance", type=guidance, help="peak of the triangular guidance; 1 = none"
-    )
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--no-lora", action="store_true", help="without the geometric distillation")
-    parser.add_argument(
-        "--no-back-projection",
-        action="store_true",
-        help="without the input's own outline and colours where its camera sees the object",
-    )
+    add("image", type=input_path, help=picture)
+    add("--out", type=output_path, help="folder (default: runs/object/ and the image's name)")
+    add("--weights", type=input_path, default=BEST, help="checkpoint folder (default: %(default)s)")
+    add("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
+    add("--steps", type=sampler_steps, help="of the sampler")
+    add("--guidance", type=guidance, help="peak of the triangular guidance; 1 = none")
+    add("--seed", type=seed, default=0)
+    add("--no-lora", action="store_true", help="without the geometric distillation")
+    own = "without the input's own outline and colours where its camera sees the object"
+    add("--no-back-projection", action="store_true", help=own)
     return parser
 
 

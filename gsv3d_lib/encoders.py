@@ -111,7 +111,7 @@ def normalised(images: Tensor, size: int, mean: tuple, std: tuple, resize=antial
 def clip_token(
     clip: CLIPVisionModelWithProjection, images: Tensor, resize: str = "antialias"
 ) -> Tensor:
-    """Condition images [B, H, W, 3] -> token [B, 1, D]. resize: `Config.clip_resize`."""
+    """Images [B, H, W, 3] -> token [B, 1, D]; resize: `Config.clip_resize`."""
     size = clip.config.image_size
     pixels = normalised(images, size, CLIP_MEAN, CLIP_STD, RESIZES[resize])
     return clip(pixel_values=pixels).image_embeds[:, None]

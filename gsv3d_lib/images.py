@@ -1,6 +1,6 @@
 """From any picture of one object to the condition image that the model expects.
 
-`load_image` decodes it, `cutout.cut_out` finds the object, and `prepare_condition`
+`load_image` decodes it, `cut_out` finds the object, and `prepare_condition`
 centres and scales it and puts it on white in a square.
 """
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .cutout import VISIBLE_ALPHA, box_of, cut_out
+from .data.cutout import VISIBLE_ALPHA, box_of, cut_out
 from .system.errors import Doubt, MissingFile, UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL knows 40 more, each with its faults

@@ -154,7 +154,7 @@ def target_loss(
     return (losses if weight is None else losses * weight).mean(), means
 
 
-# ---------------------------------------------------------------- what the terms are made of
+# ---------------------------------------------------------- what the terms are made of
 
 
 def foreground_l1(depth: Tensor, target: Tensor, alpha: Tensor) -> Tensor:

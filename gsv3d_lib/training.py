@@ -281,9 +281,9 @@ class Run:
         """Steps until `last`, the end of the time, or a signal; returns it, or 0."""
         first = self.accelerator.is_main_process
         steps = range(self.start, last)
-        shown = {"desc": self.folder.name, "disable": not (progress and first), "mininterval": 5}
         total = None if self.watch.limit else last  # nobody knows how many fit in the time
-        bar = tqdm(steps, initial=self.start, total=total, **shown)
+        look = {"desc": self.folder.name, "disable": not (progress and first), "mininterval": 5}
+        bar = tqdm(steps, initial=self.start, total=total, **look)
         values: dict[str, Tensor] = {}
         saved = time.monotonic()
         for step in bar:

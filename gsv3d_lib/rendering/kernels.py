@@ -52,7 +52,7 @@ BATCH = 32  # splats fetched together: their cache misses overlap
 SPLAT_FIELDS = (
     "x y qxx qxy qyy opacity cutoff red green blue depth extent_x extent_y pad0 pad1 pad2".split()
 )
-# Tile columns x0 to x1 and rows y0 to y1 (ends excluded), and the row of the first pair.
+# Tile columns x0 to x1, rows y0 to y1 (ends excluded), and the row of the first pair.
 BOX = np.dtype([(name, np.int32) for name in ("x0", "x1", "y0", "y1", "first_pair")])
 # Columns of `gradients`, summed over pixels; S is dL/dsigma, S_DX is dL/dsigma dx, ...
 S, S_DX, S_DY, S_DXDX, S_DXDY, S_DYDY, V_RED, V_GREEN, V_BLUE, V_DEPTH = range(10)

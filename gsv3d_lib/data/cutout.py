@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 
-from .system.errors import Doubt, UserError
+from ..system.errors import Doubt, UserError
 
 VISIBLE_ALPHA = 0.1  # fainter pixels (halos, compression noise) do not count
 MAX_NOISE = 0.06  # of a plain backdrop: the median distance of its colours from their fit
