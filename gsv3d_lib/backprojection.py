@@ -54,8 +54,7 @@ def carve(gaussians: Gaussians, camera: Cameras, mask: Tensor) -> Gaussians:
 
     What is left is the visual hull of one silhouette. Background is a pixel whose 3 x 3
     neighbours are all empty in the mask [H, W, 1]: this margin spares glass and parts
-    as
-    thin as a pixel.
+    as thin as a pixel.
     """
     # the largest alpha of 3 x 3 pixels, against a low threshold
     near = F.max_pool2d(mask[None, ..., 0], 3, stride=1, padding=1)[0, ..., None]

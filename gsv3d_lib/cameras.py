@@ -98,8 +98,7 @@ def look_at(positions: Tensor) -> Tensor:
     """World-to-camera matrices [V, 4, 4] of cameras at `positions` [V, 3].
 
     They look at the origin with +z up. Raises UserError for a position straight above
-    or
-    below it, where up has no meaning.
+    or below it, where up has no meaning.
     """
     sideways = positions[:, :2].norm(dim=-1) / positions.norm(dim=-1)
     if not (sideways > 1e-6).all():
@@ -178,8 +177,7 @@ def ray_grid(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]
     """Rays through the pixel centres of an H x W grid laid over each image.
 
     Returns origins and unit directions [V, H, W, 3] in the world. H and W need not be
-    the
-    image's own size: latents and tokens use this function too. Their centres are at
+    the image's own size: latents and tokens use this function too. Their centres are at
     (i + 0.5) / H; several public relatives are off by half a pixel here.
     """
     grid = cameras.resized(width, height)

@@ -203,8 +203,7 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         """This decoder if it fits `config`, else a larger one with its weights.
 
         Pictures may have twice the side (`doubled`). A new refiner may take the place
-        of the
-        linear upsampler; a decoder that already has one stays as large as it is.
+        of the linear upsampler; a decoder that already has one stays as large as it is.
         """
         if self.config.refiner_channels:
             return self
@@ -243,8 +242,7 @@ class Refiner(nn.Module):
     """An upsampler of convolutions that doubles the grid of tokens once per level.
 
     A token holds what attention found out about 16 x 16 pixels or so. Fine detail is in
-    the
-    latents themselves, so each level sees them again beside its own features.
+    the latents themselves, so each level sees them again beside its own features.
     Tokens [M, C, h', w'], latents [M, 4, h, w] -> [M, channels[-1], 2^L h', 2^L w'].
     """
 
@@ -285,13 +283,11 @@ def plane_sweep(latents: Tensor, cameras: Cameras, grid: tuple[int, int], config
     """What the N views say about points along each token's ray [ours].
 
     Attention is slow to find this geometry by itself. Each ray of the h' x w' grid
-    carries
-    `planes` points through the object's ball. A point is projected into all views, the
-    latents are read there, and four numbers over the views are kept: mean, deviation,
-    smallest and largest. On a surface the views agree. Off the object at least one of
-    them
-    sees background (the visual hull). No parameters; differentiable in the latents.
-    latents [N, 4, h, w] -> [N h' w', planes * 16]
+    carries `planes` points through the object's ball. A point is projected into all
+    views, the latents are read there, and four numbers over the views are kept: mean,
+    deviation, smallest and largest. On a surface the views agree. Off the object at
+    least one of them sees background (the visual hull). No parameters; differentiable
+    in the latents. latents [N, 4, h, w] -> [N h' w', planes * 16]
     """
     origins, directions = (t.reshape(-1, 1, 3) for t in ray_grid(cameras, *grid))
     depths = torch.linspace(-1, 1, config.planes, device=origins.device)[:, None]
@@ -311,8 +307,7 @@ def deviation(values: Tensor) -> Tensor:
     """`values.std(0, correction=0)`, [N, ...] -> [...], much faster on a CPU.
 
     Where all values agree the gradient is 0, as that of `std`: the clamp keeps the
-    root's
-    infinite slope away. What lies below 1e-6 is only the rounding of the mean.
+    root's infinite slope away. What lies below 1e-6 is only the rounding of the mean.
     """
     variance = (values - values.mean(0)).square().mean(0)
     return variance.clamp(min=1e-12).sqrt()
@@ -329,8 +324,7 @@ def doubled(decoder: GaussianDecoder) -> GaussianDecoder:
 
     It has as many tokens, each of 2 x 2 times the latents and the Gaussians. The first
     layer averages the new latents of what was one, and each old cell of the last layer
-    is
-    repeated 2 x 2 times. A step costs attention what it did: the tokens are as many.
+    is repeated 2 x 2 times. A step costs attention what it did: the tokens are as many.
     """
     side = decoder.config.upsample
     new = decoder.altered(patch=2 * decoder.config.patch, upsample=2 * side)

@@ -75,8 +75,7 @@ def blurred(x: Tensor, size: int) -> Tensor:
     """[B, 3, H, W] -> [B, 3, size, size] as Stability's code does for CLIP.
 
     That is kornia's `resize` with antialias=True: where a side shrinks by a factor f >
-    1, a
-    Gaussian blur of sigma (f - 1) / 2 pixels, cut off at about 2 sigma; then cubic
+    1, a Gaussian blur of sigma (f - 1) / 2 pixels, cut off at about 2 sigma; then cubic
     interpolation with aligned corners.
     """
     for axis in (-1, -2):

@@ -139,11 +139,9 @@ class Gaussians:
 
         axes: of the file; by default what its header states, else "z-up": as it stands.
         Colour that depends on the direction (f_rest_*) is dropped. Raises MissingFile,
-        or
-        UserError when it is no complete PLY of splats. A file cannot say that its
-        scales are
-        logarithms and its opacities logits; a warning says where they do not look like
-        that.
+        or UserError when it is no complete PLY of splats. A file cannot say that its
+        scales are logarithms and its opacities logits; a warning says where they do not
+        look like that.
         """
         table, stated_axes = read_splats(Path(path))
         stored = Gaussians(*(torch.from_numpy(array) for array in decode(table)))

@@ -44,9 +44,9 @@ def load_image(source: ImageSource) -> Image.Image:
     source: a path; the bytes of a file; a PIL image; an array or tensor [H, W] or
         [H, W, 1 | 3 | 4] of uint8, uint16, or float in [0, 1].
     No side is longer than MAX_SIDE. 16-bit grey is scaled, not clipped. EXIF rotation
-    and
-    colour profiles are applied. Of an animation the first frame that shows something is
-    taken. Raises MissingFile, or UserError for what is not a usable picture.
+    and colour profiles are applied. Of an animation the first frame that shows
+    something is taken. Raises MissingFile, or UserError for what is not a usable
+    picture.
     """
     if isinstance(source, Image.Image):
         return _to_rgba(source, name_of(source))

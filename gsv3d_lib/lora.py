@@ -114,8 +114,8 @@ def merged_lora(unet: SV3DUNet, scale: float | None = None) -> SV3DUNet:
     """A U-Net with the same answers for less work: one matrix at every layer.
 
     That is W + scale (alpha / r) B A, without gradients for the LoRA. `unet` is not
-    touched,
-    so any number of these may be at work at once. Without a LoRA it is `unet` itself.
+    touched, so any number of these may be at work at once. Without a LoRA it is `unet`
+    itself.
     scale: as of `set_lora_scale`, for the returned U-Net alone; None takes what is set.
     Raises UserError for a scale where the LoRA was merged for good (`fuse_lora`).
     """
@@ -144,10 +144,8 @@ def twin_of(module: Module) -> Module:
     What is set, switched or put in place in the twin stays there: its modules,
         parameters,
     lists and dictionaries are its own; the tensors' memory and all else are shared.
-    Unlike
-    `torch.func.functional_call`, which swaps the module's parameters for a while, this
-    is
-    safe with several threads.
+    Unlike `torch.func.functional_call`, which swaps the module's parameters for a
+    while, this is safe with several threads.
     """
     twin = copy.copy(module)
     own = vars(twin)

@@ -72,10 +72,9 @@ def lpips(seen: Seen, true: Truth) -> Tensor:
     """LPIPS(I, I*) [ours]: distance in the feature maps of a classifier.
 
     Needs weights that do not ship, at `lpips_weights`. The first layer of their net
-    looks
-    at every fourth pixel only, so both pictures are moved by 0 to 3 pixels together.
-    Else
-    a grid of four pixels would be invisible to the loss and appear in the pictures.
+    looks at every fourth pixel only, so both pictures are moved by 0 to 3 pixels
+    together. Else a grid of four pixels would be invisible to the loss and appear in
+    the pictures.
     """
     net = perceptual_net(seen.config.lpips_weights, true.rgb.device)
     return net(shift(seen.rgb), shift(true.rgb)).mean()

@@ -230,8 +230,7 @@ class GSV3DPipeline:
         """R [S, S, 3] in [0, 1] on white, and its alpha [S, S, 1].
 
         A picture goes through `prepare_condition`. A tensor is taken for R itself, with
-        `mask`
-        for its alpha where that is known.
+        `mask` for its alpha where that is known.
         """
         size = self.config.image_size
         if not isinstance(image, Tensor) and mask is None:

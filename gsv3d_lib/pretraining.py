@@ -34,12 +34,10 @@ class VAEStage(Stage):
 
     The anchor asks the first three latent channels to be the picture's thumbnail: 1 - x
     averaged over 8 x 8 pixels, so that white is 0. At 64 px the best *linear* code of 8
-    x 8
-    pixels in four numbers spends all four on luminance, and a short training stays in
-    that
-    grey solution for thousands of steps; with the anchor there is colour after a
-    hundred.
-    The latents also vary smoothly over an object, so U-Net and decoder learn faster.
+    x 8 pixels in four numbers spends all four on luminance, and a short training stays
+    in that grey solution for thousands of steps; with the anchor there is colour after
+    a hundred. The latents also vary smoothly over an object, so U-Net and decoder learn
+    faster.
     """
 
     KL_WEIGHT = 1e-6
@@ -86,9 +84,8 @@ class DINOStage(Stage):
     """Self-distillation with no labels (DINO, Caron et al. 2021).
 
     The two crops are two *views of one object*. The student, given one, predicts what
-    the
-    teacher (an average of past students) says of the other. Centring and a low teacher
-    temperature keep the answer from collapsing to one constant.
+    the teacher (an average of past students) says of the other. Centring and a low
+    teacher temperature keep the answer from collapsing to one constant.
     """
 
     FIELDS = ("image_size", "dino*")
@@ -203,8 +200,7 @@ def rolled(orbit: Example, frames: int) -> Example:
     """The same orbit begun elsewhere: frames and their angles move on by `frames`.
 
     In SV3D's order frame number and azimuth say the same, so a network may learn
-    either; in
-    a rolled orbit only the azimuth is right.
+    either; in a rolled orbit only the azimuth is right.
     """
     moved = {name: orbit[name].roll(frames, 0) for name in ("latents", "azimuth", "elevation")}
     return orbit | moved

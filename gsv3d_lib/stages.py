@@ -188,8 +188,8 @@ def take_over(init: Path, run: Path, stages: Sequence[str], config: Config) -> N
     """Copy into run/weights the models of `init` that `stages` do not train.
 
     Those that are there already stay; gsv3d.json states how long each was trained.
-    Raises
-    MissingFile where `init` is no checkpoint, UserError where its weights are damaged.
+    Raises MissingFile where `init` is no checkpoint, UserError where its weights are
+    damaged.
     """
     if not (init / "gsv3d.json").is_file():
         raise MissingFile(

@@ -111,8 +111,7 @@ def example_generator(seed: int, step: int, index: int) -> torch.Generator:
 
     No two examples share a seed: an index is at most 65,535, so the factor 65,537 keeps
     the steps apart, and 1,000,003 the runs of a million steps. For seeds up to 10^8 the
-    sum
-    is below 2^63, which is what torch takes (`config.VALUES` holds these limits).
+    sum is below 2^63, which is what torch takes (`config.VALUES` holds these limits).
     """
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + index)
 
@@ -133,8 +132,7 @@ def learning_rate(step: int, schedule: Schedule, spent: float = 0.0) -> float:
     """Linear warm-up, then a half cosine from lr to lr / 10.
 
     A function of the step alone, so resuming is exact. Where the time is limited,
-    `spent`
-    is the fraction that is gone, and the cosine follows whichever is further.
+    `spent` is the fraction that is gone, and the cosine follows whichever is further.
     """
     if step < schedule.warmup:
         return schedule.lr * (step + 1) / schedule.warmup
@@ -196,11 +194,9 @@ def train(
     force_resume: go on from a checkpoint of another run, as far as its tensors fit.
     Returns the metrics, one dict per logged step, which are also in metrics.jsonl. The
     averaged weights (if `schedule.ema`) are then in the stage. Raises UserError where
-    the
-    checkpoint is of another run (`run_folder.check_identity`) or another process trains
-    in
-    `run_dir`. After Ctrl-C and SIGTERM there is a checkpoint of the last step, and
-    KeyboardInterrupt or SystemExit (143) is raised.
+    the checkpoint is of another run (`run_folder.check_identity`) or another process
+    trains in `run_dir`. After Ctrl-C and SIGTERM there is a checkpoint of the last
+    step, and KeyboardInterrupt or SystemExit (143) is raised.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState

@@ -39,9 +39,8 @@ class TokenAttention:
     """diffusers' attention, shorter where the context is one token.
 
     The softmax over one key is 1, so the answer is the token's value. With gradients
-    the
-    queries and keys are computed all the same, or the optimiser would not know their
-    LoRA.
+    the queries and keys are computed all the same, or the optimiser would not know
+    their LoRA.
     """
 
     def __call__(
@@ -97,8 +96,7 @@ class SV3DUNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
 
     The settings are diffusers', and one more, resnet_eps: of the normalisations in the
     residual blocks. Stability's code has 1e-5 in all of them. diffusers' class has 1e-6
-    but
-    for the middle and for levels without attention on the way down; 0 keeps that.
+    but for the middle and for levels without attention on the way down; 0 keeps that.
     """
 
     config: Any  # what __init__ was called with, by name (diffusers' FrozenDict)

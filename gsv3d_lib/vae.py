@@ -135,10 +135,8 @@ def calibrate(vae: GroupedVAE, images: Tensor) -> Tensor:
     """Rescale the latent channels in place: 0.18215 z gets unit variance on `images`.
 
     The factor is folded into the last layer of the encoder and its inverse into the
-    first
-    of the decoder, so the reconstruction does not change and 0.18215 stays the constant
-    at
-    every scale. images [M, H, W, 3]; returns the old deviations [4].
+    first of the decoder, so the reconstruction does not change and 0.18215 stays the
+    constant at every scale. images [M, H, W, 3]; returns the old deviations [4].
     """
     deviation = encode_scaled(vae, images).std(dim=(0, 2, 3))
     # Rows 0 to 3 of `quant_conv` make the mean, rows 4 to 7 ln of the variance. A slice

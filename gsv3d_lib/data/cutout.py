@@ -100,9 +100,8 @@ def _by_own_alpha(rgba: np.ndarray) -> tuple[np.ndarray | None, list[str]]:
     """[H, W, 4] -> (the same without specks and haze, doubts); None if no mask.
 
     Where the inside of a mask is a rectangle, or another shape that pictures are
-    cropped
-    to, with both mirror symmetries, it may be a picture and no object. That is doubtful
-    if there is an object on a plain backdrop in it.
+    cropped to, with both mirror symmetries, it may be a picture and no object. That is
+    doubtful if there is an object on a plain backdrop in it.
     """
     alpha = rgba[..., 3]
     if np.ptp(alpha) < 0.25:
@@ -308,9 +307,8 @@ def _backdrops(rgb: np.ndarray) -> list[tuple[np.ndarray, float]]:
     """[H, W, 3] -> up to two (backdrop [H, W, 3], colour distance that still fits).
 
     A backdrop shades as a polynomial of second degree in x and y. It grows from a
-    stretch
-    of the border over all of the border that fits. The first explains the most of the
-    border, the second the most of the rest.
+    stretch of the border over all of the border that fits. The first explains the most
+    of the border, the second the most of the rest.
     """
     basis = _basis(*rgb.shape[:2])
     sparse = slice(None, None, max(1, sum(rgb.shape[:2]) // 250))

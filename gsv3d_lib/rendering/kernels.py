@@ -100,8 +100,7 @@ def choose_cache() -> bool:
     """Where compiled kernels are kept; False where there is no place at all.
 
     As numba does it, that is beside this file, else in the user's cache. For a
-    read-only
-    installation and a user without a home it is a temporary folder.
+    read-only installation and a user without a home it is a temporary folder.
     """
     if not keeps_kernels() and (folder := private_folder()) is not None:
         numba.config.CACHE_DIR = str(folder)
@@ -177,8 +176,7 @@ def half_axes(quats, scales, g):
     """Half axes of ellipsoid g in the world (columns of R S), columns of R, and more.
 
     Those are the unit quaternion and 1 / |quaternion|. Lengths below 1e-12 count as
-    1e-12,
-    as in `torch.nn.functional.normalize`.
+    1e-12, as in `torch.nn.functional.normalize`.
     """
     w, x, y, z = quats[g, 0], quats[g, 1], quats[g, 2], quats[g, 3]
     inverse_norm = 1 / max(math.sqrt(w * w + x * x + y * y + z * z), 1e-12)

@@ -43,12 +43,9 @@ def project(
     """G Gaussians, one camera -> centres [G, 2] in pixels, 2D covariances [G, 2, 2].
 
     Sigma_2D = J W Sigma W^T J^T + eps I (EWA splatting, Zwicker et al. 2001): W rotates
-    the
-    world into the camera, J is the derivative of the perspective division at the
-    Gaussian's
-    centre. With Sigma = (R S)(R S)^T that is A A^T for A = J W R S, whose columns are
-    the
-    ellipsoid's half axes as the image shows them.
+    the world into the camera, J is the derivative of the perspective division at the
+    Gaussian's centre. With Sigma = (R S)(R S)^T that is A A^T for A = J W R S, whose
+    columns are the ellipsoid's half axes as the image shows them.
     """
     rotation, translation = viewmat[:3, :3], viewmat[:3, 3]
     x, y, z = (means @ rotation.T + translation).unbind(-1)

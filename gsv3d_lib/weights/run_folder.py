@@ -56,10 +56,8 @@ def check_identity(
     """UserError, with every difference by name, for a checkpoint of another run.
 
     The number of steps may be larger than planned before. A checkpoint beyond it is
-    refused
-    whatever `force` says, and so is one of a later version. One that states nothing, of
-    an
-    earlier version, is taken as far as its tensors fit.
+    refused whatever `force` says, and so is one of a later version. One that states
+    nothing, of an earlier version, is taken as far as its tensors fit.
     """
     say = tqdm.write if first else lambda text: None  # one process speaks for all
     steps = identity["steps"]
@@ -138,8 +136,7 @@ def load_checkpoint(
     """Restore the newest readable checkpoint; returns the step to go on from, or 0.
 
     A damaged file (a full disk, a copy that broke off) is passed over for the one
-    before
-    it, with one line that says so; its name then ends in .damaged.
+    before it, with one line that says so; its name then ends in .damaged.
     identity: of the run that begins, which the file's must be, see `check_identity`.
     Raises UserError where none can be read, or the file is of another run or model.
     """

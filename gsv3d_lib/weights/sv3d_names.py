@@ -74,12 +74,9 @@ def unet_name(name: str, layers: int) -> str:
     """diffusers' name of one tensor of Stability's `VideoUNet`.
 
     `layers` is the number of residual blocks per level. input_blocks count conv_in,
-    then
-    per level `layers` blocks and a downsampler; output_blocks `layers + 1` blocks a
-    level.
-    Inside a block 0 is the residual block (or the downsampler), 1 the transformer, and
-    the
-    last may be the upsampler.
+    then per level `layers` blocks and a downsampler; output_blocks `layers + 1` blocks
+    a level. Inside a block 0 is the residual block (or the downsampler), 1 the
+    transformer, and the last may be the upsampler.
     """
     match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(?:(\d+)\.)?(\d)\.(.+)", name)
     if match is None or name.startswith("input_blocks.0."):
@@ -158,8 +155,7 @@ def original_vae(names: list[str], config: Config) -> Pieces:
     """Encoder and quant_conv of the conditioner, decoder of the first stage.
 
     So Stability's code uses them. Each comes from the other place where a file has it
-    only
-    there.
+    only there.
     """
     conditioner = prefixes(names, CONDITIONER_VAE)
     first = ["first_stage_model."]
