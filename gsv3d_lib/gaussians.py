@@ -96,8 +96,8 @@ class Gaussians:
     def check(self, origin: str) -> Gaussians:
         """These Gaussians. UserError, naming their `origin`, for senseless numbers.
 
-        Those are: not finite; scales < 0; opacities outside of [0, 1]; quaternions of
-            length 0.
+        Those are numbers that are not finite, scales below 0, opacities outside of
+        [0, 1], and quaternions of length 0.
         """
         self.check_finite(origin)
         if (self.scales < 0).any():
@@ -125,8 +125,7 @@ class Gaussians:
         """Write a binary PLY in the layout of 3D Gaussian Splatting (`ply.py`).
 
         axes: "y-down", which SuperSplat and most viewers expect; "y-up"; or "z-up", our
-            own.
-            The header states it, so that `load_ply` brings the scene back to z up.
+            own. The header states it, so that `load_ply` brings the scene back to z up.
         Raises UserError, and writes nothing, for numbers that describe no Gaussians.
         """
         stored = self.to("cpu", torch.float32).detach().check("the Gaussians to save")

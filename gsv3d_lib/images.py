@@ -41,8 +41,8 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 def load_image(source: ImageSource) -> Image.Image:
     """Decode a picture of any size and mode into RGBA (straight alpha, sRGB), upright.
 
-    source: a path; the bytes of a file; a PIL image; an array or tensor [H, W] or
-        [H, W, 1 | 3 | 4] of uint8, uint16, or float in [0, 1].
+    source: a path; the bytes of a file; a PIL image; an array or tensor [H, W] or [H,
+        W, 1 | 3 | 4] of uint8, uint16, or float in [0, 1].
     No side is longer than MAX_SIDE. 16-bit grey is scaled, not clipped. EXIF rotation
     and colour profiles are applied. Of an animation the first frame that shows
     something is taken. Raises MissingFile, or UserError for what is not a usable
@@ -250,11 +250,9 @@ def prepare_condition(
     """Picture -> (rgb [S, S, 3] on white, alpha [S, S, 1]), float32, S = size.
 
     fill: the longer side of the object's box as a share of the frame; the box is
-        centred.
-        The default is that of the training renders. Take 0.9 with SV3D's own weights,
-        as
-        their code does. None keeps the picture's framing (padded to a square), for
-        renders.
+        centred. The default is that of the training renders. Take 0.9 with SV3D's own
+        weights, as their code does. None keeps the picture's framing (padded to a
+        square), for renders.
     background: how the object is found, and warnings (`Doubt`), see `cut_out`.
     Raises UserError when there is no object to show.
     """

@@ -141,11 +141,10 @@ def merged_lora(unet: SV3DUNet, scale: float | None = None) -> SV3DUNet:
 def twin_of(module: Module) -> Module:
     """The module again, on the memory of its weights.
 
-    What is set, switched or put in place in the twin stays there: its modules,
-        parameters,
-    lists and dictionaries are its own; the tensors' memory and all else are shared.
-    Unlike `torch.func.functional_call`, which swaps the module's parameters for a
-    while, this is safe with several threads.
+    What is set, switched or put in place in the twin stays there. Its modules,
+    parameters, lists and dictionaries are its own; the tensors' memory and all else are
+    shared. Unlike `torch.func.functional_call`, which swaps the module's parameters for
+    a while, this is safe with several threads.
     """
     twin = copy.copy(module)
     own = vars(twin)

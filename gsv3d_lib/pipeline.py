@@ -181,9 +181,8 @@ class GSV3DPipeline:
     ) -> Generation:
         """Run the chain and keep its intermediates.
 
-        A call depends on its arguments alone and leaves the pipeline as it was: several
-            may run
-        at once, in threads or inside a callback.
+        A call depends on its arguments alone and leaves the pipeline as it was. So
+        several may run at once, in threads or inside a callback.
 
         image: a path, PIL image or array; or the condition image, see
             `condition_image`.

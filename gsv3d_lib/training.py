@@ -184,12 +184,10 @@ def train(
 
     stop_at: leave after this step with a checkpoint; the schedule stays the full run's.
     minutes: of training in all, earlier runs in this folder included; 0 is without
-        limit.
-        The learning rate follows the share of them that is spent, and the run ends with
-        them, or after `schedule.steps` if those are done before.
+        limit. The learning rate follows the share of them that is spent, and the run
+        ends with them, or after `schedule.steps` if those are done before.
     precision: of matrix products, "fp32" or "bf16"; "auto" is bf16 on a GPU. Weights
-        and
-        sums stay in float32.
+        and sums stay in float32.
     processes: how many were asked for; accelerate must see as many.
     force_resume: go on from a checkpoint of another run, as far as its tensors fit.
     Returns the metrics, one dict per logged step, which are also in metrics.jsonl. The

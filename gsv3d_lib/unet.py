@@ -220,10 +220,8 @@ def deepened(unet: SV3DUNet) -> SV3DUNet:
     """The U-Net with one more layer at every level, which begins as the old one.
 
     A layer is a residual block and attention; a new one adds zero at first. On the way
-    up
-    it stands second: there arrives the skip connection of the layer before the new one
-        on
-    the way down. So every old layer still reads what it has always read.
+    up it stands second: there arrives the skip connection of the layer before the new
+    one on the way down. So every old layer still reads what it has always read.
     """
     layers = unet.config.layers_per_block
     new = cast(SV3DUNet, SV3DUNet.from_config({**unet.config, "layers_per_block": layers + 1}))

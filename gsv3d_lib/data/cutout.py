@@ -57,8 +57,7 @@ def cut_out(image: Image.Image, method: str = "auto", name: str = "the picture")
         floods the background from the border by colour: right for product shots, wrong
         for clutter.
     name: of the picture, in the warnings (`Doubt`) that say what was taken for the
-        object
-        where that is doubtful.
+        object where that is doubtful.
     Raises UserError where no object can be told from the background.
     """
     if method not in ("auto", "rembg", "plain"):

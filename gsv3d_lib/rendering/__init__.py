@@ -65,8 +65,7 @@ def render(
 
     background: RGB in [0, 1] as three numbers, a tensor [3], or one per view [V, 3].
     backend: "gsplat" (CUDA), "numba" (CPU) or "torch" (anywhere, slow); "auto" is
-        gsplat
-        for CUDA tensors, else numba.
+        gsplat for CUDA tensors, else numba.
     Raises UserError for a backend that is unknown or not there, ValueError for another
     background and for cameras that require gradients, which no backend computes.
     """

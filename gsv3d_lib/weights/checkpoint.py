@@ -145,8 +145,7 @@ def save_model(
     """One model to FOLDER/NAME, in full or not at all, and the configuration beside it.
 
     trained: {stage: steps} that made it. Of several processes only the first writes,
-        and
-        the others wait until it has.
+        and the others wait until it has.
     """
     if int(os.environ.get("RANK", 0)) == 0:
         place_whole(Path(folder) / name, writer(name, model))

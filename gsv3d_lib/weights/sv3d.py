@@ -314,8 +314,7 @@ def load_backbone(
     """SV3D's own models: the configuration, and vae, clip, unet, dino in float32.
 
     source: Stability's `sv3d_p.safetensors`, a folder in diffusers' layout, or the name
-        of
-        either on the Hub.
+        of either on the Hub.
     config: by default the preset `paper`.
     svd: folder or Hub name that has VAE, CLIP and scheduler where `source` lacks them.
     dino: likewise, DINOv2.
