@@ -166,7 +166,7 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         context = None if self.context_norm is None else self.context_norm(features)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = self._gradient_checkpointing_func(block, tokens, context)
+                tokens = self._gradient_checkpointing_func(block, tokens, context)  # pyright: ignore
             else:
                 tokens = block(tokens, context)
         x = self._upsampled(self.norm(tokens), latents.flatten(0, 1), rows, columns)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from .system.arguments import real, whole
 if TYPE_CHECKING:
     from diffusers import EulerDiscreteScheduler
 
+    from .data.examples import Example
     from .unet import SV3DUNet
 
 MAX_STEPS = 1000  # of the sampler
@@ -129,9 +130,7 @@ def draw_sigma(generator: torch.Generator, config: Config) -> Tensor:
     return log_sigma.exp()
 
 
-def diffusion_draws(
-    latents: Tensor, generator: torch.Generator, config: Config
-) -> dict[str, Tensor]:
+def diffusion_draws(latents: Tensor, generator: torch.Generator, config: Config) -> Example:
     """The random numbers of one example: noise, sigma, and is the condition kept?"""
     return {
         "noise": torch.randn(latents.shape, generator=generator),
@@ -228,7 +227,7 @@ def sample(
             v = predict_v(unet, z, sigma, condition)
         else:
             v = guided_v(unet, z, sigma, condition, weight)
-        output = scheduler.step(v, timestep, z)
+        output = cast(Any, scheduler.step(v, timestep, z))
         z = output.prev_sample
         if callback is not None:
             callback(i, z, output.pred_original_sample)

@@ -6,7 +6,7 @@ decoder what the input image shows where.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,14 +111,14 @@ def clip_token(
     clip: CLIPVisionModelWithProjection, images: Tensor, resize: str = "antialias"
 ) -> Tensor:
     """Images [B, H, W, 3] -> token [B, 1, D]; resize: `Config.clip_resize`."""
-    size = clip.config.image_size
+    size = cast(int, clip.config.image_size)
     pixels = normalised(images, size, CLIP_MEAN, CLIP_STD, RESIZES[resize])
     return clip(pixel_values=pixels).image_embeds[:, None]
 
 
 def dino_features(dino: Dinov2Model, images: Tensor) -> Tensor:
     """Images [B, H, W, 3] -> F_DINO [B, 1 + patches, D]: class token, patches."""
-    pixels = normalised(images, dino.config.image_size, DINO_MEAN, DINO_STD)
+    pixels = normalised(images, cast(int, dino.config.image_size), DINO_MEAN, DINO_STD)
     return dino(pixel_values=pixels).last_hidden_state
 
 

@@ -10,7 +10,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -154,8 +154,9 @@ def _in_srgb(rgba: Image.Image, image: Image.Image, name: str) -> Image.Image:
         return rgba
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        mode = _PROFILE_MODES[profile.profile.xcolor_space.strip()]
-        if "sRGB" in (profile.profile.profile_description or ""):
+        mode = _PROFILE_MODES[profile.profile.xcolor_space.strip()]  # pyright: ignore
+        described = profile.profile.profile_description or ""  # pyright: ignore
+        if "sRGB" in described:
             return rgba
         source = rgba.convert(mode)
         if mode == "CMYK":  # the four inks are in the picture only
@@ -165,6 +166,7 @@ def _in_srgb(rgba: Image.Image, image: Image.Image, name: str) -> Image.Image:
     except (ImageCms.PyCMSError, *_BROKEN):
         _say(f"The colour profile of {name} cannot be used; it was ignored: colours may be off.")
         return rgba
+    converted = cast(Image.Image, converted)  # None only with inPlace
     converted.putalpha(rgba.getchannel("A"))
     return converted
 

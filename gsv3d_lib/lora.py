@@ -14,7 +14,7 @@ import copy
 import json
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,7 +84,7 @@ def load_lora(unet: SV3DUNet, folder: str | Path) -> SV3DUNet:
     try:
         with safe_open(path, "pt") as file:
             stored = len(file.keys())
-        options = dict(prefix=None, weight_name=path.name, adapter_name="default")
+        options: dict[str, Any] = dict(prefix=None, weight_name=path.name, adapter_name="default")
         unet.load_lora_adapter(str(folder), **options)
     except REFUSED as error:
         raise misfit(path, reason(error)) from error

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -278,7 +278,7 @@ class GSV3DPipeline:
         return decode_scaled(self.vae, latents, chunk=self.config.vae_clip)
 
 
-def settled(model: torch.nn.Module, device: str | None) -> torch.nn.Module:
+def settled(model: Any, device: str | None) -> Any:
     """The model without gradients on a device, by default a GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.requires_grad_(False).to(device)
@@ -286,5 +286,6 @@ def settled(model: torch.nn.Module, device: str | None) -> torch.nn.Module:
 
 def is_picture(values: object, size: int, channels: int) -> TypeGuard[Tensor]:
     """Whether it is a tensor [size, size, channels] of numbers in [0, 1]."""
-    right_shape = isinstance(values, Tensor) and values.shape == (size, size, channels)
-    return right_shape and bool(((values >= 0) & (values <= 1)).all())
+    if not isinstance(values, Tensor) or values.shape != (size, size, channels):
+        return False
+    return bool(((values >= 0) & (values <= 1)).all())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class VAEStage(Stage):
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         images = to_network(batch["rgb"])  # [B * T, 3, H, W]
-        posterior = self.vae.encode(images).latent_dist
+        posterior = cast(Any, self.vae.encode(images)).latent_dist
         latents = posterior.mean + posterior.std * batch["noise"].flatten(0, 1)
         decoded = self.vae.decode(latents, num_frames=self.config.vae_clip).sample
         error = decoded - images
@@ -90,6 +90,7 @@ class DINOStage(Stage):
 
     FIELDS = ("image_size", "dino*")
     PROTOTYPES, STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 1024, 0.1, 0.05
+    center: Tensor
 
     def __init__(self, dino: Dinov2Model, views: ViewTensors, config: Config):
         super().__init__()
@@ -114,7 +115,7 @@ class DINOStage(Stage):
         crops = batch["crops"].transpose(0, 1)  # [2, B, S, S, 3]
         student = [self.head(dino_features(self.dino, x)) / self.STUDENT_TEMPERATURE for x in crops]
         with torch.no_grad():
-            backbone, head = self.teacher
+            backbone, head = cast(Any, self.teacher)
             logits = [head(dino_features(backbone, x)) for x in crops]
             targets = [((t - self.center) / self.TEACHER_TEMPERATURE).softmax(-1) for t in logits]
             if self.training:
@@ -202,5 +203,9 @@ def rolled(orbit: Example, frames: int) -> Example:
     In SV3D's order frame number and azimuth say the same, so a network may learn
     either; in a rolled orbit only the azimuth is right.
     """
-    moved = {name: orbit[name].roll(frames, 0) for name in ("latents", "azimuth", "elevation")}
+    moved: Example = {
+        "latents": orbit["latents"].roll(frames, 0),
+        "azimuth": orbit["azimuth"].roll(frames, 0),
+        "elevation": orbit["elevation"].roll(frames, 0),
+    }
     return orbit | moved

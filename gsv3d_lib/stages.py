@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -89,7 +90,7 @@ def build_stage(
     """A stage from its models and data; `checkpointing` is switched on if asked."""
     for part in ("unet", "decoder"):
         if config.checkpointing and part in models:
-            models[part].enable_gradient_checkpointing()
+            cast(Any, models[part]).enable_gradient_checkpointing()
     spec = STAGES[name]
     return spec.make(*(models[part] for part in spec.models), data, config)
 

@@ -24,7 +24,7 @@ import time
 from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,8 @@ class Stage(nn.Module):
         if data is not None:
             facts["data"] = data.fingerprint()
         own = self.training_state()
-        frozen = {n: p for n, p in self.named_parameters() if not p.requires_grad and n not in own}
+        others = [(n, p) for n, p in self.named_parameters() if not p.requires_grad]
+        frozen: dict[str, Tensor] = {n: p for n, p in others if n not in own}
         if frozen:
             facts["frozen models"] = digest(frozen)[:12]
         return facts
@@ -118,9 +119,9 @@ def example_generator(seed: int, step: int, index: int) -> torch.Generator:
 
 def draw_batch(
     stage: Stage, seed: int, step: int, batch: int, rank: int = 0, world: int = 1
-) -> Example:
+) -> dict[str, Tensor]:
     """Process `rank`'s share of a step's batch: examples rank, rank + world, ..."""
-    examples = []
+    examples: list[Any] = []
     for index in range(rank, batch, world):
         own = example_generator(seed, step, index)
         shared = example_generator(seed, step, batch)  # `batch` is the index of no example
@@ -162,7 +163,7 @@ class Stopwatch:
         if not self.limit:
             return 0.0
         spent = torch.tensor([self.seconds / self.limit], device=accelerator.device)
-        return float(accelerator.gather(spent).max())
+        return float(cast(Tensor, accelerator.gather(spent)).max())
 
 
 def train(
@@ -261,8 +262,8 @@ class Run:
         self.start = load_checkpoint(
             folder, stage, self.optimizer, self.average, self.identity, force, first
         )
-        starts = accelerator.gather(torch.tensor([self.start], device=accelerator.device)).tolist()
-        check_same_start(starts, folder)
+        starts = accelerator.gather(torch.tensor([self.start], device=accelerator.device))
+        check_same_start(cast(Tensor, starts).tolist(), folder)
         self.done = self.start
         self.watch = Stopwatch(trained_seconds(folder, self.start), minutes)
         self.history = read_metrics(folder, before=self.start)
@@ -306,14 +307,16 @@ class Run:
             group["lr"] = learning_rate(step, schedule, spent)
         self.optimizer.zero_grad(set_to_none=True)
         values = self.gradients(micro_batches(batch, schedule.micro_batch), step)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, CLIP_NORM)
+        norm = cast(Tensor, self.accelerator.clip_grad_norm_(self.parameters, CLIP_NORM))
         check_finite(norm, "gradient", step)  # before it ruins the weights and a checkpoint
         self.optimizer.step()
         self.stage.after_step(step, expected_steps(step, schedule.steps, spent))
         update_average(self.average, self.stage.training_state(), schedule.ema, step)
         return {"loss": values.pop("loss"), "grad_norm": norm, **values}
 
-    def gradients(self, parts: list[tuple[float, Example]], step: int) -> dict[str, Tensor]:
+    def gradients(
+        self, parts: list[tuple[float, dict[str, Tensor]]], step: int
+    ) -> dict[str, Tensor]:
         """Add up the gradients of a batch in parts; returns mean loss and metrics."""
         values: dict[str, Tensor] = {}
         for number, (share, part) in enumerate(parts, start=1):
@@ -330,8 +333,8 @@ class Run:
         """Add a row to the metrics: means over all processes. Returns it in short."""
         device = self.accelerator.device
         stacked = torch.stack([torch.as_tensor(v, device=device).float() for v in values.values()])
-        means = self.accelerator.reduce(stacked.detach(), "mean").tolist()
-        named = dict(zip(values, means))
+        means = cast(Tensor, self.accelerator.reduce(stacked.detach(), "mean"))
+        named = dict(zip(values, means.tolist()))
         self.history.append({"step": step, "time": round(time.time(), 1), **named})
         if self.accelerator.is_main_process:
             append_metrics(self.folder, self.history[-1])
@@ -383,7 +386,7 @@ def check_same_start(starts: list[int], run_dir: Path) -> None:
         )
 
 
-def micro_batches(batch: Example, size: int = 0) -> list[tuple[float, Example]]:
+def micro_batches(batch: dict[str, Tensor], size: int = 0) -> list[tuple[float, dict[str, Tensor]]]:
     """A batch in parts of at most `size` examples, each with its share; 0 = one part.
 
     Losses are means over examples, so the gradients of share * loss add up to the

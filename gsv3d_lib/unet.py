@@ -19,7 +19,6 @@ from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import TemporalBasicTransformerBlock
-from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalResnetBlock
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ class TokenAttention:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,  # diffusers' Attention
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: None = None,  # diffusers passes it on; SVD has none
@@ -207,7 +206,7 @@ def angle_features(polar: Tensor, azimuth: Tensor, cond_aug: float) -> Tensor:
     """
 
     def sinusoid(values: Tensor, width: int) -> Tensor:  # max period 10000, as SV3D
-        order = dict(flip_sin_to_cos=True, downscale_freq_shift=0)  # [cos, sin]
+        order: dict[str, Any] = dict(flip_sin_to_cos=True, downscale_freq_shift=0)  # [cos, sin]
         flat = get_timestep_embedding(values.flatten(), width, **order)
         return flat.unflatten(0, values.shape)
 
@@ -233,7 +232,7 @@ def deepened(unet: SV3DUNet) -> SV3DUNet:
     state = {moved(name): value for name, value in unet.state_dict().items()}
     new.load_state_dict(state, strict=False)
     for blocks, place in ((new.down_blocks, layers), (new.up_blocks, 1)):
-        for block in blocks:
+        for block in cast(Any, blocks):
             _silence(block.resnets[place])
             if hasattr(block, "attentions"):
                 _zero(block.attentions[place].proj_out)

@@ -8,7 +8,7 @@ is *concatenated as a condition* is not.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
@@ -53,7 +53,7 @@ class GroupedVAE(AutoencoderKLTemporalDecoder):
         conv = nn.Conv2d(latent_channels, latent_channels, 1) if post_quant else nn.Identity()
         self.post_quant_conv = conv
 
-    def decode(self, z: Tensor, num_frames: int, return_dict: bool = True):
+    def decode(self, z: Tensor, num_frames: int, return_dict: bool = True) -> Any:
         """[B * N, 4, h, w] -> diffusers' output with `.sample` in [-1, 1]."""
         return super().decode(self.post_quant_conv(z), num_frames, return_dict)
 
@@ -88,12 +88,13 @@ def start_linear(vae: GroupedVAE) -> None:
         if isinstance(module, ResnetBlock2D | TemporalResnetBlock):
             last = module.conv2
         elif isinstance(module, Attention):
-            last = module.to_out[0]
+            last = module.get_submodule("to_out.0")
         else:
             continue
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
-    vae.quant_conv.bias[4:] = -6.0  # ln of the variance: a deviation of 0.05
+    _, bias = vae.quant_conv.parameters()
+    bias[4:] = -6.0  # ln of the variance: a deviation of 0.05
 
 
 def to_network(images: Tensor) -> Tensor:
@@ -110,8 +111,8 @@ def to_images(network: Tensor) -> Tensor:
 
 def encode(vae: GroupedVAE, images: Tensor) -> Tensor:
     """Unscaled latents, the mode of q(z | x): [..., H, W, 3] -> [..., 4, H/8, W/8]."""
-    mode = vae.encode(to_network(images).to(vae.device)).latent_dist.mode()
-    return mode.unflatten(0, images.shape[:-3])
+    posterior = cast(Any, vae.encode(to_network(images).to(vae.device))).latent_dist
+    return posterior.mode().unflatten(0, images.shape[:-3])
 
 
 def encode_scaled(vae: GroupedVAE, images: Tensor) -> Tensor:
@@ -141,8 +142,9 @@ def calibrate(vae: GroupedVAE, images: Tensor) -> Tensor:
     deviation = encode_scaled(vae, images).std(dim=(0, 2, 3))
     # Rows 0 to 3 of `quant_conv` make the mean, rows 4 to 7 ln of the variance. A slice
     # of a parameter is a view of its memory: `/=` and `-=` on it change the layer.
-    vae.quant_conv.weight[:4] /= deviation[:, None, None, None]
-    vae.quant_conv.bias[:4] /= deviation
-    vae.quant_conv.bias[4:8] -= 2 * deviation.log()
+    weight, bias = vae.quant_conv.parameters()
+    weight[:4] /= deviation[:, None, None, None]
+    bias[:4] /= deviation
+    bias[4:8] -= 2 * deviation.log()
     vae.decoder.conv_in.weight *= deviation[None, :, None, None]
     return deviation

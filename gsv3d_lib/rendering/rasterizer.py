@@ -64,7 +64,7 @@ def rasterize(
 
 def num_threads() -> int:
     """`torch.set_num_threads`, at most the environment's NUMBA_NUM_THREADS."""
-    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # pyright: ignore
 
 
 def _run(kernel, *args) -> None:
@@ -88,7 +88,8 @@ class _Rasterize(torch.autograd.Function):
         inputs = [
             t.detach().contiguous() for t in (means, quats, scales, opacities, colors, viewmats, Ks)
         ]
-        splats, boxes = _project(*[t.numpy() for t in inputs], width, height)
+        arrays = [t.numpy() for t in inputs]
+        splats, boxes = _project(*arrays, width=width, height=height)
         lists = _list_pairs(splats, boxes, width, height)
         _, tiles_x, tiles_y, tile_starts, pair_splats, _ = lists
         image = means.new_empty(len(boxes), height, width, 4)

@@ -35,7 +35,12 @@ def builders() -> dict[str, Callable[[Config], nn.Module]]:
     from ..unet import build_unet
     from ..vae import build_vae
 
-    models = {"vae": build_vae, "clip": build_clip, "dino": build_dino, "unet": build_unet}
+    models: dict[str, Callable] = {
+        "vae": build_vae,
+        "clip": build_clip,
+        "dino": build_dino,
+        "unet": build_unet,
+    }
     return models | {"decoder": build_decoder}
 
 
@@ -154,7 +159,7 @@ def save_model(
         torch.distributed.barrier()
 
 
-def writer(name: str, model: nn.Module) -> Callable[[Path], None]:
+def writer(name: str, model: Any) -> Callable[[Path], None]:
     """What writes a model into an empty folder; "lora" is that of the U-Net."""
     if name == "lora":
         return lambda folder: save_lora(model, folder)

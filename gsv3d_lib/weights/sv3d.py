@@ -22,6 +22,7 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -323,7 +324,8 @@ def load_backbone(
     single = single_file(source, download)
     stored = Weights(single) if single else None
     places = source, stored, config, svd, download
-    models = {part: load_part(part, *places) for part in ("unet", "vae", "clip")}
+    parts = ("unet", "vae", "clip")
+    models: dict[str, Any] = {part: load_part(part, *places) for part in parts}
     if single is None:
         config = with_settings(source, svd, config, download)
     models["dino"] = load_dino(dino, config, download)
@@ -411,7 +413,7 @@ def load_dino(dino: Place, config: Config, download: bool) -> nn.Module | None:
 
     try:
         options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
-        model, report = Dinov2Model.from_pretrained(folder, **options)
+        model, report = cast(Any, Dinov2Model).from_pretrained(folder, **options)
     except REFUSED as error:
         why = reason(error)
         raise UserError(f"DINOv2 in {folder} cannot be read ({why}); copy it again.") from error
