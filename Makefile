@@ -59,9 +59,10 @@ bench: $(INSTALLED) ## speed of the rasterisers, then of training steps and gene
 doctor: $(INSTALLED) ## what this machine has, what falls back, and how to fix it
 	$(PY) -m gsv3d_lib doctor
 
-lint: $(INSTALLED) ## ruff: rules and format
+lint: $(INSTALLED) ## ruff: rules and format; pyright: types of the core
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m basedpyright --pythonpath $(PY)
 
 clean: ## remove caches and build leftovers; keeps .venv, runs and data
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .numba_cache

@@ -12,7 +12,6 @@ The paper's chain stands flat, in the order in which the course builds it:
     gaussians.py              the scene: five tensors
     ply.py                    the file that splat viewers open
     images.py                 any picture -> the condition image
-    cutout.py                 its mask, and a sentence where that is in doubt
     config.py                 every number, in three presets
     vae.py                    images <-> latents
     encoders.py               CLIP and DINO, and SV3D's condition from them
@@ -23,7 +22,7 @@ The paper's chain stands flat, in the order in which the course builds it:
     decoder.py                the Gaussian Splatting Decoder
     losses.py                 L_3D, one function per term
     training.py               the loop that all stages share
-    pretraining.py            the stages VAE, DINO and diffusion, which the paper gets trained
+    pretraining.py            VAE, DINO, diffusion: the paper takes them pretrained
     stage1.py                 stage 1: the decoder learns from true latents
     distillation.py           stage 2: the LoRA learns from rendered RGB and depth
     stages.py                 the table of the five stages
@@ -51,6 +50,7 @@ What is not the paper lies in wings:
     data/raycast.py             meshes -> views by ray casting
     data/elevation.py           how high the camera of a picture stood (ours)
     data/meshfiles.py           mesh files of others, checked
+    data/cutout.py              which pixels of a picture are the object
     data/procedural/objects.py  families of objects made by rules
     data/procedural/shapes.py   their shapes
     data/procedural/textures.py their textures

@@ -43,7 +43,7 @@ from .system.command import (
 )
 from .system.paths import BEST, folder_name
 
-COMMANDS = {  # where each lives
+COMMANDS = {  # the module of each
     "demo": "course.demo",
     "run": "course.run",
     "train": "train",
@@ -61,31 +61,18 @@ COMMANDS = {  # where each lives
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("", __doc__)
-    parser.add_argument(
-        "image",
-        type=input_path,
-        help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask",
-    )
-    parser.add_argument(
-        "--out", type=output_path, help="folder (default: runs/object/ and the image's name)"
-    )
-    parser.add_argument(
-        "--weights", type=input_path, default=BEST, help="checkpoint folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP
-    )
-    parser.add_argument("--steps", type=sampler_steps, help="of the sampler")
-    parser.add_argument(
-        "--guidance", type=guidance, help="peak of the triangular guidance; 1 = none"
-    )
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--no-lora", action="store_true", help="without the geometric distillation")
-    parser.add_argument(
-        "--no-back-projection",
-        action="store_true",
-        help="without the input's own outline and colours where its camera sees the object",
-    )
+    add = parser.add_argument
+    picture = "PNG, JPEG, WebP or BMP; an alpha channel is used as the mask"
+    add("image", type=input_path, help=picture)
+    add("--out", type=output_path, help="folder (default: runs/object/ and the image's name)")
+    add("--weights", type=input_path, default=BEST, help="checkpoint folder (default: %(default)s)")
+    add("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
+    add("--steps", type=sampler_steps, help="of the sampler")
+    add("--guidance", type=guidance, help="peak of the triangular guidance; 1 = none")
+    add("--seed", type=seed, default=0)
+    add("--no-lora", action="store_true", help="without the geometric distillation")
+    own = "without the input's own outline and colours where its camera sees the object"
+    add("--no-back-projection", action="store_true", help=own)
     return parser
 
 
@@ -105,20 +92,17 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or output_path("runs/object") / folder_name(args.image)
     check_writable(out / "object.ply")
     config = load_config(args.weights)
-    options = {"elevation": args.elevation, "steps": args.steps}
-    options |= {"guidance": args.guidance, "seed": args.seed}
+    options = {name: getattr(args, name) for name in ("elevation", "steps", "guidance", "seed")}
     settings_for(config, **options)  # bad options and a bad image fail before models load
     rgb, mask = prepare_condition(args.image, config.image_size)
     pipe = GSV3DPipeline.from_pretrained(args.weights, lora=not args.no_lora)
     started = time.perf_counter()
-    options["back_projection"] = not args.no_back_projection
-    made = pipe.generate(rgb, mask=mask, **options)
+    result = pipe.generate(rgb, mask=mask, back_projection=not args.no_back_projection, **options)
     seconds = time.perf_counter() - started
-    print(
-        f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s"
-    )
+    count = f"{len(result.gaussians):,} Gaussians"
+    print(f"image at {result.elevation:.0f} degrees -> {count} in {seconds:.1f} s")
     with results_folder(out, FILES.values()) as folder:
-        for kind, path in save_object(made.gaussians, folder, made.image, made.elevation).items():
+        for kind, path in save_object(result.gaussians, folder, result.image, result.elevation).items():
             print(f"{kind:>7}  {path}")
 
 

@@ -12,23 +12,18 @@ from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: the one door to attention in the U-Net and decoder.
+    """softmax(q k^T / sqrt(d)) v: the one door to attention in U-Net and decoder.
 
-    Queries [B, heads, T, d], keys and values [B, heads, S, d] -> [B, heads, T, d]. Code
-    that `torch.compile` makes has torch's own: a look at `_attention` would cut its
-    graph in two at every layer.
+    Queries [B, heads, T, d], keys and values [B, heads, S, d] -> [B, heads, T, d].
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # a look at `_attention` would cut its graph in two
         return F.scaled_dot_product_attention(q, k, v)
     return _attention.get()(q, k, v)
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` by torch's own function.
-
-    On a CPU its backward pass in bfloat16 is ten times slower than in float32, so there
-    it is done in float32.
-    """
+    """torch's own attention; on a CPU in float32."""
+    # On a CPU bfloat16's backward pass is ten times slower than float32's.
     if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v)
     with full_precision(q.device):
@@ -40,7 +35,7 @@ _attention: ContextVar[Callable] = ContextVar("attention", default=fused_attenti
 
 @contextmanager
 def attending_with(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Within the block `attend` is this function, for example another implementation."""
+    """Within the block `attend` is this function: another implementation."""
     token = _attention.set(function)
     try:
         yield
@@ -59,8 +54,6 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off: bfloat16 has three digits, with which rays and depths, for example,
-    would miss their pixel.
-    """
+    """Autocast off: with bfloat16's three digits a ray would miss its pixel."""
     available = torch.amp.is_autocast_available(device.type)  # not on the meta device
     return torch.autocast(device.type, enabled=False) if available else nullcontext()

@@ -1,15 +1,17 @@
 """Cameras, orbits and rays: the one place that states this project's conventions.
 
 World    right-handed, z up; the object is centred and fits the unit ball.
-Camera   OpenCV axes: x right, y down, z forward. `viewmats` map world to camera: x_cam = R x_world + t.
-Pixels   the centre of pixel (row i, column j) is (u, v) = (j + 0.5, i + 0.5); K is in pixels.
-Angles   degrees at every function's door. The camera at azimuth a, elevation e, distance r stands at
-         r (cos e cos a, cos e sin a, sin e), looks at the origin, and has +z up in its image.
-         SV3D's polar angle is 90 - elevation.
+Camera   OpenCV axes: x right, y down, z forward.
+         `viewmats` map world to camera: x_cam = R x_world + t.
+Pixels   the centre of pixel (row i, column j) is (u, v) = (j + 0.5, i + 0.5);
+         K is in pixels.
+Angles   degrees, in every function. At azimuth a, elevation e and distance r the
+         camera stands at r (cos e cos a, cos e sin a, sin e), looks at the origin,
+         and has +z up in its image. SV3D's polar angle is 90 - elevation.
 Depth    z-depth: the camera-space z of the surface, not the length of the ray.
 
-The defaults (field of view 33.8 degrees, distance 3.509) let a ball of radius 1 just
-fill the frame; 33.8 degrees is SV3D's training renders' field of view.
+With the defaults (field of view 33.8 degrees as in SV3D's training renders, distance
+3.509) a ball of radius 1 just fills the frame.
 """
 
 from __future__ import annotations
@@ -24,16 +26,15 @@ from .system.errors import UserError
 
 FOV_DEG = 33.8
 DISTANCE = 3.509
-# A growing azimuth moves the camera counter-clockwise seen from above, as in SV3D's own
-# videos.
-AZIMUTH_SIGN = 1.0
+AZIMUTH_SIGN = 1.0  # + is counter-clockwise seen from above, as in SV3D's own videos
 
 
 @dataclass
 class Cameras:
     """A batch of V pinhole cameras that share one image size.
 
-    viewmats: [V, 4, 4] world-to-camera, OpenCV axes.  Ks: [V, 3, 3] intrinsics in pixels.
+    viewmats: [V, 4, 4] world-to-camera, OpenCV axes.
+    Ks: [V, 3, 3] intrinsics in pixels.
     """
 
     viewmats: Tensor
@@ -53,9 +54,7 @@ class Cameras:
         return self.viewmats.shape[0]
 
     def __getitem__(self, index) -> Cameras:
-        """A subset of the cameras; `index` is an int, slice, list or tensor. Always
-        returns a batch.
-        """
+        """Always a batch; `index` is an int, a slice, a list or a tensor."""
         index = torch.as_tensor(index).reshape(-1) if isinstance(index, int | Tensor) else index
         return Cameras(self.viewmats[index], self.Ks[index], self.width, self.height)
 
@@ -73,17 +72,13 @@ class Cameras:
         return self.c2w()[:, :3, 3]
 
     def resized(self, width: int, height: int) -> Cameras:
-        """The same cameras at another resolution: with pixel centres at +0.5, K scales
-        without an offset.
-        """
+        """The same cameras at another resolution; centres at +0.5 need no offset."""
         scale = self.Ks.new_tensor([width / self.width, height / self.height, 1.0])
         return Cameras(self.viewmats, self.Ks * scale[:, None], width, height)
 
 
 def invert_rigid(matrix: Tensor) -> Tensor:
-    """Inverse of rigid transforms [..., 4, 4]: (R, t) -> (R^T, -R^T t). Exact where a
-    general inverse is not.
-    """
+    """Inverse of rigid transforms [..., 4, 4], exactly: (R, t) -> (R^T, -R^T t)."""
     inverse = torch.zeros_like(matrix)
     rotation = matrix[..., :3, :3].mT
     inverse[..., :3, :3] = rotation
@@ -93,31 +88,29 @@ def invert_rigid(matrix: Tensor) -> Tensor:
 
 
 def intrinsics(size: int, fov_deg: float = FOV_DEG) -> Tensor:
-    """K [3, 3] of a square pinhole image of `size` pixels: f = size / (2 tan(fov / 2)),
-    principal point in the middle.
-    """
+    """K [3, 3] of a square image: f = size / (2 tan(fov / 2)), centred."""
     focal = size / (2 * math.tan(math.radians(fov_deg) / 2))
-    return torch.tensor(
-        [[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], dtype=torch.float32
-    )
+    rows = [[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]]
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def look_at(positions: Tensor) -> Tensor:
     """World-to-camera matrices [V, 4, 4] of cameras at `positions` [V, 3].
 
-    They look at the origin and have +z up. Raises UserError for a position straight
-    above or below it, where up has no meaning.
+    They look at the origin with +z up. Raises UserError for a position straight above
+    or below it, where up has no meaning.
     """
     sideways = positions[:, :2].norm(dim=-1) / positions.norm(dim=-1)
     if not (sideways > 1e-6).all():
         raise UserError(
-            "A camera straight above or below the object has no defined up; keep |elevation| < 90 degrees."
+            "A camera straight above or below the object has no defined up; "
+            "keep |elevation| < 90 degrees."
         )
     return _facing_origin(positions)
 
 
 def _facing_origin(positions: Tensor) -> Tensor:
-    """`look_at` without a look at the numbers."""
+    """`look_at` without its check."""
     forward = -torch.nn.functional.normalize(positions, dim=-1)
     up = positions.new_tensor([0.0, 0.0, 1.0]).expand_as(forward)
     right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=-1)
@@ -148,16 +141,13 @@ def orbit_cameras(
 
 
 def sphere_cameras(
-    azimuths: Tensor,
-    elevations: Tensor,
-    size: int,
-    distance: float = DISTANCE,
-    fov_deg: float = FOV_DEG,
-) -> Cameras:
-    """`orbit_cameras` of angles [V] in degrees that were checked where they were read.
+    azimuths: Tensor, elevations: Tensor, size: int,
+    distance: float = DISTANCE, fov_deg: float = FOV_DEG,
+) -> Cameras:  # fmt: skip
+    """`orbit_cameras` of angles [V] in degrees that are already checked.
 
-    It never looks at the numbers, so it also runs on tensors that have none
-    (`cluster/plan.py`).
+    It never looks at the numbers, so `cluster/plan.py` can call it on tensors without
+    any.
     """
     azimuth = torch.deg2rad(AZIMUTH_SIGN * azimuths.double())
     elevation = torch.deg2rad(elevations.double())
@@ -174,36 +164,29 @@ def batch_cameras(azimuth: Tensor, elevation: Tensor, size: int) -> list[Cameras
 
 
 def sv3d_angles(azimuth: Tensor, elevation: Tensor) -> tuple[Tensor, Tensor]:
-    """SV3D's polar angle, 90 degrees minus elevation, and azimuth: degrees to radians."""
+    """SV3D's polar angle (90 degrees - elevation) and azimuth: degrees -> radians."""
     return torch.deg2rad(90 - elevation), torch.deg2rad(azimuth)
 
 
 def sv3d_azimuths(num_frames: int) -> Tensor:
-    """SV3D's static orbit [N] in degrees: evenly spaced, the condition view LAST, at
-    azimuth 0 (docs/method.md).
-    """
+    """SV3D's static orbit [N] in degrees: even, the condition view LAST, at 0."""
     return torch.linspace(0, 360, num_frames + 1)[1:] % 360
 
 
 def ray_grid(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Rays through the pixel centres of an H x W grid laid over each image.
 
-    Returns origins [V, H, W, 3] and unit directions [V, H, W, 3] in the world. H and W
-    need not be the image's own
-    size: latents and tokens use the same function, with (i + 0.5) / H, which several
-        public relatives get wrong.
+    Returns origins and unit directions [V, H, W, 3] in the world. H and W need not be
+    the image's own size: latents and tokens use this function too. Their centres are at
+    (i + 0.5) / H; several public relatives are off by half a pixel here.
     """
     grid = cameras.resized(width, height)
-    device, dtype = grid.Ks.device, grid.Ks.dtype
-    v, u = torch.meshgrid(
-        torch.arange(height, device=device, dtype=dtype) + 0.5,
-        torch.arange(width, device=device, dtype=dtype) + 0.5,
-        indexing="ij",
-    )
+    rows, columns = (torch.arange(n).to(grid.Ks) + 0.5 for n in (height, width))
+    v, u = torch.meshgrid(rows, columns, indexing="ij")
     fx, fy, cx, cy = (grid.Ks[:, a, b, None, None] for a, b in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    local = torch.stack(
-        [(u - cx) / fx, (v - cy) / fy, torch.ones_like(u).expand(len(grid), -1, -1)], dim=-1
-    )
+    x = (u - cx) / fx
+    y = (v - cy) / fy
+    local = torch.stack([x, y, torch.ones_like(x)], dim=-1)
     c2w = grid.c2w()
     directions = torch.einsum("vij,vhwj->vhwi", c2w[:, :3, :3], local)
     directions = torch.nn.functional.normalize(directions, dim=-1)
@@ -211,35 +194,34 @@ def ray_grid(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]
 
 
 def read_at(points: Tensor, picture: Tensor, camera: Cameras) -> tuple[Tensor, Tensor]:
-    """World points [P, 3] -> their depth [P] in one camera, and the value [P] of the
-    pixel of picture [H, W, 1] that they fall in; 0 outside of the picture.
+    """World points [P, 3] -> depth [P] in one camera, and value [P] of their pixel.
+
+    picture: [H, W, 1]; a point outside of it gets 0.
     """
     local = points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
     u, v = ((local @ camera.Ks[0].T) / local[:, 2:])[:, :2].unbind(-1)
     inside = (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
-    rows, columns = (
-        x.clamp(0, size - 1).long() for x, size in ((v, camera.height), (u, camera.width))
-    )
+    rows = v.clamp(0, camera.height - 1).long()
+    columns = u.clamp(0, camera.width - 1).long()
     return local[:, 2], picture[rows, columns, 0] * inside
 
 
 def pluecker_rays(cameras: Cameras, height: int, width: int) -> Tensor:
-    """Plücker coordinates cat(o x d, d) [V, H, W, 6] of `ray_grid`: a ray as a line,
-    whatever its origin on it.
+    """Plücker coordinates cat(o x d, d) [V, H, W, 6] of `ray_grid`.
+
+    They describe a ray as a line, whatever its origin on it.
     """
     origins, directions = ray_grid(cameras, height, width)
     return torch.cat([torch.linalg.cross(origins, directions), directions], dim=-1)
 
 
-# ---------------------------------------------------------------- converters (each is tested as a round trip)
+# ------------------------------------------------- converters, tested as round trips
 
 _FLIP_YZ = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 
 
 def opencv_to_opengl(c2w: Tensor) -> Tensor:
-    """Camera-to-world [..., 4, 4] from OpenCV axes (y down, z forward) to OpenGL axes
-    (y up, z backward).
-    """
+    """Camera-to-world [..., 4, 4], OpenCV axes -> OpenGL's (y up, z backward)."""
     return c2w @ _FLIP_YZ.to(c2w)
 
 
@@ -249,31 +231,24 @@ def opengl_to_opencv(c2w: Tensor) -> Tensor:
 
 
 def to_blender(cameras: Cameras) -> Tensor:
-    """Blender's `matrix_world` [V, 4, 4]: OpenGL camera axes in a z-up world, which is
-    also ours.
-    """
+    """Blender's `matrix_world` [V, 4, 4]: OpenGL camera axes, and z up like ours."""
     return opencv_to_opengl(cameras.c2w())
 
 
 def from_blender(matrix_world: Tensor, Ks: Tensor, width: int, height: int) -> Cameras:
-    """Cameras from Blender's `matrix_world` [V, 4, 4] and intrinsics [V, 3, 3] in
-    pixels.
-    """
+    """Cameras from Blender's `matrix_world` [V, 4, 4] and K [V, 3, 3] in pixels."""
     return from_c2w(opengl_to_opencv(matrix_world), Ks, width, height)
 
 
 def from_c2w(c2w: Tensor, Ks: Tensor, width: int, height: int) -> Cameras:
-    """Cameras from OpenCV camera-to-world matrices [V, 4, 4], as the datasets of this
-    project store them.
-    """
+    """Cameras from OpenCV camera-to-world matrices [V, 4, 4], as datasets have."""
     return Cameras(invert_rigid(c2w), Ks, width, height)
 
 
 def to_opengl_view(cameras: Cameras) -> Tensor:
-    """OpenGL view matrices (world-to-camera, y up, z backward) [V, 4, 4], in a y-up
-    world as WebGL viewers expect.
+    """OpenGL view matrices [V, 4, 4] in a y-up world, as WebGL viewers expect.
 
-    Our world is z up; (x, y, z) becomes (x, z, -y).
+    Our world is z up: (x, y, z) becomes (x, z, -y).
     """
     return _FLIP_YZ.to(cameras.viewmats) @ cameras.viewmats @ Y_UP_TO_Z_UP.to(cameras.viewmats)
 

@@ -1,17 +1,19 @@
-"""The Gaussian Splatting Decoder: N multi-view latents -> 3D Gaussians
-(docs/method.md).
+"""The Gaussian Splatting Decoder: N multi-view latents -> 3D Gaussians.
 
-    latents + Plücker rays -> tokens -> L x (self-attention over all views, cross-attention to DINO, MLP)
-                           -> linear + pixel shuffle -> heads -> one Gaussian per output pixel
+    latents + Plücker rays -> tokens
+    -> L x (self-attention over all views, cross-attention to DINO, MLP)
+    -> linear + pixel shuffle -> heads -> one Gaussian per output pixel
 
-Views are told apart by their cameras alone, so N may change at run time. With `planes`
-> 0 the tokens also carry a plane sweep (see `plane_sweep`), which is not in the paper:
-a prior that makes short trainings work.
+Views are told apart by their cameras alone, so N may change at run time. Two options
+are not in the paper, and off in its preset: `planes` > 0 adds a plane sweep to the
+tokens (`plane_sweep`), a prior that makes short trainings work; `refiner_channels`
+upsamples by convolutions (`Refiner`). Sizes and sources: docs/method.md.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +27,13 @@ from .config import Config
 from .gaussians import Gaussians
 
 # channels of the output map
-DEPTH, RGB, OPACITY, SCALE, QUATERNION = (
-    slice(0, 1),
-    slice(1, 4),
-    slice(4, 5),
-    slice(5, 8),
-    slice(8, 12),
-)
+DEPTH = slice(0, 1)
+RGB = slice(1, 4)
+OPACITY = slice(4, 5)
+SCALE = slice(5, 8)
+QUATERNION = slice(8, 12)
 OUTPUTS = 12
-# what `plane_sweep` keeps of each latent channel
-SWEEP = ("mean", "deviation", "smallest", "largest")
+SWEEP = ("mean", "deviation", "smallest", "largest")  # of each channel, by `plane_sweep`
 HIDDEN = 32  # channels between pixel shuffle and heads
 
 
@@ -49,28 +48,24 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (
-            split_heads(t, self.heads)
-            for t in (self.to_q(x), *self.to_kv(context).chunk(2, dim=-1))
-        )
+        k, v = self.to_kv(context).chunk(2, dim=-1)
+        q, k, v = (split_heads(t, self.heads) for t in (self.to_q(x), k, v))
         return self.to_out(join_heads(attend(q, k, v)))
 
 
 class Block(nn.Module):
-    """Self-attention over the tokens of all views -> cross-attention to the DINO
-    features -> MLP, pre-norm.
-    """
+    """Self-attention over all views -> cross-attention to DINO -> MLP, pre-norm."""
 
     def __init__(self, width: int, heads: int, context_width: int | None):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
         self.cross = None
         if context_width is not None:
-            self.norm2, self.cross = nn.LayerNorm(width), Attention(width, heads, context_width)
+            self.norm2 = nn.LayerNorm(width)
+            self.cross = Attention(width, heads, context_width)
         self.norm3 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        self.mlp = mlp(width, 4 * width, width)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         normed = self.norm1(x)
@@ -80,13 +75,18 @@ class Block(nn.Module):
         return x + self.mlp(self.norm3(x))
 
 
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
 class GaussianDecoder(ModelMixin, ConfigMixin):
-    """Latents [B, N, 4, h, w] and N cameras per object -> B `Gaussians` of N (h up /
-    patch) (w up / patch) splats.
+    """Latents [B, N, 4, h, w] and N cameras per object -> B `Gaussians`.
+
+    Each has N (h up / patch) (w up / patch) splats.
     """
 
-    # `enable_gradient_checkpointing()`, as diffusers' models have it
-    _supports_gradient_checkpointing = True
+    config: Any  # what __init__ was called with, by name (diffusers' FrozenDict)
+    _supports_gradient_checkpointing = True  # `enable_gradient_checkpointing()` of diffusers
 
     @register_to_config
     def __init__(
@@ -104,12 +104,7 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.gradient_checkpointing = False
-        self.sweep = None
-        if planes:
-            statistics = planes * 4 * len(SWEEP)
-            self.sweep = nn.Sequential(
-                nn.Linear(statistics, width), nn.GELU(), nn.Linear(width, width)
-            )
+        self.sweep = mlp(planes * 4 * len(SWEEP), width, width) if planes else None
         self.embed = nn.Conv2d(4 + 6, width, patch, stride=patch)
         self.context_norm = nn.LayerNorm(context_width) if context_width is not None else None
         self.blocks = nn.ModuleList(Block(width, heads, context_width) for _ in range(layers))
@@ -117,23 +112,25 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         if refiner_channels:
             self.refiner = Refiner(width, refiner_channels)
         else:
-            self.upsampler = nn.Sequential(
-                nn.Linear(width, HIDDEN * upsample**2), nn.Unflatten(-1, (HIDDEN, -1))
-            )
-        self.to_maps = nn.Conv2d(
-            refiner_channels[-1] if refiner_channels else HIDDEN, OUTPUTS, 3, padding=1
-        )
+            cells = nn.Linear(width, HIDDEN * upsample**2)
+            self.upsampler = nn.Sequential(cells, nn.Unflatten(-1, (HIDDEN, -1)))
+        features = refiner_channels[-1] if refiner_channels else HIDDEN
+        self.to_maps = nn.Conv2d(features, OUTPUTS, 3, padding=1)
         self._start_as_faint_plane()
 
     @torch.no_grad()
     def _start_as_faint_plane(self) -> None:
-        """Zero depth, scale and opacity heads: faint Gaussians at the camera's
-        distance, through the object's centre.
+        """Zero depth, scale and opacity heads.
+
+        So it begins with faint Gaussians at the camera's distance: a plane through the
+        object.
         """
+        weight = self.to_maps.weight
+        bias = cast(Tensor, self.to_maps.bias)
         for channels in (DEPTH, OPACITY, SCALE):
-            self.to_maps.weight[channels].zero_()
-            self.to_maps.bias[channels].zero_()
-        self.to_maps.bias[QUATERNION].copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+            weight[channels].zero_()
+            bias[channels].zero_()
+        bias[QUATERNION].copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
 
     def forward(
         self, latents: Tensor, cameras: list[Cameras], features: Tensor | None = None
@@ -141,37 +138,35 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         """Decode B objects.
 
         latents: [B, N, 4, h, w], scaled by 0.18215.  cameras: B batches of N.
-        features: F_DINO [B, T, context_width]; required unless the decoder was built
-            without DINO.
+        features: F_DINO [B, T, context_width]; not used by a decoder built without
+            DINO.
         """
         maps, origins, directions = self.output_maps(latents, cameras, features)
         return [self.to_gaussians(*parts) for parts in zip(maps, origins, directions)]
 
     def output_maps(self, latents: Tensor, cameras: list[Cameras], features: Tensor | None = None):
-        """Raw head outputs [B, N, H, W, 12] and the rays (origins, unit directions) [B,
-        N, H, W, 3] they sit on.
+        """Raw heads [B, N, H, W, 12] and their rays.
+
+        The rays are origins and unit directions, [B, N, H, W, 3] each.
         """
         self._check(latents, cameras, features)
         batch, frames, _, height, width = latents.shape
         with full_precision(latents.device):
-            # [B, N, 6, h, w]
-            rays = torch.stack([pluecker_rays(c, height, width) for c in cameras]).movedim(-1, 2)
-        # [B * N, C, h', w']
-        x = self.embed(torch.cat([latents, rays.to(latents)], dim=2).flatten(0, 1))
+            rays = torch.stack([pluecker_rays(c, height, width) for c in cameras])
+        x = torch.cat([latents, rays.movedim(-1, 2).to(latents)], dim=2)  # [B, N, 10, h, w]
+        x = self.embed(x.flatten(0, 1))  # [B * N, C, h', w']
         rows, columns = x.shape[-2:]
-        # [B, N h' w', C]
-        tokens = x.flatten(2).transpose(1, 2).unflatten(0, (batch, frames)).flatten(1, 2)
+        tokens = x.flatten(2).transpose(1, 2)  # [B * N, h' w', C]
+        tokens = tokens.unflatten(0, (batch, frames)).flatten(1, 2)  # [B, N h' w', C]
         if self.sweep is not None:
+            grid = rows, columns
             with full_precision(latents.device):
-                swept = [
-                    plane_sweep(*parts, (rows, columns), self.config)
-                    for parts in zip(latents, cameras)
-                ]
+                swept = [plane_sweep(*p, grid, self.config) for p in zip(latents, cameras)]
             tokens = tokens + self.sweep(torch.stack(swept))
         context = None if self.context_norm is None else self.context_norm(features)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = self._gradient_checkpointing_func(block, tokens, context)
+                tokens = self._gradient_checkpointing_func(block, tokens, context)  # pyright: ignore
             else:
                 tokens = block(tokens, context)
         x = self._upsampled(self.norm(tokens), latents.flatten(0, 1), rows, columns)
@@ -183,9 +178,7 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         return maps, *(torch.stack(parts).to(maps) for parts in zip(*grids))
 
     def _upsampled(self, tokens: Tensor, latents: Tensor, rows: int, columns: int) -> Tensor:
-        """Tokens [B, N h' w', C] and latents [B * N, 4, h, w] -> features [B * N, F, H,
-        W].
-        """
+        """[B, N h' w', C], latents [B * N, 4, h, w] -> [B * N, F, H, W]."""
         if self.config.refiner_channels:
             grid = tokens.reshape(len(latents), rows, columns, -1).movedim(-1, 1)
             return self.refiner(grid, latents)
@@ -194,9 +187,7 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
         return F.pixel_shuffle(grid, self.config.upsample)
 
     def to_gaussians(self, maps: Tensor, origins: Tensor, directions: Tensor) -> Gaussians:
-        """Activations, one scene: maps [N, H, W, 12], rays [N, H, W, 3] -> Gaussians of
-        N * H * W splats.
-        """
+        """Activations of one scene: maps [N, H, W, 12], rays [N, H, W, 3]."""
         distance = ray_distance(maps[..., DEPTH], origins, self.config.object_radius)
         low, high = (math.log(2 * self.config.object_radius * s) for s in self.config.scale_range)
         return Gaussians(
@@ -209,54 +200,50 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def grown_to(self, config: Config) -> GaussianDecoder:
-        """This decoder where it fits `config`, else a larger one that begins with its
-        weights.
+        """This decoder if it fits `config`, else a larger one with its weights.
 
-        Pictures may have twice the side (`doubled`), and a refiner may take the place
-        of the linear upsampler; that is new. A decoder that has one stays as large as
-        it is.
+        Pictures may have twice the side (`doubled`). A new refiner may take the place
+        of the linear upsampler; a decoder that already has one stays as large as it is.
         """
         if self.config.refiner_channels:
             return self
         grown = doubled(self) if config.decoder_patch == 2 * self.config.patch else self
         if not config.decoder_refiner:
             return grown
-        settings = {
-            **grown.config,
-            "upsample": config.decoder_upsample,
-            "refiner_channels": config.decoder_refiner,
-        }
-        new = GaussianDecoder.from_config(settings)
-        kept = grown.state_dict()
-        for name in [n for n in kept if n.startswith(("upsampler", "to_maps"))]:
-            del kept[name]
+        new = grown.altered(
+            upsample=config.decoder_upsample, refiner_channels=config.decoder_refiner
+        )
+        kept = grown.state_dict().items()
+        kept = {n: t for n, t in kept if not n.startswith(("upsampler", "to_maps"))}
         new.load_state_dict(kept, strict=False)
         return new
+
+    def altered(self, **settings) -> GaussianDecoder:
+        """A new decoder, like this one but for some settings."""
+        return cast(GaussianDecoder, GaussianDecoder.from_config({**self.config, **settings}))
 
     def _check(self, latents: Tensor, cameras: list[Cameras], features: Tensor | None) -> None:
         if latents.ndim != 5 or latents.shape[2] != 4:
             raise ValueError(f"latents are [B, N, 4, h, w]; got {tuple(latents.shape)}.")
         if len(cameras) != len(latents) or any(len(c) != latents.shape[1] for c in cameras):
             raise ValueError(
-                f"{len(latents)} objects of {latents.shape[1]} views need as many cameras; got {[len(c) for c in cameras]}."
+                f"{len(latents)} objects of {latents.shape[1]} views need as many cameras; "
+                f"got {[len(c) for c in cameras]}."
             )
         width = self.config.context_width
-        if width is not None and (
-            features is None or features.shape[0] != len(latents) or features.shape[-1] != width
-        ):
-            got = None if features is None else tuple(features.shape)
+        got = None if features is None else tuple(features.shape)
+        if width is not None and (got is None or (got[0], got[-1]) != (len(latents), width)):
             raise ValueError(
                 f"This decoder needs DINO features [{len(latents)}, T, {width}]; got {got}."
             )
 
 
 class Refiner(nn.Module):
-    """An upsampler of convolutions: the grid of tokens is doubled once per level.
+    """An upsampler of convolutions that doubles the grid of tokens once per level.
 
-    Tokens hold what attention found out about the object, one for 16 x 16 pixels or so.
-    Fine detail is in the latents themselves, so each level sees them again beside its
-    own features. tokens [M, C, h', w'], latents [M, 4, h, w] -> [M, channels[-1], 2^L
-    h', 2^L w'].
+    A token holds what attention found out about 16 x 16 pixels or so. Fine detail is in
+    the latents themselves, so each level sees them again beside its own features.
+    Tokens [M, C, h', w'], latents [M, 4, h, w] -> [M, channels[-1], 2^L h', 2^L w'].
     """
 
     def __init__(self, width: int, channels: tuple[int, ...]):
@@ -274,8 +261,9 @@ class Refiner(nn.Module):
 
 
 class RefinerBlock(nn.Module):
-    """Two convolutions, of which the second adds nothing at first. [M, inputs, H, W] ->
-    [M, C, H, W]
+    """Two convolutions; the second adds nothing at first.
+
+    [M, inputs, H, W] -> [M, C, H, W]
     """
 
     def __init__(self, inputs: int, channels: int):
@@ -283,87 +271,75 @@ class RefinerBlock(nn.Module):
         self.inner = nn.Conv2d(inputs, channels, 3, padding=1)
         self.norm = nn.GroupNorm(8, channels)
         self.outer = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
+        for parameter in self.outer.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inner(x)
         return x + self.outer(F.silu(self.norm(x)))
 
 
-def plane_sweep(latents: Tensor, cameras: Cameras, grid: tuple[int, int], config) -> Tensor:
-    """What the N views say about points along each token's ray: the geometry that
-    attention is slow to find by itself.
+def plane_sweep(latents: Tensor, cameras: Cameras, grid: tuple[int, int], config: Any) -> Tensor:
+    """What the N views say about points along each token's ray [ours].
 
-    Each ray of the h' x w' grid carries `planes` points through the object's ball. A
-    point is projected into all views, the latents are read there, and their mean,
-    deviation, smallest and largest value over the views are kept: on a surface the
-    views agree; off the object at least one of them sees background (the visual hull).
-    latents [N, 4, h, w] -> [N h' w', planes * 16]. No parameters; differentiable in the
-    latents.
+    Attention is slow to find this geometry by itself. Each ray of the h' x w' grid
+    carries `planes` points through the object's ball. A point is projected into all
+    views, the latents are read there, and four numbers over the views are kept: mean,
+    deviation, smallest and largest. On a surface the views agree. Off the object at
+    least one of them sees background (the visual hull). No parameters; differentiable
+    in the latents. latents [N, 4, h, w] -> [N h' w', planes * 16]
     """
     origins, directions = (t.reshape(-1, 1, 3) for t in ray_grid(cameras, *grid))
-    depths = (
-        torch.linspace(-1, 1, config.planes, device=origins.device)[:, None] * config.object_radius
-    )
-    points = origins + (origins.norm(dim=-1, keepdim=True) + depths) * directions  # [T, planes, 3]
+    depths = torch.linspace(-1, 1, config.planes, device=origins.device)[:, None]
+    depths = origins.norm(dim=-1, keepdim=True) + depths * config.object_radius
+    points = origins + depths * directions  # [T, planes, 3]
     rotations, shifts = cameras.viewmats[:, :3, :3], cameras.viewmats[:, :3, 3]
     local = torch.einsum("vij,tpj->vtpi", rotations, points) + shifts[:, None, None]
     pixels = torch.einsum("vij,vtpj->vtpi", cameras.Ks, local / local[..., 2:])[..., :2]
     size = pixels.new_tensor([cameras.width, cameras.height])
-    # [N, 4, T, planes]
-    seen = F.grid_sample(latents, (2 * pixels / size - 1).to(latents), align_corners=False)
-    # [16, T, planes]
-    statistics = torch.cat([seen.mean(0), deviation(seen), seen.amin(0), seen.amax(0)])
-    return statistics.permute(1, 2, 0).flatten(1)
+    places = (2 * pixels / size - 1).to(latents)  # the picture spans -1 to 1
+    read = F.grid_sample(latents, places, align_corners=False)  # [N, 4, T, planes]
+    statistics = torch.cat([read.mean(0), deviation(read), read.amin(0), read.amax(0)])
+    return statistics.permute(1, 2, 0).flatten(1)  # from [16, T, planes]
 
 
 def deviation(values: Tensor) -> Tensor:
-    """`values.std(0, correction=0)` in elementwise passes: on a CPU a fraction of its
-    time. [N, ...] -> [...]
+    """`values.std(0, correction=0)`, [N, ...] -> [...], much faster on a CPU.
 
     Where all values agree the gradient is 0, as that of `std`: the clamp keeps the
-    root's infinite slope away, and what lies below 1e-6 is the rounding of the mean.
+    root's infinite slope away. What lies below 1e-6 is only the rounding of the mean.
     """
     variance = (values - values.mean(0)).square().mean(0)
     return variance.clamp(min=1e-12).sqrt()
 
 
 def ray_distance(logits: Tensor, origins: Tensor, radius: float) -> Tensor:
-    """Depth head [..., 1] -> distance along the ray: camera distance + (2 sigmoid - 1)
-    * object radius.
-    """
+    """Depth head [..., 1] -> camera distance + (2 sigmoid - 1) * object radius."""
     return origins.norm(dim=-1, keepdim=True) + (2 * logits.sigmoid() - 1) * radius
 
 
 @torch.no_grad()
 def doubled(decoder: GaussianDecoder) -> GaussianDecoder:
-    """The decoder for pictures of twice the side: as many tokens, each of 2 x 2 times
-    the latents and of the Gaussians.
+    """The decoder for pictures of twice the side, at first with the same answers.
 
-    It begins as the old one: the first layer averages the new latents of what was one,
-    and each old cell of the last layer is repeated 2 x 2 times. Training goes on from
-    there at the old cost, since attention sees the same tokens.
+    It has as many tokens, each of 2 x 2 times the latents and the Gaussians. The first
+    layer averages the new latents of what was one, and each old cell of the last layer
+    is repeated 2 x 2 times. A step costs attention what it did: the tokens are as many.
     """
-    old = decoder.config
-    new = GaussianDecoder.from_config(
-        {**old, "patch": 2 * old["patch"], "upsample": 2 * old["upsample"]}
-    )
+    side = decoder.config.upsample
+    new = decoder.altered(patch=2 * decoder.config.patch, upsample=2 * side)
     state = decoder.state_dict()
-    state["embed.weight"] = (
-        state["embed.weight"].repeat_interleave(2, -1).repeat_interleave(2, -2) / 4
-    )
+    first = state["embed.weight"]
+    state["embed.weight"] = first.repeat_interleave(2, -1).repeat_interleave(2, -2) / 4
     for name in ("upsampler.0.weight", "upsampler.0.bias"):
-        cells = state[name].unflatten(0, (HIDDEN, old["upsample"], old["upsample"]))
+        cells = state[name].unflatten(0, (HIDDEN, side, side))
         state[name] = cells.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(0, 2)
     new.load_state_dict(state)
     return new
 
 
 def build_decoder(config: Config) -> GaussianDecoder:
-    """A freshly initialised decoder; `config.dino = "none"` leaves the cross-attention
-    out.
-    """
+    """A freshly initialised decoder; without cross-attention for dino = "none"."""
     return GaussianDecoder(
         width=config.decoder_width,
         layers=config.decoder_layers,

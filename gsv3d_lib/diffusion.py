@@ -1,19 +1,22 @@
-"""EDM diffusion as SV3D uses it: noise levels, preconditioning, guidance, and sampling.
+"""EDM diffusion as SV3D uses it: noise levels, preconditioning, guidance, sampling.
 
 A noisy latent is z = z0 + sigma n with n ~ N(0, 1). The U-Net F predicts "v"; the
 denoiser built from it is
 
-    D(z; sigma) = c_skip z + c_out F(c_in z, c_noise),                                                  (1)
-    c_skip = 1 / (sigma^2 + 1),  c_out = -sigma / sqrt(sigma^2 + 1),  c_in = 1 / sqrt(sigma^2 + 1),  c_noise = ln(sigma) / 4
+    D(z; sigma) = c_skip z + c_out F(c_in z, c_noise)                             (1)
 
-(Karras et al. 2022, with sigma_data = 1). Weighting the loss on D by (sigma^2 + 1) /
-sigma^2 makes it the plain mean squared error on F, which is what `diffusion_loss`
-computes.
+    c_skip = 1 / (sigma^2 + 1)      c_out   = -sigma / sqrt(sigma^2 + 1)
+    c_in   = 1 / sqrt(sigma^2 + 1)  c_noise = ln(sigma) / 4
+
+(Karras et al. 2022, with sigma_data = 1). A loss on D with the weight
+(sigma^2 + 1) / sigma^2 is the plain mean squared error on F: `diffusion_loss`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -22,16 +25,22 @@ from tqdm import tqdm
 from .config import Config
 from .system.arguments import real, whole
 
+if TYPE_CHECKING:
+    from diffusers import EulerDiscreteScheduler
+
+    from .data.examples import Example
+    from .unet import SV3DUNet
+
 MAX_STEPS = 1000  # of the sampler
 MAX_GUIDANCE = 100.0  # far beyond what any picture survives
 
 
 @dataclass
 class Condition:
-    """Everything that SV3D_p knows about the input image R and the orbit, for a batch
-    of B orbits of N views.
+    """What SV3D_p knows about the input image R and the orbit; B orbits of N views.
 
-    token [B, 1, D]: CLIP embedding of R.  latent [B, 4, h, w]: VAE mode of R, NOT multiplied by 0.18215.
+    token [B, 1, D]: CLIP embedding of R.
+    latent [B, 4, h, w]: VAE mode of R, NOT multiplied by 0.18215.
     polar, azimuth [B, N]: radians; the condition view is the last frame, at azimuth 0.
     """
 
@@ -43,13 +52,17 @@ class Condition:
 
     def with_null(self) -> Condition:
         """These B conditions, then their B null conditions."""
-        keep = self.token.new_ones(len(self.token))
-        parts = (torch.cat([t, t]) for t in (self.token, self.latent, self.polar, self.azimuth))
-        return Condition(*parts, self.cond_aug).dropped(torch.cat([keep, torch.zeros_like(keep)]))
+        token, latent, polar, azimuth = (
+            torch.cat([t, t]) for t in (self.token, self.latent, self.polar, self.azimuth)
+        )
+        keep = self.token.new_ones(len(token))
+        keep[len(self.token) :] = 0
+        return Condition(token, latent, polar, azimuth, self.cond_aug).dropped(keep)
 
     def dropped(self, keep: Tensor | None = None) -> Condition:
-        """The null condition where `keep` [B] is 0 (everywhere if None): zero token and
-        latent, the angles stay.
+        """The null condition where `keep` [B] is 0, everywhere if it is None.
+
+        Its token and latent are zero; the angles stay.
         """
         keep = self.token.new_zeros(len(self.token)) if keep is None else keep.to(self.token)
         return replace(
@@ -70,23 +83,21 @@ def frames_like(values: Tensor, latents: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (latents.ndim - 1))
 
 
-def predict_v(unet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-    """F(c_in z, c_noise; condition): noisy latents [B, N, 4, h, w], sigma [B] -> v of
-    the same shape.
-    """
+def predict_v(unet: SV3DUNet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    """F(c_in z, c_noise; condition), shaped as noisy [B, N, 4, h, w]; sigma [B]."""
     if noisy.ndim != 5 or sigma.shape != noisy.shape[:1]:
         raise ValueError(
-            f"Noisy latents are [B, N, 4, h, w] with sigma [B]; got {tuple(noisy.shape)}, {tuple(sigma.shape)}."
+            "Noisy latents are [B, N, 4, h, w] with sigma [B]; "
+            f"got {tuple(noisy.shape)}, {tuple(sigma.shape)}."
         )
     _, _, c_in, c_noise = scalings(sigma)
     image = condition.latent[:, None].expand(-1, noisy.shape[1], -1, -1, -1)
     sample = torch.cat([frames_like(c_in, noisy) * noisy, image], dim=2)
-    return unet(
-        sample, c_noise, condition.token, condition.polar, condition.azimuth, condition.cond_aug
-    )
+    known = condition.token, condition.polar, condition.azimuth, condition.cond_aug
+    return unet(sample, c_noise, *known)
 
 
-def denoise(unet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+def denoise(unet: SV3DUNet, noisy: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
     """The one-step clean estimate z_hat = D(z; sigma), equation (1). [B, N, 4, h, w]"""
     return clean_estimate(predict_v(unet, noisy, sigma, condition), noisy, sigma)
 
@@ -98,19 +109,15 @@ def clean_estimate(v: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
 
 
 def v_target(clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-    """The F that makes D exact, the inverse of `clean_estimate`: (z0 - c_skip z) /
-    c_out.
-    """
+    """The F that makes D exact: (z0 - c_skip z) / c_out."""
     c_skip, c_out, _, _ = scalings(sigma)
     return (clean - frames_like(c_skip, noisy) * noisy) / frames_like(c_out, noisy)
 
 
 def diffusion_loss(
-    unet, clean: Tensor, noise: Tensor, sigma: Tensor, condition: Condition
+    unet: SV3DUNet, clean: Tensor, noise: Tensor, sigma: Tensor, condition: Condition
 ) -> tuple[Tensor, Tensor]:
-    """L_2D, the EDM-weighted loss as the MSE on v, and the z_hat [B, N, 4, h, w] that
-    it scores.
-    """
+    """L_2D, the EDM-weighted loss as MSE on v; and z_hat [B, N, 4, h, w]."""
     noisy = clean + frames_like(sigma, clean) * noise
     v = predict_v(unet, noisy, sigma, condition)
     loss = (v - v_target(clean, noisy, sigma)).pow(2).mean()
@@ -119,17 +126,12 @@ def diffusion_loss(
 
 def draw_sigma(generator: torch.Generator, config: Config) -> Tensor:
     """One noise level per clip: ln sigma ~ N(0.7, 1.6^2). A scalar."""
-    return (
-        config.log_sigma_mean + config.log_sigma_std * torch.randn((), generator=generator)
-    ).exp()
+    log_sigma = config.log_sigma_mean + config.log_sigma_std * torch.randn((), generator=generator)
+    return log_sigma.exp()
 
 
-def diffusion_draws(
-    latents: Tensor, generator: torch.Generator, config: Config
-) -> dict[str, Tensor]:
-    """The random numbers of one example: noise, one sigma, and whether the condition is
-    kept.
-    """
+def diffusion_draws(latents: Tensor, generator: torch.Generator, config: Config) -> Example:
+    """The random numbers of one example: noise, sigma, and is the condition kept?"""
     return {
         "noise": torch.randn(latents.shape, generator=generator),
         "sigma": draw_sigma(generator, config),
@@ -138,32 +140,30 @@ def diffusion_draws(
 
 
 def triangular_guidance(num_frames: int, peak: float) -> Tensor:
-    """Guidance scale per frame [N] as Stability's code spreads it: 1 at the first and
-    the last frame, up to `peak` between.
+    """Guidance scale per frame [N]: 1 at both ends, up to `peak` between.
 
-    The peak falls between two frames where N is even: with N = 16 and peak 2.5 the
-    largest scale is 2.4.
+    This is the form in Stability's code. Where N is even the peak falls between two
+    frames:
+    with N = 16 and peak 2.5 the largest scale is 2.4.
     """
     return 1 + (peak - 1) * (1 - (2 * torch.linspace(0, 1, num_frames) - 1).abs())
 
 
-def guided_v(unet, noisy: Tensor, sigma: Tensor, condition: Condition, weight: Tensor) -> Tensor:
-    """v_null + weight (v - v_null); noisy [B, N, 4, h, w], sigma [B], weight broadcasts
-    to noisy.
+def guided_v(
+    unet: SV3DUNet, noisy: Tensor, sigma: Tensor, condition: Condition, weight: Tensor
+) -> Tensor:
+    """v_null + weight (v - v_null).
 
-    The network gets both conditions as one batch, which is faster than two passes, for
-    twice the memory of one.
+    noisy [B, N, 4, h, w], sigma [B]; weight broadcasts to noisy. The network gets both
+    conditions as one batch: faster than two passes, for twice the memory.
     """
-    v, null = predict_v(
-        unet, torch.cat([noisy, noisy]), torch.cat([sigma, sigma]), condition.with_null()
-    ).chunk(2)
+    twice = torch.cat([noisy, noisy])
+    v, null = predict_v(unet, twice, torch.cat([sigma, sigma]), condition.with_null()).chunk(2)
     return null + weight * (v - null)
 
 
-def build_scheduler(config: Config):
-    """diffusers' `EulerDiscreteScheduler` set up as SVD's: v-prediction, Karras sigmas
-    (rho 7), continuous timesteps.
-    """
+def build_scheduler(config: Config) -> EulerDiscreteScheduler:
+    """diffusers' Euler sampler as SVD has it: Karras sigmas, continuous timesteps."""
     from diffusers import EulerDiscreteScheduler
 
     return EulerDiscreteScheduler(
@@ -196,7 +196,7 @@ def sampler_settings(
 
 @torch.no_grad()
 def sample(
-    unet,
+    unet: SV3DUNet,
     condition: Condition,
     config: Config,
     *,
@@ -204,34 +204,30 @@ def sample(
     steps: int | None = None,
     guidance: float | None = None,
     progress: bool = True,
-    callback=None,
+    callback: Callable[[int, Tensor, Tensor], object] | None = None,
 ) -> Tensor:
-    """Latents [B, N, 4, h, w] of orbits around the object in the condition image, by
-    Euler's method from pure noise.
+    """Latents [B, N, 4, h, w] of orbits, by Euler's method from pure noise.
 
     guidance: peak of the triangular guidance; 1 switches it off and halves the cost.
-    callback(i, z, z_hat), if given, sees every step.  Raises UserError as `sampler_settings`.
+    callback(i, z, z_hat): if given, it sees every step.
+    Raises UserError as `sampler_settings`.
     """
     steps, peak = sampler_settings(config, steps, guidance)
     scheduler = build_scheduler(config)
     scheduler.set_timesteps(steps, device=condition.token.device)
     scheduler.is_scale_input_called = True  # `predict_v` multiplies by c_in itself
-    (batch, frames), (channels, height, width) = condition.polar.shape, condition.latent.shape[1:]
-    noise = torch.randn(batch, frames, channels, height, width, generator=generator).to(
-        condition.token
-    )
-    z = noise * scheduler.init_noise_sigma
+    batch, frames = condition.polar.shape
+    noise = torch.randn(batch, frames, *condition.latent.shape[1:], generator=generator)
+    z = noise.to(condition.token) * scheduler.init_noise_sigma
     weight = triangular_guidance(frames, peak).to(z)[:, None, None, None]
-    for i, timestep in enumerate(
-        tqdm(scheduler.timesteps, desc="sampling", disable=not progress, mininterval=1)
-    ):
+    bar = tqdm(scheduler.timesteps, desc="sampling", disable=not progress, mininterval=1)
+    for i, timestep in enumerate(bar):
         sigma = scheduler.sigmas[i].to(z).expand(batch)
-        v = (
-            predict_v(unet, z, sigma, condition)
-            if peak == 1
-            else guided_v(unet, z, sigma, condition, weight)
-        )
-        output = scheduler.step(v, timestep, z)
+        if peak == 1:
+            v = predict_v(unet, z, sigma, condition)
+        else:
+            v = guided_v(unet, z, sigma, condition, weight)
+        output = cast(Any, scheduler.step(v, timestep, z))
         z = output.prev_sample
         if callback is not None:
             callback(i, z, output.pred_original_sample)

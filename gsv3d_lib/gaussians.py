@@ -1,5 +1,4 @@
-"""A scene made of 3D Gaussians: the container, its covariances, and the PLY files that
-splat viewers open.
+"""A scene made of 3D Gaussians: five tensors, their covariances, and PLY files.
 
 Everything is *activated*: scales are standard deviations in world units, opacities and
 colours lie in [0, 1]. Networks that predict logits apply their activations before they
@@ -55,9 +54,10 @@ class Gaussians:
                     f"Gaussians.{name} must have shape {[count, *tail]}; got {list(tensor.shape)}."
                 )
             if (tensor.dtype, tensor.device) != (self.means.dtype, self.means.device):
+                found = f"means {self.means.dtype} on {self.means.device}"
                 raise ValueError(
-                    f"All tensors of Gaussians share one dtype and device; got means {self.means.dtype} on "
-                    f"{self.means.device} and {name} {tensor.dtype} on {tensor.device}."
+                    "All tensors of Gaussians share one dtype and device; "
+                    f"got {found} and {name} {tensor.dtype} on {tensor.device}."
                 )
 
     def __len__(self) -> int:
@@ -65,12 +65,10 @@ class Gaussians:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(means, quats, scales, opacities, colors)."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return self.means, self.quats, self.scales, self.opacities, self.colors
 
     def to(self, *args, **kwargs) -> Gaussians:
-        """The same scene on another device or in another dtype; arguments as for
-        `Tensor.to`.
-        """
+        """On another device or in another dtype; arguments as for `Tensor.to`."""
         return Gaussians(*(t.to(*args, **kwargs) for t in self.tensors()))
 
     def detach(self) -> Gaussians:
@@ -82,26 +80,24 @@ class Gaussians:
         return Gaussians(*(t[index] for t in self.tensors()))
 
     def prune(self, min_opacity: float = 1 / 255) -> Gaussians:
-        """Without the Gaussians fainter than `min_opacity`; by default those too faint
-        to be drawn at all.
-        """
+        """Without those fainter than `min_opacity`; by default those never drawn."""
         return self.select(self.opacities >= min_opacity)
 
     def check_finite(self, origin: str) -> Gaussians:
-        """These Gaussians. Raises ValueError, which names their `origin`, for numbers
-        that are NaN or infinite.
-        """
+        """These Gaussians. UserError, naming their `origin`, for NaN and infinity."""
         for field, tensor in zip(fields(self), self.tensors()):
             if not torch.isfinite(tensor).all():
                 raise UserError(
-                    f"The {field.name} of {origin} hold NaN or infinite numbers: look for what made them."
+                    f"The {field.name} of {origin} hold NaN or infinite numbers: "
+                    "look for what made them."
                 )
         return self
 
     def check(self, origin: str) -> Gaussians:
-        """These Gaussians. Raises ValueError, which names their `origin`, for numbers
-        that are not finite, negative scales, opacities outside of [0, 1], quaternions
-        of length 0.
+        """These Gaussians. UserError, naming their `origin`, for senseless numbers.
+
+        Those are numbers that are not finite, scales below 0, opacities outside of
+        [0, 1], and quaternions of length 0.
         """
         self.check_finite(origin)
         if (self.scales < 0).any():
@@ -109,9 +105,7 @@ class Gaussians:
         if ((self.opacities < 0) | (self.opacities > 1)).any():
             raise UserError(f"The opacities of {origin} do not all lie in [0, 1]: are they logits?")
         if not self.quats.any(-1).all():
-            raise UserError(
-                f"The quats of {origin} hold quaternions of length 0, which turn nothing."
-            )
+            raise UserError(f"The quats of {origin} hold quaternions of length 0.")
         return self
 
     @staticmethod
@@ -123,9 +117,7 @@ class Gaussians:
         return Gaussians(*(torch.cat(parts) for parts in columns))
 
     def covariances(self) -> Tensor:
-        """Sigma = R S S^T R^T, [G, 3, 3] in world units squared (3D Gaussian Splatting,
-        eq. 6).
-        """
+        """Sigma = R S S^T R^T [G, 3, 3], world units squared (3DGS, eq. 6)."""
         half_axes = rotation_matrices(self.quats) * self.scales[:, None, :]
         return half_axes @ half_axes.mT
 
@@ -133,9 +125,8 @@ class Gaussians:
         """Write a binary PLY in the layout of 3D Gaussian Splatting (`ply.py`).
 
         axes: "y-down", which SuperSplat and most viewers expect; "y-up"; or "z-up", our
-            own. The header states it, so `load_ply` brings the scene back to z up.
-            Raises UserError, and writes nothing, for numbers that describe no
-            Gaussians.
+            own. The header states it, so that `load_ply` brings the scene back to z up.
+        Raises UserError, and writes nothing, for numbers that describe no Gaussians.
         """
         stored = self.to("cpu", torch.float32).detach().check("the Gaussians to save")
         turned = turn_axes(stored, axes, to_file=True)
@@ -143,13 +134,13 @@ class Gaussians:
 
     @staticmethod
     def load_ply(path: str | Path, axes: str | None = None) -> Gaussians:
-        """Read a binary 3D Gaussian Splatting PLY, ours or another program's.
+        """Read a binary 3D Gaussian Splatting PLY, ours or another's, as float32.
 
-        Returns float32 CPU tensors.  axes: of the file; by default what its header states,
-        else "z-up", as the numbers stand. Colour that depends on the direction (f_rest_*)
-        is dropped. Raises MissingFile, or UserError when it is no complete PLY of splats. A
-        file cannot say whether its scales are logarithms and its opacities logits, as they
-        should be: a warning says where they look as if they were not.
+        axes: of the file; by default what its header states, else "z-up": as it stands.
+        Colour that depends on the direction (f_rest_*) is dropped. Raises MissingFile,
+        or UserError when it is no complete PLY of splats. A file cannot say that its
+        scales are logarithms and its opacities logits; a warning says where they do not
+        look like that.
         """
         table, stated_axes = read_splats(Path(path))
         stored = Gaussians(*(torch.from_numpy(array) for array in decode(table)))
@@ -157,11 +148,10 @@ class Gaussians:
 
 
 def turn_axes(gaussians: Gaussians, axes: str, to_file: bool) -> Gaussians:
-    """From our axes to those of a file, or back: numbers change places and signs, no
-    bit else.
+    """From our axes to those of a file, or back: numbers change places and signs only.
 
-    An ellipsoid's own axes are named anew with the world's, so that its rotation
-    becomes T R T^-1, whose quaternion is (w, T v), and not T R, which would round.
+    An ellipsoid's own axes are named anew with the world's. So its rotation becomes
+    T R T^-1, whose quaternion is (w, T v), and not T R, which would round.
     """
     if axes not in AXES:
         raise UserError(f"axes must be one of {', '.join(AXES)}; got {axes!r}.")

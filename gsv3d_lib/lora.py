@@ -1,12 +1,11 @@
-"""LoRA on the U-Net's attention: W -> W + (alpha / r) B A with A [r, in], B [out, r], B
-= 0 at the start (peft).
+"""LoRA on the U-Net's attention: W -> W + (alpha / r) B A (peft).
 
-Rank and targets are not stated in the paper; r = 16 on to_q, to_k, to_v, to_out.0 of
-spatial and temporal attention is this project's choice: 256 layers and 414,976 r
-parameters at paper scale. A quarter of the layers, to_q and to_k of the
-cross-attentions, cannot learn: these attend to one token, and a softmax over one key is
-1 whatever the query. Their gradient is rounding; they are there because the choice is
-"all attention layers", as tools for LoRA make it.
+A is [r, in], B is [out, r] and 0 at the start. The paper states neither rank nor
+targets. Ours: r = 16 on to_q, to_k, to_v, to_out.0 of spatial and temporal attention,
+which is 256 layers and 414,976 r parameters at paper scale. A quarter of these layers
+cannot learn, to_q and to_k of the cross-attentions: they attend to one token, and a
+softmax over one key is 1 whatever the query. Their gradient is rounding. They are there
+because the choice is "all attention layers", as tools for LoRA make it.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import copy
 import json
 from collections import OrderedDict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,49 +24,45 @@ from torch import nn
 from .system.errors import MissingFile, UserError
 from .system.paths import atomic_path, check_readable, reason
 
+if TYPE_CHECKING:
+    from .unet import SV3DUNet
+
+Module = TypeVar("Module", bound=nn.Module)
+
 IDLE = (".attn2.to_q.", ".attn2.to_k.")  # in the names of layers that cannot change any result
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-# by safetensors, peft and torch
+# what safetensors, peft and torch raise for files that do not fit
 REFUSED = (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def add_lora(unet, rank: int, seed: int = 0):
-    """Freeze `unet` and add trainable LoRA layers in place, starting as the identity.
-    Returns `unet`.
-    """
+def add_lora(unet: SV3DUNet, rank: int, seed: int = 0) -> SV3DUNet:
+    """Freeze `unet` and add LoRA layers in place, at first the identity. Returns it."""
     from peft import LoraConfig
 
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, init_lora_weights=True, target_modules=list(TARGETS)
-        )
-        unet.add_adapter(config)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
     return unet
 
 
-def lora_parameters(unet) -> dict:
+def lora_parameters(unet: SV3DUNet) -> dict:
     """The trainable LoRA tensors by name."""
     return {name: p for name, p in unet.named_parameters() if "lora_" in name}
 
 
-def save_lora(unet, folder: str | Path) -> None:
-    """Write the adapter in diffusers' format (`pytorch_lora_weights.safetensors`),
-    readable by its loaders.
+def save_lora(unet: SV3DUNet, folder: str | Path) -> None:
+    """Write the adapter in diffusers' format, readable by its loaders.
 
-    diffusers' own `save_lora_adapter` writes sets, and several entries of metadata, in
-    an order that changes from process to process. Here the same adapter gives the same
-    bytes.
+    diffusers' own `save_lora_adapter` writes sets and metadata in an order that changes
+    from process to process. Here the same adapter gives the same bytes.
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft.utils import get_peft_model_state_dict
 
     adapter = unet.peft_config["default"].to_dict()
-    facts = {
-        name: sorted(value) if isinstance(value, set) else value for name, value in adapter.items()
-    }
+    facts = {n: sorted(v) if isinstance(v, set) else v for n, v in adapter.items()}
     tensors = get_peft_model_state_dict(unet, adapter_name="default")
     tensors = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(facts, indent=2, sort_keys=True)}
@@ -74,11 +70,10 @@ def save_lora(unet, folder: str | Path) -> None:
         save_file(tensors, path, metadata)
 
 
-def load_lora(unet, folder: str | Path):
-    """Add the adapter stored in `folder` to `unet`.
+def load_lora(unet: SV3DUNet, folder: str | Path) -> SV3DUNet:
+    """Add the adapter stored in `folder` to `unet`, and return it.
 
-    Raises FileNotFoundError or ValueError, with what to do, where it is missing,
-    damaged, or made for another U-Net.
+    Raises MissingFile or UserError where it is missing, damaged, or of another U-Net.
     """
     path = Path(folder) / LORA_FILE
     if not path.is_file():
@@ -89,15 +84,13 @@ def load_lora(unet, folder: str | Path):
     try:
         with safe_open(path, "pt") as file:
             stored = len(file.keys())
-        unet.load_lora_adapter(
-            str(folder), prefix=None, weight_name=path.name, adapter_name="default"
-        )
+        options: dict[str, Any] = dict(prefix=None, weight_name=path.name, adapter_name="default")
+        unet.load_lora_adapter(str(folder), **options)
     except REFUSED as error:
         raise misfit(path, reason(error)) from error
-    if stored != len(lora_parameters(unet)):
-        raise misfit(
-            path, f"it has {stored} tensors, this U-Net's LoRA {len(lora_parameters(unet))}"
-        )
+    expected = len(lora_parameters(unet))
+    if stored != expected:
+        raise misfit(path, f"it has {stored} tensors, this U-Net's LoRA {expected}")
     return unet
 
 
@@ -107,10 +100,8 @@ def misfit(path: Path, why: str) -> UserError:
     )
 
 
-def set_lora_scale(unet, scale: float) -> None:
-    """0 switches the adapter off (the base U-Net), 1 is the trained one; values between
-    interpolate.
-    """
+def set_lora_scale(unet: SV3DUNet, scale: float) -> None:
+    """0 is the base U-Net, 1 the trained one; values between interpolate."""
     from peft.tuners.lora import LoraLayer
 
     for module in unet.modules():
@@ -119,14 +110,14 @@ def set_lora_scale(unet, scale: float) -> None:
                 module.set_scale(name, scale)
 
 
-def merged_lora(unet, scale: float | None = None):
-    """A U-Net with the same answers for less work: W + scale (alpha / r) B A is one
-    matrix at every layer. No gradients for the LoRA.
+def merged_lora(unet: SV3DUNet, scale: float | None = None) -> SV3DUNet:
+    """A U-Net with the same answers for less work: one matrix at every layer.
 
-    `unet` itself is not touched, so any number of these may be at work at once.
+    That is W + scale (alpha / r) B A, without gradients for the LoRA. `unet` is not
+    touched, so any number of these may be at work at once. Without a LoRA it is `unet`
+    itself.
     scale: as of `set_lora_scale`, for the returned U-Net alone; None takes what is set.
-    Without a LoRA it is `unet` itself. Raises ValueError for a scale where the weights
-    of `unet` have been merged for good (`fuse_lora`).
+    Raises UserError for a scale where the LoRA was merged for good (`fuse_lora`).
     """
     if not lora_parameters(unet):
         return unet
@@ -137,7 +128,8 @@ def merged_lora(unet, scale: float | None = None):
     if scale is not None:
         if any(layer.merged for layer in layers):
             raise UserError(
-                "The LoRA is part of the U-Net's weights and has no scale: call `unfuse_lora()` first."
+                "The LoRA is part of the U-Net's weights and has no scale: "
+                "call `unfuse_lora()` first."
             )
         set_lora_scale(merged, scale)
     for layer in layers:
@@ -146,13 +138,13 @@ def merged_lora(unet, scale: float | None = None):
     return merged
 
 
-def twin_of(module: nn.Module) -> nn.Module:
-    """The module again, on the memory of its weights: what is set, switched or put in
-    place in the twin stays there.
+def twin_of(module: Module) -> Module:
+    """The module again, on the memory of its weights.
 
-    Every module, parameter, list and dictionary of the twin is its own; the tensors'
-    memory and all else are shared. Unlike `torch.func.functional_call`, which swaps the
-    parameters of the module for a while, this is safe with several threads.
+    What is set, switched or put in place in the twin stays there. Its modules,
+    parameters, lists and dictionaries are its own; the tensors' memory and all else are
+    shared. Unlike `torch.func.functional_call`, which swaps the module's parameters for
+    a while, this is safe with several threads.
     """
     twin = copy.copy(module)
     own = vars(twin)

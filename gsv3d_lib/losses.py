@@ -1,11 +1,10 @@
-"""What is minimised in 3D: one function per term, each with its equation and its
-weight.
+"""What is minimised in 3D: one function per term, each with its equation.
 
-    L_3D = sum over terms of lambda_TERM * TERM(what is rendered, what is true)       (1)
+    L_3D = sum over terms of lambda_TERM * TERM(what is rendered, what is true)      (1)
 
 A term whose weight in the configuration is 0 is not computed. The paper has two, RGB
-and depth (docs/method.md); all others are this project's and are off in the preset
-`paper`. To add one, write a function of `Seen` and `Truth` and name it in `TERMS`.
+and depth (docs/method.md); all others are this project's and off in the preset `paper`.
+To add one, write a function of `Seen` and `Truth` and name it in `TERMS`.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ from .system.paths import find
 
 
 class Truth(NamedTuple):
-    """Q target views: rgb [Q, H, W, 3] on white, depth [Q, H, W, 1] (0 = nothing),
-    alpha.
-    """
+    """Q views: rgb [Q, H, W, 3] on white, depth [Q, H, W, 1] (0 = nothing), alpha."""
 
     rgb: Tensor
     depth: Tensor
@@ -61,23 +58,23 @@ def depth(seen: Seen, true: Truth) -> Tensor:
 
 
 def alpha(seen: Seen, true: Truth) -> Tensor:
-    """mean |A - A*|^2 [ours]. In stage 1 only: notebook 08 says why."""
+    """mean |A - A*|^2 [ours]. In stage 1 only: it makes stage 2 worse."""
     return (seen.alpha - true.alpha).pow(2).mean()
 
 
 def dssim(seen: Seen, true: Truth) -> Tensor:
-    """1 - SSIM(I, I*) [ours, as in 3D Gaussian Splatting, eq. 7]: structure, not means."""
+    """1 - SSIM(I, I*) [ours; 3D Gaussian Splatting, eq. 7]: structure, not means."""
     with full_precision(true.rgb.device):
         return 1 - structural_similarity(seen.rgb, true.rgb)
 
 
 def lpips(seen: Seen, true: Truth) -> Tensor:
-    """LPIPS(I, I*) [ours]: distance in the feature maps of a classifier
-    (`evaluation/lpips.py`).
+    """LPIPS(I, I*) [ours]: distance in the feature maps of a classifier.
 
-    Needs weights that do not ship, at `lpips_weights`. Their net's first layer looks at
-    every fourth pixel only, so both pictures are moved by 0 to 3 pixels together: else
-    a grid of four pixels would be invisible to the loss and appear in the pictures.
+    Needs weights that do not ship, at `lpips_weights`. The first layer of their net
+    looks at every fourth pixel only, so both pictures are moved by 0 to 3 pixels
+    together. Else a grid of four pixels would be invisible to the loss and appear in
+    the pictures.
     """
     net = perceptual_net(seen.config.lpips_weights, true.rgb.device)
     return net(shift(seen.rgb), shift(true.rgb)).mean()
@@ -86,7 +83,8 @@ def lpips(seen: Seen, true: Truth) -> Tensor:
 def solid(seen: Seen, true: Truth) -> Tensor:
     """mean H(A), the binary entropy of what is covered [ours]: surfaces, not fog.
 
-    H(a) = -a ln a - (1 - a) ln(1 - a), 0 where a pixel is covered wholly or not at all.
+    H(a) = -a ln a - (1 - a) ln(1 - a) is 0 where a pixel is covered wholly or not at
+    all.
     """
     a = seen.alpha.clamp(1e-4, 1 - 1e-4)
     return -(a * a.log() + (1 - a) * (1 - a).log()).mean()
@@ -100,8 +98,7 @@ TERMS: dict[str, Callable[[Seen, Truth], Tensor]] = {
     "lpips": lpips,
     "solid": solid,
 }
-# of `Config`, which equation (1) is made of
-LOSS_FIELDS = (*(f"lambda_{name}" for name in TERMS), "lpips_weights")
+LOSS_FIELDS = (*(f"lambda_{name}" for name in TERMS), "lpips_weights")  # of `Config`
 
 
 # ---------------------------------------------------------------- their sum
@@ -117,9 +114,9 @@ def rendering_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_3D of one object on Q target views, input and novel alike, by equation (1).
 
-    rgb [Q, H, W, 3] on white, depth and alpha [Q, H, W, 1]: the truth. Returns the loss
-    and the terms, without gradients, for the log. PSNR in dB, depth and alpha are
-    always among them.
+    rgb [Q, H, W, 3] on white, depth and alpha [Q, H, W, 1]: the truth. Returns the
+    loss,
+    and the terms for the log: always PSNR in dB, depth and alpha.
     """
     expected = (len(cameras), cameras.height, cameras.width)
     if rgb.shape != (*expected, 3) or not depth.shape == alpha.shape == (*expected, 1):
@@ -128,17 +125,15 @@ def rendering_loss(
             f"got {tuple(rgb.shape)}, {tuple(depth.shape)}, {tuple(alpha.shape)}."
         )
     true = Truth(rgb, depth, alpha)
-    seen = Seen(*render(gaussians, cameras), gaussians, config)
+    drawn = render(gaussians, cameras)
+    seen = Seen(drawn.rgb, drawn.depth, drawn.alpha, gaussians, config)
     weights = {name: getattr(config, f"lambda_{name}") for name in TERMS}
     always = ("rgb", "depth", "alpha")
     values = {name: TERMS[name](seen, true) for name in TERMS if weights[name] or name in always}
     loss = sum(weights[name] * value for name, value in values.items() if weights[name])
     metrics = {name: value.detach() for name, value in values.items()}
-    log = {
-        "psnr": -10 * torch.log10(metrics.pop("rgb")),
-        "depth_l1": metrics.pop("depth"),
-        "alpha_mse": metrics.pop("alpha"),
-    }
+    log = {"psnr": -10 * torch.log10(metrics.pop("rgb"))}
+    log |= {"depth_l1": metrics.pop("depth"), "alpha_mse": metrics.pop("alpha")}
     return torch.as_tensor(loss), log | metrics
 
 
@@ -147,35 +142,31 @@ def target_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_3D averaged over the B objects of a batch, and the averaged metrics.
 
-    weight: [B], a factor for each object's loss.
+    weight: [B], a factor for each object's loss: w(sigma) of stage 2.
     """
     cameras = batch_cameras(batch["target_azimuth"], batch["target_elevation"], config.image_size)
-    columns = batch["target_rgb"], batch["target_depth"], batch["target_alpha"]
-    truth = zip(scenes, cameras, *columns)
-    losses, metrics = zip(*(rendering_loss(*parts, config) for parts in truth))
+    truth = zip(batch["target_rgb"], batch["target_depth"], batch["target_alpha"])
+    objects = zip(scenes, cameras, truth)
+    losses, metrics = zip(*(rendering_loss(s, c, *t, config) for s, c, t in objects))
     means = {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
     losses = torch.stack(losses)
     return (losses if weight is None else losses * weight).mean(), means
 
 
-# ---------------------------------------------------------------- what the terms are made of
+# ---------------------------------------------------------- what the terms are made of
 
 
 def foreground_l1(depth: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
-    """Mean |D - D*| over pixels that the object covers by more than half.
-
-    Only where the true depth is known (above 0).
-    """
+    """Mean |D - D*| where D* is known (> 0) and the object covers more than half."""
     inside = (alpha > 0.5) & (target > 0)
     return ((depth - target).abs() * inside).sum() / inside.sum().clamp(min=1)
 
 
 def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Mean SSIM of two batches of pictures [Q, H, W, 3] in [0, 1] (Wang et al. 2004).
+    """Mean SSIM of pictures [Q, H, W, 3] in [0, 1] (Wang et al. 2004).
 
     With their 11 x 11 Gaussian window of deviation 1.5 and constants 0.01^2 and 0.03^2.
-    Beyond the border pictures are 0, which `metrics.ssim` leaves out and a loss need
-    not.
+    Beyond the border pictures are 0; `metrics.ssim` leaves the border out.
     """
     offsets = torch.arange(11, dtype=a.dtype, device=a.device) - 5
     window = torch.exp(-(offsets**2) / (2 * 1.5**2))
@@ -192,11 +183,10 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shift(images: Tensor) -> Tensor:
-    """Pictures [Q, H, W, 3], each moved on white by its own 0 to 3 pixels -> [Q, H + 3,
-    W + 3, 3].
+    """[Q, H, W, 3] on white, each moved by 0 to 3 pixels -> [Q, H + 3, W + 3, 3].
 
-    By its place alone, so that runs repeat, and so that four pictures have four
-    offsets.
+    The offset depends on a picture's place alone, so runs repeat; four pictures have
+    four.
     """
     moved = []
     for k, image in enumerate(images):
@@ -217,25 +207,23 @@ def perceptual_net(path: str, device: torch.device):
 def pixel_loss(
     gaussians: Gaussians, cameras: Cameras, rgb: Tensor, depth: Tensor, alpha: Tensor
 ) -> Tensor:
-    """Each Gaussian against the pixel whose ray it sits on; nothing is rendered.
+    """Each Gaussian against the pixel whose ray it sits on; nothing is rendered [ours].
 
-    Not in the paper: gradients are dense from the first step, a warm start for short
-    budgets. rgb [N, h, w, 3], depth and alpha [N, h, w, 1] at the decoder's output
-    resolution; Gaussians in the order of those pixels. Outside the object only the
-    opacity is asked to vanish.
+    Gradients are dense from the first step: a warm start for short budgets.
+    rgb [N, h, w, 3], depth and alpha [N, h, w, 1] at the decoder's output resolution;
+    Gaussians in the order of those pixels. Outside of the object only the opacity
+    counts.
     """
     frames, height, width = rgb.shape[:3]
+    grid = frames, height, width
     if len(gaussians) != frames * height * width:
-        raise ValueError(
-            f"{len(gaussians)} Gaussians do not sit on {frames} x {height} x {width} pixels."
-        )
-    means, colors = (
-        t.unflatten(0, (frames, height, width)) for t in (gaussians.means, gaussians.colors)
-    )
-    opacities = gaussians.opacities.reshape(frames, height, width, 1)
-    rotation = cameras.viewmats[:, :3, :3].to(means)
-    shift = cameras.viewmats[:, :3, 3].to(means)
-    z = torch.einsum("vj,vhwj->vhw", rotation[:, 2], means)[..., None] + shift[:, None, None, 2:]
+        size = " x ".join(map(str, grid))
+        raise ValueError(f"{len(gaussians)} Gaussians do not sit on {size} pixels.")
+    means, colors = (t.unflatten(0, grid) for t in (gaussians.means, gaussians.colors))
+    opacities = gaussians.opacities.reshape(*grid, 1)
+    forward = cameras.viewmats[:, 2].to(means)  # [N, 4], the row of z
+    z = torch.einsum("vj,vhwj->vhw", forward[:, :3], means)[..., None]
+    z = z + forward[:, None, None, 3:]
     inside = ((alpha > 0.5) & (depth > 0)).to(z)
     count = inside.sum().clamp(min=1)
     depth_term = ((z - depth).abs() * inside).sum() / count

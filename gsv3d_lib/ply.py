@@ -2,9 +2,10 @@
 
 A file stores float32: position, a zero normal, (colour - 0.5) / SH_C0, the logit of the
 opacity, the log of the scales, and the quaternion. Of neighbouring float32 numbers the
-one that decodes nearest to the original is taken: one round trip changes a value by at
-most 1e-6, every further one changes nothing. Opacities 0 and 1 have the logits -110 and
-110, which decode to exactly 0 and 1. Which way is up a comment in the header says.
+one that decodes nearest to the original is taken. So one round trip changes a value by
+at most 1e-6, and every further one changes nothing. Opacities 0 and 1 have the logits
+-110 and 110, which decode to exactly 0 and 1. A comment in the header says which way is
+up.
 """
 
 from __future__ import annotations
@@ -20,16 +21,13 @@ from .system.errors import MissingFile, UserError
 from .system.paths import atomic_path
 
 SH_C0 = 0.28209479177387814  # the constant spherical harmonic, 1 / sqrt(4 pi)
-# exp(-110) is 0 in float32, so opacities 0 and 1 and scale 0 become finite numbers that
-# decode exactly.
-MAX_LOG = 110.0
-PLY_COLUMNS = (
-    "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3"
-).split()
+MAX_LOG = 110.0  # exp(-110) is 0 in float32: opacities 0 and 1 and scale 0 decode exactly
+PLY_COLUMNS = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity".split()
+PLY_COLUMNS += "scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
 PLY_TYPES = {
-    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4", "double": "f8",
-    "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4", "float32": "f4",
-    "float64": "f8",
+    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4",
+    "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+    "float": "f4", "float32": "f4", "double": "f8", "float64": "f8",
 }  # fmt: skip
 BYTE_ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">"}
 MAX_HEADER = 1 << 20  # bytes; headers of splats take 2 kB
@@ -45,33 +43,31 @@ def write_splats(path: str | Path, table: np.ndarray, axes: str) -> None:
 
 
 def read_splats(path: Path) -> tuple[np.ndarray, str]:
-    """The splats of a PLY as a structured array [G], and the axes that its header
-    states.
+    """The splats of a PLY as a structured array [G], and its stated axes.
 
     Raises MissingFile, or UserError where it is no complete PLY of splats.
     """
     if not path.is_file():
         raise MissingFile(f"There is no PLY file at {path}: check the path.")
     table, axes = read_ply_table(path)
-    if "packed_position" in table.dtype.names:
+    names = table.dtype.names or ()
+    if "packed_position" in names:
         raise UserError(
             f"{path} is a compressed PLY: unpack it, for example with PlayCanvas's splat-transform "
             f"(`splat-transform {path.name} unpacked.ply`) or SuperSplat, which exports it as .ply."
         )
     for name in PLY_COLUMNS:
-        if name not in table.dtype.names and name not in ("nx", "ny", "nz"):
-            raise UserError(
-                f"{path} is a PLY, but not one of Gaussian splats: it has no property {name}."
-            )
+        if name not in names and name not in ("nx", "ny", "nz"):
+            lack = f"it has no property {name}"
+            raise UserError(f"{path} is a PLY, but not one of Gaussian splats: {lack}.")
     warn_of_activated(table, path)
     return table, axes
 
 
 class PlyElement(NamedTuple):
-    """A table of a PLY file: its name, its number of rows, and its columns in order.
+    """A table of a PLY file: its name, its number of rows, its columns in order.
 
-    columns: name -> the numpy type of a number, or the two of a list (its length, its
-        items).
+    columns: name -> numpy type of a number, or two of a list (its length, its items).
     """
 
     name: str
@@ -79,18 +75,16 @@ class PlyElement(NamedTuple):
     columns: dict[str, str | tuple[str, str]]
 
     def record(self) -> np.dtype:
-        """One row. Raises ValueError for lists, whose length is only known row by row."""
+        """One row. ValueError for lists: their length is known row by row only."""
         if any(isinstance(kind, tuple) for kind in self.columns.values()):
             raise ValueError(f"{self.name} holds lists")
         return np.dtype(list(self.columns.items()))
 
 
 def read_ply_table(path: Path) -> tuple[np.ndarray, str]:
-    """The vertices of a binary PLY as a structured array, bit for bit, and the axes
-    that its header states.
+    """The vertices of a binary PLY, bit for bit, and the axes that its header states.
 
-    Takes no more memory than the file has bytes. Raises ValueError for what is no such
-    file.
+    Takes no more memory than the file has bytes. UserError for what is no such file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -116,13 +110,12 @@ def read_ply_table(path: Path) -> tuple[np.ndarray, str]:
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[list[list[str]], int]:
-    """The words of each line between "ply" and "end_header", and where the data begins."""
+    """The words of each line from "ply" to "end_header", and where the data begins."""
     data = file.read(MAX_HEADER)
     first = re.match(rb"ply[ \t]*(\r\n|\n|\r)", data)
     if not first:
         raise UserError(f"{path} is not a PLY file: it does not begin with the line ply.")
-    # A lone \r ends lines only where it does so in the first: the data may begin with
-    # \n.
+    # A lone \r ends lines only where it ends the first: the data may begin with \n.
     line_end = rb"\r" if first[1] == b"\r" else rb"\r?\n"
     last = re.search(rb"[\r\n]end_header[ \t]*" + line_end, data)
     if not last:
@@ -136,21 +129,20 @@ def _byte_order(lines: list[list[str]], path: Path) -> str:
     formats = [words for words in lines if words[:1] == ["format"]]
     if len(formats) == 1 and len(formats[0]) == 3 and formats[0][1] in BYTE_ORDERS:
         return BYTE_ORDERS[formats[0][1]]
-    said = " ".join(formats[0][1:]) if formats else "missing"
+    stated = " ".join(formats[0][1:]) if formats else "missing"
     raise UserError(
-        f"{path} is not a binary PLY, its format is {said}: export it again as a binary one."
+        f"{path} is not a binary PLY, its format is {stated}: export it again as a binary one."
     )
 
 
 def _stated_axes(lines: list[list[str]]) -> str:
     """Of the line "comment axes y-down", as `save_ply` writes it."""
-    comments = [" ".join(words[1:]) for words in lines if words[:1] == ["comment"]]
-    stated = [
-        match[1]
-        for match in (re.fullmatch("axes ([xyz]-(up|down))", text) for text in comments)
-        if match
-    ]
-    return stated[0] if stated else "z-up"
+    for words in lines:
+        if words[:2] == ["comment", "axes"] and re.fullmatch(
+            "[xyz]-(up|down)", " ".join(words[2:])
+        ):
+            return words[2]
+    return "z-up"
 
 
 def _parse_elements(lines: list[list[str]], order: str) -> list[PlyElement]:
@@ -162,7 +154,8 @@ def _parse_elements(lines: list[list[str]], order: str) -> list[PlyElement]:
                 raise ValueError(f"{count!r} is no number of {name}")
             elements.append(PlyElement(name, int(count), {}))
         elif words[:1] == ["property"]:
-            columns, name = elements[-1].columns, words[-1]
+            columns = elements[-1].columns
+            name = words[-1]
             if name in columns:
                 raise ValueError(f"two properties {name}")
             columns[name] = _column_type(words[1:-1], order)
@@ -188,20 +181,14 @@ def _find_vertices(elements: list[PlyElement]) -> tuple[list[PlyElement], PlyEle
 
 
 def _skip(file: BinaryIO, element: PlyElement, start: int, size: int) -> int:
-    """Where an element that begins at `start` ends; beyond `size` where the file is cut
-    off.
-    """
-    widths = {
-        name: np.dtype(kind).itemsize
-        for name, kind in element.columns.items()
-        if isinstance(kind, str)
-    }
-    if len(widths) == len(element.columns):
-        return start + element.count * sum(widths.values())
+    """Where an element that begins at `start` ends; > `size` if it is cut off."""
+    kinds = element.columns.values()
+    if not any(isinstance(kind, tuple) for kind in kinds):
+        return start + element.count * element.record().itemsize
     for _ in range(element.count):
-        for name, kind in element.columns.items():
-            if name in widths:
-                start += widths[name]
+        for kind in kinds:
+            if isinstance(kind, str):
+                start += np.dtype(kind).itemsize
                 continue
             length, item = (np.dtype(part) for part in kind)
             file.seek(start)
@@ -213,20 +200,21 @@ def _skip(file: BinaryIO, element: PlyElement, start: int, size: int) -> int:
 
 
 def warn_of_activated(table: np.ndarray, path: Path) -> None:
-    """Many splats, all with logarithms of scales above 0 and logits between 0 and 1,
-    are most likely neither.
+    """Warn of many splats with all logs of scales > 0 and all logits in [0, 1].
+
+    They are most likely neither logs nor logits.
     """
     scales = np.stack([table[f"scale_{k}"] for k in range(3)])
     opacities = table["opacity"]
     if len(table) >= 2 and (scales > 0).all() and ((opacities >= 0) & (opacities <= 1)).all():
         warnings.warn(
-            f"{path} seems to store scales and opacities themselves, not their logarithms and logits "
-            "as 3D Gaussian Splatting does: if the object looks like fog, export it again.",
+            f"{path} seems to store scales and opacities themselves, not their logarithms and "
+            "logits: if the object looks like fog, export it again.",
             stacklevel=3,
         )
 
 
-# ---------------------------------------------------------------- stored and activated numbers
+# ------------------------------------------------------ stored and activated numbers
 # Computed in float64, so that the one rounding to float32 at the end decides.
 
 
@@ -254,38 +242,25 @@ def _log(scale: np.ndarray) -> np.ndarray:
 
 
 def _store(values: np.ndarray, encode, decode) -> np.ndarray:
-    """float32 numbers near encode(values): of three neighbours the one whose decoded
-    float32 is nearest to `values`.
-    """
+    """float32 near encode(values): of three neighbours the one that decodes nearest."""
     centre = encode(values.astype(np.float64)).astype(np.float32)
-    neighbours = np.stack(
-        [
-            centre,
-            np.nextafter(centre, np.float32(-np.inf)),
-            np.nextafter(centre, np.float32(np.inf)),
-        ]
-    )
+    below, above = (np.nextafter(centre, np.float32(end)) for end in (-np.inf, np.inf))
+    neighbours = np.stack([centre, below, above])
     decoded = decode(neighbours.astype(np.float64)).astype(np.float32).astype(np.float64)
     nearest = np.abs(decoded - values).argmin(0)  # the centre, if several are
     return np.take_along_axis(neighbours, nearest[None], 0)[0]
 
 
 def encode(
-    means: np.ndarray,
-    quats: np.ndarray,
-    scales: np.ndarray,
-    opacities: np.ndarray,
-    colors: np.ndarray,
-) -> np.ndarray:
-    """Activated values [G, ...] -> what a file stores, float32 [G, 17] in the order of
-    PLY_COLUMNS.
-    """
+    means: np.ndarray, quats: np.ndarray, scales: np.ndarray,
+    opacities: np.ndarray, colors: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Activated values [G, ...] -> float32 [G, 17] in the order of PLY_COLUMNS."""
     dc = _store(colors, _color_inverse, _color)
     logits = _store(opacities[:, None], _logit, _sigmoid)
     log_scales = _store(scales, _log, np.exp)
-    return np.concatenate([means, np.zeros_like(means), dc, logits, log_scales, quats], 1).astype(
-        "<f4"
-    )
+    columns = [means, np.zeros_like(means), dc, logits, log_scales, quats]
+    return np.concatenate(columns, 1).astype("<f4")
 
 
 def decode(table: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -295,13 +270,10 @@ def decode(table: np.ndarray) -> tuple[np.ndarray, ...]:
         stored = np.stack([table[name] for name in names], -1).astype(np.float64)
         return np.where(np.isfinite(stored), stored, np.nan)
 
-    # what no number decodes to, the caller finds
-    with np.errstate(over="ignore", invalid="ignore"):
-        means, quats = columns("x", "y", "z"), columns("rot_0", "rot_1", "rot_2", "rot_3")
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for NaN
+        means = columns("x", "y", "z")
+        quats = columns("rot_0", "rot_1", "rot_2", "rot_3")
         scales = np.exp(columns("scale_0", "scale_1", "scale_2"))
-        opacities, colors = (
-            _sigmoid(columns("opacity"))[:, 0],
-            _color(columns("f_dc_0", "f_dc_1", "f_dc_2")),
-        )
-        arrays = means, quats, scales, opacities, colors
-        return tuple(array.astype(np.float32) for array in arrays)
+        opacities = _sigmoid(columns("opacity"))[:, 0]
+        colors = _color(columns("f_dc_0", "f_dc_1", "f_dc_2"))
+        return tuple(a.astype(np.float32) for a in (means, quats, scales, opacities, colors))

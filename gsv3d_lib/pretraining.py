@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,51 +22,55 @@ from .encoders import dino_features, orbit_condition
 from .training import Stage, mean_over_processes
 from .vae import calibrate, to_network
 
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection, Dinov2Model
+
+    from .unet import SV3DUNet
+    from .vae import GroupedVAE
+
 
 class VAEStage(Stage):
-    """Reconstruction of clips of neighbouring views: L1 + MSE, a very small KL, and an
-    anchor for three of the channels.
+    """Reconstruction of clips of views: L1 + MSE, a very small KL, and an anchor.
 
-    The anchor asks the first three latent channels to be the picture's thumbnail, 1 - x
+    The anchor asks the first three latent channels to be the picture's thumbnail: 1 - x
     averaged over 8 x 8 pixels, so that white is 0. At 64 px the best *linear* code of 8
     x 8 pixels in four numbers spends all four on luminance, and a short training stays
     in that grey solution for thousands of steps; with the anchor there is colour after
-    a hundred. It also makes latents that vary smoothly over an object, which the small
-    U-Net and decoder learn faster.
+    a hundred. The latents also vary smoothly over an object, so U-Net and decoder learn
+    faster.
     """
 
     KL_WEIGHT = 1e-6
     FIELDS = ("image_size", "vae_*", "latent_scale")
 
-    def __init__(self, vae, views: ViewTensors, config: Config):
+    def __init__(self, vae: GroupedVAE, views: ViewTensors, config: Config):
         super().__init__()
-        self.vae, self.views, self.config = vae, views, config
-        self.clip, self.anchor_weight = config.vae_clip, config.vae_anchor
+        self.vae = vae
+        self.views = views
+        self.config = config
 
     def example(self, generator, shared, place):
         index = int(draw(generator, len(self.views)))
-        frames = (draw(generator, RING, 1) + torch.arange(self.clip)) % RING
-        # another palette: colours generalise
-        palette = PALETTES[int(draw(generator, len(PALETTES)))]
+        clip = self.config.vae_clip
+        frames = (draw(generator, RING, 1) + torch.arange(clip)) % RING
+        palette = PALETTES[int(draw(generator, len(PALETTES)))]  # so that colours generalise
         rgb = self.views.rgb[index][frames].float()[..., list(palette)] / 255
         size = rgb.shape[-2] // 8
-        return {"rgb": rgb, "noise": torch.randn(self.clip, 4, size, size, generator=generator)}
+        return {"rgb": rgb, "noise": torch.randn(clip, 4, size, size, generator=generator)}
 
-    def forward(self, batch):
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         images = to_network(batch["rgb"])  # [B * T, 3, H, W]
-        posterior = self.vae.encode(images).latent_dist
+        posterior = cast(Any, self.vae.encode(images)).latent_dist
         latents = posterior.mean + posterior.std * batch["noise"].flatten(0, 1)
-        decoded = self.vae.decode(latents, num_frames=self.clip).sample
-        error, kl = decoded - images, posterior.kl().mean()
+        decoded = self.vae.decode(latents, num_frames=self.config.vae_clip).sample
+        error = decoded - images
+        mse = error.pow(2).mean()
+        kl = posterior.kl().mean()
         thumbnail = F.avg_pool2d(1 - images, 8)
         anchor = F.mse_loss(posterior.mean[:, :3], thumbnail)
-        mse = error.pow(2).mean()
-        loss = mse + error.abs().mean() + self.KL_WEIGHT * kl + self.anchor_weight * anchor
-        return loss, {
-            "psnr": -10 * torch.log10(mse.detach() / 4),
-            "kl": kl.detach(),
-            "anchor": anchor.detach(),
-        }
+        loss = mse + error.abs().mean() + self.KL_WEIGHT * kl + self.config.vae_anchor * anchor
+        psnr = -10 * torch.log10(mse.detach() / 4)  # images span 2, from -1 to 1
+        return loss, {"psnr": psnr, "kl": kl.detach(), "anchor": anchor.detach()}
 
     def products(self):
         """The autoencoder, rescaled so that 0.18215 z has unit variance."""
@@ -76,20 +81,22 @@ class VAEStage(Stage):
 
 
 class DINOStage(Stage):
-    """Self-distillation with no labels (DINO, Caron et al. 2021), with two *views of
-    one object* as the two crops.
+    """Self-distillation with no labels (DINO, Caron et al. 2021).
 
-    The student, given one view, predicts what the teacher (an average of past students)
-    says of the other. Centring and a low teacher temperature keep the answer from
-    collapsing to one constant.
+    The two crops are two *views of one object*. The student, given one, predicts what
+    the teacher (an average of past students) says of the other. Centring and a low
+    teacher temperature keep the answer from collapsing to one constant.
     """
 
     FIELDS = ("image_size", "dino*")
     PROTOTYPES, STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 1024, 0.1, 0.05
+    center: Tensor
 
-    def __init__(self, dino, views: ViewTensors, config: Config):
+    def __init__(self, dino: Dinov2Model, views: ViewTensors, config: Config):
         super().__init__()
-        self.dino, self.views, self.config = dino, views, config
+        self.dino = dino
+        self.views = views
+        self.config = config
         self.head = DINOHead(config.dino_width, self.PROTOTYPES)
         self.teacher = copy.deepcopy(nn.ModuleList([dino, self.head])).requires_grad_(False)
         self.register_buffer("center", torch.zeros(self.PROTOTYPES))
@@ -101,32 +108,28 @@ class DINOStage(Stage):
     def example(self, generator, shared, place):
         index = int(draw(generator, len(self.views)))
         pair = draw(generator, len(self.views.azimuths[index]), 2)
-        crops = [
-            random_crop(self.views.rgb[index, k].float() / 255, generator) for k in pair.tolist()
-        ]
-        return {"crops": torch.stack(crops)}
+        views = [self.views.rgb[index, k].float() / 255 for k in pair.tolist()]
+        return {"crops": torch.stack([random_crop(view, generator) for view in views])}
 
-    def forward(self, batch):
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         crops = batch["crops"].transpose(0, 1)  # [2, B, S, S, 3]
         student = [self.head(dino_features(self.dino, x)) / self.STUDENT_TEMPERATURE for x in crops]
         with torch.no_grad():
-            backbone, head = self.teacher
+            backbone, head = cast(Any, self.teacher)
             logits = [head(dino_features(backbone, x)) for x in crops]
             targets = [((t - self.center) / self.TEACHER_TEMPERATURE).softmax(-1) for t in logits]
             if self.training:
-                # of the whole batch
-                self.center.lerp_(mean_over_processes(torch.cat(logits).float().mean(0)), 0.1)
-        loss = sum(F.cross_entropy(student[a], targets[1 - a]) for a in (0, 1)) / 2
-        return loss, {
-            "target_entropy": torch.distributions.Categorical(probs=targets[0]).entropy().mean()
-        }
+                mean = mean_over_processes(torch.cat(logits).float().mean(0))
+                self.center.lerp_(mean, 0.1)
+        first, second = (F.cross_entropy(student[a], targets[1 - a]) for a in (0, 1))
+        entropy = torch.distributions.Categorical(probs=targets[0]).entropy().mean()
+        return (first + second) / 2, {"target_entropy": entropy}
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:
         momentum = 1 - 0.01 * (1 + math.cos(math.pi * step / steps)) / 2
-        for teacher, student in zip(
-            self.teacher.parameters(), [*self.dino.parameters(), *self.head.parameters()]
-        ):
+        students = [*self.dino.parameters(), *self.head.parameters()]
+        for teacher, student in zip(self.teacher.parameters(), students):
             teacher.lerp_(student.detach(), 1 - momentum)
 
     def products(self):
@@ -135,9 +138,7 @@ class DINOStage(Stage):
 
 
 class DINOHead(nn.Module):
-    """Class token and mean patch -> logits over prototypes on the unit sphere. [B, T,
-    C] -> [B, K]
-    """
+    """Class token and mean patch -> logits over prototypes. [B, T, C] -> [B, K]"""
 
     def __init__(self, width: int, prototypes: int):
         super().__init__()
@@ -150,9 +151,7 @@ class DINOHead(nn.Module):
 
 
 def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
-    """A random square of 60-100 % of the side, resized back, with a random mirror and
-    brightness. [S, S, 3]
-    """
+    """A square of 60-100 % of the side, resized, mirrored, dimmed. [S, S, 3]"""
     size = image.shape[0]
     side = int(size * (0.6 + 0.4 * torch.rand((), generator=generator)))
     top, left = draw(generator, size - side + 1, 2).tolist()
@@ -163,40 +162,35 @@ def random_crop(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class DiffusionStage(Stage):
-    """Multi-view latent diffusion: L_2D on whole orbits. A CLIP tower without
-    pretrained weights learns along with it.
+    """Multi-view latent diffusion: L_2D on whole orbits.
+
+    A CLIP tower without pretrained weights learns along with it.
     """
 
-    FIELDS = (
-        "image_size",
-        "num_frames",
-        "unet_*",
-        "clip_*",
-        "cond_*",
-        "log_sigma_*",
-        "roll_frames",
-        "copies",
-    )
+    FIELDS = ("image_size", "num_frames", "copies", "unet_*", "clip_*", "cond_*", "log_sigma_*")
+    FIELDS += ("roll_frames",)
 
-    def __init__(self, unet, clip, orbits: Orbits, config: Config):
+    def __init__(
+        self, unet: SV3DUNet, clip: CLIPVisionModelWithProjection, orbits: Orbits, config: Config
+    ):
         super().__init__()
-        self.unet, self.clip, self.orbits, self.config = unet, clip, orbits, config
+        self.unet = unet
+        self.clip = clip
+        self.orbits = orbits
+        self.config = config
 
-    def example(self, generator, shared, place):
-        item, start = self.orbits.item(generator, place), int(draw(generator, RING))
+    def example(self, generator: torch.Generator, shared: torch.Generator, place: int) -> Example:
+        item = self.orbits.item(generator, place)
+        start = int(draw(generator, RING))
         orbit = self.orbits.orbit(item, start, self.config.num_frames)
         if torch.rand((), generator=generator) < self.config.roll_frames:
             orbit = rolled(orbit, int(draw(generator, self.config.num_frames)))
         return orbit | diffusion_draws(orbit["latents"], generator, self.config)
 
-    def forward(self, batch):
-        loss, _ = diffusion_loss(
-            self.unet,
-            batch["latents"],
-            batch["noise"],
-            batch["sigma"],
-            orbit_condition(batch, self.clip, self.config),
-        )
+    def forward(self, batch: Example) -> tuple[Tensor, dict[str, Tensor]]:
+        condition = orbit_condition(batch, self.clip, self.config)
+        draws = batch["latents"], batch["noise"], batch["sigma"]
+        loss, _ = diffusion_loss(self.unet, *draws, condition)
         return loss, {}
 
     def products(self):
@@ -204,12 +198,14 @@ class DiffusionStage(Stage):
 
 
 def rolled(orbit: Example, frames: int) -> Example:
-    """The same orbit begun elsewhere: its N frames moved on by `frames`, their angles
-    with them.
+    """The same orbit begun elsewhere: frames and their angles move on by `frames`.
 
     In SV3D's order frame number and azimuth say the same, so a network may learn
     either; in a rolled orbit only the azimuth is right.
     """
-    return orbit | {
-        name: orbit[name].roll(frames, 0) for name in ("latents", "azimuth", "elevation")
+    moved: Example = {
+        "latents": orbit["latents"].roll(frames, 0),
+        "azimuth": orbit["azimuth"].roll(frames, 0),
+        "elevation": orbit["elevation"].roll(frames, 0),
     }
+    return orbit | moved

@@ -7,9 +7,7 @@ from torch import Tensor
 
 
 def rotation_matrices(quats: Tensor) -> Tensor:
-    """Quaternions [..., 4] (w, x, y, z; any non-zero length) to rotation matrices [...,
-    3, 3].
-    """
+    """Quaternions [..., 4] of any non-zero length -> rotation matrices [..., 3, 3]."""
     w, x, y, z = torch.nn.functional.normalize(quats, dim=-1).unbind(-1)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],

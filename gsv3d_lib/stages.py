@@ -1,7 +1,6 @@
-"""The five stages: what each trains, what it needs, and how it is put together. One
-table.
+"""The table of the five stages: what each trains, what it needs, how it is built.
 
-    vae -> diffusion -> stage2          dino -> stage1 -> stage2          vae -> stage1
+    vae -> diffusion -> stage2       dino -> stage1 -> stage2       vae -> stage1
 
 `run_stage` trains one of them in a run folder. The loop is `training.train`; what a
 stage draws and minimises is in `pretraining.py`, `stage1.py` and `distillation.py`.
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -52,20 +52,14 @@ class StageSpec:
     needs: tuple[str, ...] = ()  # the stages whose weights it reads
 
 
+UNET = ("unet", "clip")  # the U-Net, and the CLIP tower that learns along with it
+BELOW = ("vae", "dino", "diffusion", "stage1")  # what stage 2 stands on
 STAGES = {
     "vae": StageSpec(VAEStage, ("vae",), ("vae",), "vae_schedule"),
     "dino": StageSpec(DINOStage, ("dino",), ("dino",), "dino_schedule"),
-    "diffusion": StageSpec(
-        DiffusionStage, ("unet", "clip"), ("unet", "clip"), "diffusion_schedule", ("vae",)
-    ),
+    "diffusion": StageSpec(DiffusionStage, UNET, UNET, "diffusion_schedule", ("vae",)),
     "stage1": StageSpec(DecoderStage, ("decoder", "dino"), ("decoder",), "stage1", ("vae", "dino")),
-    "stage2": StageSpec(
-        DistillationStage,
-        ("unet", "clip", "decoder", "dino"),
-        ("lora",),
-        "stage2",
-        ("vae", "dino", "diffusion", "stage1"),
-    ),
+    "stage2": StageSpec(DistillationStage, (*UNET, "decoder", "dino"), ("lora",), "stage2", BELOW),
 }
 
 
@@ -93,12 +87,10 @@ def build_stage(
     models: Mapping[str, nn.Module | None],
     data: ViewTensors | Orbits | None,
 ) -> Stage:
-    """A stage from its models and data; with `checkpointing`, U-Net and decoder
-    recompute.
-    """
+    """A stage from its models and data; `checkpointing` is switched on if asked."""
     for part in ("unet", "decoder"):
         if config.checkpointing and part in models:
-            models[part].enable_gradient_checkpointing()
+            cast(Any, models[part]).enable_gradient_checkpointing()
     spec = STAGES[name]
     return spec.make(*(models[part] for part in spec.models), data, config)
 
@@ -106,12 +98,13 @@ def build_stage(
 def run_stage(
     name: str, config: Config, views: ViewTensors, run: Path, init: Path | None = None, **options
 ) -> list[dict]:
-    """Train one stage in the folder `run` and put its weights into run/weights.
+    """Train one stage in the folder `run`, with its weights in run/weights.
 
     init: a checkpoint folder to start from.  options: of `training.train`.
     Returns the metrics.
     """
-    spec, weights = STAGES[name], Path(run) / "weights"
+    spec = STAGES[name]
+    weights = Path(run) / "weights"
     torch.manual_seed(config.seed)
     models = starting_models(name, config, weights, init)
     data = orbits_for(config, views, run, models.get("dino")) if "vae" in spec.needs else views
@@ -128,8 +121,7 @@ def run_stage(
 def starting_models(
     name: str, config: Config, weights: Path, init: Path | None
 ) -> dict[str, nn.Module | None]:
-    """The models of a stage: those that it trains new or from `init`, the others as
-    trained.
+    """A stage's models: what it trains is new or from `init`, the rest as trained.
 
     A LoRA is always new: `init` has only given the models below it.
     """
@@ -150,8 +142,8 @@ def starting_models(
 def initial(name: str, config: Config, init: Path | None) -> nn.Module:
     """What a stage starts from: a new model, or that of the checkpoint `init`.
 
-    A model with a method `grown_to` may be smaller than asked for. Raises UserError
-    where the sizes are not those of `config` otherwise.
+    A model with a method `grown_to` may be smaller than asked for. Otherwise UserError
+    where the sizes are not those of `config`.
     """
     build = builders()[name]
     if init is None:
@@ -164,18 +156,15 @@ def initial(name: str, config: Config, init: Path | None) -> nn.Module:
     for key, value in traits(model).items():
         if wanted.get(key) != value:
             raise UserError(
-                f"The {name} in {init} is not of this configuration ({key} is {value}, not "
-                f"{wanted.get(key)}); train without --init, or without the settings that changed it."
+                f"The {name} in {init} is not of this configuration ({key} is {value}, "
+                f"not {wanted.get(key)}); train without --init or the settings that changed it."
             )
     return model
 
 
-def traits(model: nn.Module) -> dict[str, list]:
-    """What two models must share so that one's weights mean the same in the other.
-
-    The shapes, and what no shape shows.
-    """
-    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+def traits(model: nn.Module) -> dict[str, object]:
+    """What two models with the same weights share: shapes, and what none shows."""
+    shapes: dict[str, object] = {k: list(v.shape) for k, v in model.state_dict().items()}
     unseen = ("heads", "num_attention_heads", "scale_range", "resnet_eps")
     hidden = {key: getattr(model.config, key, None) for key in unseen}
     return shapes | {key: list(v) if isinstance(v, tuple) else v for key, v in hidden.items()}
@@ -184,7 +173,7 @@ def traits(model: nn.Module) -> dict[str, list]:
 def orbits_for(
     config: Config, views: ViewTensors, run: Path, dino: nn.Module | None = None
 ) -> Orbits:
-    """Orbits of all objects and their variants, encoded once by this run's VAE.
+    """Orbits of all objects and their variants, encoded by this run's VAE.
 
     From shards they come with the features of `dino`.
     """
@@ -199,13 +188,14 @@ def orbits_for(
 def take_over(init: Path, run: Path, stages: Sequence[str], config: Config) -> None:
     """Copy into run/weights the models of `init` that `stages` do not train.
 
-    Those that are there already stay. How many steps they were trained goes into their
-    gsv3d.json. Raises MissingFile where `init` is no checkpoint, UserError where its
-    weights are damaged.
+    Those that are there already stay; gsv3d.json states how long each was trained.
+    Raises MissingFile where `init` is no checkpoint, UserError where its weights are
+    damaged.
     """
     if not (init / "gsv3d.json").is_file():
         raise MissingFile(
-            f"--init {init} is no GSV3D checkpoint: gsv3d.json is missing. Try data/checkpoints/tiny."
+            f"--init {init} is no GSV3D checkpoint: gsv3d.json is missing. "
+            "Try data/checkpoints/tiny."
         )
     trained = {name for stage in stages for name in STAGES[stage].trains} | {"lora"}
     folders = (path for path in init.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,15 +1,14 @@
-"""Train the stages of one preset, in order, from the command line or from a notebook.
+"""Train the stages of one preset, in order, from the command line or a notebook.
 
     python -m gsv3d_lib train --preset tiny --data data/cache/procedural --out runs/tiny
 
-Every stage resumes where it was stopped, if the same command goes on: a checkpoint of
-other settings or data is refused, unless `--force-resume` is given. Only the number of
-steps may be larger than before. `--minutes 40` trains each of the named stages for so
-long, however fast the machine is; the learning rate follows the time. A stage is
-skipped once its weights lie in OUT/weights. They are in the layout of diffusers and
-transformers (`save_pretrained`), so that `GSV3DPipeline.from_pretrained(OUT/weights)`
-opens them. `--init FOLDER` starts the named stages from another checkpoint's weights
-and takes over what they do not train:
+The same command resumes each stage where it was stopped. A checkpoint of other settings
+or data is refused, unless `--force-resume` is given; only the number of steps may be
+larger than before. `--minutes 40` trains each stage for so long, however fast the
+machine is; the learning rate follows the time. A stage is skipped once its weights lie
+in OUT/weights. They are in the layout of diffusers and transformers, and
+`GSV3DPipeline.from_pretrained(OUT/weights)` opens them. `--init FOLDER` starts the
+named stages from another checkpoint's weights and takes over what they do not train:
 
     python -m gsv3d_lib train --init data/checkpoints/tiny --stages diffusion stage2 \\
         --data data/cache/mine --out runs/mine
@@ -56,75 +55,35 @@ from .weights.run_folder import read_metrics
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("train", __doc__)
-    parser.add_argument("--preset", default="tiny")
+    add = parser.add_argument
+    add("--preset", default="tiny")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--data",
-        nargs="+",
-        type=input_path,
-        default=[input_path("data/cache/procedural")],
-        help="dataset folders",
-    )
-    source.add_argument(
-        "--shards",
-        type=input_path,
-        metavar="FOLDER",
-        help="what `python -m gsv3d_lib shards` wrote, instead of --data",
-    )
-    parser.add_argument(
-        "--out", type=output_path, default="runs/tiny", help="checkpoints, curves and weights"
-    )
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    parser.add_argument(
-        "--steps", type=positive, help="override the number of steps of the named stages"
-    )
-    parser.add_argument(
-        "--minutes",
-        type=number(0.01, 1e6),
-        default=0.0,
-        help="of training for each of the named stages, resumed runs in all; with --steps whatever ends first",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="one field of the preset, such as stage1.lr=1e-4",
-    )
-    parser.add_argument(
-        "--seed", type=training_seed, help="of weights, examples and noise (default: the preset's)"
-    )
-    parser.add_argument(
-        "--init",
-        type=input_path,
-        metavar="FOLDER",
-        help="a checkpoint whose weights the stages start from",
-    )
-    parser.add_argument(
-        "--precision", default="auto", choices=PRECISIONS, help="auto: bf16 on a GPU, fp32 on a CPU"
-    )
-    parser.add_argument("--limit", type=positive, help="use only the first objects")
-    parser.add_argument(
-        "--processes",
-        type=positive,
-        default=1,
-        help="how many torchrun was asked for; it must agree",
-    )
-    parser.add_argument(
-        "--force-resume",
-        action="store_true",
-        help="go on from checkpoints of other settings or data, which is refused otherwise",
-    )
-    parser.add_argument(
-        "--prepare",
-        action="store_true",
-        help="only read the data and encode it into OUT, once for all processes",
-    )
-    parser.add_argument(
-        "--export",
-        type=output_path,
-        help="only copy the finished weights, in half precision, to this folder",
-    )
+    data = [input_path("data/cache/procedural")]
+    source.add_argument("--data", nargs="+", type=input_path, default=data, help="dataset folders")
+    shards = "what `python -m gsv3d_lib shards` wrote, instead of --data"
+    source.add_argument("--shards", type=input_path, metavar="FOLDER", help=shards)
+    add("--out", type=output_path, default="runs/tiny", help="checkpoints, curves and weights")
+    add("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    add("--steps", type=positive, help="the number of steps of the named stages")
+    minutes = "of training for each named stage, in all; with --steps whatever ends first"
+    add("--minutes", type=number(0.01, 1e6), default=0.0, help=minutes)
+    setting = "one field of the preset, such as stage1.lr=1e-4"
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help=setting)
+    seed = "of weights, examples and noise (default: the preset's)"
+    add("--seed", type=training_seed, help=seed)
+    init = "a checkpoint whose weights the stages start from"
+    add("--init", type=input_path, metavar="FOLDER", help=init)
+    precision = "auto: bf16 on a GPU, fp32 on a CPU"
+    add("--precision", default="auto", choices=PRECISIONS, help=precision)
+    add("--limit", type=positive, help="use only the first objects")
+    processes = "how many torchrun was asked for; it must agree"
+    add("--processes", type=positive, default=1, help=processes)
+    force = "go on from checkpoints of other settings or data, which is refused otherwise"
+    add("--force-resume", action="store_true", help=force)
+    prepare = "only read the data and encode it into OUT, once for all processes"
+    add("--prepare", action="store_true", help=prepare)
+    export = "only copy the finished weights, in half precision, to this folder"
+    add("--export", type=output_path, help=export)
     return parser
 
 
@@ -140,11 +99,9 @@ def run(args: argparse.Namespace) -> None:
     if args.seed is not None:
         config = config.replace(seed=args.seed)
     if {"diffusion", "stage2"} & set(args.stages):
-        # a sampler may take any number of views, a training only what a ring has
-        ring_frames(0, config.num_frames)
+        ring_frames(0, config.num_frames)  # refuses what a ring does not have; samplers may
     remove_leftovers(args.out)
-    if torch.cuda.is_available():
-        # else every process would encode on the first GPU
+    if torch.cuda.is_available():  # else every process would encode on the first GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if args.init is not None:
         take_over_once(args.init, args.out, args.stages, config)
@@ -155,31 +112,20 @@ def run(args: argparse.Namespace) -> None:
         return
     for name in args.stages:
         if is_trained(name, args.out / "weights"):
-            made = " and ".join(str(args.out / "weights" / part) for part in STAGES[name].trains)
-            print(
-                f"{name}: {made} exists; to train again delete it, {args.out / name}, and what was trained on it."
-            )
+            there = " and ".join(str(args.out / "weights" / part) for part in STAGES[name].trains)
+            again = f"delete it, {args.out / name}, and what was trained on it"
+            print(f"{name}: {there} exists; to train again {again}.")
             continue
-        run_stage(
-            name,
-            with_steps(config, name, args.steps or (MOST_STEPS if args.minutes else None)),
-            views,
-            args.out,
-            init=args.init,
-            minutes=args.minutes,
-            processes=args.processes,
-            precision=args.precision,
-            force_resume=args.force_resume,
-        )
+        steps = args.steps or (MOST_STEPS if args.minutes else None)
+        same = ("init", "minutes", "processes", "precision", "force_resume")
+        options = {option: getattr(args, option) for option in same}
+        run_stage(name, with_steps(config, name, steps), views, args.out, **options)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # gloo sometimes aborts a process that leaves without
-        torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()  # gloo may abort a process that does not
 
 
 def views_for(args: argparse.Namespace, config: Config) -> ViewTensors:
-    """The data that the command line names. Raises ValueError where a stage to come
-    would find shards of another encoder.
-    """
+    """The data that is named. UserError where shards come of another encoder."""
     if args.shards is None:
         return load_views(args.data, config.image_size, limit=args.limit, cache=args.out)
     if args.limit is not None:
@@ -189,8 +135,9 @@ def views_for(args: argparse.Namespace, config: Config) -> ViewTensors:
     made = [name for name in ("vae", "dino") if name in todo and views.files.index[name]]
     if made and set(todo) - {"vae", "dino"}:
         raise UserError(
-            f"{args.shards} holds what an earlier {made[0]} made, which one trained here will not fit: train "
-            f"{' and '.join(made)} first, make the shards with it, then train the other stages."
+            f"{args.shards} holds what an earlier {made[0]} made, which one trained here will not "
+            f"fit: train {' and '.join(made)} first, make the shards with it, then train the "
+            "other stages."
         )
     return views
 
@@ -206,17 +153,14 @@ def take_over_once(init: Path, run: Path, stages: list[str], config: Config) -> 
 
 
 def export_weights(run: Path, folder: Path) -> None:
-    """Copy OUT/weights to `folder`, models in half precision, with the training curves:
-    what this project ships.
-    """
+    """Copy OUT/weights to `folder` in half precision, with the training curves."""
     weights, folder = Path(run) / "weights", Path(folder)
     if not (weights / "gsv3d.json").is_file():
         raise MissingFile(
             f"There are no finished weights in {weights}: --out names the run that --export copies."
         )
-    for name in sorted(
-        path.name for path in weights.iterdir() if path.is_dir() and not path.name.startswith(".")
-    ):
+    folders = (path.name for path in weights.iterdir() if path.is_dir())
+    for name in sorted(name for name in folders if not name.startswith(".")):
         if name == "lora":
             model = load_lora(load_model(weights, "unet"), weights / name)
         elif name in model_classes():
@@ -225,7 +169,7 @@ def export_weights(run: Path, folder: Path) -> None:
             place_whole(folder / name, partial(shutil.copytree, weights / name))
             continue
         place_whole(folder / name, writer(name, model.half()))
-    if not (weights / "lora").is_dir():  # one from an earlier export would be that of another U-Net
+    if not (weights / "lora").is_dir():  # one of an earlier export is of another U-Net
         shutil.rmtree(folder / "lora", ignore_errors=True)
     shutil.copyfile(weights / "gsv3d.json", folder / "gsv3d.json")
     with atomic_path(folder / "curves.json") as path:

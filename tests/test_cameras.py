@@ -50,7 +50,7 @@ def project(cameras: Cameras, points: torch.Tensor) -> tuple[torch.Tensor, torch
     return homogeneous[..., :2] / homogeneous[..., 2:], local[..., 2]
 
 
-# ---------------------------------------------------------------- where cameras stand and what they see
+# ------------------------------------------------ where cameras stand and what they see
 
 
 def test_azimuth_0_is_on_plus_x_and_elevation_lifts():

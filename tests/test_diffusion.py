@@ -322,7 +322,7 @@ def test_sampling_is_the_loop_of_diffusers():
 
 
 def test_more_steps_come_closer_to_the_exact_solution():
-    """At sigma = 0 the solution is mean + (z - mean) std / sqrt(std^2 + sigma_max^2)."""
+    """At sigma = 0 it is mean + (z - mean) std / sqrt(std^2 + sigma_max^2)."""
     exact = GaussianUNet()
     start = randn(*SHAPE, seed=3) * (700.0**2 + 1) ** 0.5
     truth = exact.ode(start, 700.0, 0.0)

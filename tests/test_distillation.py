@@ -220,7 +220,7 @@ def test_a_missing_or_truncated_lora_is_one_sentence(tmp_path):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------- geometric distillation
+# --------------------------------------------------------------- geometric distillation
 
 
 def test_gradients_reach_the_lora_and_nothing_else(parts):

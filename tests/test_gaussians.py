@@ -38,7 +38,8 @@ def write_table(path, columns: dict, dtype: str = "float", header: str = "") -> 
     for name, values in columns.items():
         table[name] = values
     properties = "".join(f"property {dtype} {name}\n" for name in columns)
-    text = f"ply\nformat binary_little_endian 1.0\n{header}element vertex {len(table)}\n{properties}end_header\n"
+    text = f"ply\nformat binary_little_endian 1.0\n{header}element vertex {len(table)}\n"
+    text += f"{properties}end_header\n"
     path.write_bytes(text.encode() + table.tobytes())
 
 
@@ -116,7 +117,7 @@ def test_wrong_shapes_and_dtypes_are_named(name):
             Gaussians(**(tensors | {name: tensors[name].double()}))
 
 
-# ------------------------------------------------------------------------------------------------------------- PLY
+# ---------------------------------------------------------------------------------- PLY
 
 
 @pytest.mark.parametrize("axes", ["z-up", "y-up", "y-down"])
@@ -169,7 +170,8 @@ def test_layout_is_that_of_3d_gaussian_splatting(tmp_path):
     scene = random_scene(7)
     scene.save_ply(tmp_path / "a.ply", axes="z-up")
     table, axes = read_ply_table(tmp_path / "a.ply")
-    names = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
+    names = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2".split()
+    names += ["rot_0", "rot_1", "rot_2", "rot_3"]
     assert list(table.dtype.names) == names and table.dtype.itemsize == 68 and axes == "z-up"
     assert all(kind == "<f4" for _, kind in table.dtype.descr)
     assert np.allclose(table["f_dc_1"], (scene.colors[:, 1] - 0.5) / 0.28209479, atol=1e-5)
@@ -239,7 +241,8 @@ def test_byte_orders_line_ends_and_elements_before_the_vertices(tmp_path, order,
     # bytes that look like a line's end
     columns["x"][0] = np.frombuffer(b"\n\n\n\n", f"{order}f4")[0]
     faces = "element camera 2\nproperty double a\nproperty uchar b\n"
-    faces += "element face 3\nproperty uchar flags\nproperty list uchar int corners\nproperty list int short more\n"
+    faces += "element face 3\nproperty uchar flags\n"
+    faces += "property list uchar int corners\nproperty list int short more\n"
     data, integer, short = b"\0" * 18, f"{order}i4", f"{order}i2"
     for corners, more in (([0, 1, 2], []), ([], [5]), ([1, 2, 3, 4], [6, 7])):
         data += b"\7" + bytes([len(corners)]) + np.array(corners, integer).tobytes()

@@ -14,7 +14,8 @@ from PIL import Image, ImageCms, ImageOps
 from scipy import ndimage
 from tiny_world import one_sentence
 
-from gsv3d_lib import cutout, images
+from gsv3d_lib import images
+from gsv3d_lib.data import cutout
 from gsv3d_lib.images import cut_out, load_image, prepare_condition
 from gsv3d_lib.system.errors import Doubt, UserError
 
@@ -267,7 +268,7 @@ def test_rembg_that_is_not_there_is_one_sentence():
         cut_out(Image.new("RGBA", (8, 8)), "rembg")
 
 
-# ---------------------------------------------------------------- a mask, or none, or a doubtful one
+# --------------------------------------------------- a mask, or none, or a doubtful one
 
 
 def photo(size: int = 128, backdrop=(226, 224, 220), **where) -> Image.Image:
@@ -441,7 +442,7 @@ def test_vignettes_dust_and_two_pieces():
     assert overlap(Image.alpha_composite(backdrop, pair).convert("RGB"), pair) > 0.93
 
 
-# ---------------------------------------------------------------- animations and colour profiles
+# ------------------------------------------------------- animations and colour profiles
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])

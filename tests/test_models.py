@@ -275,7 +275,7 @@ def test_the_condition_holds_the_unscaled_latent(vae, images):
     assert torch.equal(condition.token, clip_token(clip, images[:1])) and condition.cond_aug == 1e-5
 
 
-# ---------------------------------------------------------------- Gaussian Splatting Decoder
+# ----------------------------------------------------------- Gaussian Splatting Decoder
 
 
 def cameras_of(frames: int, elevation: float = 10.0):
@@ -496,7 +496,7 @@ def test_a_saved_decoder_is_the_same_decoder(decoder, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["upsample"] == CONFIG.decoder_upsample
 
 
-# ---------------------------------------------------------------- gradient checkpointing
+# --------------------------------------------------------------- gradient checkpointing
 
 
 def gradients(model, forward) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ def picture() -> torch.Tensor:
     return ball_views(1).scene(0).rgb[FRONT]
 
 
-# ---------------------------------------------------------------- starting from a checkpoint
+# ----------------------------------------------------------- starting from a checkpoint
 
 
 def test_init_takes_over_what_is_not_trained_and_starts_from_the_rest(weights, tmp_path):
@@ -468,7 +468,7 @@ def test_a_checkpoint_without_dino_needs_none(weights, picture, tmp_path):
     assert pipe.dino is None and len(pipe(picture, **QUICK)) == CONFIG.num_frames * SIDE**2
 
 
-# ---------------------------------------------------------------- what a person may do wrong
+# ----------------------------------------------------------- what a person may do wrong
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):

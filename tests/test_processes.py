@@ -191,7 +191,7 @@ EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
 def shims(folder: Path, **outputs: str) -> dict[str, str]:
-    """An environment in which some commands only print: {args} is one argument a line."""
+    """An environment where some commands only print: {args} is one argument a line."""
     for name, output in outputs.items():
         script = 'printf "%s\\n" COMMAND "$@"' if output == "{args}" else f'printf "{output}"'
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")

@@ -75,7 +75,7 @@ def gradients(
     return [t.grad for t in leaves.tensors()]
 
 
-# ---------------------------------------------------------------------------------------------------- closed forms
+# ------------------------------------------------------------------------- closed forms
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -167,7 +167,7 @@ def test_the_kernels_exponential_is_accurate():
     assert np.abs(root**8 * np.exp(s) - 1).max() < 2e-8
 
 
-# ------------------------------------------------------------------------------------------------------- agreement
+# ---------------------------------------------------------------------------- agreement
 
 
 @pytest.mark.parametrize(("dtype", "image_error", "gradient_error"), [
@@ -240,7 +240,7 @@ def test_gradients_agree_with_finite_differences(name):
         assert difference == pytest.approx(float((gradient * step).sum()), rel=1e-5, abs=1e-10)
 
 
-# --------------------------------------------------------------------------------------- threads and determinism
+# -------------------------------------------------------------- threads and determinism
 
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
@@ -267,7 +267,7 @@ def test_a_view_does_not_depend_on_the_others():
     assert all(torch.equal(render(scene, cameras[v]).rgb[0], together[v]) for v in range(3))
 
 
-# ------------------------------------------------------------------------------------------------ awkward inputs
+# ----------------------------------------------------------------------- awkward inputs
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -70,7 +70,7 @@ UNET, FIRST, SECOND = (
 CLIP = "conditioner.embedders.0.open_clip.model.visual."
 PARTS = ("unet", "vae", "clip")
 
-# ---------------------------------------------------------------- Stability's layout, name -> shape
+# ---------------------------------------------------- Stability's layout, name -> shape
 
 
 def affine(name: str, *shape: int) -> dict:
@@ -250,7 +250,7 @@ def under(prefix: str, shapes: dict) -> dict:
 
 
 def original(config, video: bool) -> dict:
-    """All of a single file: with the decoder over time, or the one for single images."""
+    """All of a single file: its decoder is over time, or for single images."""
     shapes = under(UNET, video_unet(config)) | under(FIRST, vae_decoder(config, video))
     return shapes | under(SECOND, whole_vae(config)) | under(CLIP, vision_tower(config))
 
@@ -270,29 +270,53 @@ NAMES = {
         "label_emb.0.0.weight": "add_embedding.linear_1.weight",
         "label_emb.0.2.bias": "add_embedding.linear_2.bias",
         "input_blocks.0.0.weight": "conv_in.weight",
-        "input_blocks.1.0.in_layers.0.weight": "down_blocks.0.resnets.0.spatial_res_block.norm1.weight",
-        "input_blocks.1.0.in_layers.2.weight": "down_blocks.0.resnets.0.spatial_res_block.conv1.weight",
-        "input_blocks.1.0.time_stack.emb_layers.1.bias": "down_blocks.0.resnets.0.temporal_res_block.time_emb_proj.bias",
-        "input_blocks.2.0.out_layers.0.bias": "down_blocks.0.resnets.1.spatial_res_block.norm2.bias",
-        "input_blocks.2.0.time_stack.out_layers.3.weight": "down_blocks.0.resnets.1.temporal_res_block.conv2.weight",
+        "input_blocks.1.0.in_layers.0.weight": (
+            "down_blocks.0.resnets.0.spatial_res_block.norm1.weight"
+        ),
+        "input_blocks.1.0.in_layers.2.weight": (
+            "down_blocks.0.resnets.0.spatial_res_block.conv1.weight"
+        ),
+        "input_blocks.1.0.time_stack.emb_layers.1.bias": (
+            "down_blocks.0.resnets.0.temporal_res_block.time_emb_proj.bias"
+        ),
+        "input_blocks.2.0.out_layers.0.bias": (
+            "down_blocks.0.resnets.1.spatial_res_block.norm2.bias"
+        ),
+        "input_blocks.2.0.time_stack.out_layers.3.weight": (
+            "down_blocks.0.resnets.1.temporal_res_block.conv2.weight"
+        ),
         "input_blocks.2.0.time_mixer.mix_factor": "down_blocks.0.resnets.1.time_mixer.mix_factor",
         "input_blocks.3.0.op.weight": "down_blocks.0.downsamplers.0.conv.weight",
-        "input_blocks.4.0.skip_connection.weight": "down_blocks.1.resnets.0.spatial_res_block.conv_shortcut.weight",
+        "input_blocks.4.0.skip_connection.weight": (
+            "down_blocks.1.resnets.0.spatial_res_block.conv_shortcut.weight"
+        ),
         "input_blocks.5.1.proj_in.weight": "down_blocks.1.attentions.1.proj_in.weight",
-        "input_blocks.7.1.time_mixer.mix_factor": "down_blocks.2.attentions.0.time_mixer.mix_factor",
+        "input_blocks.7.1.time_mixer.mix_factor": (
+            "down_blocks.2.attentions.0.time_mixer.mix_factor"
+        ),
         "input_blocks.8.1.transformer_blocks.0.attn2.to_k.weight": (
             "down_blocks.2.attentions.1.transformer_blocks.0.attn2.to_k.weight"
         ),
         "input_blocks.8.1.time_stack.0.ff_in.net.0.proj.weight": (
             "down_blocks.2.attentions.1.temporal_transformer_blocks.0.ff_in.net.0.proj.weight"
         ),
-        "input_blocks.11.0.emb_layers.1.weight": "down_blocks.3.resnets.1.spatial_res_block.time_emb_proj.weight",
+        "input_blocks.11.0.emb_layers.1.weight": (
+            "down_blocks.3.resnets.1.spatial_res_block.time_emb_proj.weight"
+        ),
         "middle_block.0.in_layers.2.bias": "mid_block.resnets.0.spatial_res_block.conv1.bias",
-        "middle_block.1.time_pos_embed.2.weight": "mid_block.attentions.0.time_pos_embed.linear_2.weight",
-        "middle_block.1.time_stack.0.norm_in.weight": "mid_block.attentions.0.temporal_transformer_blocks.0.norm_in.weight",
-        "middle_block.2.time_stack.in_layers.0.weight": "mid_block.resnets.1.temporal_res_block.norm1.weight",
+        "middle_block.1.time_pos_embed.2.weight": (
+            "mid_block.attentions.0.time_pos_embed.linear_2.weight"
+        ),
+        "middle_block.1.time_stack.0.norm_in.weight": (
+            "mid_block.attentions.0.temporal_transformer_blocks.0.norm_in.weight"
+        ),
+        "middle_block.2.time_stack.in_layers.0.weight": (
+            "mid_block.resnets.1.temporal_res_block.norm1.weight"
+        ),
         "output_blocks.2.1.conv.weight": "up_blocks.0.upsamplers.0.conv.weight",
-        "output_blocks.3.0.in_layers.0.weight": "up_blocks.1.resnets.0.spatial_res_block.norm1.weight",
+        "output_blocks.3.0.in_layers.0.weight": (
+            "up_blocks.1.resnets.0.spatial_res_block.norm1.weight"
+        ),
         "output_blocks.5.1.norm.weight": "up_blocks.1.attentions.2.norm.weight",
         "output_blocks.5.2.conv.bias": "up_blocks.1.upsamplers.0.conv.bias",
         "output_blocks.11.1.time_stack.0.attn1.to_out.0.bias": (
@@ -305,19 +329,31 @@ NAMES = {
         "out.2.bias": "conv_out.bias",
     },
     "vae": {
-        f"{SECOND}encoder.down.1.block.0.nin_shortcut.weight": "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
-        f"{SECOND}encoder.down.2.downsample.conv.bias": "encoder.down_blocks.2.downsamplers.0.conv.bias",
+        f"{SECOND}encoder.down.1.block.0.nin_shortcut.weight": (
+            "encoder.down_blocks.1.resnets.0.conv_shortcut.weight"
+        ),
+        f"{SECOND}encoder.down.2.downsample.conv.bias": (
+            "encoder.down_blocks.2.downsamplers.0.conv.bias"
+        ),
         f"{SECOND}encoder.mid.block_2.norm1.weight": "encoder.mid_block.resnets.1.norm1.weight",
-        f"{SECOND}encoder.mid.attn_1.proj_out.weight": "encoder.mid_block.attentions.0.to_out.0.weight",
+        f"{SECOND}encoder.mid.attn_1.proj_out.weight": (
+            "encoder.mid_block.attentions.0.to_out.0.weight"
+        ),
         f"{SECOND}encoder.norm_out.bias": "encoder.conv_norm_out.bias",
         f"{SECOND}quant_conv.weight": "quant_conv.weight",
         f"{FIRST}decoder.conv_in.weight": "decoder.conv_in.weight",
         f"{FIRST}decoder.mid.block_1.time_stack.in_layers.2.weight": (
             "decoder.mid_block.resnets.0.temporal_res_block.conv1.weight"
         ),
-        f"{FIRST}decoder.mid.attn_1.norm.weight": "decoder.mid_block.attentions.0.group_norm.weight",
-        f"{FIRST}decoder.up.3.block.0.conv1.weight": "decoder.up_blocks.0.resnets.0.spatial_res_block.conv1.weight",
-        f"{FIRST}decoder.up.0.block.2.mix_factor": "decoder.up_blocks.3.resnets.2.time_mixer.mix_factor",
+        f"{FIRST}decoder.mid.attn_1.norm.weight": (
+            "decoder.mid_block.attentions.0.group_norm.weight"
+        ),
+        f"{FIRST}decoder.up.3.block.0.conv1.weight": (
+            "decoder.up_blocks.0.resnets.0.spatial_res_block.conv1.weight"
+        ),
+        f"{FIRST}decoder.up.0.block.2.mix_factor": (
+            "decoder.up_blocks.3.resnets.2.time_mixer.mix_factor"
+        ),
         f"{FIRST}decoder.up.1.upsample.conv.weight": "decoder.up_blocks.2.upsamplers.0.conv.weight",
         f"{FIRST}decoder.conv_out.weight": "decoder.conv_out.weight",
         f"{FIRST}decoder.conv_out.time_mix_conv.weight": "decoder.time_conv_out.weight",
@@ -329,8 +365,12 @@ NAMES = {
         "ln_pre.bias": "vision_model.pre_layrnorm.bias",
         "transformer.resblocks.31.ln_2.weight": "vision_model.encoder.layers.31.layer_norm2.weight",
         "transformer.resblocks.7.mlp.c_proj.weight": "vision_model.encoder.layers.7.mlp.fc2.weight",
-        "transformer.resblocks.0.attn.in_proj_bias": "vision_model.encoder.layers.0.self_attn.k_proj.bias",
-        "transformer.resblocks.0.attn.out_proj.weight": "vision_model.encoder.layers.0.self_attn.out_proj.weight",
+        "transformer.resblocks.0.attn.in_proj_bias": (
+            "vision_model.encoder.layers.0.self_attn.k_proj.bias"
+        ),
+        "transformer.resblocks.0.attn.out_proj.weight": (
+            "vision_model.encoder.layers.0.self_attn.out_proj.weight"
+        ),
         "ln_post.weight": "vision_model.post_layernorm.weight",
         "proj": "visual_projection.weight",
     },
@@ -367,7 +407,7 @@ def test_the_u_net_has_sv3d_ps_parameters_and_the_file_its_size():
     assert (round(plain, 2), round(video, 2), round(svd, 2)) == (9.37, 9.43, 9.56)
 
 
-# ---------------------------------------------------------------- both layouts at a tiny size
+# ---------------------------------------------------------- both layouts at a tiny size
 
 
 @pytest.fixture(scope="module")
@@ -562,7 +602,7 @@ def test_a_second_convolution_that_is_not_whole_is_refused(models, dino, tmp_pat
     refuse(tmp_path, "post_quant_conv.bias is missing", dino=dino)
 
 
-# ---------------------------------------------------------------- where Stability's code and diffusers differ
+# ------------------------------------------ where Stability's code and diffusers differ
 
 
 def eps_of(model, kind: str) -> set[float]:
@@ -630,7 +670,7 @@ def test_the_configuration_chooses_how_clip_sees(models):
         CONFIG.replace(clip_resize="crop")
 
 
-# ---------------------------------------------------------------- the pipeline and the checkpoint folder
+# ----------------------------------------------- the pipeline and the checkpoint folder
 
 
 def test_without_a_checkpoint_the_decoder_is_fresh_and_says_so(single, dino):
@@ -673,7 +713,7 @@ def test_converted_weights_open_as_a_checkpoint_for_training(single, dino, model
     assert json.loads((tmp_path / "weights" / "gsv3d.json").read_text())["sigma_max"] == 700.0
 
 
-# ---------------------------------------------------------------- beside diffusers' own pipeline
+# ------------------------------------------------------- beside diffusers' own pipeline
 
 
 class TimeIds(nn.Module):
@@ -763,7 +803,7 @@ def test_sampling_equals_diffusers_stable_video_diffusion(models, monkeypatch):
     assert (ours[-1] - expected[-1]).abs().max() <= 1e-5 * expected[-1].abs().max()
 
 
-# ---------------------------------------------------------------- damaged and foreign files
+# ------------------------------------------------------------ damaged and foreign files
 
 
 def refuse(source, message: str, error=ValueError, **options) -> None:
@@ -859,7 +899,7 @@ def test_other_models_are_named(single, folder, models, dino, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few answers of the Hub that matter here: a file, a gated repository, and 404."""
+    """The answers of the Hub that matter here: a file, a gated repository, and 404."""
 
     files = {"/open/model/resolve/main/config.json": b"{}"}
     asked: list[str] = []

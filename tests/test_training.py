@@ -345,7 +345,7 @@ def test_a_seed_that_the_generators_cannot_take_is_refused(tmp_path, seed):
         run(LineStage(), tmp_path, seed=seed)
 
 
-# ---------------------------------------------------------------- one training in a folder, and how it is stopped
+# -------------------------------------- one training in a folder, and how it is stopped
 
 
 class SignallingStage(LineStage):
@@ -428,7 +428,7 @@ def test_imitated_bfloat16_is_said(tmp_path, monkeypatch, capsys):
         assert ("has no instructions for bfloat16" in capsys.readouterr().out) == said
 
 
-# ---------------------------------------------------------------- checkpoints and metrics
+# -------------------------------------------------------------- checkpoints and metrics
 
 
 def test_a_truncated_checkpoint_is_passed_over(whole, tmp_path, capsys):
@@ -655,7 +655,7 @@ def test_a_checkpoint_that_says_nonsense_of_its_time_has_had_none(tmp_path):
     assert trained_seconds(tmp_path, 4) == 0.0
 
 
-# ---------------------------------------------------------------- schedule, average, batches
+# ----------------------------------------------------------- schedule, average, batches
 
 
 def test_learning_rate_warms_up_and_cools_down():
@@ -709,7 +709,8 @@ sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from test_training import LINE, TWO_STEPS, LineStage, replace, train, vae_stage
 
-train(LineStage(), replace(LINE, batch=4), sys.argv[1] + "/line", log_every=1, progress=False, processes=2)
+line = sys.argv[1] + "/line"
+train(LineStage(), replace(LINE, batch=4), line, log_every=1, progress=False, processes=2)
 torch.manual_seed(0)
 train(vae_stage(), TWO_STEPS, sys.argv[1] + "/vae", log_every=1, progress=False, processes=2)
 """
@@ -775,7 +776,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
         run(LineStage(), tmp_path, replace(LINE, batch=4), processes=3)
 
 
-# ---------------------------------------------------------------- the stages of the method
+# ------------------------------------------------------------- the stages of the method
 
 
 def vae_stage():
@@ -918,7 +919,7 @@ def test_cached_latents_are_used_only_where_they_fit(tmp_path):
     assert not torch.allclose(load_orbits(views, vae, 2, cache).latents, first.latents)
 
 
-# ---------------------------------------------------------------- what the decoder minimises
+# ----------------------------------------------------------- what the decoder minimises
 
 
 @pytest.fixture(scope="module")

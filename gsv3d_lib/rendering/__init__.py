@@ -2,13 +2,13 @@
 
 gsplat (CUDA), numba (`rendering/rasterizer.py`) and plain PyTorch
 (`rendering/plain.py`) keep one contract: from Gaussians and cameras they make weighted
-sums [V, H, W, 4] of (r, g, b, z) and alpha [V, H, W, 1], the sum of the weights. What
-those mean for a picture, the background and the expected depth, is decided here, once.
+sums [V, H, W, 4] of (r, g, b, z) and alpha [V, H, W, 1], the sum of the weights. The
+background and the expected depth are decided here, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,9 +30,7 @@ _given: ContextVar[Callable | None] = ContextVar("rasterizer", default=None)
 
 @contextmanager
 def rendering_with(rasterize: Callable) -> Iterator[None]:
-    """Within the block `render` draws with this function, which keeps the contract of
-    `plain.rasterize`.
-    """
+    """Within the block `render` draws with this function, like `plain.rasterize`."""
     token = _given.set(rasterize)
     try:
         yield
@@ -45,8 +43,7 @@ class Rendering:
     """What V cameras see; unpacks as `rgb, depth, alpha`.
 
     rgb: [V, H, W, 3] over the background.
-    depth: [V, H, W, 1] expected z-depth, sum w z / sum w in world units; 0 where alpha
-        is 0.
+    depth: [V, H, W, 1] expected z-depth, sum w z / sum w; 0 where alpha is 0.
     alpha: [V, H, W, 1] in [0, 1].
     """
 
@@ -59,17 +56,18 @@ class Rendering:
 
 
 def render(
-    gaussians: Gaussians, cameras: Cameras, background=(1.0, 1.0, 1.0), backend: str = "auto"
-) -> Rendering:  # fmt: skip
-    """Render one scene from V cameras; gradients flow to the five tensors of
-    `gaussians` on every backend.
+    gaussians: Gaussians,
+    cameras: Cameras,
+    background: Tensor | Sequence[float] = (1.0, 1.0, 1.0),
+    backend: str = "auto",
+) -> Rendering:
+    """Render one scene from V cameras; gradients flow to the five tensors.
 
     background: RGB in [0, 1] as three numbers, a tensor [3], or one per view [V, 3].
     backend: "gsplat" (CUDA), "numba" (CPU) or "torch" (anywhere, slow); "auto" is
         gsplat for CUDA tensors, else numba.
-
-    Raises ValueError for an unknown or unavailable backend, for a background of another
-    shape, and for cameras that require gradients, which no backend computes.
+    Raises UserError for a backend that is unknown or not there, ValueError for another
+    background and for cameras that require gradients, which no backend computes.
     """
     if cameras.viewmats.requires_grad or cameras.Ks.requires_grad:
         raise ValueError(
@@ -84,7 +82,7 @@ def render(
     return Rendering(rgb, depth, alpha)
 
 
-def _background(background, viewmats: Tensor) -> Tensor:
+def _background(background: Tensor | Sequence[float], viewmats: Tensor) -> Tensor:
     """The background as [1 or V, 1, 1, 3]."""
     color = torch.as_tensor(background, dtype=viewmats.dtype, device=viewmats.device)
     if color.shape not in ((3,), (len(viewmats), 3)):
@@ -94,10 +92,8 @@ def _background(background, viewmats: Tensor) -> Tensor:
     return color.reshape(-1, 1, 1, 3)
 
 
-def _rasterizer(backend: str, on_cuda: bool):
-    """The function behind a backend's name. Imported late: numba takes a second to
-    import, and gsplat wants CUDA.
-    """
+def _rasterizer(backend: str, on_cuda: bool) -> Callable:
+    """The function behind a backend's name; imported late: numba takes a second."""
     if backend not in BACKENDS:
         raise UserError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
     if backend == "auto":
@@ -107,9 +103,7 @@ def _rasterizer(backend: str, on_cuda: bool):
     if backend == "torch":
         from .plain import rasterize
     elif on_cuda:
-        raise UserError(
-            "backend 'numba' renders CPU tensors: use 'gsplat', or gaussians.to('cpu')."
-        )
+        raise UserError("backend 'numba' renders CPU tensors: use 'gsplat' or gaussians.to('cpu').")
     else:
         from .rasterizer import rasterize
     return rasterize
@@ -119,22 +113,20 @@ def rasterize_gsplat(
     means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor,
     viewmats: Tensor, Ks: Tensor, width: int, height: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`plain.rasterize` with gsplat's CUDA kernels, in float32.
-
-    Raises ValueError when the tensors are not on a CUDA device or gsplat has no
-    kernels.
-    """
+    """`plain.rasterize` with gsplat's CUDA kernels, in float32."""
     if not means.is_cuda:
         raise UserError(
-            "backend 'gsplat' renders CUDA tensors: use 'numba', or gaussians.to('cuda')."
+            "backend 'gsplat' renders CUDA tensors: use 'numba' or gaussians.to('cuda')."
         )
     import gsplat
-    from gsplat.cuda._backend import _C
+    from gsplat.cuda import _backend
 
-    if _C is None:
+    if getattr(_backend, "_C", None) is None:
         raise UserError(
-            "gsplat has no CUDA kernels here: install the CUDA toolkit (nvcc), or use backend 'torch'."
+            "gsplat has no CUDA kernels here: "
+            "install the CUDA toolkit (nvcc), or use backend 'torch'."
         )
-    inputs = (t.float() for t in (means, quats, scales, opacities, colors, viewmats, Ks))
-    sums, alpha, _ = gsplat.rasterization(*inputs, width, height, packed=False, render_mode="RGB+D")
+    inputs = [t.float() for t in (means, quats, scales, opacities, colors, viewmats, Ks)]
+    options = dict(packed=False, render_mode="RGB+D")
+    sums, alpha, _ = gsplat.rasterization(*inputs, width=width, height=height, **options)
     return sums.to(means), alpha.to(means)

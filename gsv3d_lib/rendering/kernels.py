@@ -1,18 +1,21 @@
-"""The numba kernels behind `rendering/rasterizer.py`, whose docstring explains the
-plan. Nothing here knows about PyTorch.
+"""The numba kernels behind `rendering/rasterizer.py`, which explains the plan.
 
-How to read them
-    Every kernel is called as kernel(part, parts, ...) by `parts` threads at once, and does its share of the work.
-    `v_x` means dL/dx. A `splat` is one Gaussian seen by one view; a `pair` is a splat in the list of one tile.
-    `real` is the scalar type of the arrays, float32, or float64 in gradient tests. Python's literals are float64 and
-    would double the width of every SIMD register, so the inner loops convert their constants.
+Nothing here knows about PyTorch. How to read them:
+    Every kernel is called as kernel(part, parts, ...) by `parts` threads at once, and
+        does its share of the work.
+    `v_x` means dL/dx. A `splat` is one Gaussian seen by one view; a `pair` is a splat
+        in the list of one tile.
+    `real` is the scalar type of the arrays: float32, or float64 in gradient tests.
+        Python's literals are float64 and would double the width of every SIMD register,
+        so the inner loops convert their constants.
 
-Arrays
-    splats [V, G] of the fields below; 64 bytes in float32, exactly one cache line.
-    boxes [V, G]: which tiles a splat may touch, and where its pairs begin.
-    tile_starts [V * tiles + 1]: tile t of all views owns the pairs tile_starts[t] .. tile_starts[t + 1], near to far.
-    pair_splats, pair_rows [pairs]: the Gaussian of a pair, and its row in `gradients`.
-    gradients [pairs, 10]: a row of its own for each pair, so no two threads ever add to the same number.
+Arrays:
+    splats [V, G] of the fields below: 64 bytes in float32, exactly one cache line
+    boxes [V, G]: which tiles a splat may touch, and where its pairs begin
+    tile_starts [V * tiles + 1]: tile t of all views owns the pairs tile_starts[t] to
+        tile_starts[t + 1] - 1, near to far
+    pair_splats, pair_rows [pairs]: the Gaussian of a pair, and its row in `gradients`
+    gradients [pairs, 10]: a row for each pair, so no two threads add to one number
 """
 
 import math
@@ -49,11 +52,9 @@ BATCH = 32  # splats fetched together: their cache misses overlap
 SPLAT_FIELDS = (
     "x y qxx qxy qyy opacity cutoff red green blue depth extent_x extent_y pad0 pad1 pad2".split()
 )
-# Tile columns x0 .. x1 and rows y0 .. y1 (ends excluded); the splat's pairs are rows
-# first_pair, first_pair + 1, ...
+# Tile columns x0 to x1, rows y0 to y1 (ends excluded), and the row of the first pair.
 BOX = np.dtype([(name, np.int32) for name in ("x0", "x1", "y0", "y1", "first_pair")])
-# Columns of `gradients`, summed over pixels: with s = dL/dsigma first s, s dx, s dy, s
-# dx^2, s dx dy, s dy^2.
+# Columns of `gradients`, summed over pixels; S is dL/dsigma, S_DX is dL/dsigma dx, ...
 S, S_DX, S_DY, S_DXDX, S_DXDY, S_DYDY, V_RED, V_GREEN, V_BLUE, V_DEPTH = range(10)
 NUM_GRADIENTS = 10
 
@@ -68,9 +69,7 @@ E6 = 0.0009832469146167661 / 8**6
 
 
 def keeps_kernels() -> bool:
-    """Whether numba finds a folder to keep compiled code in. Without one, `cache=True`
-    is an error.
-    """
+    """Whether numba finds a folder for compiled code; else `cache=True` is an error."""
     try:
         njit(cache=True)(keeps_kernels)  # decides where, compiles nothing
     except RuntimeError:
@@ -79,11 +78,11 @@ def keeps_kernels() -> bool:
 
 
 def private_folder() -> Path | None:
-    """A folder for compiled code in the system's temporary one, of this user alone;
-    None where there can be none.
+    """A folder for compiled code in the system's temporary one, of this user alone.
 
     numba unpickles what it finds in its folder, so one that another user made or may
-    write to is not taken.
+    write
+    to is not taken: then None.
     """
     if not hasattr(os, "getuid"):  # Windows: its temporary folder is the user's own
         return Path(tempfile.gettempdir()) / "gsv3d-numba"
@@ -98,9 +97,10 @@ def private_folder() -> Path | None:
 
 
 def choose_cache() -> bool:
-    """Where compiled kernels are kept: beside this file, else in the user's cache, as
-    numba does it; in a read-only installation of a user without a home, in a temporary
-    folder. Returns False where there is no place at all.
+    """Where compiled kernels are kept; False where there is no place at all.
+
+    As numba does it, that is beside this file, else in the user's cache. For a
+    read-only installation and a user without a home it is a temporary folder.
     """
     if not keeps_kernels() and (folder := private_folder()) is not None:
         numba.config.CACHE_DIR = str(folder)
@@ -111,13 +111,9 @@ CACHE = choose_cache()
 
 # Where user data enters, no `nnan` or `ninf`: a NaN has to fail the comparisons that
 # keep it out of the image.
-SAFE = dict(fastmath={"contract", "arcp", "nsz"}, error_model="numpy", cache=CACHE, nogil=True)
-FAST = dict(
-    fastmath={"contract", "arcp", "nsz", "reassoc", "nnan"},
-    error_model="numpy",
-    cache=CACHE,
-    nogil=True,
-)
+COMMON = dict(error_model="numpy", cache=CACHE, nogil=True)
+SAFE = COMMON | {"fastmath": {"contract", "arcp", "nsz"}}
+FAST = COMMON | {"fastmath": {"contract", "arcp", "nsz", "reassoc", "nnan"}}
 
 
 def splat_dtype(real) -> np.dtype:
@@ -125,9 +121,9 @@ def splat_dtype(real) -> np.dtype:
     return np.dtype([(name, real) for name in SPLAT_FIELDS])
 
 
-# ------------------------------------------------------------------------------------------------- projection
-# 3-vectors are tuples, not slices of arrays: a slice counts references, which costs
-# more than the arithmetic.
+# ---------------------------------------------------------------- projection
+# 3-vectors are tuples: a slice of an array counts references, which costs more than the
+# arithmetic.
 
 # right, down, forward: the rows of the world-to-camera rotation; fx, fy, cx, cy in
 # pixels.
@@ -145,9 +141,8 @@ def get_camera(viewmats, Ks, v):
     down = viewmats[v, 1, 0], viewmats[v, 1, 1], viewmats[v, 1, 2]
     forward = viewmats[v, 2, 0], viewmats[v, 2, 1], viewmats[v, 2, 2]
     translation = viewmats[v, 0, 3], viewmats[v, 1, 3], viewmats[v, 2, 3]
-    return Camera(
-        right, down, forward, translation, Ks[v, 0, 0], Ks[v, 1, 1], Ks[v, 0, 2], Ks[v, 1, 2]
-    )
+    fx, fy, cx, cy = Ks[v, 0, 0], Ks[v, 1, 1], Ks[v, 0, 2], Ks[v, 1, 2]
+    return Camera(right, down, forward, translation, fx, fy, cx, cy)
 
 
 @njit(**SAFE)
@@ -178,10 +173,10 @@ def rotation_columns(w, x, y, z):
 
 @njit(**SAFE)
 def half_axes(quats, scales, g):
-    """Half axes of ellipsoid g in the world (columns of R S), columns of R, unit
-    quaternion, 1 / |quaternion|.
+    """Half axes of ellipsoid g in the world (columns of R S), columns of R, and more.
 
-    Lengths below 1e-12 count as 1e-12, as in `torch.nn.functional.normalize`.
+    Those are the unit quaternion and 1 / |quaternion|. Lengths below 1e-12 count as
+    1e-12, as in `torch.nn.functional.normalize`.
     """
     w, x, y, z = quats[g, 0], quats[g, 1], quats[g, 2], quats[g, 3]
     inverse_norm = 1 / max(math.sqrt(w * w + x * x + y * y + z * z), 1e-12)
@@ -200,8 +195,9 @@ def to_camera(mean, camera):
 
 @njit(**SAFE)
 def clamped_slope(a, z, focal, centre, size):
-    """a / z limited to a margin around the image, beyond which the linearisation would
-    explode; its derivative by a.
+    """a / z limited to a margin around the image, and its derivative by a.
+
+    Beyond the margin the linearisation would explode.
     """
     slope, margin = a / z, FRUSTUM_MARGIN * size
     clamped = min(max(slope, (-margin - centre) / focal), (size + margin - centre) / focal)
@@ -210,8 +206,7 @@ def clamped_slope(a, z, focal, centre, size):
 
 @njit(**SAFE)
 def linearise(x, y, z, camera, width, height):
-    """The derivative of the projection at a camera point: how a small step in the world
-    moves the pixel in x and y.
+    """How a small step in the world moves the pixel in x and y, at a camera point.
 
     Also returns the slopes x / z and y / z in it, and their derivatives by x and y.
     """
@@ -230,17 +225,13 @@ def project_axes(row, axes):
 
 @njit(**SAFE)
 def tile_range(low, high, size):
-    """First and one-past-last tile between two pixel coordinates that overlap the
-    image.
-    """
+    """First and one-past-last tile of the image between two pixel coordinates."""
     return max(0, int(math.floor(low))) // TILE, min(size - 1, int(math.floor(high))) // TILE + 1
 
 
 @njit(**SAFE)
 def project_one(mean, axes, opacity, color, camera, width, height, splat, box):
-    """Fill one splat and its box; the box stays empty when nothing of the Gaussian can
-    be seen.
-    """
+    """Fill one splat and its box; the box stays empty when nothing can be seen."""
     box.x0, box.x1, box.y0, box.y1 = 0, 0, 0, 0
     x, y, z = to_camera(mean, camera)
     # Every test is written so that a NaN answers "not visible".
@@ -248,8 +239,7 @@ def project_one(mean, axes, opacity, color, camera, width, height, splat, box):
         return
     row_x, row_y, _, _, _, _ = linearise(x, y, z, camera, width, height)
     u, v = project_axes(row_x, axes), project_axes(row_y, axes)
-    # J W R S S^T R^T W^T J^T is the sum of the outer products of the three projected
-    # half axes.
+    # J W R S S^T R^T W^T J^T is the sum of outer products of the projected half axes.
     cov_xx, cov_xy, cov_yy = dot(u, u) + EPS2D, dot(u, v), dot(v, v) + EPS2D
     determinant = cov_xx * cov_yy - cov_xy * cov_xy
     cutoff = math.log(opacity / ALPHA_MIN)
@@ -260,17 +250,11 @@ def project_one(mean, axes, opacity, color, camera, width, height, splat, box):
     if not (determinant > 0 and inside_x and inside_y):
         return
     splat.x, splat.y, splat.depth = pixel_x, pixel_y, z
-    splat.qxx, splat.qxy, splat.qyy = (
-        0.5 * cov_yy / determinant,
-        -cov_xy / determinant,
-        0.5 * cov_xx / determinant,
-    )
-    splat.opacity, splat.cutoff, splat.extent_x, splat.extent_y = (
-        opacity,
-        cutoff,
-        extent_x,
-        extent_y,
-    )
+    splat.qxx = 0.5 * cov_yy / determinant
+    splat.qxy = -cov_xy / determinant
+    splat.qyy = 0.5 * cov_xx / determinant
+    splat.opacity, splat.cutoff = opacity, cutoff
+    splat.extent_x, splat.extent_y = extent_x, extent_y
     splat.red, splat.green, splat.blue = color
     box.x0, box.x1 = tile_range(pixel_x - extent_x, pixel_x + extent_x, width)
     box.y0, box.y1 = tile_range(pixel_y - extent_y, pixel_y + extent_y, height)
@@ -286,27 +270,16 @@ def project_gaussians(
         axes, _, _, _ = half_axes(quats, scales, g)
         for view in range(len(viewmats)):
             camera = get_camera(viewmats, Ks, view)
-            project_one(
-                mean,
-                axes,
-                opacities[g],
-                color,
-                camera,
-                width,
-                height,
-                splats[view, g],
-                boxes[view, g],
-            )
+            splat, box = splats[view, g], boxes[view, g]
+            project_one(mean, axes, opacities[g], color, camera, width, height, splat, box)
 
 
-# --------------------------------------------------------------------------------------------- lists of pairs
+# ---------------------------------------------------------------- lists of pairs
 
 
 @njit(**SAFE)
 def number_pairs(part, parts, boxes, num_pairs):
-    """Number each view's pairs in the order of the Gaussians; num_pairs [V] is how many
-    there are.
-    """
+    """Number each view's pairs in the order of the Gaussians; count them [V]."""
     for view in range(part, len(boxes), parts):
         count = 0
         for g in range(boxes.shape[1]):
@@ -348,20 +321,10 @@ def near_to_far(boxes, depth_keys, view):
 
 @njit(**SAFE)
 def list_pairs(
-    part,
-    parts,
-    depth_keys,
-    boxes,
-    view_starts,
-    tiles_x,
-    tiles_y,
-    tile_starts,
-    pair_splats,
-    pair_rows,
-):
-    """Fill each tile's list. Splats arrive near to far, so the lists need no sorting of
-    their own.
-    """
+    part, parts, depth_keys, boxes, view_starts, tiles_x, tiles_y,
+    tile_starts, pair_splats, pair_rows,
+):  # fmt: skip
+    """Fill each tile's list; splats arrive near to far, so no list needs sorting."""
     for view in range(part, len(boxes), parts):
         # first the lengths of the lists, then where to write next
         cursors = np.zeros(tiles_x * tiles_y, np.int64)
@@ -385,23 +348,19 @@ def list_pairs(
                     row += 1
 
 
-# -------------------------------------------------------------------------------------------------- blending
+# ---------------------------------------------------------------- blending
 # The state of a block is ONE contiguous row, several times LANES numbers at constant
 # offsets: only then does LLVM turn the loops over LANES into single AVX instructions.
 # For the same reason decisions are selects instead of branches, and a count is a float.
-# T < 0: the pixel is finished
-TRANSMITTANCE, PIXEL_X, PIXEL_Y, SIGMA = 0 * LANES, 1 * LANES, 2 * LANES, 3 * LANES
-# sums; backward: dL/d(sums)
-RED, GREEN, BLUE, DEPTH, ALPHA = 4 * LANES, 5 * LANES, 6 * LANES, 7 * LANES, 8 * LANES
-TO_COME = 9 * LANES  # backward: what the splats not yet passed contribute to L
-STATE = 10 * LANES
+# TRANSMITTANCE < 0: the pixel is finished. RED to ALPHA: sums; backward dL/d(sums).
+# TO_COME: backward, what the splats not yet passed contribute to L.
+TRANSMITTANCE, PIXEL_X, PIXEL_Y, SIGMA = (k * LANES for k in range(4))
+RED, GREEN, BLUE, DEPTH, ALPHA, TO_COME, STATE = (k * LANES for k in range(4, 11))
 
 
 @njit(**FAST)
 def start_blocks(blocks, left, top, width, height):
-    """Pixel centres and transmittance 1 for a tile's pixels; those outside the image
-    are finished from the start.
-    """
+    """A tile's pixel centres, transmittance 1; outside of the image all is finished."""
     real = blocks.dtype.type
     for b in range(BLOCKS):
         for i in range(LANES):
@@ -425,17 +384,13 @@ def find_live(blocks, live):
 
 @njit(inline="always", **FAST)
 def block_range(low, high, origin):
-    """First and one-past-last block of a tile between two pixel coordinates (int() is
-    wrong only where clipped).
-    """
+    """First and one-past-last block of a tile between two pixel coordinates."""
     return max(0, int(low) - origin) // BLOCK, min(TILE - 1, int(high) - origin) // BLOCK + 1
 
 
 @njit(inline="always", **FAST)
 def evaluate_sigma(block, splat):
-    """sigma at the pixels of a block; returns how many unfinished pixels the splat
-    reaches.
-    """
+    """sigma at the pixels of a block; returns how many live ones the splat reaches."""
     real = block.dtype.type
     x, y, qxx, qxy, qyy, cutoff = splat.x, splat.y, splat.qxx, splat.qxy, splat.qyy, splat.cutoff
     reached = real(0)
@@ -449,11 +404,10 @@ def evaluate_sigma(block, splat):
 
 @njit(inline="always", **FAST)
 def touched_blocks(blocks, live, splat, left, top, touched):
-    """List the live blocks of a tile that a splat reaches, and leave its sigma in them;
-    returns their number.
+    """List the live blocks of a tile that a splat reaches; returns their number.
 
-    Finding them first and blending them afterwards keeps unpredictable branches out of
-    the expensive part.
+    Their sigma is left in them. Finding them first and blending them afterwards keeps
+    unpredictable branches out of the expensive part.
     """
     x0, x1 = block_range(splat.x - splat.extent_x, splat.x + splat.extent_x, left)
     y0, y1 = block_range(splat.y - splat.extent_y, splat.y + splat.extent_y, top)
@@ -468,10 +422,10 @@ def touched_blocks(blocks, live, splat, left, top, touched):
 
 @njit(inline="always", **FAST)
 def exp_negative(s, real):
-    """exp(-s) = p(s)^8 with the minimax fit p of exp(-s / 8) on [0, ln 255]: relative
-    error 2e-8.
+    """exp(-s) = p(s)^8, p the minimax fit of exp(-s / 8) on [0, ln 255].
 
-    No blended pixel has a larger s, and LLVM could not vectorise a call to a library.
+    Its relative error is 2e-8. No blended pixel has a larger s, and LLVM could not
+    vectorise a call to a library.
     """
     p = real(E5) + s * real(E6)
     p = real(E3) + s * (real(E4) + s * p)
@@ -505,8 +459,7 @@ def blend_block(block, splat):
 
 @njit(inline="always", **FAST)
 def blend_block_backward(block, splat, sums):
-    """Pass one splat again, front to back, and add its gradients to sums [NUM_GRADIENTS
-    * LANES].
+    """Pass one splat again, front to back; add its gradients to sums [10 * LANES].
 
     With f = dL/d(sums) . (r, g, b, z, 1) of this splat and F what the splats behind it
     contribute to L, dL/dalpha = T f - F / (1 - alpha): brightening this splat dims
@@ -548,8 +501,9 @@ def blend_block_backward(block, splat, sums):
 
 @njit(**FAST)
 def move_lane_sums(sums, out, row):
-    """out[row] = sums added up over LANES; sums = 0. Ten totals in one loop: LLVM adds
-    ten short loops up serially.
+    """out[row] = sums added up over LANES; sums = 0.
+
+    Ten totals in one loop: LLVM adds ten short loops up serially.
     """
     real = sums.dtype.type
     s = s_dx = s_dy = s_dxdx = s_dxdy = s_dydy = v_red = v_green = v_blue = v_depth = real(0)
@@ -567,12 +521,8 @@ def move_lane_sums(sums, out, row):
     sums[:] = real(0)
     out[row, S], out[row, S_DX], out[row, S_DY] = s, s_dx, s_dy
     out[row, S_DXDX], out[row, S_DXDY], out[row, S_DYDY] = s_dxdx, s_dxdy, s_dydy
-    out[row, V_RED], out[row, V_GREEN], out[row, V_BLUE], out[row, V_DEPTH] = (
-        v_red,
-        v_green,
-        v_blue,
-        v_depth,
-    )
+    out[row, V_RED], out[row, V_GREEN], out[row, V_BLUE] = v_red, v_green, v_blue
+    out[row, V_DEPTH] = v_depth
 
 
 @njit(**FAST)
@@ -583,16 +533,13 @@ def store_block(block, image, alpha, view):
         if y < image.shape[1] and x < image.shape[2]:
             image[view, y, x, 0], image[view, y, x, 1] = block[RED + i], block[GREEN + i]
             image[view, y, x, 2], image[view, y, x, 3] = block[BLUE + i], block[DEPTH + i]
-            # The sum of the weights, not 1 - T, which loses digits where alpha is
-            # small.
+            # the sum of the weights: 1 - T would lose digits where alpha is small
             alpha[view, y, x, 0] = block[ALPHA + i]
 
 
 @njit(**FAST)
 def load_block(block, image, alpha, v_image, v_alpha, view):
-    """Read the gradients of the pixels of a block; all splats together contribute
-    dL/d(sums) . sums to L.
-    """
+    """Read the gradients of a block's pixels; all splats make dL/d(sums) . sums."""
     for i in range(LANES):
         x, y = int(block[PIXEL_X + i]), int(block[PIXEL_Y + i])
         if y < image.shape[1] and x < image.shape[2]:
@@ -607,9 +554,7 @@ def load_block(block, image, alpha, v_image, v_alpha, view):
 
 @njit(**FAST)
 def blend_tiles(part, parts, splats, tiles_x, tiles_y, tile_starts, pair_splats, image, alpha):
-    """Fill image [V, H, W, 4], the weighted sums of r, g, b and z, and alpha [V, H, W,
-    1], the sum of the weights.
-    """
+    """Fill image [V, H, W, 4], sums of w (r, g, b, z), and alpha [V, H, W, 1], of w."""
     blocks, live = np.zeros((BLOCKS, STATE), image.dtype), np.empty(BLOCKS, np.bool_)
     touched = np.empty(BLOCKS + 1, np.int64)
     # how numba makes an array of records; a list is never longer than [G]
@@ -637,9 +582,7 @@ def blend_tiles_backward(
     part, parts, splats, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows,
     image, alpha, v_image, v_alpha, gradients,
 ):  # fmt: skip
-    """dL/d(image), dL/d(alpha) -> gradients [pairs, 10]; rows of pairs that are never
-    blended stay as they are.
-    """
+    """dL/d(image), dL/d(alpha) -> gradients [pairs, 10] of the blended pairs."""
     blocks, live = np.zeros((BLOCKS, STATE), image.dtype), np.empty(BLOCKS, np.bool_)
     touched, batch = np.empty(BLOCKS + 1, np.int64), np.empty_like(splats[0, :BATCH])
     sums = np.zeros(NUM_GRADIENTS * LANES, image.dtype)
@@ -663,13 +606,14 @@ def blend_tiles_backward(
             pair += count
 
 
-# ----------------------------------------------------------------------------------------- projection, backward
+# ---------------------------------------------------------------- projection, backward
 
 
 @njit(**SAFE)
 def covariance_gradient(splat, total):
-    """dL/d(qxx, qxy, qyy) -> dL/d(cov_xx, cov_xy, cov_yy): -X V X, with X the inverse
-    covariance and V = dL/dX.
+    """dL/d(qxx, qxy, qyy) -> dL/d(cov_xx, cov_xy, cov_yy).
+
+    It is -X V X, with X the inverse covariance and V = dL/dX.
     """
     a, b, c = 2 * splat.qxx, splat.qxy, 2 * splat.qyy
     p, q, r = 0.5 * total[S_DXDX], 0.5 * total[S_DXDY], 0.5 * total[S_DYDY]
@@ -679,18 +623,14 @@ def covariance_gradient(splat, total):
 
 @njit(**SAFE)
 def axis_gradient(v_axis, u, v, v_xx, v_xy, v_yy, row_x, row_y):
-    """Back through one half axis's share (u, v) of the covariance: dL/du, dL/dv, and
-    v_axis with its share added.
-    """
+    """Back through one half axis's share (u, v): dL/du, dL/dv, v_axis with it added."""
     v_u, v_v = 2 * (v_xx * u + v_xy * v), 2 * (v_xy * u + v_yy * v)
     return v_u, v_v, plus(plus(v_axis, v_u, row_x), v_v, row_y)
 
 
 @njit(**SAFE)
 def project_one_backward(mean, axes, camera, width, height, splat, total, v_mean, v_axes):
-    """Back through `project_one`; returns v_mean and v_axes with this view's share
-    added.
-    """
+    """Back through `project_one`: v_mean and v_axes with this view's share added."""
     x, y, z = to_camera(mean, camera)
     row_x, row_y, slope_x, slope_y, by_x, by_y = linearise(x, y, z, camera, width, height)
     u, v = project_axes(row_x, axes), project_axes(row_y, axes)
@@ -708,11 +648,10 @@ def project_one_backward(mean, axes, camera, width, height, splat, total, v_mean
     v_y = -fy * (splat.qxy * total[S_DX] + 2 * splat.qyy * total[S_DY])
     v_z = total[V_DEPTH] - (v_x * x + v_y * y + dot(v_row_x, row_x) + dot(v_row_y, row_y)) / z
     # ... and through the slopes in the rows.
-    v_x_slope, v_y_slope = (
-        -fx * dot(v_row_x, camera.forward) * by_x,
-        -fy * dot(v_row_y, camera.forward) * by_y,
-    )
-    v_x, v_y = v_x + v_x_slope, v_y + v_y_slope
+    v_x_slope = -fx * dot(v_row_x, camera.forward) * by_x
+    v_y_slope = -fy * dot(v_row_y, camera.forward) * by_y
+    v_x += v_x_slope
+    v_y += v_y_slope
     v_z -= v_x_slope * slope_x + v_y_slope * slope_y
     v_mean = plus(plus(plus(v_mean, v_x, camera.right), v_y, camera.down), v_z, camera.forward)
     return v_mean, (v_axis0, v_axis1, v_axis2)
@@ -736,12 +675,10 @@ def quaternion_gradient(unit, inverse_norm, v_columns, v_quats, g):
 
 @njit(**SAFE)
 def project_gaussians_backward(
-    part, parts, means, quats, scales, viewmats, Ks, width, height, splats, boxes, view_starts, gradients,
-    v_means, v_quats, v_scales, v_opacities, v_colors,
+    part, parts, means, quats, scales, viewmats, Ks, width, height, splats, boxes, view_starts,
+    gradients, v_means, v_quats, v_scales, v_opacities, v_colors,
 ):  # fmt: skip
-    """Add up each Gaussian's rows of `gradients` over views and tiles, and carry them
-    back to its parameters [G].
-    """
+    """Add up each Gaussian's rows of `gradients`; carry them to its parameters."""
     zero, total = (0.0, 0.0, 0.0), np.empty(NUM_GRADIENTS, np.float64)
     for g in range(len(means) * part // parts, len(means) * (part + 1) // parts):
         axes, columns, unit, inverse_norm = half_axes(quats, scales, g)

@@ -1,17 +1,16 @@
-"""A differentiable Gaussian rasteriser in plain PyTorch, short enough to be read in one
-sitting.
+"""A differentiable Gaussian rasteriser in plain PyTorch, to be read in one sitting.
 
 3D Gaussian Splatting (Kerbl et al. 2023) with gsplat's conventions, in four steps:
 
 1. `project`: a 3D Gaussian becomes a 2D Gaussian on the image;
 2. sort by depth;
 3. `splat_alphas`: how opaque is Gaussian i at pixel p?  alpha_i = o_i exp(-sigma_i(p));
-4. `composite`, front to back: pixel = sum_i w_i c_i with w_i = alpha_i T_i and T_i =
-   prod_{j < i} (1 - alpha_j).
+4. `composite`, front to back: pixel = sum_i w_i c_i with w_i = alpha_i T_i and
+   T_i = prod_{j < i} (1 - alpha_j).
 
 Autograd does the backward pass. A tile of the image meets only the Gaussians near it,
-but each pixel of the tile meets all of those, and autograd remembers every meeting:
-this is for small scenes, for teaching, and it is the yardstick of
+but each pixel of the tile meets all of those, and autograd remembers every meeting. So
+this is for small scenes and for teaching, and it is the yardstick of
 `rendering/rasterizer.py`, which gives the same images and gradients much faster.
 """
 
@@ -41,8 +40,7 @@ def project(
     width: int,
     height: int,
 ) -> tuple[Tensor, Tensor]:
-    """G Gaussians in front of one camera -> their centres [G, 2] in pixels and 2D
-    covariances [G, 2, 2].
+    """G Gaussians, one camera -> centres [G, 2] in pixels, 2D covariances [G, 2, 2].
 
     Sigma_2D = J W Sigma W^T J^T + eps I (EWA splatting, Zwicker et al. 2001): W rotates
     the world into the camera, J is the derivative of the perspective division at the
@@ -58,9 +56,8 @@ def project(
     slope_x = (x / z).clamp((-margin_x - cx) / fx, (width + margin_x - cx) / fx)
     slope_y = (y / z).clamp((-margin_y - cy) / fy, (height + margin_y - cy) / fy)
     zero = torch.zeros_like(z)
-    J = torch.stack([fx / z, zero, -fx * slope_x / z, zero, fy / z, -fy * slope_y / z], -1).reshape(
-        -1, 2, 3
-    )
+    J = torch.stack([fx / z, zero, -fx * slope_x / z, zero, fy / z, -fy * slope_y / z], -1)
+    J = J.reshape(-1, 2, 3)
     half_axes = rotation_matrices(quats) * scales[:, None, :]  # R S, [G, 3, 3]
     projected_axes = J @ rotation @ half_axes  # A, [G, 2, 3]
     return centres, projected_axes @ projected_axes.mT + EPS2D * torch.eye(2).to(z)
@@ -69,9 +66,7 @@ def project(
 def splat_alphas(
     centres: Tensor, covariances: Tensor, opacities: Tensor, rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """alpha_i(p) = o_i exp(-(p - c_i)^T Sigma_i^-1 (p - c_i) / 2) at the pixels rows x
-    columns -> [h, w, G].
-    """
+    """o_i exp(-(p - c_i)^T Sigma_i^-1 (p - c_i) / 2) at rows x columns -> [h, w, G]."""
     dx = columns[None, :, None] + 0.5 - centres[:, 0]  # a pixel's centre lies at +0.5
     dy = rows[:, None, None] + 0.5 - centres[:, 1]
     conics = torch.linalg.inv(covariances)
@@ -81,8 +76,9 @@ def splat_alphas(
 
 
 def composite(alphas: Tensor, features: Tensor) -> Tensor:
-    """Blend G Gaussians front to back: alphas [h, w, G] and features [G, F], both near
-    to far -> [h, w, F].
+    """Blend G Gaussians front to back -> [h, w, F].
+
+    alphas [h, w, G] and features [G, F], both near to far.
     """
     behind = torch.cumprod(1 - alphas, -1)  # transmittance after each Gaussian
     before = torch.cat([torch.ones_like(alphas[..., :1]), behind[..., :-1]], -1)
@@ -98,18 +94,16 @@ def rasterize_view(
     z = means @ viewmat[2, :3] + viewmat[2, 3]
     order = torch.argsort(z, stable=True)
     order = order[(z[order] > NEAR_PLANE) & (z[order] < FAR_PLANE)]
-    centres, covariances = project(
-        means[order], quats[order], scales[order], viewmat, K, width, height
-    )
+    shapes = means[order], quats[order], scales[order]
+    centres, covariances = project(*shapes, viewmat, K, width, height)
     extents = MAX_EXTENT * covariances.diagonal(dim1=-2, dim2=-1).sqrt()
     features = torch.cat([colors, z[:, None], torch.ones_like(z[:, None])], -1)[order]
 
     def tile(rows: Tensor, columns: Tensor) -> Tensor:
         first, last = torch.stack([columns[0], rows[0]]), torch.stack([columns[-1], rows[-1]]) + 1
         near = ((centres + extents > first) & (centres - extents < last)).all(-1)
-        alphas = splat_alphas(
-            centres[near], covariances[near], opacities[order][near], rows, columns
-        )
+        splats = centres[near], covariances[near], opacities[order][near]
+        alphas = splat_alphas(*splats, rows, columns)
         return composite(alphas, features[near])
 
     all_rows, all_columns = torch.arange(height).to(z), torch.arange(width).to(z)
@@ -128,12 +122,10 @@ def rasterize(
 
     Shapes: means [G, 3], quats [G, 4] (w, x, y, z), scales [G, 3], opacities [G],
         colors [G, 3], viewmats [V, 4, 4] (world to camera), Ks [V, 3, 3] in pixels.
-    Returns sums [V, H, W, 4] (sum w r, sum w g, sum w b, sum w z) and alpha [V, H, W,
-    1] = sum w.
+    Returns sums [V, H, W, 4] of w (r, g, b, z) and alpha [V, H, W, 1], the sum of w.
     """
     gaussians = means, quats, scales, opacities, colors
-    views = [
-        rasterize_view(*gaussians, viewmat, K, width, height)
-        for viewmat, K in zip(viewmats, Ks, strict=True)
-    ]
-    return torch.stack(views).split([4, 1], -1)
+    cameras = zip(viewmats, Ks, strict=True)
+    views = [rasterize_view(*gaussians, viewmat, K, width, height) for viewmat, K in cameras]
+    sums, alpha = torch.stack(views).split([4, 1], -1)
+    return sums, alpha

@@ -40,43 +40,31 @@ NAMES = ("means", "quats", "scales", "opacities", "colors", "viewmats", "Ks")
 
 
 def rasterize(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    colors: Tensor,
-    viewmats: Tensor,
-    Ks: Tensor,
-    width: int,
-    height: int,
-) -> tuple[Tensor, Tensor]:
-    """Render G Gaussians from V cameras, before any background: the contract of
-    `plain.rasterize`.
+    means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor,
+    viewmats: Tensor, Ks: Tensor, width: int, height: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`plain.rasterize` of CPU tensors, all float32 or all float64.
 
-    Shapes: means [G, 3], quats [G, 4], scales [G, 3], opacities [G], colors [G, 3],
-        viewmats [V, 4, 4], Ks [V, 3, 3]; CPU tensors, all float32 or all float64.
-    Returns sums [V, H, W, 4] (sum w r, sum w g, sum w b, sum w z) and alpha [V, H, W,
-    1] = sum w, differentiable with respect to the first five. Raises ValueError for NaN
-    or infinite inputs and for other dtypes.
+    It is differentiable with respect to the first five. Raises ValueError for NaN or
+    infinite inputs and for other dtypes.
     """
     inputs = means, quats, scales, opacities, colors, viewmats, Ks
     if means.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"the numba backend renders float32 or float64; got {means.dtype}: use gaussians.to(torch.float32)."
+            f"the numba backend renders float32 or float64; got {means.dtype}: "
+            "use gaussians.to(torch.float32)."
         )
     for name, tensor in zip(NAMES, inputs, strict=True):
         if not torch.isfinite(tensor.detach().sum()):  # the sum is finite only if every number is
             raise ValueError(
                 f"{name} contains NaN or infinity: look for the step that produced it."
             )
-    return _Rasterize.apply(*inputs, width, height)
+    return _Rasterize.apply(*inputs, width, height)  # pyright: ignore[reportReturnType]
 
 
 def num_threads() -> int:
-    """Threads in use: `torch.set_num_threads`, at most the environment variable
-    NUMBA_NUM_THREADS.
-    """
-    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    """`torch.set_num_threads`, at most the environment's NUMBA_NUM_THREADS."""
+    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # pyright: ignore
 
 
 def _run(kernel, *args) -> None:
@@ -90,9 +78,7 @@ def _run(kernel, *args) -> None:
 
 @lru_cache(maxsize=1)
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Kept from call to call, but not from process to process: threads do not survive
-    `fork`.
-    """
+    """Kept from call to call; one a process, as threads do not survive `fork`."""
     return ThreadPoolExecutor(threads)
 
 
@@ -102,13 +88,12 @@ class _Rasterize(torch.autograd.Function):
         inputs = [
             t.detach().contiguous() for t in (means, quats, scales, opacities, colors, viewmats, Ks)
         ]
-        splats, boxes = _project(*(t.numpy() for t in inputs), width, height)
+        arrays = [t.numpy() for t in inputs]
+        splats, boxes = _project(*arrays, width=width, height=height)
         lists = _list_pairs(splats, boxes, width, height)
         _, tiles_x, tiles_y, tile_starts, pair_splats, _ = lists
-        image, alpha = (
-            means.new_empty(len(boxes), height, width, 4),
-            means.new_empty(len(boxes), height, width, 1),
-        )
+        image = means.new_empty(len(boxes), height, width, 4)
+        alpha = means.new_empty(len(boxes), height, width, 1)
         outputs = image.numpy(), alpha.numpy()
         _run(kernels.blend_tiles, splats, tiles_x, tiles_y, tile_starts, pair_splats, *outputs)
         ctx.save_for_backward(*inputs, image, alpha)
@@ -120,13 +105,13 @@ class _Rasterize(torch.autograd.Function):
     def backward(ctx, v_image, v_alpha):
         saved = [t.numpy() for t in ctx.saved_tensors]
         means, quats, scales, opacities, colors, viewmats, Ks, image, alpha = saved
-        splats, boxes, (view_starts, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows) = (
-            ctx.geometry
-        )
+        splats, boxes, lists = ctx.geometry
+        view_starts, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows = lists
         gradients = np.zeros((len(pair_splats), kernels.NUM_GRADIENTS), image.dtype)
         _run(
-            kernels.blend_tiles_backward, splats, tiles_x, tiles_y, tile_starts, pair_splats, pair_rows,
-            image, alpha, v_image.contiguous().numpy(), v_alpha.contiguous().numpy(), gradients,
+            kernels.blend_tiles_backward, splats, tiles_x, tiles_y, tile_starts, pair_splats,
+            pair_rows, image, alpha, v_image.contiguous().numpy(), v_alpha.contiguous().numpy(),
+            gradients,
         )  # fmt: skip
         outputs = [np.zeros_like(x) for x in (means, quats, scales, opacities, colors)]
         _, height, width, _ = image.shape
@@ -141,8 +126,7 @@ def _project(means, quats, scales, opacities, colors, viewmats, Ks, width, heigh
     """Splats and boxes, both [V, G]."""
     num_views, num_gaussians = len(viewmats), len(means)
     dtype = kernels.splat_dtype(means.dtype)
-    # torch aligns memory to 64 bytes, numpy does not: a splat should lie in one cache
-    # line.
+    # torch aligns memory to 64 bytes, numpy does not: a splat fills one cache line.
     memory = torch.empty(num_views * num_gaussians * dtype.itemsize, dtype=torch.uint8)
     splats = memory.numpy().view(dtype).reshape(num_views, num_gaussians)
     boxes = np.empty((num_views, num_gaussians), kernels.BOX)
@@ -152,9 +136,7 @@ def _project(means, quats, scales, opacities, colors, viewmats, Ks, width, heigh
 
 
 def _list_pairs(splats, boxes, width, height):
-    """Where each view's pairs start [V + 1], tiles across and down, tile_starts,
-    pair_splats and pair_rows.
-    """
+    """view_starts [V + 1], tiles in x and y, tile_starts, pair_splats, pair_rows."""
     tiles_x, tiles_y = -(-width // kernels.TILE), -(-height // kernels.TILE)
     view_starts = np.zeros(len(boxes) + 1, np.int64)
     _run(kernels.number_pairs, boxes, view_starts[1:])

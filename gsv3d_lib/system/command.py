@@ -28,7 +28,7 @@ from .paths import find, output, own_folder
 READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
 
 
-def command_parser(name: str, text: str) -> argparse.ArgumentParser:
+def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
     """The parser of `python -m gsv3d_lib NAME`; `text` is its module's docstring."""
     return argparse.ArgumentParser(
         prog=f"python -m gsv3d_lib {name}".rstrip(),

@@ -1,9 +1,10 @@
-"""A checkpoint folder: one folder a model, in the layout of diffusers and transformers,
-and `gsv3d.json` beside them.
+"""A checkpoint folder: one folder a model, and `gsv3d.json` beside them.
 
 vae/  clip/  dino/  unet/  decoder/    config.json and safetensors of each
 lora/                                  the adapter of stage 2, in diffusers' format
 gsv3d.json                             the configuration, and the steps of each stage
+
+The layout of the models is diffusers' and transformers'.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,14 +22,10 @@ from torch import nn
 from ..config import Config, preset
 from ..lora import save_lora
 from ..system.errors import MissingFile, UserError
-from ..system.paths import (
-    atomic_path,
-    check_readable,
-    find,
-    from_repository,
-    place_whole,
-    reason,
-)
+from ..system.paths import atomic_path, check_readable, find, from_repository, place_whole, reason
+
+if TYPE_CHECKING:
+    from transformers import Dinov2Model
 
 
 def builders() -> dict[str, Callable[[Config], nn.Module]]:
@@ -37,16 +35,16 @@ def builders() -> dict[str, Callable[[Config], nn.Module]]:
     from ..unet import build_unet
     from ..vae import build_vae
 
-    return {
+    models: dict[str, Callable] = {
         "vae": build_vae,
         "clip": build_clip,
         "dino": build_dino,
         "unet": build_unet,
-        "decoder": build_decoder,
     }
+    return models | {"decoder": build_decoder}
 
 
-def model_classes() -> dict:
+def model_classes() -> dict[str, type]:
     """The class behind each folder of a checkpoint."""
     from diffusers.utils import logging as diffusers_logging
     from transformers import CLIPVisionModelWithProjection, Dinov2Model
@@ -58,51 +56,42 @@ def model_classes() -> dict:
 
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # a bar per file of a few megabytes hides what matters
-    return {
-        "vae": GroupedVAE,
-        "clip": CLIPVisionModelWithProjection,
-        "dino": Dinov2Model,
-        "unet": SV3DUNet,
-        "decoder": GaussianDecoder,
-    }
+    models = {"vae": GroupedVAE, "clip": CLIPVisionModelWithProjection, "dino": Dinov2Model}
+    return models | {"unet": SV3DUNet, "decoder": GaussianDecoder}
 
 
 # ---------------------------------------------------------------- reading
 
 
-def load_model(folder: str | Path, name: str):
+def load_model(folder: str | Path, name: str) -> Any:
     """Open one model of a checkpoint folder, in float32.
 
-    Raises FileNotFoundError or ValueError, with what to do, where it is missing or
-    damaged.
+    Raises MissingFile or UserError, with what to do, where it is missing or damaged.
     """
     path = Path(folder) / name
     if not (path / "config.json").is_file():
         raise MissingFile(
-            f"There are no {name} weights in {folder}; train them with `python -m gsv3d_lib train --stages ...` "
-            "or point to a folder that has them, such as data/checkpoints/tiny."
+            f"There are no {name} weights in {folder}; train them with `python -m gsv3d_lib train "
+            "--stages ...` or point to a folder that has them, such as data/checkpoints/tiny."
         )
     check_readable(*(file for file in path.iterdir() if file.is_file()))
-    # nothing unpickles
+    # `use_safetensors`: nothing unpickles
     options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
     try:
-        opened = model_classes()[name].from_pretrained(path, **options)
-        model, differences = opened[0].float().eval(), opened[1]
+        model, differences = model_classes()[name].from_pretrained(path, **options)
         if absent := sorted(differences["missing_keys"]):
             raise UserError(f"{len(absent)} tensors such as {absent[0]} are missing")
-    # safetensors, diffusers and transformers each raise their own kinds, some of many
-    # lines
-    except Exception as error:
+    except Exception as error:  # each library raises its own kinds, some of many lines
         raise UserError(
-            f"The {name} weights in {folder} cannot be read ({reason(error)}); copy them again or train them anew."
+            f"The {name} weights in {folder} cannot be read ({reason(error)}); "
+            "copy them again or train them anew."
         ) from error
-    # diffusers notes the path, which the next `save_pretrained` would pass on
-    if hasattr(model, "register_to_config"):
+    if hasattr(model, "register_to_config"):  # diffusers notes the path, and would save it
         model.register_to_config(_name_or_path=name)
-    return model
+    return model.float().eval()
 
 
-def load_dino(config: Config, weights: Path):
+def load_dino(config: Config, weights: Path) -> Dinov2Model | None:
     """The DINO encoder of a checkpoint folder; None for a configuration without one."""
     return None if config.dino == "none" else load_model(weights, "dino")
 
@@ -116,9 +105,8 @@ def load_config(folder: str | Path) -> Config:
     path = find(folder) / "gsv3d.json"
     if not path.is_file():
         advice = " The shipped one is data/checkpoints/tiny; `make train-tiny` makes your own."
-        raise MissingFile(
-            f"{folder} is no GSV3D checkpoint: gsv3d.json is missing.{from_repository(folder) or advice}"
-        )
+        advice = from_repository(folder) or advice
+        raise MissingFile(f"{folder} is no GSV3D checkpoint: gsv3d.json is missing.{advice}")
     try:
         stored = json.loads(path.read_text())
         base = preset(stored["name"])
@@ -126,22 +114,23 @@ def load_config(folder: str | Path) -> Config:
         values = {n: _typed(getattr(base, n), value) for n, value in stored.items() if n in fields}
         return dataclasses.replace(base, **values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); copy it again from a whole checkpoint."
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    why = reason(error)
+    return UserError(f"{path} cannot be read ({why}); copy it again from a whole checkpoint.")
 
 
 def _typed(like, value):
-    """JSON lists and dicts back into the tuples and `Schedule`s of the configuration."""
+    """JSON lists and dicts as tuples and `Schedule`s of the configuration."""
     if dataclasses.is_dataclass(like):
         return type(like)(**value)
     return tuple(value) if isinstance(like, tuple) else value
 
 
 def trained_steps(folder: Path) -> dict[str, int]:
-    """{stage: steps} that a checkpoint folder states; {} where it states none. Raises
-    UserError where it is damaged.
-    """
+    """{stage: steps} that a checkpoint folder states; {} where it states none."""
     path = Path(folder) / "gsv3d.json"
     if not path.is_file():
         return {}
@@ -149,9 +138,7 @@ def trained_steps(folder: Path) -> dict[str, int]:
         record = json.loads(path.read_text()).get("trained", {})
         return {stage: int(steps) for stage, steps in record.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({reason(error)}); copy it again from a whole checkpoint."
-        ) from error
+        raise unreadable(path, error) from error
 
 
 # ---------------------------------------------------------------- writing
@@ -172,21 +159,18 @@ def save_model(
         torch.distributed.barrier()
 
 
-def writer(name: str, model: nn.Module) -> Callable[[Path], None]:
-    """What writes a model into an empty folder; "lora" is the adapter that a U-Net
-    carries.
-    """
+def writer(name: str, model: Any) -> Callable[[Path], None]:
+    """What writes a model into an empty folder; "lora" is that of the U-Net."""
     if name == "lora":
         return lambda folder: save_lora(model, folder)
     return lambda folder: model.save_pretrained(folder, safe_serialization=True)
 
 
 def save_config(config: Config, folder: Path, trained: dict[str, int] | None = None) -> None:
-    """Write `gsv3d.json`: the configuration, and under "trained" the steps of each
-    stage, those of before kept.
+    """Write `gsv3d.json`: the configuration, and the steps of each stage in "trained".
 
-    The schedules in it are those of the last command, whatever the other stages were
-    trained with.
+    Steps of before are kept. The schedules are those of the last command, whatever the
+    other stages were trained with.
     """
     record = trained_steps(folder) | (trained or {})
     with atomic_path(Path(folder) / "gsv3d.json") as path:

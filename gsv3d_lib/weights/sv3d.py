@@ -1,9 +1,11 @@
-"""SV3D's published weights in this library's models: Stability's single file, or a
-folder in the layout of diffusers.
+"""SV3D's published weights: Stability's single file, or a folder as of diffusers.
 
-    python -m gsv3d_lib sv3d stabilityai/sv3d                                     # says what it needs, fetches nothing
-    python -m gsv3d_lib sv3d stabilityai/sv3d --download --out runs/paper         # weights for stages 1 and 2
-    pipe = GSV3DPipeline.from_sv3d("sv3d_p.safetensors", checkpoint="runs/paper/weights")
+    python -m gsv3d_lib sv3d stabilityai/sv3d      # says what it needs, fetches nothing
+    python -m gsv3d_lib sv3d stabilityai/sv3d --download --out runs/paper
+
+The second command makes the weights for stages 1 and 2. In Python:
+
+    GSV3DPipeline.from_sv3d("sv3d_p.safetensors", checkpoint="runs/paper/weights")
 
 A model is built without memory, every stored tensor is assigned to one of its tensors
 by name, names and shapes are compared, and only then is anything read. docs/weights.md
@@ -20,6 +22,7 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +36,7 @@ from ..system.paths import check_readable, reason
 from .checkpoint import load_model, save_model
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
 
-# VAE, CLIP and scheduler where a source lacks them
-SVD = "stabilityai/stable-video-diffusion-img2vid-xt"
+SVD = "stabilityai/stable-video-diffusion-img2vid-xt"  # VAE, CLIP, scheduler if absent
 DINO = "facebook/dinov2-base"
 SINGLE = "sv3d_p.safetensors"  # Stability's file
 # our models and settings, and where a folder in the layout of diffusers has them
@@ -46,19 +48,18 @@ FOLDERS = {
     "feature_extractor": "feature_extractor/preprocessor_config.json",
 }
 DINO_FILES = ("config.json", "model.safetensors")
+Place = str | Path  # a file or folder here, or a name on the Hub
 
-# ---------------------------------------------------------------- what would be downloaded
+# ---------------------------------------------------------- what would be downloaded
 
 
 @dataclass(frozen=True)
 class Download:
-    """One file of the Hugging Face Hub. size in bytes and gated are None where this
-    project does not know them.
-    """
+    """One file of the Hugging Face Hub; None where this project does not know."""
 
     repo: str
     file: str
-    size: int | None
+    size: int | None  # bytes
     licence: str
     gated: bool | None
     cached: bool
@@ -66,36 +67,28 @@ class Download:
     def __str__(self) -> str:
         size = "size unknown" if self.size is None else f"{self.size / 1e9:.2f} GB"
         gate = {True: "gated", False: "not gated", None: "gating unknown"}[self.gated]
-        return f"{self.repo}/{self.file}: {size}, {gate}, {self.licence}{', here already' if self.cached else ''}"
+        here = ", here already" if self.cached else ""
+        return f"{self.repo}/{self.file}: {size}, {gate}, {self.licence}{here}"
 
 
-# licence, gated, sizes in bytes: as the models' pages stated them when docs/weights.md
-# was written
+# licence, gated, bytes of files, as the models' pages stated them for docs/weights.md
+DIFFUSERS_BYTES = (6_100_000_000, 335_000_000, 2_530_000_000, 594, 1000)  # as FOLDERS
+SVD_BYTES = {FOLDERS["vae"]: 391_000_000, FOLDERS["clip"]: 2_530_000_000}
+SVD_BYTES |= {FOLDERS["scheduler"]: 533}
 KNOWN = {
     "stabilityai/sv3d": ("Stability AI Community License", True, {SINGLE: 9_370_000_000}),
     "chenguolin/sv3d-diffusers": (
         "sv3d-nc-community",
         False,
-        {
-            FOLDERS["unet"]: 6_100_000_000,
-            FOLDERS["vae"]: 335_000_000,
-            FOLDERS["clip"]: 2_530_000_000,
-        }
-        | {FOLDERS["scheduler"]: 594, FOLDERS["feature_extractor"]: 1000},
+        dict(zip(FOLDERS.values(), DIFFUSERS_BYTES)),
     ),
-    SVD: (
-        "stable-video-diffusion-community",
-        False,
-        {FOLDERS["vae"]: 391_000_000, FOLDERS["clip"]: 2_530_000_000, FOLDERS["scheduler"]: 533},
-    ),
+    SVD: ("stable-video-diffusion-community", False, SVD_BYTES),
     DINO: ("apache-2.0", False, {"config.json": 548, "model.safetensors": 346_000_000}),
 }
 
 
-def downloads(source: str | Path, svd: str | Path = SVD, dino: str | Path = DINO) -> list[Download]:
-    """Every file of the Hub that `load_backbone` would ask for, with size, licence and
-    gating. Fetches nothing.
-    """
+def downloads(source: Place, svd: Place = SVD, dino: Place = DINO) -> list[Download]:
+    """Every file of the Hub that `load_backbone` would ask for. Fetches nothing."""
     wanted = []
     if is_hub(source):
         files = [SINGLE] if str(source) == "stabilityai/sv3d" else list(FOLDERS.values())
@@ -117,7 +110,7 @@ def describe(repo: str, file: str) -> Download:
     return Download(repo, file, sizes.get(file), licence, gated, cached)
 
 
-def holds(source: str | Path, part: str) -> bool:
+def holds(source: Place, part: str) -> bool:
     """Whether a local file or folder has the VAE or CLIP itself."""
     single = single_file(source, download=False)
     if single is None:
@@ -125,10 +118,8 @@ def holds(source: str | Path, part: str) -> bool:
     return bool(ORIGINAL[part](list(Weights(single).shapes), preset("paper")))
 
 
-def is_hub(source: str | Path) -> bool:
-    """Whether `source` reads as OWNER/NAME of the Hub and nothing of that name lies on
-    this machine.
-    """
+def is_hub(source: Place) -> bool:
+    """Whether `source` reads as OWNER/NAME of the Hub and is nothing local."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) is not None and not Path(source).exists()
 
 
@@ -137,11 +128,7 @@ class Absent(MissingFile):
 
 
 def fetch(repo: str, file: str, download: bool) -> Path:
-    """A file of the Hub: from the local cache or, only with `download`, from the
-    network.
-
-    Raises FileNotFoundError with one sentence on what to do.
-    """
+    """A file of the Hub: from the local cache or, only with `download`, the network."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 
@@ -149,22 +136,23 @@ def fetch(repo: str, file: str, download: bool) -> Path:
     try:
         return Path(hub.hf_hub_download(repo, file, local_files_only=not download))
     except errors.GatedRepoError:
-        problem = f"{repo} is gated: accept its licence at {page}, log in with `hf auth login`, and try again."
+        login = "log in with `hf auth login`, and try again"
+        problem = f"{repo} is gated: accept its licence at {page}, {login}."
     except errors.RepositoryNotFoundError:
-        problem = f"There is no {repo} on the Hub that you may see: check the name, and log in with `hf auth login`."
+        problem = f"There is no {repo} on the Hub that you may see: "
+        problem += "check the name, and log in with `hf auth login`."
     except errors.LocalEntryNotFoundError:
+        fetching = f"pass download=True (--download) to fetch it from {page}"
+        advice = "the Hub could not be reached; go online" if download else fetching
         problem = f"{file} of {repo} is not on this machine, nor is a folder of that name: "
-        problem += (
-            "the Hub could not be reached; go online, or give the path of a copy."
-            if download
-            else f"pass download=True (--download) to fetch it from {page}, or give the path of a copy."
-        )
+        problem += f"{advice}, or give the path of a copy."
     except errors.EntryNotFoundError:
         raise Absent(
             f"{repo} has no {file}; name a repository in diffusers' layout, or {SINGLE} as a file."
         ) from None
     except (OSError, ValueError, errors.HfHubHTTPError) as error:
-        problem = f"{file} of {repo} could not be fetched ({reason(error)}); try again, or give the path of a copy."
+        problem = f"{file} of {repo} could not be fetched ({reason(error)}); "
+        problem += "try again, or give the path of a copy."
     raise MissingFile(problem)
 
 
@@ -172,10 +160,9 @@ def fetch(repo: str, file: str, download: bool) -> Path:
 
 
 class Weights:
-    """The tensors of one or more safetensors files: names and shapes at once, values
-    when asked for.
+    """The tensors of one or more safetensors files: shapes at once, values if asked.
 
-    Raises ValueError with one sentence where a file is damaged.
+    Raises UserError where a file is damaged.
     """
 
     def __init__(self, *files: Path):
@@ -190,13 +177,12 @@ class Weights:
                     handle = opened.enter_context(safe_open(file, framework="pt"))
                 except (SafetensorError, OSError) as error:
                     raise UserError(
-                        f"{file} is damaged or no safetensors file ({reason(error)}); fetch or copy it again."
+                        f"{file} is damaged or no safetensors file ({reason(error)}); "
+                        "fetch or copy it again."
                     ) from error
-                for key in handle.keys():  # noqa: SIM118, a handle is no dict
-                    self.handles[key], self.shapes[key] = (
-                        handle,
-                        tuple(handle.get_slice(key).get_shape()),
-                    )
+                for key in handle.keys():
+                    self.handles[key] = handle
+                    self.shapes[key] = tuple(handle.get_slice(key).get_shape())
             opened.pop_all()  # the handles live as long as this object
 
     def read(self, key: str) -> Tensor:
@@ -207,12 +193,10 @@ class Weights:
         return torch.empty(self.shapes[key], device="meta")
 
 
-def find(source: str | Path, part: str, download: bool) -> list[Path]:
-    """The files of one entry of FOLDERS in `source`, a folder or a Hub name; empty
-    where it is known to lack it.
+def find(source: Place, part: str, download: bool) -> list[Path]:
+    """The files of one entry of FOLDERS in `source`; empty where it lacks it.
 
-    Locally, a folder with only half precision or with several files per model will do
-    too.
+    Locally, half precision or several files per model will do too.
     """
     file = FOLDERS[part]
     if is_hub(source):
@@ -223,22 +207,19 @@ def find(source: str | Path, part: str, download: bool) -> list[Path]:
     path = Path(source) / file
     if path.is_file():
         return [path]
-    stem, suffix = path.stem, path.suffix
-    return sorted(path.parent.glob(f"{stem}-*-of-*{suffix}")) or sorted(
-        path.parent.glob(f"{stem}.fp16{suffix}")
-    )
+    parts = path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")
+    return sorted(parts) or sorted(path.parent.glob(f"{path.stem}.fp16{path.suffix}"))
 
 
-def single_file(source: str | Path, download: bool) -> Path | None:
-    """Stability's file if `source` is one, names its repository, or is a folder that
-    holds it; else None.
-    """
+def single_file(source: Place, download: bool) -> Path | None:
+    """Stability's file if `source` is one, names it, or is its folder; else None."""
     if is_hub(source):
         return fetch(str(source), SINGLE, download) if str(source) == "stabilityai/sv3d" else None
     path = Path(source)
     if not path.exists():
         raise MissingFile(
-            f"There is no file or folder {source}; give one, or a Hub name such as stabilityai/sv3d."
+            f"There is no file or folder {source}; give one, or a Hub name such as "
+            "stabilityai/sv3d."
         )
     if path.is_dir():
         return path / SINGLE if (path / SINGLE).is_file() else None
@@ -249,8 +230,7 @@ def single_file(source: str | Path, download: bool) -> Path | None:
 
 
 def empty(part: str, config: Config, **options) -> nn.Module:
-    """The model of one part at the sizes of `config`, with parameters that take no
-    memory yet.
+    """The model of one part, with parameters that take no memory yet.
 
     options: of `vae.build_vae`.
     """
@@ -267,15 +247,12 @@ def empty(part: str, config: Config, **options) -> nn.Module:
 def fill(part: str, weights: Weights, pieces: Pieces, config: Config) -> nn.Module:
     """The model of one part with its stored tensors, in float32.
 
-    Raises ValueError with one sentence where a tensor is missing, unknown, or of
-    another shape.
+    Raises UserError where a tensor is missing, unknown, or of another shape.
     """
     before_decoder = any(name.startswith("post_quant_conv.") for name in pieces)
     model = empty(part, config, **({"post_quant": True} if before_decoder else {}))
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {
-        ours: tuple(how(weights.blank(stored)).shape) for ours, (stored, how) in pieces.items()
-    }
+    found = {name: tuple(how(weights.blank(s)).shape) for name, (s, how) in pieces.items()}
     still = timeless(wanted) if part == "vae" and not timeless(found) else {}
     compare(part, weights.name, wanted, found | still, config)
     state = {name: pass_through(name, shape) for name, shape in still.items()}
@@ -287,40 +264,28 @@ def fill(part: str, weights: Weights, pieces: Pieces, config: Config) -> nn.Modu
 
 def timeless(shapes: dict) -> dict:
     """Those entries that a decoder without layers over time does not have."""
-    return {
-        n: s
-        for n, s in shapes.items()
-        if re.search(r"temporal_res_block|time_mixer|time_conv_out", n)
-    }
+    over_time = re.compile(r"temporal_res_block|time_mixer|time_conv_out")
+    return {name: shape for name, shape in shapes.items() if over_time.search(name)}
 
 
 def pass_through(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of a layer over time that changes nothing: a zero residual branch, or
-    the identity as convolution.
-    """
+    """A layer over time that changes nothing: zero residual, or the identity."""
     tensor = torch.zeros(shape)
     return nn.init.dirac_(tensor) if name.endswith("time_conv_out.weight") else tensor
 
 
 def compare(part: str, file: str, wanted: dict, found: dict, config: Config) -> None:
-    """Names and shapes of the stored tensors against the model's; ValueError with the
-    first difference.
-    """
-    problems = [
-        f"{n} is {found[n]}, not {wanted[n]}"
-        for n in wanted
-        if n in found and found[n] != wanted[n]
-    ]
+    """UserError with the first difference of names or shapes."""
+    both = [n for n in wanted if n in found]
+    problems = [f"{n} is {found[n]}, not {wanted[n]}" for n in both if found[n] != wanted[n]]
     problems += [f"{n} is missing" for n in wanted if n not in found]
     problems += [f"{n} is unknown" for n in found if n not in wanted]
     if not problems:
         return
-    kind = unet_kind(found) if part == "unet" else None
-    reason = kind or problems[0] + (
-        f" (and {len(problems) - 1} more differences)" if problems[1:] else ""
-    )
+    more = f" (and {len(problems) - 1} more differences)" if problems[1:] else ""
+    why = (unet_kind(found) if part == "unet" else None) or problems[0] + more
     raise UserError(
-        f"{file} does not hold the {part} of SV3D_p in the sizes of {config.name!r}: {reason}; "
+        f"{file} does not hold the {part} of SV3D_p in the sizes of {config.name!r}: {why}; "
         f"use {SINGLE} of stabilityai/sv3d or a folder like chenguolin/sv3d-diffusers."
     )
 
@@ -328,9 +293,7 @@ def compare(part: str, file: str, wanted: dict, found: dict, config: Config) -> 
 def unet_kind(found: dict) -> str | None:
     """What a U-Net that is not SV3D_p's is, where its tensors tell."""
     if not found:
-        return (
-            "it has no model.diffusion_model tensors, so it is no checkpoint of generative-models"
-        )
+        return "it has no model.diffusion_model tensors: it is no checkpoint of generative-models"
     if not any("temporal" in name for name in found):
         return "it has no layers over time, so it is an image model such as Stable Diffusion"
     width = found.get("add_embedding.linear_1.weight", (0, 0))[1]
@@ -342,28 +305,27 @@ def unet_kind(found: dict) -> str | None:
 
 
 def load_backbone(
-    source: str | Path,
+    source: Place,
     config: Config | None = None,
     *,
-    svd: str | Path = SVD,
-    dino: str | Path = DINO,
+    svd: Place = SVD,
+    dino: Place = DINO,
     download: bool = False,
 ) -> tuple[Config, dict]:
-    """SV3D's own models: the configuration (default: the preset `paper`) and vae, clip,
-    unet, dino in float32.
+    """SV3D's own models: the configuration, and vae, clip, unet, dino in float32.
 
     source: Stability's `sv3d_p.safetensors`, a folder in diffusers' layout, or the name
         of either on the Hub.
-    svd: folder or Hub name that has VAE, CLIP and scheduler where `source` lacks them.  dino: likewise, DINOv2.
-    Raises FileNotFoundError or ValueError with one sentence on what to do.
+    config: by default the preset `paper`.
+    svd: folder or Hub name that has VAE, CLIP and scheduler where `source` lacks them.
+    dino: likewise, DINOv2.
     """
     config = config or preset("paper")
     single = single_file(source, download)
     stored = Weights(single) if single else None
-    models = {
-        part: load_part(part, source, stored, config, svd, download)
-        for part in ("unet", "vae", "clip")
-    }
+    places = source, stored, config, svd, download
+    parts = ("unet", "vae", "clip")
+    models: dict[str, Any] = {part: load_part(part, *places) for part in parts}
     if single is None:
         config = with_settings(source, svd, config, download)
     models["dino"] = load_dino(dino, config, download)
@@ -371,7 +333,7 @@ def load_backbone(
 
 
 def load_part(
-    part: str, source, single: Weights | None, config: Config, svd, download: bool
+    part: str, source: Place, single: Weights | None, config: Config, svd: Place, download: bool
 ) -> nn.Module:
     """One model, from `source` or, VAE and CLIP where it lacks them, from `svd`."""
     if single is not None:
@@ -396,51 +358,43 @@ def load_part(
     return fill(part, weights, diffusers_pieces(part, list(weights.shapes)), config)
 
 
-def with_settings(source, svd, config: Config, download: bool) -> Config:
-    """The configuration with the source's noise levels; ValueError where its scheduler
-    or CLIP input is not SV3D's.
-    """
+def with_settings(source: Place, svd: Place, config: Config, download: bool) -> Config:
+    """The source's noise levels; UserError where its settings are not SV3D's."""
     from ..encoders import CLIP_MEAN, CLIP_STD
 
     scheduler = read_settings(find(source, "scheduler", download))
     if not scheduler and not is_hub(svd):
         scheduler = read_settings(find(svd, "scheduler", download))
+    pixels = read_settings(find(source, "feature_extractor", download))
     expected = {
         "prediction_type": "v_prediction",
         "timestep_type": "continuous",
         "use_karras_sigmas": True,
+        "image_mean": [*CLIP_MEAN],
+        "image_std": [*CLIP_STD],
     }
-    pixels = read_settings(find(source, "feature_extractor", download))
-    for settings, values in (
-        (scheduler, expected),
-        (pixels, {"image_mean": [*CLIP_MEAN], "image_std": [*CLIP_STD]}),
-    ):
-        for name, value in values.items():
-            if settings.get(name, value) != value:
-                raise UserError(
-                    f"{source} has {name} = {settings[name]}; SV3D has {value}, so this is another model."
-                )
-    sigmas = {
-        name: float(scheduler[name]) for name in ("sigma_min", "sigma_max") if scheduler.get(name)
-    }
-    return config.replace(**sigmas)
+    settings = pixels | scheduler
+    for name, value in expected.items():
+        if settings.get(name, value) != value:
+            raise UserError(
+                f"{source} has {name} = {settings[name]}; SV3D has {value}: this is another model."
+            )
+    ends = ("sigma_min", "sigma_max")
+    return config.replace(**{end: float(scheduler[end]) for end in ends if scheduler.get(end)})
 
 
 def read_settings(files: list[Path]) -> dict:
-    """A JSON file of settings, {} if there is none. Raises ValueError where it is
-    damaged.
-    """
+    """A JSON file of settings, {} if there is none. UserError where it is damaged."""
     if not files:
         return {}
     try:
         return dict(json.loads(files[0].read_text()))
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{files[0]} cannot be read ({reason(error)}); fetch or copy it again."
-        ) from error
+        why = reason(error)
+        raise UserError(f"{files[0]} cannot be read ({why}); fetch or copy it again.") from error
 
 
-def load_dino(dino: str | Path, config: Config, download: bool):
+def load_dino(dino: Place, config: Config, download: bool) -> nn.Module | None:
     """DINOv2 from a folder or the Hub; None for a configuration without it."""
     if config.dino == "none":
         return None
@@ -458,28 +412,25 @@ def load_dino(dino: str | Path, config: Config, download: bool):
     from ..lora import REFUSED
 
     try:
-        model, report = Dinov2Model.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
+        model, report = cast(Any, Dinov2Model).from_pretrained(folder, **options)
     except REFUSED as error:
-        raise UserError(
-            f"DINOv2 in {folder} cannot be read ({reason(error)}); fetch or copy it again."
-        ) from error
+        why = reason(error)
+        raise UserError(f"DINOv2 in {folder} cannot be read ({why}); copy it again.") from error
     if report["missing_keys"] or model.config.hidden_size != config.dino_width:
-        raise UserError(
-            f"{folder} is no DINOv2 of width {config.dino_width}; {config.name!r} is built for {DINO}."
-        )
+        built_for = f"{config.name!r} is built for {DINO}"
+        raise UserError(f"{folder} is no DINOv2 of width {config.dino_width}; {built_for}.")
     return model.float().eval()
 
 
 def load_sv3d(
-    source: str | Path,
+    source: Place,
     config: Config | None = None,
     *,
     checkpoint: str | Path | None = None,
     lora: bool = True,
-    svd: str | Path = SVD,
-    dino: str | Path = DINO,
+    svd: Place = SVD,
+    dino: Place = DINO,
     download: bool = False,
 ) -> tuple[Config, dict]:
     """`load_backbone`, and the Gaussian decoder and LoRA of a GSV3D checkpoint folder.
@@ -488,19 +439,21 @@ def load_sv3d(
     are SV3D's, the Gaussians mean nothing before stage 1. A `dino` folder of the
     checkpoint goes before the argument `dino`.
     """
-
     folder = Path(checkpoint) if checkpoint is not None else None
     if folder is not None and (folder / "dino").is_dir():
         dino = folder / "dino"
-    # before the gigabytes, it may be missing
+    # may be missing, so it comes before the gigabytes
     decoder = load_model(folder, "decoder") if folder is not None else None
     config, models = load_backbone(source, config, svd=svd, dino=dino, download=download)
     if folder is not None and lora and (folder / "lora").is_dir():
         load_lora(models["unet"], folder / "lora")
     if decoder is None:
         warnings.warn(
-            "The Gaussian decoder is freshly initialised: SV3D's views are real, the Gaussians mean nothing until "
-            "stage 1 has been trained (docs/weights.md); give checkpoint=... a folder with a trained decoder.",
+            "The Gaussian decoder is freshly initialised: SV3D's views are real, the Gaussians "
+            "mean "
+            "nothing until stage 1 has been trained (docs/weights.md); give checkpoint=... a "
+            "folder "
+            "with a trained decoder.",
             stacklevel=3,
         )
         decoder = build_decoder(config).eval()
@@ -513,23 +466,15 @@ def load_sv3d(
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("sv3d", __doc__)
-    parser.add_argument(
-        "source", help=f"{SINGLE}, a folder in diffusers' layout, or the name of either on the Hub"
-    )
-    parser.add_argument(
-        "--svd", default=SVD, help="VAE, CLIP and scheduler where the source lacks them"
-    )
-    parser.add_argument("--dino", default=DINO)
-    parser.add_argument(
-        "--download",
-        action="store_true",
-        help="fetch what is missing; without it nothing is fetched",
-    )
-    parser.add_argument(
-        "--out",
-        type=output_path,
-        help="convert into OUT/weights, where training at scale `paper` finds it",
-    )
+    add = parser.add_argument
+    source = f"{SINGLE}, a folder in diffusers' layout, or the name of either on the Hub"
+    add("source", help=source)
+    add("--svd", default=SVD, help="VAE, CLIP and scheduler where the source lacks them")
+    add("--dino", default=DINO)
+    download = "fetch what is missing; without it nothing is fetched"
+    add("--download", action="store_true", help=download)
+    out = "convert into OUT/weights, where training at scale `paper` finds it"
+    add("--out", type=output_path, help=out)
     return parser
 
 
@@ -545,15 +490,11 @@ def run(args: argparse.Namespace) -> None:
         print(file)
     missing = [file for file in files if not file.cached]
     total = sum(file.size or 0 for file in missing) / 1e9
-    print(
-        f"{len(missing)} files to download, {total:.2f} GB as far as known."
-        if missing
-        else "Nothing to download."
-    )
+    known = f"{len(missing)} files to download, {total:.2f} GB as far as known."
+    print(known if missing else "Nothing to download.")
     if missing and not args.download:
-        return print(
-            "Nothing was fetched; add --download, and for gated files accept the licence and `hf auth login`."
-        )
+        advice = "for gated files accept the licence and `hf auth login`"
+        return print(f"Nothing was fetched; add --download, and {advice}.")
     for file in missing:
         fetch(file.repo, file.file, download=True)
     if args.out is not None:
@@ -561,10 +502,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"vae, clip, unet and dino of SV3D are in {args.out / 'weights'}.")
 
 
-def convert(source: str | Path, run: Path, config: Config | None = None, **options) -> None:
-    """Write SV3D's models into RUN/weights, where `train` finds them for stages 1 and
-    2. options: of `load_backbone`.
-    """
+def convert(source: Place, run: Path, config: Config | None = None, **options) -> None:
+    """SV3D's models into RUN/weights, for stages 1 and 2; see `load_backbone`."""
     config, models = load_backbone(source, config, **options)
     for name, model in models.items():
         if model is not None:

@@ -1,8 +1,7 @@
-"""From Stability's names of SV3D's tensors to those of diffusers and transformers,
-which this library's models have.
+"""From Stability's names of SV3D's tensors to those of diffusers and transformers.
 
-Each function gives, for the names in a file, our name -> (stored name, how to make our
-tensor of the stored one).
+This library's models have the latter. Each function gives, for the names in a file, our
+name -> (stored name, how to make our tensor of the stored one).
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
     "nin_shortcut": "conv_shortcut",  # the VAE's word for it
-    # in the VAE; the U-Net says time_mixer.mix_factor itself
-    "mix_factor": "time_mixer.mix_factor",
+    "mix_factor": "time_mixer.mix_factor",  # the VAE's; the U-Net has the whole name
 }
 TRANSFORMER = {
     "time_stack": "temporal_transformer_blocks",
@@ -44,13 +42,8 @@ TRANSFORMER = {
     "time_pos_embed.2": "time_pos_embed.linear_2",
 }
 VAE_ENDS = {"norm_out": "conv_norm_out", "conv_out.time_mix_conv": "time_conv_out"}
-VAE_ATTENTION = {
-    "norm": "group_norm",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "proj_out": "to_out.0",
-}
+VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v"}
+VAE_ATTENTION |= {"proj_out": "to_out.0"}
 CLIP_ENDS = {
     "class_embedding": "vision_model.embeddings.class_embedding",
     "positional_embedding": "vision_model.embeddings.position_embedding.weight",
@@ -70,9 +63,7 @@ CONDITIONER_VAE = r"conditioner\.embedders\.\d+\.encoder\."
 
 
 def rewrite(name: str, table: dict[str, str]) -> str:
-    """`name` with its leading words replaced by the table's first entry that fits, else
-    unchanged.
-    """
+    """`name` with its leading words replaced by the table's first entry that fits."""
     for old, new in table.items():
         if name == old or name.startswith(old + "."):
             return new + name[len(old) :]
@@ -80,12 +71,12 @@ def rewrite(name: str, table: dict[str, str]) -> str:
 
 
 def unet_name(name: str, layers: int) -> str:
-    """diffusers' name of one tensor of Stability's `VideoUNet` with `layers` residual
-    blocks per level.
+    """diffusers' name of one tensor of Stability's `VideoUNet`.
 
-    input_blocks count conv_in, then per level `layers` blocks and a downsampler;
-    output_blocks `layers + 1` blocks a level. Inside a block 0 is the residual block
-    (or the downsampler), 1 the transformer, and the last may be the upsampler.
+    `layers` is the number of residual blocks per level. input_blocks count conv_in,
+    then per level `layers` blocks and a downsampler; output_blocks `layers + 1` blocks
+    a level. Inside a block 0 is the residual block (or the downsampler), 1 the
+    transformer, and the last may be the upsampler.
     """
     match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(?:(\d+)\.)?(\d)\.(.+)", name)
     if match is None or name.startswith("input_blocks.0."):
@@ -96,8 +87,9 @@ def unet_name(name: str, layers: int) -> str:
     else:
         level, index = divmod(block - (half == "input_blocks"), layers + 1)
         place = f"{'down' if half == 'input_blocks' else 'up'}_blocks.{level}"
-    if tail.startswith(("op.", "conv.")):
-        return f"{place}.{'downsamplers' if tail[0] == 'o' else 'upsamplers'}.0.conv.{tail.split('.', 1)[1]}"
+    sampler, _, rest = tail.partition(".")
+    if sampler in ("op", "conv"):
+        return f"{place}.{'down' if sampler == 'op' else 'up'}samplers.0.conv.{rest}"
     if slot == 1:
         return f"{place}.attentions.{index}.{rewrite(tail, TRANSFORMER)}"
     return f"{place}.resnets.{index}.{spatio_temporal(tail)}"
@@ -112,21 +104,22 @@ def spatio_temporal(tail: str) -> str:
 
 
 def vae_name(name: str, levels: int) -> str:
-    """diffusers' name of one tensor of Stability's autoencoder. Its decoder counts
-    levels from the image, diffusers' from the latent.
+    """diffusers' name of one tensor of Stability's autoencoder.
+
+    Its decoder counts levels from the image, diffusers' from the latent.
     """
     half, _, rest = name.partition(".")
     resnet = spatio_temporal if half == "decoder" else partial(rewrite, table=RESNET)
     if match := re.fullmatch(r"(down|up)\.(\d+)\.block\.(\d+)\.(.+)", rest):
-        return (
-            f"{half}.{vae_level(match[1], match[2], levels)}.resnets.{match[3]}.{resnet(match[4])}"
-        )
+        level = vae_level(match[1], match[2], levels)
+        return f"{half}.{level}.resnets.{match[3]}.{resnet(match[4])}"
     if match := re.fullmatch(r"(down|up)\.(\d+)\.(?:down|up)sample\.(.+)", rest):
         return f"{half}.{vae_level(match[1], match[2], levels)}.{match[1]}samplers.0.{match[3]}"
     if match := re.fullmatch(r"mid\.block_([12])\.(.+)", rest):
         return f"{half}.mid_block.resnets.{int(match[1]) - 1}.{resnet(match[2])}"
     if rest.startswith("mid.attn_1."):
-        return f"{half}.mid_block.attentions.0.{rewrite(rest.removeprefix('mid.attn_1.'), VAE_ATTENTION)}"
+        part = rewrite(rest.removeprefix("mid.attn_1."), VAE_ATTENTION)
+        return f"{half}.mid_block.attentions.0.{part}"
     return f"{half}.{rewrite(rest, VAE_ENDS)}"
 
 
@@ -154,28 +147,26 @@ def transposed(tensor: Tensor) -> Tensor:
 
 def original_unet(names: list[str], config: Config) -> Pieces:
     prefix = "model.diffusion_model."
-    return {
-        unet_name(n.removeprefix(prefix), config.unet_layers): (n, same)
-        for n in names
-        if n.startswith(prefix)
-    }
+    ours = {n: n.removeprefix(prefix) for n in names if n.startswith(prefix)}
+    return {unet_name(inner, config.unet_layers): (n, same) for n, inner in ours.items()}
 
 
 def original_vae(names: list[str], config: Config) -> Pieces:
-    """Encoder and quant_conv of the conditioner, the decoder of the first stage, as
-    Stability's code uses them; each from the other place where a file has it only
-    there.
+    """Encoder and quant_conv of the conditioner, decoder of the first stage.
+
+    So Stability's code uses them. Each comes from the other place where a file has it
+    only there.
     """
-    conditioner, first = prefixes(names, CONDITIONER_VAE), ["first_stage_model."]
+    conditioner = prefixes(names, CONDITIONER_VAE)
+    first = ["first_stage_model."]
     halves = {
         ("encoder", "quant_conv"): conditioner + first,
         ("decoder", "post_quant_conv"): first + conditioner,
     }
     pieces = {}
     for parts, places in halves.items():
-        place = next(
-            (p for p in places if any(n.startswith(f"{p}{parts[0]}.") for n in names)), None
-        )
+        holding = (p for p in places if any(n.startswith(f"{p}{parts[0]}.") for n in names))
+        place = next(holding, "")
         for name in (n for n in names if place and n.startswith(place)):
             inner = name.removeprefix(place)
             if inner.split(".")[0] in parts:
@@ -190,23 +181,21 @@ def original_clip(names: list[str], config: Config) -> Pieces:
     for prefix in prefixes(names, CONDITIONER_CLIP):
         for name in (n for n in names if n.startswith(prefix)):
             inner = name.removeprefix(prefix)
-            match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", inner)
-            if inner == "proj":
-                # x @ proj there, a linear layer here
+            if inner == "proj":  # x @ proj there, a linear layer here
                 pieces["visual_projection.weight"] = (name, transposed)
-            elif match is None:
+                continue
+            match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", inner)
+            if match is None:
                 pieces[rewrite(inner, CLIP_ENDS)] = (name, same)
-            elif match[2].startswith("attn.in_proj_"):
-                for index, letter in enumerate("qkv"):
-                    ours = f"self_attn.{letter}_proj.{match[2].removeprefix('attn.in_proj_')}"
-                    pieces[f"vision_model.encoder.layers.{match[1]}.{ours}"] = (
-                        name,
-                        partial(third, index=index),
-                    )
-            else:
-                pieces[
-                    f"vision_model.encoder.layers.{match[1]}.{rewrite(match[2], CLIP_LAYER)}"
-                ] = (name, same)
+                continue
+            layer = f"vision_model.encoder.layers.{match[1]}"
+            kind = match[2].removeprefix("attn.in_proj_")  # weight or bias
+            if kind == match[2]:
+                pieces[f"{layer}.{rewrite(kind, CLIP_LAYER)}"] = (name, same)
+                continue
+            for index, letter in enumerate("qkv"):
+                how = partial(third, index=index)
+                pieces[f"{layer}.self_attn.{letter}_proj.{kind}"] = (name, how)
     return pieces
 
 
@@ -218,13 +207,12 @@ def prefixes(names: list[str], pattern: str) -> list[str]:
 
 
 def diffusers_pieces(part: str, names: list[str]) -> Pieces:
-    """The names as stored; a decoder without time, as of `AutoencoderKL`, gets the
-    names of its spatial half.
+    """The names as stored; for a decoder without time those of its spatial half.
+
+    `AutoencoderKL` has such a decoder.
     """
-    if part != "vae":
-        # old transformers stored a count
+    if part != "vae":  # old transformers stored a count, position_ids
         return {n: (n, same) for n in names if not n.endswith("position_ids")}
-    plain = re.compile(
-        r"(decoder\.\w+\.(?:\d+\.)?resnets\.\d+\.)(?!spatial_res_block|temporal_res_block|time_mixer)"
-    )
+    spatial = r"(?!spatial_res_block|temporal_res_block|time_mixer)"
+    plain = re.compile(rf"(decoder\.\w+\.(?:\d+\.)?resnets\.\d+\.){spatial}")
     return {plain.sub(r"\1spatial_res_block.", n): (n, same) for n in names}

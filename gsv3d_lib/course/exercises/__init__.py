@@ -1,5 +1,4 @@
-"""Checkers for the exercises of the notebooks: they run the learner's own function and
-say what is wrong with it.
+"""Checkers for the exercises: they run the learner's function and say what is wrong.
 
 One module per notebook. A checker is a function `check_NAME(solution)` under
 `@checker`, made of `ask` and `expect_*`:
@@ -10,10 +9,10 @@ One module per notebook. A checker is a function `check_NAME(solution)` under
         alphas = torch.tensor([0.5, 0.5])
         result = ask(transmittance, alphas)
         expect_shape(result, (2,))
-        expect_close(result, [1.0, 0.5], "The first Gaussian has nothing in front of it: start at 1.")
+        expect_close(result, [1.0, 0.5], "Nothing is in front of the first: start at
+        1.")
 
-A stub returns None, and the checker then says that it is not written yet. The library
-holds the solutions.
+A stub returns None, and the checker then says that it is not written yet.
 """
 
 from __future__ import annotations
@@ -75,9 +74,7 @@ def checker(check: Callable) -> Callable:
 
 
 def ask(solution: Callable, *arguments, **options):
-    """The learner's answer. An error inside becomes one sentence; None means that
-    nothing is written yet.
-    """
+    """The learner's answer. An error inside is one sentence, None `_NotWritten`."""
     try:
         answer = solution(*arguments, **options)
     except Exception as error:
@@ -109,8 +106,9 @@ def expect_shape(answer: Tensor, shape: Sequence[int], what: str = "the answer")
 
 
 def expect_close(answer, truth, hint: str, tolerance: float = 1e-4) -> None:
-    """The answer equals the truth within `tolerance` (absolute, and relative to the
-    truth). The hint says what is off.
+    """The answer equals the truth within `tolerance`; the hint says what is off.
+
+    The tolerance is absolute, and relative to the truth.
     """
     answer, truth = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (answer, truth))
     expect_shape(answer, truth.shape)
@@ -128,9 +126,7 @@ def same(answer: Tensor, other: Tensor, rtol: float = 1e-3, atol: float = 1e-4) 
 
 
 def expect_not(answer: Tensor, mistakes: dict[str, Tensor], **tolerances: float) -> None:
-    """The answer is none of the typical wrong ones; the hint of the one that it is says
-    what happened.
-    """
+    """The answer is none of the typical wrong ones; the hint says which it is."""
     for hint, wrong in mistakes.items():
         expect(not same(answer, wrong, **tolerances), hint)
 

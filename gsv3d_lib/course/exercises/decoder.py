@@ -25,7 +25,8 @@ def check_shuffle(solution) -> None:
         for hint, order in SHUFFLES.items():
             expect(not same(answer, _shuffled(x, r, order)), hint)
         grouped = x.unflatten(1, (r, r, channels)).permute(0, 3, 4, 1, 5, 2).reshape(answer.shape)
-        hint = "The channels are grouped the wrong way: c is the slowest index of the input's channels; i and j follow."
+        hint = "The channels are grouped the wrong way: c is the slowest index of the input's "
+        hint += "channels; i and j follow."
         expect(not same(answer, grouped), hint)
         expect_close(
             answer, F.pixel_shuffle(x, r), "out[c, h r + i, w r + j] = in[c r^2 + i r + j, h, w]."
@@ -34,15 +35,19 @@ def check_shuffle(solution) -> None:
 
 # typical mistakes, as orders of the axes B, c, i, j, h, w
 SHUFFLES = {
-    "You reshaped without moving axes: i must stand next to h, and j next to w, before axes are joined.": "bcijhw",
-    "The roles of i and j are swapped: channel c r^2 + i r + j goes to row i, column j of the cell.": "bchjwi",
-    "Row h r + i: the position in the grid is the slow index, i the fast one; you joined them as i h.": "bcihjw",
+    "You reshaped without moving axes: i must stand next to h, and j next to w, before axes are "
+    "joined.": "bcijhw",
+    "The roles of i and j are swapped: channel c r^2 + i r + j goes to row i, column j of the "
+    "cell.": "bchjwi",
+    "Row h r + i: the position in the grid is the slow index, i the fast one; you joined them as "
+    "i h.": "bcihjw",
 }
 
 
 def _shuffled(x: Tensor, r: int, order: str) -> Tensor:
-    """x [B, C r^2, h, w] with its axes b, c, i, j, h, w in another order, joined to [B,
-    C, h r, w r].
+    """x [B, C r^2, h, w] with its axes b, c, i, j, h, w in another order.
+
+    They are then joined to [B, C, h r, w r].
     """
     axes = x.unflatten(1, (-1, r, r)).permute(*("bcijhw".index(axis) for axis in order))
     return axes.reshape(len(x), x.shape[1] // r**2, x.shape[2] * r, x.shape[3] * r)
@@ -66,9 +71,7 @@ def _logit(offset: Tensor) -> Tensor:
 
 @checker
 def check_depth_logits(solution) -> None:
-    """z-depth [H, W, 1], rays, the camera's forward axis [3], radius -> logits [H, W,
-    1].
-    """
+    """z-depth [H, W, 1], rays, camera's forward [3], radius -> logits [H, W, 1]."""
     for azimuth, radius, distance in ((30.0, 1.0, 3.5), (200.0, 1.5, 4.0)):
         camera = orbit_cameras([azimuth], 15.0, 64, distance=distance)
         origins, directions = (t[0] for t in ray_grid(camera, 4, 6))
@@ -82,9 +85,8 @@ def check_depth_logits(solution) -> None:
         )
         offset = (depth / cosine - away) / radius
         mistakes = {
-            "You took z-depth for the distance along the ray: divide by the cosine of ray and axis.": _logit(
-                (depth - away) / radius
-            ),
+            "You took z-depth for the distance along the ray: divide by the cosine of ray and "
+            "axis.": _logit((depth - away) / radius),
             "You multiplied by the cosine; z = t cos, so the distance is t = z / cos.": _logit(
                 (depth * cosine - away) / radius
             ),
@@ -146,21 +148,19 @@ def check_dino_loss(solution) -> None:
     expect_not(
         answer,
         {
-            "Each crop is compared with itself: the student of one crop predicts the teacher of the *other*.": _cross(
-                student, sharp, other=False
-            ),
-            "The centre is missing: subtract it from the teacher's logits before the softmax.": _cross(
-                student, (raw / TEACHER_TEMPERATURE).softmax(-1)
-            ),
+            "Each crop is compared with itself: the student of one crop predicts the teacher of "
+            "the *other*.": _cross(student, sharp, other=False),
+            "The centre is missing: subtract it from the teacher's logits before the "
+            "softmax.": _cross(student, (raw / TEACHER_TEMPERATURE).softmax(-1)),
             "The centre is added; subtract it.": _cross(
                 student, ((raw + center) / TEACHER_TEMPERATURE).softmax(-1)
             ),
-            "The temperatures are swapped: the teacher has the lower one, 0.05, and is the sharper.": _cross(
+            "The temperatures are swapped: the teacher has the lower one, 0.05, and is the "
+            "sharper.": _cross(
                 student, (centred / STUDENT_TEMPERATURE).softmax(-1), TEACHER_TEMPERATURE
             ),
-            "The targets are not sharpened: divide the centred logits by 0.05 before the softmax.": _cross(
-                student, centred.softmax(-1)
-            ),
+            "The targets are not sharpened: divide the centred logits by 0.05 before the "
+            "softmax.": _cross(student, centred.softmax(-1)),
             "That is the sum of both directions; take their mean.": 2 * _cross(student, sharp),
         },
     )
@@ -177,5 +177,6 @@ def check_dino_loss(solution) -> None:
     still = slopes[1] is None or slopes[1].abs().max() == 0
     expect(
         still,
-        "The loss has a gradient for the teacher: take the targets under torch.no_grad() or detach them.",
+        "The loss has a gradient for the teacher: take the targets under torch.no_grad() or "
+        "detach them.",
     )

@@ -1,6 +1,4 @@
-"""Checkers of notebook 07: the LoRA merged into its layer, the loss of stage 2, the
-gradient that reaches the latents.
-"""
+"""Checkers of notebook 07: the merged LoRA, stage 2's loss, the latents' gradient."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ def _randn(*shape: int, seed: int = 0) -> Tensor:
 
 @checker
 def check_merge_lora(solution) -> None:
-    """merge_lora(weight [out, in], A [r, in], B [out, r], alpha) -> the merged weight
-    [out, in].
-    """
+    """merge_lora(weight [out, in], A [r, in], B [out, r], alpha) -> merged weight."""
     weight, A, B, alpha = _randn(6, 4), _randn(2, 4, seed=1), _randn(6, 2, seed=2), 8.0
     given = weight.clone()
     answer = ask(solution, weight, A, B, alpha)
@@ -56,9 +52,7 @@ def check_merge_lora(solution) -> None:
 
 @checker
 def check_stage2_loss(solution) -> None:
-    """stage2_loss(loss_2d scalar, losses_3d [B], sigma [B], lambda_3d, weighting) ->
-    scalar.
-    """
+    """stage2_loss(loss_2d, losses_3d [B], sigma [B], lambda_3d, weighting) -> []."""
     loss_2d, losses, sigma = (
         torch.tensor(0.3),
         torch.tensor([0.1, 0.5, 0.2]),
@@ -79,13 +73,12 @@ def check_stage2_loss(solution) -> None:
     answer = ask(solution, loss_2d, losses, sigma, 2.0, "snr")
     expect_shape(answer, (), "the loss")
     mistakes = {
-        'With weighting "snr" each object is weighted by its own noise level: w = 1 / (1 + sigma^2).': truth,
-        "You averaged the weights before multiplying: each object's loss gets the weight of its own sigma.": (
-            loss_2d + 2 * weight.mean() * losses.mean()
-        ),
-        "You divided by the sum of the weights; then a noisy batch would count as much as a clean one. Take the mean.": (
-            loss_2d + 2 * (weight * losses).sum() / weight.sum()
-        ),
+        'With weighting "snr" each object is weighted by its own noise level: '
+        "w = 1 / (1 + sigma^2).": truth,
+        "You averaged the weights before multiplying: each object's loss gets the weight of its "
+        "own sigma.": (loss_2d + 2 * weight.mean() * losses.mean()),
+        "You divided by the sum of the weights; then a noisy batch would count as much as a clean "
+        "one. Take the mean.": (loss_2d + 2 * (weight * losses).sum() / weight.sum()),
         "You weighted L_2D too: w belongs to the 3D term alone.": (
             weight * (loss_2d + 2 * losses)
         ).mean(),
@@ -110,8 +103,9 @@ def check_stage2_loss(solution) -> None:
 
 @cache
 def _world() -> tuple[Config, list[Cameras], list[tuple[Cameras, Tensor, Tensor, Tensor]], Tensor]:
-    """Two objects of two views at 32 pixels: configuration, input cameras, targets, and
-    latents [2, 2, 4, 4, 4].
+    """Two objects of two views at 32 pixels.
+
+    -> configuration, input cameras, targets, and latents [2, 2, 4, 4, 4].
     """
     smallest = dict(
         decoder_width=16, decoder_layers=1, decoder_heads=2, decoder_upsample=2, decoder_planes=2
@@ -131,9 +125,7 @@ def _world() -> tuple[Config, list[Cameras], list[tuple[Cameras, Tensor, Tensor,
 
 
 def _decoder(config: Config) -> GaussianDecoder:
-    """A real decoder of a few thousand weights, moved off its start so that every head
-    takes part.
-    """
+    """A real decoder of a few thousand weights, moved off its start."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         decoder = build_decoder(config).eval()
@@ -146,9 +138,7 @@ def _decoder(config: Config) -> GaussianDecoder:
 def latent_gradient(
     decoder, z_hat: Tensor, cameras, features, targets, config: Config, reduce="mean"
 ) -> Tensor:
-    """The solution of exercise 3: dL_3D / dz_hat [B, N, 4, h, w] through a decoder that
-    is frozen in passing.
-    """
+    """dL_3D / dz_hat [B, N, 4, h, w] through a decoder frozen in passing."""
     decoder.requires_grad_(False)
     z_hat = z_hat.detach().requires_grad_()
     scenes = decoder(z_hat, cameras, features)
@@ -160,8 +150,9 @@ def latent_gradient(
 
 @checker
 def check_latent_gradient(solution) -> None:
-    """latent_gradient(decoder, z_hat [B, N, 4, h, w], cameras, features, targets,
-    config) -> the gradient, like z_hat.
+    """Gradient of z_hat [B, N, 4, h, w].
+
+    latent_gradient(decoder, z_hat, cameras, features, targets, config)
     """
     config, cameras, targets, z_hat = _world()
     decoder = _decoder(config)
@@ -172,14 +163,16 @@ def check_latent_gradient(solution) -> None:
         if "does not require grad" not in str(error):
             raise
         raise Wrong(
-            "There is no path from the loss back to z_hat: something runs under no_grad or is detached, or z_hat itself "
+            "There is no path from the loss back to z_hat: something runs under no_grad or is "
+            "detached, or z_hat itself "
             "does not require a gradient."
         ) from error
     expect_shape(answer, z_hat.shape, "the gradient")
     touched = [name for name, p in decoder.named_parameters() if p.grad is not None]
     expect(
         not touched,
-        f"{len(touched)} of the decoder's parameters hold a gradient: freeze them with requires_grad_(False) first.",
+        f"{len(touched)} of the decoder's parameters hold a gradient: freeze them with "
+        "requires_grad_(False) first.",
     )
     trainable = sum(p.requires_grad for p in decoder.parameters())
     expect(
@@ -206,7 +199,8 @@ def check_latent_gradient(solution) -> None:
     expect_not(answer / scale, mistakes)
     expect(
         not (answer[0].abs().max() > 0 and answer[1].abs().max() == 0),
-        "Only the first object has a gradient: the decoder returns a list of B scenes, and each has its own targets.",
+        "Only the first object has a gradient: the decoder returns a list of B scenes, and each "
+        "has its own targets.",
     )
     expect_close(
         answer / scale, truth / scale, "This is not dL_3D / dz_hat averaged over the objects.", 1e-3

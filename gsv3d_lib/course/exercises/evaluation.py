@@ -1,4 +1,5 @@
-"""Notebook 08: PSNR of the object alone, Chamfer distance as a loss, a paired interval.
+"""Checkers of notebook 08: PSNR of the object, Chamfer loss, a paired interval.
+
 Solutions first, then checkers.
 """
 
@@ -15,9 +16,7 @@ from . import ask, checker, expect, expect_close
 
 
 def object_psnr(predicted: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
-    """[V, H, W, 3] twice, mask [V, H, W, 1] -> mean over the views of the PSNR in dB
-    inside the mask.
-    """
+    """[V, H, W, 3] twice, mask [V, H, W, 1] -> mean PSNR in dB inside the mask."""
     squared = ((predicted - truth) ** 2 * mask).sum(dim=(1, 2, 3))  # [V]
     return (-10 * (squared / (3 * mask.sum(dim=(1, 2, 3)))).log10()).mean()
 
@@ -31,8 +30,9 @@ def chamfer_loss(predicted: Tensor, truth: Tensor) -> Tensor:
 def ratio_interval(
     ours: np.ndarray, theirs: np.ndarray, draws: int = 4000, seed: int = 0
 ) -> tuple[float, float]:
-    """One number per object twice [O] -> 95 % bootstrap interval of mean(ours) /
-    mean(theirs), objects kept paired.
+    """95 % bootstrap interval of mean(ours) / mean(theirs), objects kept paired.
+
+    One number per object twice, [O].
     """
     chosen = np.random.default_rng(seed).integers(len(ours), size=(draws, len(ours)))
     low, high = np.quantile(ours[chosen].mean(axis=1) / theirs[chosen].mean(axis=1), [0.025, 0.975])
@@ -71,7 +71,8 @@ def check_object_psnr(solution) -> None:
     pooled = -10 * math.log10((0.1**2 + 0.01**2) / 2)
     expect(
         abs(answer - pooled) > 1e-2,
-        "You took the dB of the mean error over all views; take dB per view first, then the mean over the views.",
+        "You took the dB of the mean error over all views; take dB per view first, then the mean "
+        "over the views.",
     )
     expect_close(answer, 30.0, "Two views at 20 and 40 dB have a mean of 30 dB.")
     mask[1, 4:] = 0  # the object covers fewer pixels in the second view
@@ -103,11 +104,13 @@ def check_chamfer_loss(solution) -> None:
     )
     value = number(answer)
     squared = ((0.04 + 1.04) / 2 + 0.04) / 2
+    half = there / 2
     hints = {
-        there: "You only went from the prediction to the truth; add the way back, from the truth to the prediction.",
+        there: "You only went from the prediction to the truth; add the way back, from the truth "
+        "to the prediction.",
         back: "You only went from the truth to the prediction; add the other direction.",
-        there
-        / 2: "You halved one direction without adding the other: half a prediction would score as well as a whole.",
+        half: "You halved one direction without adding the other: half a prediction would score "
+        "as well as a whole.",
         squared: "These are squared distances: take the root before the mean.",
         2
         * squared: "These are squared distances: take the root before the mean, and halve the sum.",
@@ -148,7 +151,8 @@ def check_ratio_interval(solution) -> None:
     expect(low <= high, "The first number should be the lower end.")
     expect(
         high - low < 1e-6,
-        "Ours is exactly half of theirs on every object, so the ratio cannot move; you resampled the two arrays "
+        "Ours is exactly half of theirs on every object, so the ratio cannot move; you resampled "
+        "the two arrays "
         "separately, which breaks the pairs.",
     )
     expect_close(low, 0.5, "Ours is half of theirs on every object: the ratio is 0.5.")

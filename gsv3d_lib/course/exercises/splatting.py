@@ -1,6 +1,4 @@
-"""Checkers of notebook 03: how far a splat reaches, expected depth, and the gradient of
-depth.
-"""
+"""Checkers of notebook 03: how far a splat reaches, expected depth, its gradient."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ def extents(covariances: Tensor, opacities: Tensor) -> Tensor:
 
 @checker
 def check_splat_extent(solution) -> None:
-    """covariances [G, 2, 2] in pixels^2, opacities [G] -> half width and half height
-    [G, 2] of the visible box.
-    """
+    """covariances [G, 2, 2], opacities [G] -> half width, half height [G, 2]."""
     upright, opaque, farthest = (
         torch.tensor([[[4.0, 0.0], [0.0, 9.0]]]),
         torch.ones(1),
@@ -41,13 +37,12 @@ def check_splat_extent(solution) -> None:
     expect_shape(answer, (1, 2), "the half width and half height")
     mistakes = {
         "Width and height are exchanged: Sigma_xx, entry [0, 0], gives the width.": truth.flip(-1),
-        "You used the variances, in pixels^2, where standard deviations belong: take the root.": farthest
-        * sigmas**2,
+        "You used the variances, in pixels^2, where standard deviations belong: take the "
+        "root.": farthest * sigmas**2,
         "You cut at 3 standard deviations; alpha is still above 1/255 there. Solve for its edge.": 3
         * sigmas,
-        "The exponent is -d^2 / (2 Sigma_xx): you forgot the 2, so alpha is above 1/255 at your edge.": (
-            math.sqrt(math.log(255)) * sigmas
-        ),
+        "The exponent is -d^2 / (2 Sigma_xx): you forgot the 2, so alpha is above 1/255 at your "
+        "edge.": (math.sqrt(math.log(255)) * sigmas),
         "That is the whole width; asked for is the half, from the centre to the edge.": 2 * truth,
     }
     _expect_not(answer, mistakes)
@@ -68,7 +63,8 @@ def check_splat_extent(solution) -> None:
 
     turned = torch.tensor([[[6.5, 2.5], [2.5, 6.5]]])  # the same ellipse, turned by 45 degrees
     answer = ask(solution, turned, opaque)
-    own_axes = "You used the eigenvalues, the ellipse's own axes; a box along the image's axes needs Sigma_xx and Sigma_yy."
+    own_axes = "You used the eigenvalues, the ellipse's own axes; a box along the image's axes "
+    own_axes += "needs Sigma_xx and Sigma_yy."
     _expect_not(answer, {own_axes: truth, f"{own_axes} ": truth.flip(-1)})
     expect_close(
         answer,
@@ -89,9 +85,7 @@ def check_splat_extent(solution) -> None:
 
 
 def depth_of(alphas: Tensor, depths: Tensor) -> Tensor:
-    """Expected depth through the library's `composite`: alphas and depths [..., K],
-    near to far -> [...].
-    """
+    """Expected depth by `composite`: alphas and depths [..., K] -> [...]."""
     features = torch.stack([depths, torch.ones_like(depths)], -1)
     sums = composite(alphas[..., None, :], features)[..., 0, :]
     return torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1].clamp(min=1e-12), 0)
@@ -99,9 +93,7 @@ def depth_of(alphas: Tensor, depths: Tensor) -> Tensor:
 
 @checker
 def check_expected_depth(solution) -> None:
-    """alphas [..., K] and depths [..., K], near to far -> expected depth [...]; 0 where
-    nothing is.
-    """
+    """alphas, depths [..., K], near to far -> depth [...]; 0 where nothing is."""
     alphas, depths = torch.tensor([0.4, 0.5, 0.8]), torch.tensor([2.0, 3.0, 5.0])
     answer = ask(solution, alphas, depths)
     expect_shape(answer, (), "the depth of one ray")
@@ -113,9 +105,8 @@ def check_expected_depth(solution) -> None:
         "You divided by the sum of alphas; expected depth divides by the sum of the weights.": (
             (weights * depths).sum() / alphas.sum()
         ),
-        "You forgot the transmittance: alpha says how opaque a Gaussian is, not how much of it is seen.": (
-            (alphas * depths).sum() / alphas.sum()
-        ),
+        "You forgot the transmittance: alpha says how opaque a Gaussian is, not how much of it is "
+        "seen.": ((alphas * depths).sum() / alphas.sum()),
         "You did not divide by the sum of the weights: half-covered pixels come out too near.": (
             weights * depths
         ).sum(),
@@ -123,7 +114,8 @@ def check_expected_depth(solution) -> None:
         f"{off_by_one} And the division by the sum of the weights is missing.": (
             late * depths
         ).sum(),
-        "That is the plain mean of the depths; nearer and more opaque Gaussians count more.": depths.mean(),
+        "That is the plain mean of the depths; nearer and more opaque Gaussians count "
+        "more.": depths.mean(),
     }
     _expect_not(answer, mistakes)
     expect_close(
@@ -159,7 +151,7 @@ def depth_gradient_of(alphas: Tensor, depths: Tensor) -> Tensor:
 
 @checker
 def check_depth_gradient(solution) -> None:
-    """alphas [K] and depths [K], near to far -> dD/dalpha [K] of the expected depth D."""
+    """alphas [K], depths [K], near to far -> dD/dalpha [K] of expected depth D."""
     alphas, depths = torch.tensor([[0.4, 0.5, 0.8], [2.0, 3.0, 5.0]], dtype=torch.float64)
     answer = ask(solution, alphas, depths)
     expect_shape(answer, (3,), "the gradient")
@@ -197,20 +189,16 @@ def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
     )
     behind = from_i_on - weights * (depths - depth)
     return {
-        "The sign is reversed: a near Gaussian that grows more opaque pulls the depth down, towards itself.": (
-            -depth_gradient_of(alphas, depths)
-        ),
-        "You differentiated sum w z alone; D is a quotient, and sum w depends on alpha too.": sum_gradient(
-            depths
-        ),
-        "You treated sum w as a constant; it depends on alpha too, so the quotient rule has a second term.": (
-            sum_gradient(depths) / total
-        ),
+        "The sign is reversed: a near Gaussian that grows more opaque pulls the depth down, "
+        "towards itself.": (-depth_gradient_of(alphas, depths)),
+        "You differentiated sum w z alone; D is a quotient, and sum w depends on alpha "
+        "too.": sum_gradient(depths),
+        "You treated sum w as a constant; it depends on alpha too, so the quotient rule has a "
+        "second term.": (sum_gradient(depths) / total),
         "The quotient rule ends with a division: by sum w.": sum_gradient(depths)
         - depth * sum_gradient(depths**0),
-        "You forgot 1 / (1 - alpha_i): the weights behind i hold that factor, and the derivative takes it away.": (
-            (direct - behind) / total
-        ),
+        "You forgot 1 / (1 - alpha_i): the weights behind i hold that factor, and the derivative "
+        "takes it away.": ((direct - behind) / total),
         "The sum of what lies behind begins at i + 1; yours counts Gaussian i itself.": (
             (direct - from_i_on / (1 - alphas)) / total
         ),

@@ -1,11 +1,10 @@
-"""Which pixels of a picture are the object: a mask, and where that is doubtful, a
-sentence.
+"""Which pixels of a picture are the object; and a sentence where that is doubtful.
 
-Two principles. An alpha channel is a mask only if it has an outside, and what it leaves
-is no picture of its own (`_by_own_alpha`). Else the background is what has the colour
-of the border and hangs together with it, and the background is what surrounds the
-object (`_by_colour`). In both, the object is the largest piece with what belongs to it;
-specks do not count.
+There are two ways. `_by_own_alpha` takes the picture's alpha channel, if it can be a
+mask: a mask has an outside, and what it leaves is no picture of its own. Otherwise
+`_by_colour` finds a plain background: it has the colour of the border, hangs together
+with it, and surrounds the object. In both, the object is the largest piece with what
+belongs to it; specks do not count.
 """
 
 import importlib.util
@@ -16,46 +15,50 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 
-from .system.errors import Doubt, UserError
+from ..system.errors import Doubt, UserError
 
-# fainter pixels (halos, compression noise) do not count when the object is measured
-VISIBLE_ALPHA = 0.1
-MAX_NOISE = 0.06  # median distance of a backdrop's colours from their fit; above, it is not plain
+VISIBLE_ALPHA = 0.1  # fainter pixels (halos, compression noise) do not count
+MAX_NOISE = 0.06  # of a plain backdrop: the median distance of its colours from their fit
 MIN_CONTRAST = 0.06  # of the RGB cube's side: above JPEG noise
 
 _NOT_PLAIN = (
     "The picture's background is not plain, so the object cannot be cut out by colour: "
     "give a PNG with a transparent background, or pip install 'rembg[cpu]'."
 )
-_ONE_COLOUR = (
-    "No object found: the picture is one plain colour; give a picture that shows the object."
-)
+_ONE_COLOUR = "No object found: the picture is one plain colour; give one that shows the object."
 # Doubts. Each goes on from "In <picture> ".
 _BY_COLOUR = (
-    "the background was removed by colour, for want of a transparent one, which takes shadows for the object "
-    "and works for plain backgrounds only; look at the result, or give a transparent PNG, or pip install 'rembg[cpu]'."
+    "the background is not transparent and was removed by colour, which takes shadows for the "
+    "object and works for plain backgrounds only; look at the result, or give a transparent PNG, "
+    "or pip install 'rembg[cpu]'."
 )
-_TRIMMED = (
-    "the transparency only trims the picture, so the object was cut out of the rest, by colour."
+_TRIMMED = "the transparency only trims the picture; the object was cut out of the rest, by colour."
+_WHOLE = (
+    "what is not transparent may be a picture with a background of its own; "
+    "all of it was taken for the object."
 )
-_WHOLE = "what is not transparent may be a picture with a background of its own; all of it was taken for the object."
 _SHADOW = "a soft, dark and half transparent rim was taken for a shadow and left out."
 _APART = "something stands apart from the object and was left out; crop to what you want."
 _FRAME = "bars or a frame of one colour were taken off, and the object was looked for inside."
-_REACHES = "the object seems to reach the border; of the two sides, the one around the other was taken for the background."
+_REACHES = (
+    "the object seems to reach the border; "
+    "of the two sides, the one around the other was taken for the background."
+)
 _SMALL = "the object is very small: crop to it for more detail."
 
 
 def cut_out(image: Image.Image, method: str = "auto", name: str = "the picture") -> Image.Image:
     """RGBA picture -> RGBA picture whose alpha marks the object.
 
-    method "auto": the alpha that came with the picture, if it can be a mask; else
-    rembg, if installed; else "plain". "rembg" and "plain" ignore what the others would
-    do. "plain" floods the background from the border by colour: right for product
-    shots, wrong for clutter. Wherever it is doubtful what the object is, a warning of
-    the kind `Doubt` says in one sentence, about `name`, what was taken.
-    Raises UserError when the picture holds no object that can be told from its
-    background.
+    method "auto": the picture's own alpha, if it can be a mask; else rembg, if
+    installed;
+        else "plain". "rembg" and "plain" are taken whatever the others would do.
+        "plain"
+        floods the background from the border by colour: right for product shots, wrong
+        for clutter.
+    name: of the picture, in the warnings (`Doubt`) that say what was taken for the
+        object where that is doubtful.
+    Raises UserError where no object can be told from the background.
     """
     if method not in ("auto", "rembg", "plain"):
         raise UserError(f"Background removal is 'auto', 'rembg' or 'plain', got {method!r}.")
@@ -66,18 +69,17 @@ def cut_out(image: Image.Image, method: str = "auto", name: str = "the picture")
     rgba = np.asarray(image).astype(np.float32) / 255
     if rgba[..., 3].max() < VISIBLE_ALPHA:
         raise UserError(
-            "No object found: the picture is fully transparent; give one in which the object is visible."
+            "No object found: the picture is fully transparent; give one that shows the object."
         )
     cut, doubts = _by_own_alpha(rgba) if method == "auto" else (None, [])
     if cut is None and (method == "rembg" or (method == "auto" and _has_rembg())):
-        import rembg  # an optional extra; it downloads its network's weights when first used
+        import rembg  # optional; it downloads its network when first used  # pyright: ignore
 
         return rembg.remove(image)
     if cut is None:
         cut, doubts = _by_colour(_opaque(rgba))
         doubts = [_BY_COLOUR, *doubts]
-    # each from this line, so that Python says it once, however often a picture is cut
-    # out
+    # All come from this one line, so that Python says each sentence once.
     for doubt in doubts:
         warnings.warn(f"In {name} {doubt}", Doubt, stacklevel=1)
     if cut is rgba:
@@ -86,21 +88,19 @@ def cut_out(image: Image.Image, method: str = "auto", name: str = "the picture")
 
 
 def _has_rembg() -> bool:
-    # rembg without onnxruntime ends the interpreter on import, so both are looked for
-    # first.
+    # rembg without onnxruntime ends the interpreter on import, so look for both first
     return all(importlib.util.find_spec(name) is not None for name in ("rembg", "onnxruntime"))
 
 
-# ---------------------------------------------------------------- by the picture's own alpha
+# ---------------------------------------------------------- by the picture's own alpha
 
 
 def _by_own_alpha(rgba: np.ndarray) -> tuple[np.ndarray | None, list[str]]:
-    """[H, W, 4] -> (the same without specks and haze, or None where alpha is no mask;
-    doubts).
+    """[H, W, 4] -> (the same without specks and haze, doubts); None if no mask.
 
-    A mask has an inside and an outside. Where its inside is a rectangle (or another
-    shape with both mirror symmetries, as pictures are cropped to), it may be a picture
-    and no object: that is doubtful if there is an object on a plain backdrop in it.
+    Where the inside of a mask is a rectangle, or another shape that pictures are
+    cropped to, with both mirror symmetries, it may be a picture and no object. That is
+    doubtful if there is an object on a plain backdrop in it.
     """
     alpha = rgba[..., 3]
     if np.ptp(alpha) < 0.25:
@@ -134,16 +134,16 @@ def _by_own_alpha(rgba: np.ndarray) -> tuple[np.ndarray | None, list[str]]:
 
 def _visible(rgba: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """[H, W, 4] -> (bool [H, W], more than haze and no soft shadow; doubts)."""
-    alpha, level = rgba[..., 3], VISIBLE_ALPHA
+    alpha = rgba[..., 3]
+    level = VISIBLE_ALPHA
     haze = _border_values(alpha)[_border_values(alpha) < 0.5]
     if (alpha == 0).mean() < 0.05 and haze.size:  # nowhere clean: the border says how thick it is
         level = max(level, float(np.percentile(haze, 99)) + 0.04)
     clear = alpha <= level
-    # A drop shadow is black and fades out in small steps; the rim of dark glass is a
-    # large one.
+    # A drop shadow is black and fades in small steps; dark glass ends in a large one.
     step = ndimage.maximum_filter(alpha, 3) - ndimage.minimum_filter(alpha, 3)
     soft = (alpha < 0.6) & (rgba[..., :3].max(-1) < 0.25) & (step < 0.1)
-    labels, count = ndimage.label(clear | soft)
+    labels, count = _label(clear | soft)
     outside = np.zeros(count + 1, bool)
     outside[labels[clear]] = True
     outside[0] = False
@@ -154,29 +154,36 @@ def _visible(rgba: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def _opaque(rgba: np.ndarray) -> np.ndarray:
-    """[H, W, 4] -> rgb [H, W, 3]; transparent pixels take the colour of the nearest
-    visible one.
-    """
+    """[H, W, 4] -> rgb [H, W, 3]; transparent pixels take the nearest colour."""
     clear = rgba[..., 3] < min(0.5, 0.5 * rgba[..., 3].max())
     if not clear.any():
         return rgba[..., :3]
-    rows, columns = ndimage.distance_transform_edt(
-        clear, return_distances=False, return_indices=True
-    )
+    nearest = ndimage.distance_transform_edt(clear, return_distances=False, return_indices=True)
+    rows, columns = np.asarray(nearest)
     return rgba[rows, columns, :3]
 
 
-def _with_its_pieces(mask: np.ndarray, share: float) -> tuple[np.ndarray, list[str]]:
-    """bool [H, W] -> (the largest piece with what is near it or at least `share` its
-    size; doubts).
+def _label(mask: np.ndarray, corners: bool = False) -> tuple[np.ndarray, int]:
+    """bool [H, W] -> (the number of each pixel's piece, 0 = none; how many pieces).
+
+    corners: pixels that touch at a corner hang together.
     """
-    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    labels, count = ndimage.label(mask, np.ones((3, 3)) if corners else None)  # pyright: ignore
+    return labels, count
+
+
+def _with_its_pieces(mask: np.ndarray, share: float) -> tuple[np.ndarray, list[str]]:
+    """bool [H, W] -> (its largest piece and what belongs to that; doubts).
+
+    A piece belongs to it that is near, or has at least `share` of its size.
+    """
+    labels, _ = _label(mask, corners=True)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     largest = sizes.max()
     solid = (sizes > 0.1 * share * largest)[labels]  # the rest is specks
     reach = 2 * round(0.05 * np.sqrt(largest)) + 1
-    groups, _ = ndimage.label(ndimage.maximum_filter(solid, reach), structure=np.ones((3, 3)))
+    groups, _ = _label(ndimage.maximum_filter(solid, reach), corners=True)
     groups = np.where(solid, groups, 0)
     sizes = np.bincount(groups.ravel())
     sizes[0] = 0
@@ -185,19 +192,17 @@ def _with_its_pieces(mask: np.ndarray, share: float) -> tuple[np.ndarray, list[s
     return kept[groups], [_APART] if apart else []
 
 
-# ---------------------------------------------------------------- by the colour of a plain background
+# ------------------------------------------------ by the colour of a plain background
 
 
 def _by_colour(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """[H, W, 3] -> (rgba [H, W, 4], doubts), after uniform bars and frames are taken
-    off.
-    """
+    """[H, W, 3] -> (rgba [H, W, 4], doubts); uniform bars and frames are taken off."""
     inner = _inside_frame(rgb)
     if rgb[inner].shape != rgb.shape:
         try:
             found, doubts = _by_colour(rgb[inner])
         except UserError:
-            return _on_backdrop(rgb)  # no picture in a frame, but a box on a backdrop
+            return _on_backdrop(rgb)  # it is no picture in a frame, but a box on a backdrop
         cut = np.zeros((*rgb.shape[:2], 4), np.float32)
         cut[inner] = found
         return cut, [_FRAME, *(doubt for doubt in doubts if doubt != _FRAME)]
@@ -205,9 +210,7 @@ def _by_colour(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def _inside_frame(rgb: np.ndarray) -> tuple[slice, slice]:
-    """[H, W, 3] -> the rows and columns within uniform bars that end in a straight
-    line.
-    """
+    """[H, W, 3] -> rows and columns within uniform bars with straight ends."""
     turned = rgb.swapaxes(0, 1)
     sides = [rgb, rgb[::-1], turned, turned[::-1]]  # each has its bar on top
     depths = [_bar_depth(side) for side in sides]
@@ -219,7 +222,8 @@ def _inside_frame(rgb: np.ndarray) -> tuple[slice, slice]:
         depths = [depth if start else 0 for depth, start in zip(depths, starts)]
     rows = slice(starts[0], len(rgb) - starts[1])
     columns = slice(starts[2], len(turned) - starts[3])
-    return (rows, columns) if min(rgb[rows, columns].shape[:2]) >= 8 else (slice(None), slice(None))
+    is_picture = min(rgb[rows, columns].shape[:2]) >= 8
+    return (rows, columns) if is_picture else (slice(None), slice(None))
 
 
 def _bar_depth(rgb: np.ndarray) -> int:
@@ -231,9 +235,7 @@ def _bar_depth(rgb: np.ndarray) -> int:
 
 
 def _start_below(rgb: np.ndarray, depth: int, across: slice) -> int:
-    """The row in which the picture begins below a bar of about this depth; 0 where no
-    jump is all along it.
-    """
+    """The row below a bar of about this depth; 0 where no jump is all along it."""
     jpeg = 10  # rows in which a jump may echo
     inside = rgb[min(depth + jpeg, len(rgb) - 1), across]
     jump = _distance(rgb[max(depth - 2, 0), across], inside)
@@ -247,11 +249,11 @@ def _start_below(rgb: np.ndarray, depth: int, across: slice) -> int:
 def _on_backdrop(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """[H, W, 3] -> (rgba [H, W, 4], doubts).
 
-    The border shows one plain colour, or two, of which one is the object's: that is
-    doubtful, and the background is then the side whose convex hull holds more of the
-    other.
+    The border shows one plain colour; or two, of which one is the object's. Of two, the
+    background is the one whose convex hull holds more of the other: that is doubtful.
     """
-    choices, doubts = [], []
+    choices = []
+    doubts = []
     for backdrop, tolerance in _backdrops(rgb):
         distance = _distance(rgb, backdrop)
         background = _background_regions(distance / tolerance)
@@ -283,12 +285,11 @@ def _on_backdrop(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def _surrounds(ground: np.ndarray) -> float:
-    """bool [H, W] -> share of the other pixels that lie within the ground's convex
-    hull.
-    """
+    """bool [H, W] -> share of the other pixels within the ground's convex hull."""
     every = max(1, max(ground.shape) // 64)
     ground = ground[::every, ::every]
-    inside, other = np.argwhere(ground), np.argwhere(~ground)
+    inside = np.argwhere(ground)
+    other = np.argwhere(~ground)
     try:
         planes = ConvexHull(inside).equations
     except (QhullError, ValueError):  # a line, or nothing
@@ -302,16 +303,16 @@ def _border_values(array: np.ndarray) -> np.ndarray:
 
 
 def _backdrops(rgb: np.ndarray) -> list[tuple[np.ndarray, float]]:
-    """[H, W, 3] -> up to two (backdrop [H, W, 3], the colour distance that still counts
-    as it).
+    """[H, W, 3] -> up to two (backdrop [H, W, 3], colour distance that still fits).
 
     A backdrop shades as a polynomial of second degree in x and y. It grows from a
-    stretch of the border over all of the border that fits; the first is the one that
-    explains the most of the border, the second the most of the rest.
+    stretch of the border over all of the border that fits. The first explains the most
+    of the border, the second the most of the rest.
     """
     basis = _basis(*rgb.shape[:2])
     sparse = slice(None, None, max(1, sum(rgb.shape[:2]) // 250))
-    border, colours = _border_values(basis)[sparse], _border_values(rgb)[sparse]
+    border = _border_values(basis)[sparse]
+    colours = _border_values(rgb)[sparse]
     free = np.ones(len(border), bool)
     found = []
     for _ in range(2):
@@ -328,15 +329,13 @@ def _backdrops(rgb: np.ndarray) -> list[tuple[np.ndarray, float]]:
 
 def _basis(height: int, width: int) -> np.ndarray:
     """[H, W, 6]: the monomials of second degree in x and y, which go from -1 to 1."""
-    y, x = np.linspace(-1, 1, height), np.linspace(-1, 1, width)
-    y, x = np.meshgrid(y.astype(np.float32), x.astype(np.float32), indexing="ij")
+    sides = (np.linspace(-1, 1, size).astype(np.float32) for size in (height, width))
+    y, x = np.meshgrid(*sides, indexing="ij")
     return np.stack([np.ones_like(x), x, y, x * y, x * x, y * y], axis=-1)
 
 
 def _fit(basis: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Least squares, [P, 6] and [P, 3] -> [6, 3]; a small penalty keeps flat what is
-    not seen.
-    """
+    """Least squares, [P, 6] and [P, 3] -> [6, 3]; a penalty keeps the unseen flat."""
     penalty = 1e-3 * len(basis) * np.diag([0, 1, 1, 1, 1, 1])
     return np.linalg.solve(basis.T @ basis + penalty, basis.T @ colours).astype(np.float32)
 
@@ -344,11 +343,9 @@ def _fit(basis: np.ndarray, colours: np.ndarray) -> np.ndarray:
 def _grown(
     basis: np.ndarray, colours: np.ndarray, free: np.ndarray, stretch: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """A backdrop from one stretch (indices) of the border, among its free pixels (bool
-    [P]).
+    """A backdrop from one stretch (indices) of the border's free pixels (bool [P]).
 
-    -> (which of them fit, bool [P]; coefficients [6, 3]; tolerance), or None where it
-    is not plain.
+    -> (which of them fit, bool [P]; coefficients [6, 3]; tolerance). None: not plain.
     """
     fit = np.zeros((6, 3), np.float32)
     fit[0] = np.median(colours[stretch][free[stretch]], axis=0)
@@ -371,14 +368,14 @@ def _distance(rgb: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _background_regions(distance: np.ndarray) -> np.ndarray:
-    """[H, W] -> bool [H, W]: background-coloured regions that reach the border, and
-    clear holes (a mug's handle).
+    """Distance to the backdrop [H, W] -> bool [H, W], the background.
+
+    It reaches the border, or is a clear hole (a mug's handle).
     """
-    labels, count = ndimage.label(distance < 1)
+    labels, count = _label(distance < 1)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    mean = np.bincount(labels.ravel(), weights=distance.ravel(), minlength=count + 1) / np.maximum(
-        sizes, 1
-    )
+    sums = np.bincount(labels.ravel(), weights=distance.ravel(), minlength=count + 1)
+    mean = sums / np.maximum(sizes, 1)
     # an enclosed region counts only if it matches the backdrop closely
     reached = (mean < 0.3) & (sizes > 4)
     reached[_border_values(labels)] = True
@@ -387,9 +384,7 @@ def _background_regions(distance: np.ndarray) -> np.ndarray:
 
 
 def _soften_edge(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """bool [H, W] -> alpha [H, W]: the outermost pixels mix object and backdrop by
-    their colours.
-    """
+    """bool [H, W] -> alpha [H, W]: edge pixels mix object and backdrop by colour."""
     edge = mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), border_value=1)
     share = distance / np.maximum(ndimage.maximum_filter(distance, 5), 1e-6)
     return np.where(edge, share, mask).astype(np.float32)
