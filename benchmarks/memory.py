@@ -3,7 +3,7 @@ beside what `gsv3d_lib.cluster.plan` says.
 
 The file also gets the plan of stage 2 at paper scale, which nothing here can measure.
 
-    python benchmarks/memory.py [--scales tiny small] [--json data/results/memory.json]
+    python benchmarks/memory.py [--presets tiny small] [--json data/results/memory.json]
 
 Each case runs in a child process forked from this one, on one CPU thread and in
 float32, with random weights and data. Measured are the tensors that stay (weights,
@@ -294,7 +294,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scales", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
+    parser.add_argument(
+        "--presets", nargs="+", choices=("tiny", "small"), default=["tiny", "small"]
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     from gsv3d_lib.system.provenance import commit, hardware
@@ -310,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": [],
         "paper": paper(),
     }
-    for case in (case for scale in args.scales for case in cases(scale)):
+    for case in (case for scale in args.presets for case in cases(scale)):
         report["rows"].append(row(case))
         print(markdown(report["rows"][-1:]).split("\n")[-1], flush=True)
         if args.json:

@@ -31,17 +31,12 @@ import time
 from importlib import import_module
 
 from .system.command import (
-    ELEVATION_HELP,
     check_writable,
     command_parser,
-    degrees,
     exit_code,
-    guidance,
     input_path,
     output_path,
     results_folder,
-    sampler_steps,
-    seed,
 )
 from .system.paths import BEST, folder_name
 
@@ -62,34 +57,15 @@ COMMANDS = {  # where each lives
 }
 
 
+SAMPLING = ("--elevation", "--steps", "--guidance", "--seed", "--no-lora", "--no-back-projection")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = command_parser("", __doc__)
-    parser.add_argument(
-        "image",
-        type=input_path,
-        help="PNG, JPEG, WebP or BMP; an alpha channel is used as the mask",
-    )
-    parser.add_argument(
-        "--out", type=output_path, help="folder (default: runs/object/ and the image's name)"
-    )
-    parser.add_argument(
-        "--weights", type=input_path, default=BEST, help="checkpoint folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP
-    )
-    parser.add_argument("--steps", type=sampler_steps, help="of the sampler")
-    parser.add_argument(
-        "--guidance", type=guidance, help="peak of the triangular guidance; 1 = none"
-    )
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--no-lora", action="store_true", help="without the geometric distillation")
-    parser.add_argument(
-        "--no-back-projection",
-        action="store_true",
-        help="without the input's own outline and colours where its camera sees the object",
-    )
+    parser = command_parser("", __doc__, "--weights", *SAMPLING, weights=BEST)
+    add = parser.add_argument
+    add("image", type=input_path, help="PNG, JPEG, WebP or BMP; its alpha channel is the mask")
+    add("--out", type=output_path, help="folder (default: runs/object/ and the image's name)")
     return parser
 
 
@@ -109,18 +85,16 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or output_path("runs/object") / folder_name(args.image)
     check_writable(out / "object.ply")
     config = load_config(args.weights)
-    options = {"elevation": args.elevation, "steps": args.steps}
-    options |= {"guidance": args.guidance, "seed": args.seed}
+    options = {name: getattr(args, name) for name in ("elevation", "steps", "guidance", "seed")}
     settings_for(config, **options)  # bad options and a bad image fail before models load
     rgb, mask = prepare_condition(args.image, config.image_size)
     pipe = GSV3DPipeline.from_pretrained(args.weights, lora=not args.no_lora)
     started = time.perf_counter()
-    options["back_projection"] = not args.no_back_projection
-    made = pipe.generate(rgb, mask=mask, **options)
+    back_projection = not args.no_back_projection
+    made = pipe.generate(rgb, mask=mask, back_projection=back_projection, **options)
     seconds = time.perf_counter() - started
-    print(
-        f"image at {made.elevation:.0f} degrees -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s"
-    )
+    view = f"image at {made.elevation:.0f} degrees"
+    print(f"{view} -> {len(made.gaussians):,} Gaussians in {seconds:.1f} s")
     with results_folder(out, FILES.values()) as folder:
         for kind, path in save_object(made.gaussians, folder).items():
             print(f"{kind:>7}  {path}")

@@ -13,6 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from .system.arguments import shown
 from .system.errors import UserError
 
 NAMES = ("tiny", "small", "paper")
@@ -152,12 +153,6 @@ def check_values(record, values: dict) -> None:
         missing = not entries and name not in may_be_empty
         if missing or not all(entry in allowed for entry in entries):
             raise UserError(f"{type(record).__name__}.{name} takes {allowed}; got {shown(value)}.")
-
-
-def shown(value) -> str:
-    """A value in a sentence, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,7 @@ from .weights.run_folder import read_metrics
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = command_parser("train", __doc__)
-    parser.add_argument("--preset", default="tiny")
+    parser = command_parser("train", __doc__, "--preset", "--gpus", "--limit")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--data",
@@ -102,13 +101,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--precision", default="auto", choices=PRECISIONS, help="auto: bf16 on a GPU, fp32 on a CPU"
-    )
-    parser.add_argument("--limit", type=positive, help="use only the first objects")
-    parser.add_argument(
-        "--processes",
-        type=positive,
-        default=1,
-        help="how many torchrun was asked for; it must agree",
     )
     parser.add_argument(
         "--force-resume",
@@ -167,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
             args.out,
             init=args.init,
             minutes=args.minutes,
-            processes=args.processes,
+            processes=args.gpus,
             precision=args.precision,
             force_resume=args.force_resume,
         )

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import VALUES, Schedule, shown
+from .config import VALUES, Schedule
 from .data.examples import digest
+from .system.arguments import shown
 from .system.errors import UserError
 from .system.process import Signals, leave, only_training
 from .weights.run_folder import (
@@ -228,7 +229,7 @@ def train(
     if accelerator.num_processes != processes:
         raise UserError(
             f"{processes} processes were asked for, but {accelerator.num_processes} are running; start them with "
-            f"`torchrun --standalone --nproc_per_node {processes} -m gsv3d_lib train --processes {processes} ...`."
+            f"`torchrun --standalone --nproc_per_node {processes} -m gsv3d_lib train --gpus {processes} ...`."
         )
     if schedule.batch % processes:
         raise UserError(

@@ -389,7 +389,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--download", action="store_true", help="fetch the chosen meshes")
     parser.add_argument(
-        "--processes", type=whole(1, 1000), default=1, help="downloads at a time (default 1)"
+        "--workers", type=whole(1, 1000), default=1, help="downloads at a time (default 1)"
     )
     return parser
 
@@ -407,7 +407,7 @@ def run(options: argparse.Namespace) -> None:
     catalogue = choose(read_catalogue(options.catalogue), options.licences, uids, options.limit)
     print(describe(catalogue))
     if options.download:
-        print(describe(download(options.catalogue, catalogue, options.processes)))
+        print(describe(download(options.catalogue, catalogue, options.workers)))
     else:
         print("Nothing was downloaded; --download fetches these meshes.")
 
