@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--objects", type=int, default=4, help="of each kind and scale (default 4)")
     views = "per object (default 84, the paper's)"
     parser.add_argument("--views", type=int, default=84, help=views)
-    parser.add_argument("--scales", nargs="+", default=["tiny", "paper"], choices=list(RENDERED))
+    parser.add_argument("--presets", nargs="+", default=["tiny", "paper"], choices=list(RENDERED))
     parser.add_argument("--json", type=Path, help="write the measurements here")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         jobs += mesh_jobs(args.meshes, args.up)[: args.objects]
     scales = {
         name: measure(name, jobs, args.views, 1 if name == "paper" else RING)
-        for name in args.scales
+        for name in args.presets
     }
     scales = {name: one | {"target": extrapolated(one)} for name, one in scales.items()}
     given = sys.argv[1:] if arguments is None else arguments

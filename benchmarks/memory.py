@@ -2,6 +2,8 @@
 
     python benchmarks/memory.py [--scales tiny small] [--json FILE]
 
+    python benchmarks/memory.py [--presets tiny small] [--json data/results/memory.json]
+
 Of training steps and of an inference. The file also gets the plan of stage 2 at paper
 scale, which nothing here can measure.
 
@@ -256,7 +258,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scales", nargs="+", choices=("tiny", "small"), default=["tiny", "small"])
+    parser.add_argument(
+        "--presets", nargs="+", choices=("tiny", "small"), default=["tiny", "small"]
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     prepare()
@@ -269,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": [],
         "paper": paper(),
     }
-    for case in (case for scale in args.scales for case in cases(scale)):
+    for case in (case for scale in args.presets for case in cases(scale)):
         report["rows"].append(row(case))
         print(markdown(report["rows"][-1:]).split("\n")[-1], flush=True)
         if args.json:

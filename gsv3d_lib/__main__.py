@@ -29,17 +29,12 @@ import time
 from importlib import import_module
 
 from .system.command import (
-    ELEVATION_HELP,
     check_writable,
     command_parser,
-    degrees,
     exit_code,
-    guidance,
     input_path,
     output_path,
     results_folder,
-    sampler_steps,
-    seed,
 )
 from .system.paths import BEST, folder_name
 
@@ -58,21 +53,15 @@ COMMANDS = {  # the module of each
 }
 
 
+SAMPLING = ("--elevation", "--steps", "--guidance", "--seed", "--no-lora", "--no-back-projection")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = command_parser("", __doc__)
+    parser = command_parser("", __doc__, "--weights", *SAMPLING, weights=BEST)
     add = parser.add_argument
-    picture = "PNG, JPEG, WebP or BMP; an alpha channel is used as the mask"
-    add("image", type=input_path, help=picture)
+    add("image", type=input_path, help="PNG, JPEG, WebP or BMP; its alpha channel is the mask")
     add("--out", type=output_path, help="folder (default: runs/object/ and the image's name)")
-    add("--weights", type=input_path, default=BEST, help="checkpoint folder (default: %(default)s)")
-    add("--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP)
-    add("--steps", type=sampler_steps, help="of the sampler")
-    add("--guidance", type=guidance, help="peak of the triangular guidance; 1 = none")
-    add("--seed", type=seed, default=0)
-    add("--no-lora", action="store_true", help="without the geometric distillation")
-    own = "without the input's own outline and colours where its camera sees the object"
-    add("--no-back-projection", action="store_true", help=own)
     return parser
 
 
@@ -102,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
     count = f"{len(result.gaussians):,} Gaussians"
     print(f"image at {result.elevation:.0f} degrees -> {count} in {seconds:.1f} s")
     with results_folder(out, FILES.values()) as folder:
-        for kind, path in save_object(result.gaussians, folder, result.image, result.elevation).items():
+        for kind, path in save_object(
+            result.gaussians, folder, result.image, result.elevation
+        ).items():
             print(f"{kind:>7}  {path}")
 
 

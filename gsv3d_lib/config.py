@@ -127,16 +127,15 @@ def check_values(record, values: dict) -> None:
 
     A tuple may be empty where that is the field's default.
     """
-    for field in dataclasses.fields(record):
-        if field.name not in values:  # a schedule, which checks itself
-            continue
-        value = getattr(record, field.name)
-        allowed = values[field.name]
-        is_tuple = field.type.startswith("tuple") and isinstance(value, tuple)
-        missing = value == () and field.default != ()
-        if missing or not all(entry in allowed for entry in (value if is_tuple else (value,))):
-            name = f"{type(record).__name__}.{field.name}"
-            raise UserError(f"{name} takes {allowed}; got {shown(value)}.")
+    fields = dataclasses.fields(record)
+    tuples = {field.name for field in fields if field.type.startswith("tuple")}
+    may_be_empty = {field.name for field in fields if field.default == ()}
+    for name, allowed in values.items():
+        value = getattr(record, name)
+        entries = value if name in tuples and isinstance(value, tuple) else (value,)
+        missing = not entries and name not in may_be_empty
+        if missing or not all(entry in allowed for entry in entries):
+            raise UserError(f"{type(record).__name__}.{name} takes {allowed}; got {shown(value)}.")
 
 
 @dataclass(frozen=True)

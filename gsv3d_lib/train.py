@@ -54,9 +54,8 @@ from .weights.run_folder import read_metrics
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = command_parser("train", __doc__)
+    parser = command_parser("train", __doc__, "--preset", "--gpus", "--limit")
     add = parser.add_argument
-    add("--preset", default="tiny")
     source = parser.add_mutually_exclusive_group()
     data = [input_path("data/cache/procedural")]
     source.add_argument("--data", nargs="+", type=input_path, default=data, help="dataset folders")
@@ -75,9 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--init", type=input_path, metavar="FOLDER", help=init)
     precision = "auto: bf16 on a GPU, fp32 on a CPU"
     add("--precision", default="auto", choices=PRECISIONS, help=precision)
-    add("--limit", type=positive, help="use only the first objects")
-    processes = "how many torchrun was asked for; it must agree"
-    add("--processes", type=positive, default=1, help=processes)
     force = "go on from checkpoints of other settings or data, which is refused otherwise"
     add("--force-resume", action="store_true", help=force)
     prepare = "only read the data and encode it into OUT, once for all processes"
@@ -117,9 +113,10 @@ def run(args: argparse.Namespace) -> None:
             print(f"{name}: {there} exists; to train again {again}.")
             continue
         steps = args.steps or (MOST_STEPS if args.minutes else None)
-        same = ("init", "minutes", "processes", "precision", "force_resume")
+        same = ("init", "minutes", "precision", "force_resume")
         options = {option: getattr(args, option) for option in same}
-        run_stage(name, with_steps(config, name, steps), views, args.out, **options)
+        planned = with_steps(config, name, steps)
+        run_stage(name, planned, views, args.out, processes=args.gpus, **options)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # gloo may abort a process that does not
 

@@ -214,7 +214,7 @@ def train(
         command = f"torchrun --standalone --nproc_per_node {processes} -m gsv3d_lib train"
         raise UserError(
             f"{processes} processes were asked for, but {accelerator.num_processes} are running; "
-            f"start them with `{command} --processes {processes} ...`."
+            f"start them with `{command} --gpus {processes} ...`."
         )
     if schedule.batch % processes:
         shared = f"cannot be shared equally by {processes} processes"

@@ -164,7 +164,7 @@ def test_the_advice_fits_the_card_with_as_little_as_possible():
 
 
 def test_the_command_prints_what_fits(capsys):
-    main("--scale tiny --stage stage1 --gpus 1 --frames 4 --float32".split())
+    main("--preset tiny --stage stage1 --gpus 1 --frames 4 --float32".split())
     report = capsys.readouterr().out
     for words in (
         "24 GB      4            off",
@@ -175,7 +175,7 @@ def test_the_command_prints_what_fits(capsys):
     ):
         assert words in report
     for wrong, sentence in (
-        ("--scale huge", "invalid choice: 'huge'"),
+        ("--preset huge", "There is no preset 'huge'"),
         ("--gpus 0", "--gpus: must be 1 or more, got 0"),
         ("--frames 0", "--frames: must be 1 or more, got 0"),
         ("--tflops 0", "--tflops: must be a number from 0.001"),

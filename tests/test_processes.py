@@ -213,10 +213,10 @@ def check_torchrun(arguments: list[str], nodes: int, gpus: int):
     assert options.module and (options.training_script, command) == ("gsv3d_lib", "train")
     training = build_parser().parse_args(words)
     assert (int(options.nnodes), int(options.nproc_per_node)) == (nodes, gpus)
-    assert training.processes == nodes * gpus
+    assert training.gpus == nodes * gpus
     config = preset(training.preset)
     assert all(
-        schedule_of(config, stage).batch % training.processes == 0 for stage in training.stages
+        schedule_of(config, stage).batch % training.gpus == 0 for stage in training.stages
     )
     return options
 

@@ -261,27 +261,27 @@ def test_doctor_finds_nothing_broken_here(capsys, monkeypatch):
 
 
 def test_doctor_says_how_to_fix_a_package():
-    missing, fine, too_new = (
-        Requirement(line) for line in ("no-such-package>=1", "torch>=2", "torch>=999")
-    )
-    assert doctor.package_finding(fine) is None
-    assert "run `pip install 'no-such-package>=1'`" in doctor.package_finding(missing).sentence
-    assert "is outside >=999" in doctor.package_finding(too_new).sentence
-    assert [f.state for f in doctor.package_findings([fine, missing])] == ["good", "broken"]
+    lines = ("no-such-package>=1", "torch>=2", "torch>=999")
+    missing, fine, too_new = (Requirement(line) for line in lines)
+    assert [f.mark for f in doctor.package_findings([fine])] == [doctor.GOOD]
+    for wanted in (missing, too_new):
+        (finding,) = doctor.package_findings([fine, wanted])
+        assert finding.mark == doctor.BROKEN
+        assert f"run `pip install -U '{wanted}'`" in finding.sentence
 
 
 @pytest.mark.parametrize(
-    ("cuda", "nvcc", "compiled", "state", "word"),
+    ("cuda", "nvcc", "compiled", "mark", "word"),
     [
-        (False, False, False, "fallback", "numba"),
-        (True, False, False, "broken", "nvcc"),
-        (True, True, False, "good", "when first used"),
-        (True, False, True, "good", "compiled already"),
+        (False, False, False, doctor.FALLBACK, "numba"),
+        (True, False, False, doctor.BROKEN, "nvcc"),
+        (True, True, False, doctor.GOOD, "when first used"),
+        (True, False, True, doctor.GOOD, "compiled already"),
     ],
 )
-def test_doctor_tells_which_rasteriser_will_run(cuda, nvcc, compiled, state, word):
+def test_doctor_tells_which_rasteriser_will_run(cuda, nvcc, compiled, mark, word):
     finding = doctor.gsplat_finding(cuda, nvcc, compiled)
-    assert finding.state == state and word in finding.sentence
+    assert finding.mark == mark and word in finding.sentence
 
 
 def test_doctor_names_the_missing_parts_of_a_checkpoint(tmp_path):
@@ -291,7 +291,7 @@ def test_doctor_names_the_missing_parts_of_a_checkpoint(tmp_path):
         (tmp_path / part).mkdir()
     assert "lacks lora;" in doctor.checkpoint_finding(tmp_path).sentence
     (tmp_path / "lora").mkdir()
-    assert doctor.checkpoint_finding(tmp_path).state == "good"
+    assert doctor.checkpoint_finding(tmp_path).mark == doctor.GOOD
 
 
 # ---------------------------------------------------------------- documents

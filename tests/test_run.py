@@ -264,7 +264,7 @@ def test_every_training_notebook_has_three_scales(number, scale):
     command = job.train_command(scale, values["full_stages"], values["full_data"], processes)
     options = train.build_parser().parse_args(command[command.index("train") + 1 :])
     config = preset(options.preset)
-    assert all(schedule_of(config, s).batch % options.processes == 0 for s in options.stages)
+    assert all(schedule_of(config, s).batch % options.gpus == 0 for s in options.stages)
     if scale == "paper" and "stage1" in options.stages:
         assert (config.stage1.steps, config.stage1.batch, config.stage1.lr) == (80_000, 128, 1e-5)
     if scale == "paper" and "stage2" in options.stages:
@@ -326,7 +326,7 @@ def folders(tmp_path, monkeypatch):
 
 def test_a_training_is_planned_and_not_started(folders, capsys):
     data, out = folders
-    assert launch.launch("tiny", ["vae", "stage1"], [str(data)], processes=2) == {}
+    assert launch.launch("tiny", ["vae", "stage1"], [str(data)], gpus=2) == {}
     text = capsys.readouterr().out
     assert re.search(r"stage1 +6,000 x 2 .*\d", text) and "not counted" in text
     assert (

@@ -176,7 +176,7 @@ def test_a_row_that_is_none_is_one_sentence(tmp_path, change):
         sources.read_catalogue(tmp_path / "c.json")
 
 
-@pytest.mark.parametrize("option", ["--limit", "--processes"])
+@pytest.mark.parametrize("option", ["--limit", "--workers"])
 @pytest.mark.parametrize("value", ["-1", "0", "x"])
 def test_options_that_count_are_1_or_more(tmp_path, capsys, option, value):
     fetch_objaverse.write_catalogue(tmp_path / "c.json", CATALOGUE)

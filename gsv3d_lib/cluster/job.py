@@ -1,6 +1,4 @@
-"""A training as a job: its command, its folder, and all that can be known to fail
-before it starts.
-"""
+"""A training as a job: its command, its folder, and what would make it fail."""
 
 from __future__ import annotations
 
@@ -15,103 +13,75 @@ from .shards import is_shards
 
 
 def run_folder(scale: str, steps: int = 0) -> Path:
-    """Where checkpoints, curves and weights go: runs/SCALE, and another one for trials."""
+    """Where checkpoints, curves and weights go: runs/SCALE, and another for trials."""
     return base() / "runs" / (f"{scale}-trial-{steps}" if steps else scale)
 
 
 def train_command(
-    scale: str, stages: list[str], data: list[str], processes: int = 1, steps: int = 0
+    scale: str, stages: list[str], data: list[str], gpus: int = 1, steps: int = 0
 ) -> list[str]:
-    """What follows `python` on the command line: `-m gsv3d_lib train ...`, through
-    torchrun for several processes.
-    """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    trial = ["--steps", str(steps)] if steps else []
-    source = ["--shards" if is_shards(find(data[0])) else "--data", *map(from_root, data)]
-    options = [
-        "--preset",
-        scale,
-        "--stages",
-        *stages,
-        *source,
-        *trial,
-        "--processes",
-        str(processes),
-    ]
+    """What follows `python` on the command line; through torchrun for several GPUs."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
     out = run_folder(scale, steps)
-    out = out.relative_to(base()) if out.is_relative_to(base()) else out
-    return [
-        *(torchrun if processes > 1 else []),
-        "-m",
-        "gsv3d_lib",
-        "train",
-        *options,
-        "--out",
-        str(out),
-    ]
+    if out.is_relative_to(base()):
+        out = out.relative_to(base())
+    command = [*(torchrun if gpus > 1 else []), "-m", "gsv3d_lib", "train"]
+    command += ["--preset", scale, "--stages", *stages]
+    command += ["--shards" if is_shards(find(data[0])) else "--data", *map(from_root, data)]
+    command += ["--steps", str(steps)] if steps else []
+    return [*command, "--gpus", str(gpus), "--out", str(out)]
 
 
 def from_root(folder: str) -> str:
-    """A folder to read from as the training finds it, which starts in the repository's
-    root.
-    """
+    """A folder to read from as the training finds it, which starts in the root."""
     return folder if resolve(folder) == base() / folder else str(resolve(folder))
 
 
-def shown(command: list[str]) -> str:
+def typed(command: list[str]) -> str:
     """The command as one would type it."""
     return shlex.join(["python", *command]).replace("python -m torch.distributed.run", "torchrun")
 
 
-def check_request(scale: str, stages: list[str], data: list[str], processes: int) -> None:
-    """What is wrong in the request itself. Raises ValueError."""
+def check_request(scale: str, stages: list[str], data: list[str], gpus: int) -> None:
+    """Raises UserError for what is wrong in the request itself."""
     config = preset(scale)
     if not data:
         raise UserError("A training needs data: name dataset folders, or one folder of shards.")
-    if processes < 1:
-        raise UserError(f"A training needs one process or more; got {processes}.")
+    if gpus < 1:
+        raise UserError(f"A training needs one GPU (or CPU) or more; got {gpus}.")
     unknown = [stage for stage in stages if stage not in STAGES]
+    order = ", ".join(STAGES)
     if unknown or not stages:
-        raise UserError(f"The stages are {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}.")
+        raise UserError(f"The stages are {order}; got {', '.join(unknown) or 'none'}.")
     if stages != sorted(stages, key=list(STAGES).index):
-        raise UserError(
-            f"Stages build on each other, so give them in this order: {', '.join(STAGES)}."
-        )
+        raise UserError(f"Stages build on each other, so give them in this order: {order}.")
     for stage in stages:
         batch = schedule_of(config, stage).batch
-        if batch % processes:
+        if batch % gpus:
             raise UserError(
-                f"The batch of {stage}, {batch}, cannot be shared equally by {processes} processes."
+                f"The batch of {stage}, {batch}, cannot be shared equally by {gpus} processes."
             )
 
 
-def check(scale: str, stages: list[str], data: list[str], processes: int, out: Path) -> None:
-    """Everything that can be known to fail. Raises ValueError or FileNotFoundError with
-    what to do.
-    """
-    check_request(scale, stages, data, processes)
+def check(scale: str, stages: list[str], data: list[str], gpus: int, out: Path) -> None:
+    """Raises UserError for everything that can be known to fail, with what to do."""
+    check_request(scale, stages, data, gpus)
+    weights = out / "weights"
     for stage in stages:
-        missing = [
-            need
-            for need in STAGES[stage].needs
-            if need not in stages and not is_trained(need, out / "weights")
-        ]
+        needs = [need for need in STAGES[stage].needs if need not in stages]
+        missing = ", ".join(need for need in needs if not is_trained(need, weights))
         if missing:
-            fetched = (
-                f" (`python -m gsv3d_lib sv3d stabilityai/sv3d --download --out {out}`)"
-                if scale == "paper"
-                else ""
-            )
+            fetch = f"python -m gsv3d_lib sv3d stabilityai/sv3d --download --out {out}"
+            fetched = f" (`{fetch}`)" if scale == "paper" else ""
             raise UserError(
-                f"{stage} needs {', '.join(missing)}: add them to the stages, or put their weights into "
-                f"{out / 'weights'}{fetched}."
+                f"{stage} needs {missing}: add them to the stages, "
+                f"or put their weights into {weights}{fetched}."
             )
     for folder in data:
         if not (find(folder) / "index.json").is_file():
-            raise MissingFile(
-                f"There is no dataset in {folder}; make it with `python -m gsv3d_lib make_dataset --out {folder} ...`."
-            )
+            advice = f"make it with `python -m gsv3d_lib make_dataset --out {folder} ...`"
+            raise MissingFile(f"There is no dataset in {folder}; {advice}.")
         if len(data) > 1 and is_shards(find(folder)):
             raise UserError(
-                f"{folder} holds shards, and a training reads one folder of those and nothing else."
+                f"{folder} holds shards; a training reads one folder of those and nothing else."
             )

@@ -1,5 +1,4 @@
-"""A whole training from a notebook: planned, and, if asked for, started on several
-processes and watched to its end.
+"""A whole training from a notebook: planned, started if asked for, watched to its end.
 
 The notebooks' section "Full run" is one call of `launch`. It starts `gsv3d_lib.train`
 in processes of its own, because a notebook's kernel can neither become several
@@ -20,7 +19,7 @@ from ..config import Config, preset
 from ..stages import schedule_of
 from ..system.paths import base
 from ..weights.run_folder import read_metrics
-from .job import check, check_request, run_folder, shown, train_command
+from .job import check, check_request, run_folder, train_command, typed
 from .plan import GB, PLANNED, plan
 
 BAR_SECONDS = 60.0  # a progress bar that is redrawn all the time becomes a line a minute
@@ -30,59 +29,55 @@ def launch(
     scale: str,
     stages: list[str],
     data: list[str],
-    processes: int = 1,
+    gpus: int = 1,
     steps: int = 0,
     start: bool = False,
 ) -> dict[str, dict]:
-    """Print the plan and the command of a training; with `start`, run it -> the last
-    metrics of every stage.
+    """Print the plan and the command of a training; with `start`, run it.
 
     data: dataset folders, or one folder of shards.
+    gpus: processes of the training, one a device.
     steps: of each stage; 0 is the preset's schedule. Another number is a trial, in a
         folder of its own.
-    Raises ValueError or FileNotFoundError, in one sentence, for what could not be
+    Returns the last metrics of every stage. Raises UserError for what could not be
     trained, before anything starts; RuntimeError where the training ends with an error.
     """
-    check_request(scale, stages, data, processes)
-    command = train_command(scale, stages, data, processes, steps)
-    print(report(preset(scale), stages, processes))
-    print("\n" + shown(command))
+    check_request(scale, stages, data, gpus)
+    command = train_command(scale, stages, data, gpus, steps)
+    print(report(preset(scale), stages, gpus))
+    print("\n" + typed(command))
     if not start:
         print("Not started: set full_run = True, or give the runner a parameter set.")
         return {}
     out = run_folder(scale, steps)
-    check(scale, stages, data, processes, out)
+    check(scale, stages, data, gpus, out)
     watch(command)
-    return {stage: read_metrics(out / stage)[-1] for stage in stages if read_metrics(out / stage)}
+    curves = {stage: read_metrics(out / stage) for stage in stages}
+    return {stage: rows[-1] for stage, rows in curves.items() if rows}
 
 
-def report(config: Config, stages: list[str], processes: int = 1) -> str:
-    """Steps, memory per process in both precisions, and arithmetic of every stage, as a
-    table.
-    """
-    lines = [
-        f"{'stage':10}{'steps x batch':>16}{'GB bf16':>9}{'float32':>9}{'TFLOP/step':>12}{'PFLOP in all':>14}"
-    ]
+def report(config: Config, stages: list[str], gpus: int = 1) -> str:
+    """A table of every stage: steps, memory in both precisions, and arithmetic."""
+    numbers = f"{'GB bf16':>9}{'float32':>9}{'TFLOP/step':>12}{'PFLOP in all':>14}"
+    lines = [f"{'stage':10}{'steps x batch':>16}{numbers}"]
     for stage in stages:
         schedule = schedule_of(config, stage)
         line = f"{stage:10}{f'{schedule.steps:,} x {schedule.batch}':>16}"
-        if stage in PLANNED:
-            micro = schedule.micro_batch or max(1, schedule.batch // processes)
-            options = dict(gpus=processes, micro_batch=micro, checkpointing=config.checkpointing)
-            with torch.enable_grad():  # notebook 01 switches it off
-                half, whole = (plan(config, stage, half=half, **options) for half in (True, False))
-            total = half.flops * schedule.steps / 1e15
-            line += f"{half.memory / GB:9.1f}{whole.memory / GB:9.1f}{half.flops / 1e12:12.3g}{total:14.3g}"
-        lines.append(line if stage in PLANNED else line + "   (not counted by plan.py)")
-    lines.append(
-        f"(GB per process, of {processes}; a device that sustains 100 TFLOP/s does 360 PFLOP in an hour)"
-    )
-    return "\n".join(lines)
+        if stage not in PLANNED:
+            lines.append(line + "   (not counted by plan.py)")
+            continue
+        micro = schedule.micro_batch or max(1, schedule.batch // gpus)
+        with torch.enable_grad():  # a notebook may have switched it off
+            half, whole = (plan(config, stage, gpus, micro, half=half) for half in (True, False))
+        total = half.flops * schedule.steps / 1e15
+        memory = f"{half.memory / GB:9.1f}{whole.memory / GB:9.1f}"
+        lines.append(f"{line}{memory}{half.flops / 1e12:12.3g}{total:14.3g}")
+    speed = "a device that sustains 100 TFLOP/s does 360 PFLOP in an hour"
+    return "\n".join([*lines, f"(GB per process, of {gpus}; {speed})"])
 
 
 def watch(command: list[str]) -> None:
-    """Run `python COMMAND` in the repository's root and print its lines. Raises
-    RuntimeError where it fails.
+    """Run `python COMMAND` in the root and print its lines; RuntimeError if it fails.
 
     When this process is interrupted the training is told to end; it resumes from its
     checkpoints when started again.
@@ -111,27 +106,23 @@ def watch(command: list[str]) -> None:
             except subprocess.TimeoutExpired:
                 process.kill()
     if process.returncode:
-        raise RuntimeError(
-            f"The training ended with code {process.returncode} ({last[:200]}); "
-            "once that is mended the same call resumes it."
-        )
+        ended = f"The training ended with code {process.returncode} ({last[:200]})"
+        raise RuntimeError(f"{ended}; once that is mended the same call resumes it.")
 
 
 def thinned(lines: Iterable[str]) -> Iterable[str]:
-    """The lines without empty ones, and of progress bars one a minute and the last."""
-    shown_at, waiting = 0.0, None
-    for line in lines:
-        if not line:
-            continue
-        if "%|" not in line:
-            if waiting is not None:
-                yield waiting
-            waiting = None
-            yield line
-        elif time.monotonic() - shown_at >= BAR_SECONDS:
-            shown_at, waiting = time.monotonic(), None
-            yield line
-        else:
+    """Lines without empty ones, and of progress bars one a minute and the last."""
+    printed_at, waiting = 0.0, None
+    for line in filter(None, lines):
+        is_bar = "%|" in line
+        if is_bar and time.monotonic() - printed_at < BAR_SECONDS:
             waiting = line
+            continue
+        if is_bar:
+            printed_at = time.monotonic()
+        elif waiting is not None:
+            yield waiting
+        waiting = None
+        yield line
     if waiting is not None:
         yield waiting

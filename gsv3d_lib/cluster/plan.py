@@ -1,26 +1,26 @@
-"""Memory and time of a stage before anything is trained, and of an inference: rehearsed
-with tensors that have no data.
+"""Memory and time of a stage before anything is trained, and of an inference.
 
-    python -m gsv3d_lib plan --scale paper --stage stage2 --gpus 4 --frames 16 --rank 16
+    python -m gsv3d_lib plan --preset paper --stage stage2 --gpus 4 --rank 16
 
 `rehearse` runs one real training step, the code of `stages.py` and `distillation.py`
 itself, with torch's fake tensors: shapes, types and lifetimes are true, numbers are not
 there. Every buffer that comes and goes is counted, and every matrix product. So the
-plan follows the code, not a formula. Assumed are how fast the device computes
-(`--tflops`), and that a GPU's autocast does what a CPU's does (a GPU keeps norms in
-float32, so expect somewhat more). The rasteriser cannot run without numbers; a stand-in
-has its outputs and, roughly, its buffers. benchmarks/memory.py holds the plan against
-measurements.
+plan follows the code, not a formula.
+
+Two things are assumed: how fast the device computes (`--tflops`), and that a GPU's
+autocast does what a CPU's does (a GPU keeps norms in float32, so expect somewhat more).
+The rasteriser cannot run without numbers; a stand-in has its outputs and, roughly, its
+buffers. benchmarks/memory.py holds the plan against measurements.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention import attending_with
 from ..cameras import Cameras
-from ..config import PRESETS, Config, preset
+from ..config import Config, preset
 from ..lora import add_lora
 from ..rendering import rendering_with
 from ..stages import STAGES, build_stage, schedule_of
@@ -45,14 +45,11 @@ CARDS = (24, 48, 80)  # GB of common GPUs
 USABLE = 0.92  # of a card; the rest is taken by CUDA itself and by gaps between buffers
 PLANNED = ("diffusion", "stage1", "stage2")
 NETWORKS = ("vae", "clip", "unet", "dino", "decoder")
-SPLAT_BYTES = (
-    # that `rendering/rasterizer.py` keeps of one Gaussian in one view: splat 64, box
-    # 20, place in a list 8; rounded
-    96
-)
+# the CPU rasteriser's of one Gaussian in one view: splat 64, box 20, list 8; rounded
+SPLAT_BYTES = 96
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Part:
     """One network in a training step or an inference."""
 
@@ -63,10 +60,11 @@ class Part:
     forward: int  # floating point operations of one example
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Rehearsal:
-    """What one step on one example takes, or one inference. Bytes, parameters and their
-    gradients left out.
+    """What one step on one example takes, or one inference; in bytes.
+
+    Parameters and their gradients are not in it.
     """
 
     parts: tuple[Part, ...]
@@ -75,7 +73,7 @@ class Rehearsal:
     flops: int  # forward, backward, and what checkpointing computes again
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plan:
     """One stage on one kind of machine. Memory is per GPU, in bytes."""
 
@@ -86,22 +84,16 @@ class Plan:
     average: int  # of the weights, where the schedule asks for one
     activations: int
     micro_batch: int
-    # gradients are there when activations peak: kept between micro-batches, or blocks
-    # recomputed
-    together: bool
+    together: bool  # whether gradients are alive when activations peak
     flops: int  # per optimiser step, all GPUs together
     seconds: float  # per optimiser step
     hours: float  # of the stage
 
     @property
     def memory(self) -> int:
-        pair = self.gradients, self.activations
-        return (
-            self.weights
-            + self.optimizer
-            + self.average
-            + (sum(pair) if self.together else max(pair))
-        )
+        moving = (self.gradients, self.activations)
+        peak = sum(moving) if self.together else max(moving)
+        return self.weights + self.optimizer + self.average + peak
 
 
 # ---------------------------------------------------------------- counting
@@ -127,9 +119,7 @@ class Ledger:
 
 
 class Meter(TorchDispatchMode):
-    """Within the block every new buffer is counted until it is freed, and the
-    operations of every matrix product.
-    """
+    """Counts new buffers until they are freed, and operations of matrix products."""
 
     def __init__(self, parameters: Iterable[Tensor]):
         super().__init__()
@@ -142,10 +132,8 @@ class Meter(TorchDispatchMode):
         formula = flop_formulas().get(function._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        copies = (
-            function is torch.ops.aten._to_copy.default
-            and args[0].untyped_storage()._cdata in self.parameters
-        )
+        converts = function is torch.ops.aten._to_copy.default
+        copies = converts and args[0].untyped_storage()._cdata in self.parameters
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.add(tensor.untyped_storage(), copies)
@@ -153,11 +141,10 @@ class Meter(TorchDispatchMode):
 
     def add(self, storage, copy: bool) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.change(size, copy)
-        weakref.finalize(storage, self.forget, key, size, copy)
+        if key not in self.known:
+            self.known.add(key)
+            self.change(size, copy)
+            weakref.finalize(storage, self.forget, key, size, copy)
 
     def forget(self, key: int, size: int, copy: bool) -> None:
         self.known.discard(key)
@@ -167,35 +154,66 @@ class Meter(TorchDispatchMode):
         self.live += size
         self.copies += size * copy
         if self.live > self.peak:
-            self.peak, self.copies_at_peak = self.live, self.copies
+            self.peak = self.live
+            self.copies_at_peak = self.copies
 
 
 @cache
 def flop_formulas() -> dict:
-    """torch's own, and those of its fused attention on a CPU, which it does not count."""
+    """torch's own, and those of its attention on a CPU, which it does not count."""
     from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
     aten = torch.ops.aten
-    fused = (
-        aten._scaled_dot_product_flash_attention_for_cpu,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward,
-    )
-    return flop_registry | dict(zip(fused, (sdpa_flop, sdpa_backward_flop)))
+    return flop_registry | {
+        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    }
 
 
-# ---------------------------------------------------------------- the rehearsal
+@contextmanager
+def watched(
+    models: dict[str, nn.Module], meter: Meter, kept: dict, forward: dict
+) -> Iterator[None]:
+    """Adds up, by name, what each model's forward pass leaves behind and computes."""
+    entered, handles = [], []
+
+    def enter(*_) -> None:
+        entered.append((meter.live, meter.flops))
+
+    for name, model in models.items():
+
+        def leave(*_, name=name) -> None:
+            live, flops = entered.pop()
+            kept[name] = kept.get(name, 0) + meter.live - live
+            forward[name] = forward.get(name, 0) + meter.flops - flops
+
+        handles.append(model.register_forward_pre_hook(enter))
+        handles.append(model.register_forward_hook(leave))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def part(name: str, model: nn.Module, kept: dict, forward: dict) -> Part:
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(count for count, needs in sizes if needs)
+    total = sum(count for count, _ in sizes)
+    return Part(name, total, trained, kept.get(name, 0), forward.get(name, 0))
+
+
+# ---------------------------------------------------------------- tensors without data
 
 
 class _Splats(torch.autograd.Function):
-    """A rasteriser without numbers: five tensors [G, ...] -> sums [V, H, W, 4] and
-    alpha [V, H, W, 1].
+    """A rasteriser without numbers.
+
+    Five tensors [G, ...] -> sums [V, H, W, 4] and alpha [V, H, W, 1].
     """
 
     @staticmethod
     def forward(ctx, views: int, width: int, height: int, *gaussians: Tensor):
-        image, alpha = (
-            gaussians[0].new_empty(views, height, width, channels) for channels in (4, 1)
-        )
+        image = gaussians[0].new_empty(views, height, width, 4)
+        alpha = gaussians[0].new_empty(views, height, width, 1)
         splats = image.new_empty(views, len(gaussians[0]), SPLAT_BYTES // 4)
         ctx.save_for_backward(*gaussians, image, alpha, splats)
         return image, alpha
@@ -211,33 +229,26 @@ class _Splats(torch.autograd.Function):
 def imagined() -> Iterator[None]:
     """Within the block tensors have no data.
 
-    The rasteriser cannot run without numbers and has a stand-in. Attention is torch's
-    own, because ours on a CPU is slower, larger and more exact than what a GPU does.
+    The rasteriser has a stand-in. Attention is torch's own, because ours on a CPU is
+    slower, larger and more exact than what a GPU does.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def rasterize(*given):
         return _Splats.apply(len(given[5]), given[7], given[8], *given[:5])
 
-    with (
-        torch.enable_grad(),
-        FakeTensorMode(),
-        rendering_with(rasterize),
-        attending_with(F.scaled_dot_product_attention),
-    ):
+    attention = attending_with(F.scaled_dot_product_attention)
+    with torch.enable_grad(), FakeTensorMode(), rendering_with(rasterize), attention:
         yield
 
 
 def without_data(model: nn.Module) -> nn.Module:
-    """The parameters and buffers of a model on the meta device as tensors of the CPU
-    without data, in place.
-    """
+    """A model on the meta device as one on the CPU without data, in place."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = nn.Parameter(
-                    torch.empty(p.shape, device="cpu"), p.requires_grad
-                )
+                empty = torch.empty(p.shape, device="cpu")
+                module._parameters[name] = nn.Parameter(empty, p.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
@@ -254,15 +265,11 @@ def models_on_meta(config: Config, *names: str) -> dict[str, nn.Module | None]:
 
 
 def stage_on_meta(config: Config, stage: str) -> Stage:
-    """The stage on the meta device, without data to draw from.
-
-    Raises UserError for a stage that is not planned.
-    """
+    """The stage on the meta device, without data; UserError where it is not planned."""
     if stage not in PLANNED:
         raise UserError(f"plan knows the stages {', '.join(PLANNED)}; got {stage!r}.")
-    spec = STAGES[stage]
-    models = models_on_meta(config, *spec.models)
-    if "lora" in spec.trains:
+    models = models_on_meta(config, *STAGES[stage].models)
+    if "lora" in STAGES[stage].trains:
         with torch.device("meta"):
             add_lora(models["unet"], config.lora_rank, config.seed)
     return build_stage(stage, config, models, None)
@@ -270,72 +277,39 @@ def stage_on_meta(config: Config, stage: str) -> Stage:
 
 def shapes(config: Config, stage: str) -> dict[str, tuple[int, ...]]:
     """What `example` of a stage draws, by name: the shapes of one example."""
-    size, latent, frames, targets = (
-        config.image_size,
-        config.latent_size,
-        config.num_frames,
-        config.target_views,
-    )
+    latent, frames, targets = config.latent_size, config.num_frames, config.target_views
+
+    def pictures(name: str, count: int, side: int) -> dict[str, tuple[int, ...]]:
+        channels = {"rgb": 3, "depth": 1, "alpha": 1}
+        return {f"{name}_{key}": (count, side, side, c) for key, c in channels.items()}
+
     found = {
         "latents": (frames, 4, latent, latent),
-        "image": (size, size, 3),
+        "image": (config.image_size, config.image_size, 3),
         "image_latent": (4, latent, latent),
+        "azimuth": (frames,),
+        "elevation": (frames,),
     }
-    found |= {"azimuth": (frames,), "elevation": (frames,)}
     if stage != "stage1":
         found |= {"noise": found["latents"], "sigma": (), "keep": ()}
     if stage != "diffusion":
-        found |= {
-            f"target_{name}": (targets, size, size, n)
-            for name, n in (("rgb", 3), ("depth", 1), ("alpha", 1))
-        }
+        found |= pictures("target", targets, config.image_size)
         found |= {"target_azimuth": (targets,), "target_elevation": (targets,)}
     if stage == "stage1" and config.lambda_pixel:
         side = latent * config.decoder_upsample // config.decoder_patch
-        found |= {
-            f"own_{name}": (frames, side, side, n)
-            for name, n in (("rgb", 3), ("depth", 1), ("alpha", 1))
-        }
+        found |= pictures("own", frames, side)
     return found
 
 
-@contextmanager
-def watched(
-    models: dict[str, nn.Module], meter: Meter, kept: dict, forward: dict
-) -> Iterator[None]:
-    """Within the block, what each model's forward pass leaves behind and computes is
-    added up under its name.
-    """
-    entered, handles = [], []
-    for name, model in models.items():
-
-        def leave(*_, name=name):
-            live, flops = entered.pop()
-            kept[name] = kept.get(name, 0) + meter.live - live
-            forward[name] = forward.get(name, 0) + meter.flops - flops
-
-        handles.append(
-            model.register_forward_pre_hook(lambda *_: entered.append((meter.live, meter.flops)))
-        )
-        handles.append(model.register_forward_hook(leave))
-    yield
-    for handle in handles:
-        handle.remove()
-
-
-def part(name: str, model: nn.Module, kept: dict, forward: dict) -> Part:
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trained = sum(n for n, needs in sizes if needs)
-    return Part(name, sum(n for n, _ in sizes), trained, kept.get(name, 0), forward.get(name, 0))
+# ---------------------------------------------------------------- the rehearsal
 
 
 @cache
 def rehearse(config: Config, stage: str, half: bool = False) -> Rehearsal:
-    """One step of a stage on one example, forward and backward, with the checkpointing
-    of the configuration.
+    """One step of a stage on one example, forward and backward.
 
-    half: under autocast to bfloat16, as `training.train` does on a GPU. The LPIPS net
-        of a loss is not counted: its weights are numbers of a file.
+    half: under autocast to bfloat16, as `training.train` does on a GPU.
+    The LPIPS net of a loss is not counted: its weights are numbers of a file.
     """
     learner = stage_on_meta(config.replace(lambda_lpips=0.0), stage)
     models = {name: model for name, model in learner.named_children() if name in NETWORKS}
@@ -343,11 +317,10 @@ def rehearse(config: Config, stage: str, half: bool = False) -> Rehearsal:
     with imagined():
         without_data(learner)
         batch = {name: torch.zeros(1, *shape) for name, shape in shapes(config, stage).items()}
-        for p in learner.parameters():
-            # they stay from micro-batch to micro-batch
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
-        gradients = [p.grad for p in learner.parameters() if p.requires_grad]
-        meter = Meter([*learner.parameters(), *gradients, *batch.values()])
+        trained = [p for p in learner.parameters() if p.requires_grad]
+        for p in trained:  # gradients stay from micro-batch to micro-batch
+            p.grad = torch.zeros_like(p)
+        meter = Meter([*learner.parameters(), *(p.grad for p in trained), *batch.values()])
         with meter, torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
             with watched(models, meter, kept, forward):
                 loss, _ = learner(batch)
@@ -358,33 +331,29 @@ def rehearse(config: Config, stage: str, half: bool = False) -> Rehearsal:
 
 @cache
 def rehearse_inference(config: Config) -> Rehearsal:
-    """One image to Gaussians: condition, one guided step of the sampler, decoder; in
-    float32.
+    """Condition, one guided step of the sampler, decoder; in float32.
 
     The LoRA is merged meanwhile, so its layers' old weights are kept beside the new
     ones.
     """
     from ..diffusion import guided_v
-    from ..lora import add_lora
     from ..pipeline import GSV3DPipeline
 
-    models, frames, size = models_on_meta(config, *NETWORKS), config.num_frames, config.image_size
-    unet, kept, forward = models["unet"], {}, {}
+    models = models_on_meta(config, *NETWORKS)
+    frames, size, latent = config.num_frames, config.image_size, config.latent_size
+    unet, forward = models["unet"], {}
     with torch.device("meta"):
         add_lora(unet, config.lora_rank)
-    merged = sum(
-        p.numel() for name, p in unet.named_parameters() if name.endswith("base_layer.weight")
-    )
+    weights = {name: p.numel() for name, p in unet.named_parameters()}
+    merged = sum(n for name, n in weights.items() if name.endswith("base_layer.weight"))
     with imagined(), torch.no_grad():
-        for model in models.values():
-            model is None or without_data(model)
+        present = {name: without_data(model) for name, model in models.items() if model is not None}
         rgb = torch.zeros(size, size, 3)
         cameras = Cameras(torch.zeros(frames, 4, 4), torch.zeros(frames, 3, 3), size, size)
-        z = torch.zeros(1, frames, 4, config.latent_size, config.latent_size)
+        z = torch.zeros(1, frames, 4, latent, latent)
         pipe = GSV3DPipeline(config, **models)
-        present = {name: model for name, model in models.items() if model is not None}
         meter = Meter([p for model in present.values() for p in model.parameters()])
-        with meter, watched(present, meter, kept, forward):
+        with meter, watched(present, meter, {}, forward):
             guided_v(unet, z, torch.zeros(1), pipe.condition(rgb, 15.0, frames), 1.5)
             pipe.gaussians_from(z[0], cameras, rgb)
             generation = meter.peak
@@ -417,7 +386,8 @@ def plan(
     """
     if checkpointing is not None:
         config = config.replace(checkpointing=checkpointing)
-    step, schedule = rehearse(config, stage, half), schedule_of(config, stage)
+    step = rehearse(config, stage, half)
+    schedule = schedule_of(config, stage)
     flops = schedule.batch * step.flops
     seconds = flops / (gpus * tflops * 1e12)
     trained = sum(part.trained for part in step.parts)
@@ -429,6 +399,7 @@ def plan(
         average=4 * trained if schedule.ema else 0,
         activations=micro_batch * (step.peak - step.copies),
         micro_batch=micro_batch,
+        # they are kept between micro-batches, and while blocks are computed again
         together=config.checkpointing or micro_batch * gpus < schedule.batch,
         flops=flops,
         seconds=seconds,
@@ -437,22 +408,18 @@ def plan(
 
 
 def plan_inference(config: Config, tflops: float = 100.0) -> Plan:
-    """One image to Gaussians with all `sampling_steps`, in float32, as `GSV3DPipeline`
-    does it.
-    """
+    """One image to Gaussians with all `sampling_steps`, in float32."""
     once = rehearse_inference(config)
-    forward = {p.name: p.forward for p in once.parts}
-    flops = once.flops + (config.sampling_steps - 1) * forward["unet"]
+    (step,) = (p.forward for p in once.parts if p.name == "unet")
+    flops = once.flops + (config.sampling_steps - 1) * step
     seconds = flops / (tflops * 1e12)
     weights = 4 * sum(p.parameters for p in once.parts)
     return Plan(once.parts, weights, 0, 0, 0, once.peak, 1, False, flops, seconds, seconds / 3600)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Advice:
-    """How a stage fits a card: orbits at once (0 where nothing fits), checkpointing, N,
-    and the plan of that.
-    """
+    """How a stage fits a card: N, checkpointing, and the plan; None where none fits."""
 
     gigabytes: int
     frames: int
@@ -460,27 +427,22 @@ class Advice:
     plan: Plan | None
 
 
-def advise(
-    config: Config,
-    stage: str,
-    gigabytes: int,
-    gpus: int = 1,
-    half: bool = True,
-    tflops: float = 100.0,
-) -> Advice:
-    """The quickest setting that fits a card: without checkpointing, else with it, else
-    with half the views, and so on.
+def advise(config: Config, stage: str, gigabytes: int, gpus: int = 1, **options) -> Advice:
+    """The quickest setting that fits a card.
+
+    Without checkpointing, else with it, else with half the views, and so on.
+    options: `half` and `tflops` of `plan`.
     """
     share = max(1, schedule_of(config, stage).batch // gpus)
     frames = config.num_frames
     while frames >= 1:
         for checkpointing in (False, True):
             asked = config.replace(num_frames=frames, checkpointing=checkpointing)
-            one = plan(asked, stage, gpus, 1, half, None, tflops)
+            one = plan(asked, stage, gpus, **options)
             rest = one.weights + one.gradients + one.optimizer + one.average
             room = int((USABLE * gigabytes * GB - rest) // one.activations)
             if room >= 1:
-                best = plan(asked, stage, gpus, min(room, share), half, None, tflops)
+                best = plan(asked, stage, gpus, min(room, share), **options)
                 return Advice(gigabytes, frames, checkpointing, best)
         frames //= 2
     return Advice(gigabytes, 0, True, None)
@@ -491,90 +453,68 @@ def advise(
 
 def report(plan: Plan) -> str:
     """The plan as a table."""
-    lines = [
-        f"{'network':10}{'parameters':>16}{'trained':>14}{'loaded GB':>11}{'kept GB':>9}{'forward TFLOP':>15}"
-    ]
+    names = f"{'network':10}{'parameters':>16}{'trained':>14}"
+    lines = [f"{names}{'loaded GB':>11}{'kept GB':>9}{'forward TFLOP':>15}"]
     for p in plan.parts:
         numbers = f"{4 * p.parameters / GB:11.2f}{p.kept / GB:9.2f}{p.forward / 1e12:15.2f}"
         lines.append(f"{p.name:10}{p.parameters:16,}{p.trained:14,}{numbers}")
-    lines += [
-        "(kept for the backward pass and computed: for one orbit)",
-        "",
-        f"per GPU, {plan.micro_batch} at once: weights {plan.weights / GB:.1f}, AdamW {plan.optimizer / GB:.1f}, average "
-        f"{plan.average / GB:.1f}, gradients {plan.gradients / GB:.1f}, activations {plan.activations / GB:.1f}: "
-        f"{plan.memory / GB:.1f} GB",
-        f"per step: {plan.flops / 1e12:,.1f} TFLOP, {plan.seconds:.2f} s; the whole stage {plan.hours:,.1f} h",
-    ]
-    return "\n".join(lines)
+    sizes = {
+        "weights": plan.weights,
+        "AdamW": plan.optimizer,
+        "average": plan.average,
+        "gradients": plan.gradients,
+        "activations": plan.activations,
+    }
+    memory = ", ".join(f"{name} {size / GB:.1f}" for name, size in sizes.items())
+    step = f"{plan.flops / 1e12:,.1f} TFLOP, {plan.seconds:.2f} s"
+    return "\n".join(
+        [
+            *lines,
+            "(kept for the backward pass and computed: for one orbit)\n",
+            f"per GPU, {plan.micro_batch} at once: {memory}: {plan.memory / GB:.1f} GB",
+            f"per step: {step}; the whole stage {plan.hours:,.1f} h",
+        ]
+    )
 
 
-def report_cards(
-    config: Config, stage: str, gpus: int = 1, half: bool = True, tflops: float = 100.0
-) -> str:
+def report_cards(config: Config, stage: str, gpus: int = 1, **options) -> str:
     """What to switch on for cards of 24, 48 and 80 GB."""
     lines = [f"{'card':8}{'N':>4}{'checkpointing':>15}{'orbits at once':>16}{'GB':>8}{'hours':>9}"]
     for card in CARDS:
-        a = advise(config, stage, card, gpus, half, tflops)
-        if a.plan is None:
+        advice = advise(config, stage, card, gpus, **options)
+        best = advice.plan
+        if best is None:
             lines.append(f"{card:2} GB: does not fit")
             continue
-        switch = "on" if a.checkpointing else "off"
-        numbers = f"{a.plan.micro_batch:16}{a.plan.memory / GB:8.1f}{a.plan.hours:9,.0f}"
-        lines.append(f"{f'{card} GB':8}{a.frames:4}{switch:>15}{numbers}")
+        switch = "on" if advice.checkpointing else "off"
+        numbers = f"{best.micro_batch:16}{best.memory / GB:8.1f}{best.hours:9,.0f}"
+        lines.append(f"{f'{card} GB':8}{advice.frames:4}{switch:>15}{numbers}")
     return "\n".join(lines)
 
 
-def remarks(config: Config, stage: str, step: Plan) -> str:
-    """What the table does not say: the VAE, and levers of other projects that are not
-    in this code.
-    """
-    from ..vae import build_vae
-
-    with torch.device("meta"):
-        vae = sum(p.numel() for p in build_vae(config).parameters())
-    pixels = config.target_views * config.image_size**2
-    splats = (
-        config.target_views * config.num_frames * (config.latent_size // config.decoder_patch) ** 2
-    )
-    buffers = SPLAT_BYTES * splats * config.decoder_upsample**2 + 4 * 5 * pixels
-    drawn = (
-        ""
-        if stage == "diffusion"
-        else f"deferred rendering at most {buffers / GB:.2f} GB per orbit, "
-    )
+def remarks(config: Config, step: Plan) -> str:
+    """What the table leaves out: the VAE, and a lever that is not in this code."""
+    vae = sum(p.numel() for p in models_on_meta(config, "vae")["vae"].parameters())
+    saved = 0.75 * step.optimizer / GB
     return (
-        f"VAE: {vae:,} parameters, {4 * vae / GB:.2f} GB; latents are encoded and cached before the stage starts, so it is "
-        "not\nloaded in a step, and a tiny VAE would save nothing here. For pictures it decodes views in chunks of "
-        f"{config.vae_clip} (`vae_clip`).\n"
-        f"Not in this code: 8-bit Adam would save {0.75 * step.optimizer / GB:.2f} GB, {drawn}tiny VAE: 0."
+        f"VAE: {vae:,} parameters, {4 * vae / GB:.2f} GB; not loaded in a step, "
+        "because latents are encoded before.\n"
+        f"Not in this code: 8-bit Adam would save {saved:.2f} GB."
     )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = command_parser("plan", __doc__)
-    parser.add_argument("--scale", default="paper", choices=PRESETS)
-    parser.add_argument("--stage", default="stage2", choices=[*PLANNED, "inference"])
-    parser.add_argument("--gpus", type=whole(1, 100_000), default=4)
-    parser.add_argument("--frames", type=whole(1, 1000), help="N, views per orbit")
-    parser.add_argument("--rank", type=whole(1, 10_000), help="of the LoRA")
-    parser.add_argument(
-        "--micro-batch",
-        type=whole(1, 100_000),
-        help="orbits on a GPU at once (default: the preset's)",
-    )
-    parser.add_argument(
-        "--checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="recompute blocks (default: the preset's)",
-    )
-    parser.add_argument("--float32", action="store_true", help="no autocast to bfloat16")
-    parser.add_argument(
-        "--tflops",
-        type=number(1e-3, 1e6),
-        default=100.0,
-        help="sustained by one GPU (an assumption)",
-    )
+    parser = command_parser("plan", __doc__, "--preset", "--gpus", preset="paper", gpus=4)
+    add = parser.add_argument
+    add("--stage", default="stage2", choices=[*PLANNED, "inference"])
+    add("--frames", type=whole(1, 1000), help="N, views per orbit")
+    add("--rank", type=whole(1, 10_000), help="of the LoRA")
+    add("--micro-batch", type=whole(1, 100_000), help="orbits on a GPU (default: the preset's)")
+    switch = argparse.BooleanOptionalAction
+    add("--checkpointing", action=switch, help="recompute blocks (default: the preset's)")
+    add("--float32", action="store_true", help="no autocast to bfloat16")
+    add("--tflops", type=number(1e-3, 1e6), default=100.0, help="of one GPU (an assumption)")
     return parser
 
 
@@ -583,26 +523,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    changes = {
-        "num_frames": args.frames,
-        "lora_rank": args.rank,
-        "checkpointing": args.checkpointing,
-    }
-    config = preset(
-        args.scale, **{name: value for name, value in changes.items() if value is not None}
-    )
+    changes = {"num_frames": args.frames, "lora_rank": args.rank}
+    changes |= {"checkpointing": args.checkpointing}
+    given = {name: value for name, value in changes.items() if value is not None}
+    config = preset(args.preset, **given)
     if args.stage == "inference":
         return print(report(plan_inference(config, args.tflops)))
     schedule = schedule_of(config, args.stage)
     micro_batch = args.micro_batch or schedule.micro_batch or max(1, schedule.batch // args.gpus)
     options = dict(gpus=args.gpus, half=not args.float32, tflops=args.tflops)
     step = plan(config, args.stage, micro_batch=micro_batch, **options)
-    print(
-        report(step),
-        report_cards(config, args.stage, **options),
-        remarks(config, args.stage, step),
-        sep="\n\n",
-    )
+    cards = report_cards(config, args.stage, **options)
+    print(report(step), cards, remarks(config, step), sep="\n\n")
 
 
 if __name__ == "__main__":

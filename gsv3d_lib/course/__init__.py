@@ -1,3 +1,1 @@
-"""What the notebooks are made of: figures, widgets, exercises, and the runner behind
-`make`.
-"""
+"""What the notebooks are made of: figures, widgets, exercises, and their runner."""

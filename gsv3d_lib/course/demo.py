@@ -1,6 +1,6 @@
 """`make demo`: notebook 00 through papermill on one image, then where the results lie.
 
-python -m gsv3d_lib demo [--image my.png] [--elevation auto] [--out FOLDER]
+    python -m gsv3d_lib demo [--image my.png] [--elevation auto] [--out FOLDER]
 
 Every run has a folder of its own: runs/demo/my, then runs/demo/my-2, ...
 """
@@ -13,10 +13,8 @@ import time
 from pathlib import Path
 
 from ..system.command import (
-    ELEVATION_HELP,
     check_writable,
     command_parser,
-    degrees,
     exit_code,
     input_path,
     output_path,
@@ -31,11 +29,8 @@ NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = command_parser("demo", __doc__)
+    parser = command_parser("demo", __doc__, "--elevation", "--seed")
     parser.add_argument("--image", type=input_path, default="data/images/demo.png")
-    parser.add_argument(
-        "--elevation", type=degrees, default=15.0, metavar="DEGREES", help=ELEVATION_HELP
-    )
     parser.add_argument(
         "--out", type=output_path, help="folder (default: runs/demo/ and the image's name)"
     )
@@ -54,20 +49,20 @@ def run(args: argparse.Namespace) -> int:
 
     if not NOTEBOOK.is_file():
         raise MissingFile(f"There is no {NOTEBOOK.name} here.{from_repository('notebooks')}")
-    image, weights = args.image.absolute(), find(BEST).absolute()
+    image = args.image.absolute()
+    weights = find(BEST).absolute()
     wanted = (args.out or ROOT / "runs/demo" / folder_name(image)).absolute()
     config = load_config(weights)
     check_text(image)
     check_text(wanted)
     check_writable(wanted / "run.json")
-    # fails here, in one sentence, and not inside a notebook
-    prepare_condition(image, config.image_size)
-    elevation = estimate(image, weights) if args.elevation is None else args.elevation
+    prepare_condition(image, config.image_size)  # fails here, and not inside a notebook
     started = time.perf_counter()
     parameters = {
         "weights": BEST,
         "steps": config.sampling_steps,
-        "elevation": elevation,
+        "elevation": estimate(image, weights) if args.elevation is None else args.elevation,
+        "seed": args.seed,
         "image_path": str(image),
     }
     with results_folder(wanted, ["run.json", NOTEBOOK.name, *FILES.values()]) as out:
@@ -83,14 +78,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_text(path: Path) -> None:
-    """Raises ValueError where the name is no text: a notebook is, and could not hold
-    it.
-    """
+    """Raises UserError for a name that is no text, which a notebook could not hold."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
+        name = ascii(str(path))
         raise UserError(
-            f"{ascii(str(path))} is not valid UTF-8: rename it, or set a locale of UTF-8."
+            f"{name} is not valid UTF-8: rename it, or set a locale of UTF-8."
         ) from error
 
 

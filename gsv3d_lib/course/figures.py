@@ -1,7 +1,7 @@
 """Plain tensors -> figures, for notebooks and documents.
 
 Every function returns a figure that shows once, as the last line of a cell. One small
-palette, safe for colour-blind readers (Okabe and Ito); depth is viridis, near is
+palette, safe for colour-blind readers (Okabe and Ito). Depth is viridis, near is
 bright, and what is not there is white.
 """
 
@@ -50,6 +50,46 @@ STYLE = {
 }
 
 
+@contextmanager
+def style() -> Iterator[ModuleType]:
+    """Yields matplotlib.pyplot, which draws in this module's style within the block."""
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        yield plt
+
+
+def finished(figure: Figure) -> Figure:
+    """Takes the figure out of pyplot's hands, else a notebook would show it twice."""
+    import matplotlib.pyplot as plt
+
+    plt.close(figure)
+    return figure
+
+
+def panels(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = 2.6, **options):
+    """Empty axes in this module's style -> (figure, one axis or an array of them).
+
+    Return the figure and it shows once. The style stays on for the session: matplotlib
+    looks up the sizes of titles and legends when those are made.
+    width: of the whole figure; height: of one row; both in inches.
+    options: of `matplotlib.pyplot.subplots`.
+    """
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE)
+    size = (width, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+    return finished(figure), axes
+
+
+def _clear(axis) -> None:
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
 # ---------------------------------------------------------------- images
 
 
@@ -60,31 +100,29 @@ def image_grid(
     row_titles: Sequence[str] | None = None,
     width: float = WIDTH,
 ) -> Figure:
-    """Images [N, H, W, 3 | 1], or a list of [H, W, 3 | 1] of any sizes, in [0, 1], row
-    by row.
+    """Images in [0, 1], row by row: [N, H, W, 3 | 1], or a list of any sizes.
 
-    titles: above the images, one each; as many as columns label the columns only.  row_titles: to the left of the rows.
+    titles: above the images, one each; as many as columns label the columns only.
+    row_titles: to the left of the rows.
     """
-    panels = [_to_array(image) for image in images]
-    if not panels:
+    shown = [_to_array(image) for image in images]
+    if not shown:
         raise UserError("An image grid needs at least one image, got none.")
-    columns = min(columns or 8, len(panels))
-    rows = -(-len(panels) // columns)
+    columns = min(columns or 8, len(shown))
+    rows = -(-len(shown) // columns)
+    title_rows = 0 if titles is None else rows if len(titles) > columns else 1
+    tallest = max(image.shape[0] / image.shape[1] for image in shown)
+    size = (width, width / columns * tallest * rows + 0.25 * title_rows)
     with style() as plt:
-        titled = 0 if titles is None else rows if len(titles) > columns else 1
-        height = (
-            width / columns * max(p.shape[0] / p.shape[1] for p in panels) * rows + 0.25 * titled
-        )
         figure, axes = plt.subplots(
-            rows, columns, figsize=(width, height), squeeze=False, layout="constrained"
+            rows, columns, figsize=size, squeeze=False, layout="constrained"
         )
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.03, wspace=0.01, hspace=0.01)
         for axis in axes.flat:
             _clear(axis)
-        for axis, panel in zip(axes.flat, panels, strict=False):  # the last row may be short
-            axis.imshow(
-                panel.squeeze(-1) if panel.shape[-1] == 1 else panel, cmap="gray", vmin=0, vmax=1
-            )
+        for axis, image in zip(axes.flat, shown, strict=False):  # the last row may be short
+            image = image.squeeze(-1) if image.shape[-1] == 1 else image
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
         for axis, title in zip(axes.flat, titles or (), strict=False):
             axis.set_title(title)
         for axis, title in zip(axes[:, 0], row_titles or (), strict=False):
@@ -92,13 +130,23 @@ def image_grid(
         return finished(figure)
 
 
+def _to_array(image: Tensor) -> np.ndarray:
+    """[H, W, 3 | 1] -> numpy in [0, 1]."""
+    image = torch.as_tensor(image).detach().cpu().float()
+    if image.dim() != 3 or image.shape[-1] not in (1, 3):
+        shape = tuple(image.shape)
+        raise UserError(f"An image to show must be [H, W, 3] or [H, W, 1], got {shape}.")
+    return image.clamp(0, 1).numpy()
+
+
 def show_views(
     rgb: Tensor, depth: Tensor, alpha: Tensor, max_views: int = 8, width: float = WIDTH
 ) -> Figure:
-    """Three rows, colour, depth and alpha, of up to `max_views` views spread over those
-    given.
+    """Rows of colour, depth and alpha, of `max_views` views spread over those given.
 
-    rgb: [V, H, W, 3] in [0, 1].  depth: z-depth [V, H, W, 1], 0 = nothing.  alpha: [V, H, W, 1] in [0, 1].
+    rgb: [V, H, W, 3] in [0, 1].
+    depth: z-depth [V, H, W, 1], 0 = nothing.
+    alpha: [V, H, W, 1] in [0, 1].
     """
     count = min(max_views, len(rgb))
     chosen = torch.linspace(0, len(rgb) - 1, count).round().long()
@@ -110,16 +158,13 @@ def show_views(
 
 
 def depth_range(depth: Tensor) -> tuple[float, float]:
-    """Smallest and largest depth of what is there (0 is nothing); (0, 1) when nothing
-    is.
-    """
+    """Smallest and largest depth of what is there; (0, 1) where nothing is."""
     there = depth[depth > 0]
     return (float(there.min()), float(there.max())) if len(there) else (0.0, 1.0)
 
 
 def color_depth(depth: Tensor, near: float | None = None, far: float | None = None) -> Tensor:
-    """z-depth [..., H, W, 1] -> colours [..., H, W, 3]: near is bright, far is dark,
-    nothing (0) is white.
+    """z-depth [..., H, W, 1] -> colours [..., H, W, 3]: bright near, white nothing (0).
 
     near, far: the ends of the scale in world units; by default those of this depth.
         Give them to compare pictures.
@@ -129,7 +174,8 @@ def color_depth(depth: Tensor, near: float | None = None, far: float | None = No
     if depth.shape[-1] != 1:
         raise UserError(f"Depth to colour must be [..., H, W, 1], got {tuple(depth.shape)}.")
     low, high = depth_range(depth)
-    near, far = low if near is None else near, high if far is None else far
+    near = low if near is None else near
+    far = high if far is None else far
     depth = depth.detach().cpu()[..., 0]
     nearness = 1 - (depth - near) / max(far - near, 1e-6)
     colors = torch.from_numpy(colormaps["viridis"](nearness.clamp(0, 1).numpy())[..., :3]).float()
@@ -145,25 +191,24 @@ def plot_metrics(
     smoothing: float = 0.03,
     width: float = WIDTH,
 ) -> Figure:
-    """Training curves, one panel per quantity: the smoothed line over the recorded
-    values.
+    """Training curves, one panel per quantity: a smoothed line over the values.
 
-    runs: a metrics.jsonl (one {"step": ..., "loss": ...} a line), its rows, or several as {name: file or rows}, which
-    share the panels.  keys: which quantities; by default all that are there.  smoothing: width (standard deviation) of
-    the window that averages, as a fraction of the curve; 0 draws the values alone.
+    runs: a metrics.jsonl (one {"step": ..., "loss": ...} a line), its rows, or several
+        as {name: file or rows}, which share the panels.
+    keys: which quantities; by default all that are there.
+    smoothing: width (standard deviation) of the window that averages, as a fraction of
+        the curve; 0 draws the values alone.
     """
     if not isinstance(runs, dict):
         runs = {"": runs}
     tables = {name: _read_rows(rows) for name, rows in runs.items()}
     keys = list(keys or _numeric_keys(tables))
     if not keys:
-        raise UserError(
-            "There are no curves to draw: the metrics hold no rows with numbers besides step and time."
-        )
+        raise UserError("There are no curves to draw: no row has a number but step and time.")
     columns = min(3, len(keys))
     rows = -(-len(keys) // columns)
+    size = (width * columns / 3 if columns < 3 else width, 2.3 * rows)
     with style() as plt:
-        size = (width * columns / 3 if columns < 3 else width, 2.3 * rows)
         figure, axes = plt.subplots(
             rows, columns, figsize=size, squeeze=False, layout="constrained"
         )
@@ -179,19 +224,17 @@ def plot_metrics(
 def _read_rows(source: str | Path | list[dict]) -> list[dict]:
     if isinstance(source, list):
         return source
-    path = Path(source)
-    if not path.is_file():
-        raise MissingFile(f"There is no metrics file at '{path}': train first, or check the path.")
+    if not Path(source).is_file():
+        raise MissingFile(f"There is no metrics file at '{source}': train first.")
     from ..weights.run_folder import read_rows
 
-    return read_rows(path)
+    return read_rows(Path(source))
 
 
 def _numeric_keys(tables: dict[str, list[dict]]) -> list[str]:
-    rows = [row for table in tables.values() for row in table]
-    names = dict.fromkeys(
-        name for row in rows for name, value in row.items() if isinstance(value, int | float)
-    )
+    names = {}  # in the order of the rows
+    for row in (row for table in tables.values() for row in table):
+        names |= {name: None for name, value in row.items() if isinstance(value, int | float)}
     return [name for name in names if name not in ("step", "time")]
 
 
@@ -205,26 +248,22 @@ def _plot_key(axis, tables: dict[str, list[dict]], key: str, smoothing: float) -
         line = values if few or smoothing == 0 else _smoothed(values, smoothing)
         axis.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
         axis.plot(steps, line, color=color, label=name or None, marker="." if few else None)
-        lowest, highest = min(lowest, values.min()), max(highest, values.max())
+        lowest = min(lowest, values.min())
+        highest = max(highest, values.max())
     if lowest > 0 and highest > 20 * lowest:
         axis.set_yscale("log")
     axis.set(title=key, xlabel="step")
 
 
 def _finite_points(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [
-        (row["step"], row[key])
-        for row in rows
-        if row.get(key) is not None and np.isfinite(row[key])
-    ]
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-    return steps, values
+    finite = np.isfinite(values)
+    return steps[finite], values[finite]
 
 
 def _smoothed(values: np.ndarray, smoothing: float) -> np.ndarray:
-    """A centred Gaussian mean: unlike a running one it does not lag behind a falling
-    loss.
-    """
+    """A centred Gaussian mean, which does not lag behind a falling loss."""
     from scipy.ndimage import gaussian_filter1d
 
     return gaussian_filter1d(values, smoothing * len(values), mode="nearest")
@@ -239,30 +278,30 @@ def plot_ellipsoids(
     titles: Sequence[str] | None = None,
     footprints: bool = True,
 ) -> Figure:
-    """Each Gaussian on its own: the surface one standard deviation from its centre,
-    seen from the camera's direction, and beside or below it its alpha in the picture,
-    with the ellipses of 1, 2 and 3.33 standard deviations.
+    """Each Gaussian on its own: its surface in space, and its alpha in the picture.
 
-    camera: one, looking at the origin.  titles: one per Gaussian.  footprints: False draws the surfaces alone.
+    The surface is one standard deviation from the centre, seen from the camera's
+    direction. The ellipses in the picture are at 1, 2 and 3.33 standard deviations.
+    camera: one, looking at the origin.
+    titles: one per Gaussian.
+    footprints: False draws the surfaces alone.
     """
-    from ..rendering.plain import project
-
-    count, rows = len(gaussians), 1 if len(gaussians) == 1 or not footprints else 2
+    count = len(gaussians)
+    rows = 1 if count == 1 or not footprints else 2
     columns = 1 + footprints if count == 1 else count
+    x, y, z = camera.positions()[0].tolist()
+    elevation = np.degrees(np.arctan2(z, np.hypot(x, y)))
+    view = {"elev": elevation, "azim": np.degrees(np.arctan2(y, x))}
     with style() as plt:
         figure = plt.figure(figsize=(2.3 * columns, 2.3 * rows))
-        x, y, z = camera.positions()[0].tolist()
-        view = {
-            "elev": np.degrees(np.arctan2(z, np.hypot(x, y))),
-            "azim": np.degrees(np.arctan2(y, x)),
-        }
         for i in range(count):
             space = figure.add_subplot(rows, columns, i + 1, projection="3d")
-            _draw_ellipsoid(space, gaussians.select([i]), view)
+            _draw_ellipsoid(space, gaussians.select([i]).detach(), view)
             space.set_title(titles[i] if titles else "one standard deviation", pad=-2)
             if footprints:
-                picture = figure.add_subplot(rows, columns, (2 if count == 1 else count + i + 1))
-                _draw_footprint(picture, gaussians.select([i]), camera, project)
+                place = 2 if count == 1 else count + i + 1
+                picture = figure.add_subplot(rows, columns, place)
+                _draw_footprint(picture, gaussians.select([i]).detach(), camera)
         figure.subplots_adjust(0.03, 0.19 / rows, 0.97, 1 - 0.13 / rows, 0.2, 0.22)
         return finished(figure)
 
@@ -270,52 +309,40 @@ def plot_ellipsoids(
 def _draw_ellipsoid(axis, gaussian: Gaussians, view: dict[str, float]) -> None:
     from ..rotations import rotation_matrices
 
-    gaussian = gaussian.detach()
     polar, turn = np.meshgrid(np.linspace(0, np.pi, 13), np.linspace(0, 2 * np.pi, 25))
     ball = np.stack([np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn), np.cos(polar)], -1)
     half_axes = (rotation_matrices(gaussian.quats) * gaussian.scales[:, None, :])[0].numpy()
     points = ball @ half_axes.T + gaussian.means[0].numpy()
     color = gaussian.colors[0].clamp(0, 1).numpy()
     axis.plot_surface(*np.moveaxis(points, -1, 0), color=color, rcount=25, ccount=13, linewidth=0)
-    axis.set(
-        xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), xticks=[-1, 0], yticks=[0, 1], zticks=[-1, 0, 1]
-    )
-    axis.set_xlabel("x", labelpad=-10)
-    axis.set_ylabel("y", labelpad=-10)
-    axis.set_zlabel("z", labelpad=-10)
+    limits = dict.fromkeys(("xlim", "ylim", "zlim"), (-1, 1))
+    axis.set(**limits, xticks=[-1, 0], yticks=[0, 1], zticks=[-1, 0, 1])
+    for name in "xyz":
+        getattr(axis, f"set_{name}label")(name, labelpad=-10)
     axis.tick_params(pad=-4, labelsize=7)
     axis.set_box_aspect((1, 1, 1), zoom=1.1)
     axis.view_init(**view)
 
 
-def _draw_footprint(axis, gaussian: Gaussians, camera: Cameras, project) -> None:
-    from ..rendering.plain import splat_alphas
+def _draw_footprint(axis, gaussian: Gaussians, camera: Cameras) -> None:
+    from ..rendering.plain import project, splat_alphas
 
-    gaussian, size = gaussian.detach(), (camera.width, camera.height)
-    centre, covariance = project(
-        gaussian.means, gaussian.quats, gaussian.scales, camera.viewmats[0], camera.Ks[0], *size
-    )
-    rows, columns = torch.arange(camera.height).float(), torch.arange(camera.width).float()
+    width, height = camera.width, camera.height
+    shape = (gaussian.means, gaussian.quats, gaussian.scales)
+    centre, covariance = project(*shape, camera.viewmats[0], camera.Ks[0], width, height)
+    rows, columns = torch.arange(height).float(), torch.arange(width).float()
     alpha = splat_alphas(centre, covariance, gaussian.opacities, rows, columns)[..., 0]
-    axis.imshow(
-        alpha.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(0, camera.width, camera.height, 0)
-    )
+    axis.imshow(alpha.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(0, width, height, 0))
     for deviations in (1, 2, 3.33):
         ring = centre[0] + deviations * ellipse_points(covariance[0])
         axis.plot(*ring.T.numpy(), color=ORANGE, linewidth=0.9)
-    axis.set(
-        xlim=(0, camera.width),
-        ylim=(camera.height, 0),
-        xlabel="u (pixels)",
-        title=f"alpha, up to {alpha.max():.2f}",
-    )
+    title = f"alpha, up to {alpha.max():.2f}"
+    axis.set(xlim=(0, width), ylim=(height, 0), xlabel="u (pixels)", title=title)
     axis.grid(False)
 
 
 def ellipse_points(covariance: Tensor, count: int = 73) -> Tensor:
-    """The ellipse one standard deviation around 0 of a 2D covariance [2, 2], as a
-    closed line [count, 2].
-    """
+    """The ellipse of one standard deviation of a [2, 2] covariance: [count, 2]."""
     turn = torch.linspace(0, 2 * np.pi, count).to(covariance)
     return torch.stack([turn.cos(), turn.sin()], -1) @ torch.linalg.cholesky(covariance).mT
 
@@ -323,53 +350,24 @@ def ellipse_points(covariance: Tensor, count: int = 73) -> Tensor:
 def plot_rays(
     depths: Tensor, alphas: Tensor, colors: Tensor, titles: Sequence[str] | None = None
 ) -> Figure:
-    """What a pixel sees along its ray: alpha (outline) and weight (filled) of each
-    Gaussian, the transmittance left, the expected depth, and on the right the blended
-    colour over white.
+    """What a pixel sees along its ray, and on the right its blended colour over white.
 
-    depths: [R, K] z-depths of R rays, in any order.  alphas: [R, K].  colors: [K, 3].  titles: one per ray.
+    Per Gaussian its alpha (outline) and weight (filled); then the light that is left,
+    and the expected depth.
+    depths: [R, K] z-depths of R rays, in any order.
+    alphas: [R, K]. colors: [K, 3]. titles: one per ray.
     """
-    from ..rendering.plain import composite
-
     count = len(depths)
+    ends = (float(depths.min()) - 0.25, float(depths.max()) + 0.25)
+    size = (0.75 * WIDTH, 1.75 * count + 0.35)
     with style() as plt:
-        shape = {
-            "figsize": (0.75 * WIDTH, 1.75 * count + 0.35),
-            "width_ratios": [7, 1],
-            "squeeze": False,
-        }
-        figure, axes = plt.subplots(count, 2, layout="constrained", **shape)
+        figure, axes = plt.subplots(
+            count, 2, figsize=size, width_ratios=[7, 1], squeeze=False, layout="constrained"
+        )
         for r, (ray, swatch) in enumerate(axes):
             order = depths[r].argsort()
-            z, alpha, rgb = depths[r][order], alphas[r][order], colors[order]
-            left = torch.cat([torch.ones(1), torch.cumprod(1 - alpha, 0)])
-            weights = alpha * left[:-1]
-            low, high = float(depths.min()) - 0.25, float(depths.max()) + 0.25
-            depth, covered = float((weights * z).sum() / weights.sum()), float(weights.sum())
-            pixel = (composite(alpha, rgb) + (1 - covered)).clamp(0, 1)
-            z, alpha, rgb, left, weights = (
-                t.numpy() for t in (z, alpha, rgb.clamp(0, 1), left, weights)
-            )
-            ray.bar(z, alpha, 0.05, color="none", edgecolor=GREY, linewidth=0.9, label="alpha")
-            ray.bar(z, weights, 0.05, color=rgb, label="weight")
-            ray.stairs(
-                left,
-                [low, *z.tolist(), high],
-                color=INK,
-                linewidth=1,
-                baseline=None,
-                label="light left, T",
-            )
-            ray.axvline(
-                depth, color=INK, linestyle=":", linewidth=1.2, label=f"expected depth {depth:.2f}"
-            )
-            ray.set(
-                xlim=(low, high),
-                ylim=(0, 1.08),
-                axisbelow=True,
-                title=titles[r] if titles else None,
-            )
-            ray.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+            pixel = _draw_ray(ray, depths[r][order], alphas[r][order], colors[order], ends)
+            ray.set_title(titles[r] if titles else "")
             ray.set_xlabel("depth z along the ray" if r == count - 1 else "")
             swatch.imshow(pixel.reshape(1, 1, 3).numpy())
             swatch.set_title("pixel")
@@ -377,11 +375,32 @@ def plot_rays(
         return finished(figure)
 
 
+def _draw_ray(axis, z: Tensor, alpha: Tensor, rgb: Tensor, ends: tuple[float, float]) -> Tensor:
+    """One ray, its Gaussians in order -> the colour [3] of the pixel."""
+    from ..rendering.plain import composite
+
+    left = torch.cat([torch.ones(1), torch.cumprod(1 - alpha, 0)])
+    weights = alpha * left[:-1]
+    depth = float((weights * z).sum() / weights.sum())
+    bars = {"edgecolor": GREY, "linewidth": 0.9, "label": "alpha"}
+    axis.bar(z.numpy(), alpha.numpy(), 0.05, color="none", **bars)
+    axis.bar(z.numpy(), weights.numpy(), 0.05, color=rgb.clamp(0, 1).numpy(), label="weight")
+    edges = [ends[0], *z.tolist(), ends[1]]
+    light = {"color": INK, "linewidth": 1, "label": "light left, T"}
+    axis.stairs(left.numpy(), edges, baseline=None, **light)
+    label = f"expected depth {depth:.2f}"
+    axis.axvline(depth, color=INK, linestyle=":", linewidth=1.2, label=label)
+    axis.set(xlim=ends, ylim=(0, 1.08), axisbelow=True)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    return (composite(alpha, rgb) + (1 - float(weights.sum()))).clamp(0, 1)
+
+
 def plot_stack(
     parts: dict[str, float], marks: dict[str, float], xlabel: str, limit: float
 ) -> Figure:
-    """One bar made of parts, beside marked values: {"activations": 41.9, ...} against
-    {"80 GB": 80, ...}.
+    """One bar made of parts, beside marked values.
+
+    For example {"activations": 41.9, ...} against {"80 GB": 80, ...}.
     """
     with style() as plt:
         figure, axis = plt.subplots(figsize=(WIDTH, 1.6), layout="constrained")
@@ -391,20 +410,9 @@ def plot_stack(
             start += size
         for name, value in marks.items():
             axis.axvline(value, color=INK, linestyle=":", linewidth=1.2)
-            axis.annotate(
-                name,
-                (value, 1),
-                (3, -10),
-                xycoords=("data", "axes fraction"),
-                textcoords="offset points",
-                fontsize=8,
-            )
-        axis.set(
-            yticks=[],
-            ylim=(-0.5, 0.9),
-            xlim=(0, max(limit, 1.05 * start)),
-            xlabel=xlabel.format(total=start),
-        )
+            axis.text(value, 0.9, f" {name}", fontsize=8, va="top")
+        ends = (0, max(limit, 1.05 * start))
+        axis.set(yticks=[], ylim=(-0.5, 0.9), xlim=ends, xlabel=xlabel.format(total=start))
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         return finished(figure)
 
@@ -415,37 +423,28 @@ def plot_stack(
 def plotly_gaussians(
     gaussians: Gaussians, cameras: Cameras | None = None, max_points: int = 3000, height: int = 480
 ) -> go.Figure:
-    """Interactive 3D view: every Gaussian a dot of its colour and size; cameras as
-    pyramids at their true place.
+    """Interactive 3D view: a dot for every Gaussian, a pyramid for every camera.
 
     At most `max_points` are drawn, at random, opaque and large ones more often, and
     enlarged to cover for the missing: with 3,000 the figure adds about 150 kB to a
-    notebook. Dots are opaque, as plotly does not sort transparent ones; it shows where
+    notebook. Dots are opaque, as plotly does not sort transparent ones. It shows where
     Gaussians are, and `save_viewer_page` how they look.
     """
     import plotly.graph_objects as go
 
-    shown = _thinned(gaussians, max_points)
-    traces = [_dots(shown, len(gaussians))]
-    if cameras is not None:
-        traces.append(_frusta(cameras))
-    axis = {
-        "showbackground": False,
-        "gridcolor": FAINT,
-        "zeroline": False,
-        "color": GREY,
-        "nticks": 5,
-    }
+    traces = [_dots(_thinned(gaussians, max_points), len(gaussians))]
+    axis = {"showbackground": False, "gridcolor": FAINT, "zeroline": False}
+    axis |= {"color": GREY, "nticks": 5}
     if cameras is None:
         axis["range"] = [-1, 1]
-    look = {"eye": {"x": 1.35, "y": -1.35, "z": 0.6}, "center": {"x": 0, "y": 0, "z": -0.1}}
-    scene = {"xaxis": axis, "yaxis": axis, "zaxis": axis, "camera": look}
+    else:
+        traces.append(_frusta(cameras))
+    scene = {"xaxis": axis, "yaxis": axis, "zaxis": axis}
+    eye = {"x": 1.35, "y": -1.35, "z": 0.6}
+    scene["camera"] = {"eye": eye, "center": {"x": 0, "y": 0, "z": -0.1}}
     scene["aspectmode"] = "data" if cameras is not None else "cube"
-    margin = {"l": 0, "r": 0, "t": 0, "b": 0}
-    figure = go.Figure(traces)
-    return figure.update_layout(
-        template="none", scene=scene, height=height, margin=margin, showlegend=False
-    )
+    look = {"template": "none", "margin": {"l": 0, "r": 0, "t": 0, "b": 0}, "showlegend": False}
+    return go.Figure(traces).update_layout(scene=scene, height=height, **look)
 
 
 def _thinned(gaussians: Gaussians, max_points: int) -> Gaussians:
@@ -456,9 +455,8 @@ def _thinned(gaussians: Gaussians, max_points: int) -> Gaussians:
         generator = torch.Generator().manual_seed(0)
         # Gumbel's trick: the largest log weights plus noise are a draw without
         # replacement, of any number of items.
-        noise = -torch.log(
-            -torch.log(torch.rand(len(visible), generator=generator).clamp(1e-12, 1 - 1e-7))
-        )
+        uniform = torch.rand(len(visible), generator=generator).clamp(1e-12, 1 - 1e-7)
+        noise = -torch.log(-torch.log(uniform))
         visible = visible[(weight[visible].log() + noise).topk(max_points).indices]
     return gaussians.select(visible)
 
@@ -468,21 +466,13 @@ def _dots(gaussians: Gaussians, total: int):
 
     x, y, z = gaussians.means.numpy().T
     pixels = 160  # roughly, per world unit in a figure of 480 pixels
-    sizes = (
-        2
-        * pixels
-        * gaussians.scales.topk(2, dim=-1).values.mean(-1)
-        * (total / max(1, len(gaussians))) ** 0.5
-    )
-    colors = [
-        f"rgb({r},{g},{b})"
-        for r, g, b in (gaussians.colors.clamp(0, 1) * 255).round().int().tolist()
-    ]
-    # plotly makes markers of unequal size transparent unless told otherwise
+    enlarged = (total / max(1, len(gaussians))) ** 0.5
+    sizes = 2 * pixels * enlarged * gaussians.scales.topk(2, dim=-1).values.mean(-1)
+    colors = (gaussians.colors.clamp(0, 1) * 255).round().int().tolist()
     marker = {
-        "opacity": 1,
+        "opacity": 1,  # plotly makes markers of unequal size transparent unless told so
         "size": sizes.clamp(2, 14).round(decimals=1).numpy(),
-        "color": colors,
+        "color": [f"rgb({red},{green},{blue})" for red, green, blue in colors],
         "line": {"width": 0},
     }
     name = f"{len(gaussians)} of {total} Gaussians"
@@ -490,91 +480,22 @@ def _dots(gaussians: Gaussians, total: int):
 
 
 def _frusta(cameras: Cameras, length: float = 0.35):
-    """One line through all pyramids: the eye, and the image's corners at `length` in
-    front of it.
-    """
+    """One line through all pyramids: the eye, and the image's corners `length` away."""
     import plotly.graph_objects as go
 
     focal = cameras.Ks[:, 0, 0].cpu()
     x, y = length * 0.5 * cameras.width / focal, length * 0.5 * cameras.height / focal
+    z = torch.full_like(x, length)
+    eye = torch.zeros(len(cameras), 3)
     corners = [
-        torch.stack([sx * x, sy * y, torch.full_like(x, length)], -1)
-        for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))
+        torch.stack([sx * x, sy * y, z], -1) for sx, sy in ((-1, -1), (1, -1), (1, 1), (-1, 1))
     ]
-    # [V, 5, 3]: eye, corners from the upper left
-    local = torch.stack([torch.zeros_like(corners[0]), *corners], dim=1)
+    local = torch.stack([eye, *corners], dim=1)  # [V, 5, 3], corners from the upper left
     pose = cameras.c2w().cpu()
     points = torch.einsum("vij,vpj->vpi", pose[:, :3, :3], local) + pose[:, None, :3, 3]
-    # every edge once; the sides from the eye twice
+    # every edge once; the sides from the eye twice; then the pen is lifted
     path = points[:, [0, 1, 2, 0, 3, 4, 0, 1, 4, 3, 2]]
     gap = torch.full((len(cameras), 1, 3), torch.nan)
     x, y, z = torch.cat([path, gap], dim=1).reshape(-1, 3).numpy().T
-    return go.Scatter3d(
-        x=x,
-        y=y,
-        z=z,
-        mode="lines",
-        line={"color": BLUE, "width": 2},
-        name="cameras",
-        hoverinfo="name",
-    )
-
-
-# ---------------------------------------------------------------- figures of your own
-
-
-def panels(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = 2.6, **options):
-    """Empty axes in this module's style -> (figure, one axis or an array of them).
-    Return the figure and it shows once.
-
-    width: of the whole figure; height: of one row; both in inches.  options: of `matplotlib.pyplot.subplots`.
-    The style stays on for the session: matplotlib looks up the sizes of titles and legends when those are made.
-    """
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height * rows), layout="constrained", **options
-    )
-    return finished(figure), axes
-
-
-# ---------------------------------------------------------------- shared
-
-
-@contextmanager
-def style() -> Iterator[ModuleType]:
-    """Within the block matplotlib.pyplot, which it yields, draws in this module's
-    style.
-    """
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
-        yield plt
-
-
-def finished(figure: Figure) -> Figure:
-    """Takes the figure out of pyplot's hands, or a notebook shows it twice: when it is
-    made and when it is returned.
-    """
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
-    return figure
-
-
-def _clear(axis) -> None:
-    axis.set(xticks=[], yticks=[])
-    axis.grid(False)
-    for side in axis.spines.values():
-        side.set_visible(False)
-
-
-def _to_array(image: Tensor) -> np.ndarray:
-    """[H, W, 3 | 1] -> numpy in [0, 1]."""
-    image = torch.as_tensor(image).detach().cpu().float()
-    if image.dim() != 3 or image.shape[-1] not in (1, 3):
-        raise UserError(
-            f"An image to show must be [H, W, 3] or [H, W, 1], got {tuple(image.shape)}."
-        )
-    return image.clamp(0, 1).numpy()
+    line = {"color": BLUE, "width": 2}
+    return go.Scatter3d(x=x, y=y, z=z, mode="lines", line=line, name="cameras", hoverinfo="name")

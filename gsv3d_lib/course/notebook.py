@@ -31,36 +31,49 @@ AUTOSAVE_SECONDS = 30
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which a cluster's scheduler sends before it kills: the run ends as by
-    Ctrl-C.
-    """
+    """SIGTERM, which a scheduler sends before it kills; the run ends as by Ctrl-C."""
+
+
+def execute(notebook: Path, parameters: dict, out: Path) -> int:
+    """`run_notebook` -> exit status: 1 where a cell failed or the kernel died."""
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    written = out / notebook.name
+    try:
+        run_notebook(notebook, parameters, out)
+    except PapermillExecutionError as error:
+        if error.ename in (UserError.__name__, MissingFile.__name__):  # what the user can mend
+            raise UserError(error.evalue) from error
+        fault(f"cell {error.exec_count} of {written} stopped: {error.evalue}")
+        return 1
+    except DeadKernelError:
+        cause = "the kernel was killed, most likely for want of memory"
+        fault(f"{written}: {cause}; the same command resumes its trainings.")
+        return 1
+    except NoSuchKernel as error:
+        advice = "`python -m ipykernel install --user` adds it"
+        raise UserError(f"There is no Jupyter kernel python3; {advice}.") from error
+    except KeyboardInterrupt as error:
+        sentence = f"stopped; {written} holds what was done. Run the same to resume."
+        raise KeyboardInterrupt(sentence) from error
+    return 0
 
 
 def run_notebook(notebook: Path, parameters: dict, out: Path) -> dict:
-    """Execute `notebook` into the folder `out`, with its prints on this terminal -> the
-    run record, also in run.json.
+    """Execute `notebook` into the folder `out` -> the run record, also in run.json.
 
     The record is written when the run starts and again when it ends, well or not; one
     that says "running" long after was killed. Raises what stopped the run.
     """
     import papermill
 
-    from ..system.provenance import changed_files, commit, environment, hardware
-
     check_writable(out / "run.json")
     out.mkdir(parents=True, exist_ok=True)
     keep_stopped(notebook, out)
     started = time.perf_counter()
-    record = {
-        "notebook": notebook.stem,
-        "parameters": parameters,
-        "commit": commit(),
-        "changed_since_commit": changed_files(),
-        "hardware": hardware(),
-        "environment": environment(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "state": "running",
-    }
+    record = first_record(notebook, parameters)
     write_record(out, record)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for noisy in ("traitlets", "asyncio", "blib2to3"):
@@ -97,9 +110,7 @@ def literal(path: Path) -> str:
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """SIGTERM raises `Terminated` inside, so that the kernel and a training below it
-    are ended and the record is written.
-    """
+    """SIGTERM raises `Terminated` inside, so kernel and training are ended too."""
 
     def stop(*_):
         raise Terminated
@@ -112,17 +123,48 @@ def termination_raises() -> Iterator[None]:
 
 
 def keep_stopped(notebook: Path, out: Path) -> None:
-    """Move what an unfinished run left in `out` aside, as NAME.stopped.ipynb, before a
-    new one writes there.
-    """
+    """Move what an unfinished run left in `out` aside, as NAME.stopped.ipynb."""
     written = out / notebook.name
     if written.is_file() and recorded_state(out) != "finished":
         os.replace(written, written.with_suffix(".stopped.ipynb"))
 
 
+# ---------------------------------------------------------------- the record
+
+
+def first_record(notebook: Path, parameters: dict) -> dict:
+    """What is known of a run when it starts."""
+    from ..system.provenance import changed_files, commit, environment, hardware
+
+    return {
+        "notebook": notebook.stem,
+        "parameters": parameters,
+        "commit": commit(),
+        "changed_since_commit": changed_files(),
+        "hardware": hardware(),
+        "environment": environment(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "state": "running",
+    }
+
+
+def write_record(out: Path, record: dict) -> None:
+    with atomic_path(out / "run.json") as path:
+        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def recorded_state(out: Path) -> str | None:
+    """How the run in a folder ended; None where run.json is missing or damaged."""
+    try:
+        return json.loads((out / "run.json").read_text(encoding="utf-8"))["state"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
 def record(**metrics) -> None:
-    """Show numbers in a notebook, and hand them to the record of the run: floats,
-    scalar tensors, or dicts of them.
+    """Show numbers in a notebook, and hand them to the record of its run.
+
+    metrics: floats, scalar tensors, texts, or dicts of them.
     """
     from IPython.display import display
 
@@ -141,71 +183,19 @@ def collected_metrics(executed: Path) -> dict:
     """What `record` showed in an executed notebook, so far as it went."""
     try:
         cells = nbformat.read(executed, as_version=4).cells
-    # nothing was executed, or the disk was full before it was written in full
-    except (OSError, NotJSONError):
+    except (OSError, NotJSONError):  # nothing was executed, or the disk was full before
         return {}
-    shown = [
-        out["data"][METRICS]
-        for cell in cells
-        for out in cell.get("outputs", [])
-        if METRICS in out.get("data", {})
-    ]
-    return {name: value for metrics in shown for name, value in metrics.items()}
+    metrics = {}
+    for out in (out for cell in cells for out in cell.get("outputs", [])):
+        metrics |= out.get("data", {}).get(METRICS, {})
+    return metrics
 
 
 def peak_memory() -> float | None:
-    """Largest memory of any process that this one has started and seen end, in GB; None
-    where the system cannot say.
-    """
+    """Largest memory in GB of any ended process that this one started, if known."""
     try:
         import resource
     except ImportError:  # Windows
         return None
     unit = 1e9 if sys.platform == "darwin" else 1e6  # macOS counts bytes, Linux kilobytes
     return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit, 2)
-
-
-def write_record(out: Path, record: dict) -> None:
-    with atomic_path(out / "run.json") as path:
-        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-def execute(notebook: Path, parameters: dict, out: Path) -> int:
-    """`run_notebook`, and the exit status of a command: 1 where a cell failed or the
-    kernel died, said in one sentence.
-    """
-    from jupyter_client.kernelspec import NoSuchKernel
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    written = out / notebook.name
-    try:
-        run_notebook(notebook, parameters, out)
-    except PapermillExecutionError as error:
-        if error.ename in (UserError.__name__, MissingFile.__name__):  # what the user can mend
-            raise UserError(error.evalue) from error
-        fault(f"cell {error.exec_count} of {written} stopped: {error.evalue}")
-        return 1
-    except DeadKernelError:
-        sentence = "the kernel was killed, most likely for want of memory; the same command resumes its trainings."
-        fault(f"{written}: {sentence}")
-        return 1
-    except NoSuchKernel as error:
-        raise UserError(
-            "There is no Jupyter kernel python3; `python -m ipykernel install --user` adds it."
-        ) from error
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(
-            f"stopped; {written} holds what was done. Run the same to resume."
-        ) from error
-    return 0
-
-
-def recorded_state(out: Path) -> str | None:
-    """How the run in a folder ended, as its run.json says; None where that is missing
-    or damaged.
-    """
-    try:
-        return json.loads((out / "run.json").read_text(encoding="utf-8"))["state"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None

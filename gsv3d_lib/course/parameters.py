@@ -1,5 +1,4 @@
-"""The parameters of a notebook: read from its cell and from YAML files, and checked
-before anything runs.
+"""The parameters of a notebook, checked before anything runs.
 
 papermill only warns of a parameter that does not exist, and takes a string for a
 number. Here names, types and ranges are checked, the files and folders that a notebook
@@ -17,6 +16,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
+from ..system.arguments import shown
 from ..system.command import check_writable
 from ..system.errors import MissingFile, UserError
 from ..system.paths import ROOT, find, from_repository, resolve
@@ -26,6 +26,8 @@ PARAMS = NOTEBOOKS / "params"
 MAX_BYTES = 64 * 1024  # of a parameter file; ours have one
 MAX_DEPTH = 3  # of its values: lines, their lists, and room for one mistake
 MANY = 1_000_000  # more steps or objects than any notebook has time for
+MODELS = ("vae", "clip", "unet", "decoder")  # of a checkpoint that a notebook opens
+PLACES = ("out_dir", "data_dir", "run_dir")  # that a notebook writes to
 
 # ---------------------------------------------------------------- what values mean
 
@@ -33,62 +35,63 @@ MANY = 1_000_000  # more steps or objects than any notebook has time for
 Rule = Callable[[object, dict], str | None]
 
 
+def rule(fits: Callable[[object, dict], bool], wanted: Callable[[dict], str]) -> Rule:
+    """A rule by two functions: whether a value fits, and what is wanted instead."""
+    return lambda value, given: None if fits(value, given) else wanted(given)
+
+
 def within(low: float, high: float = MANY) -> Rule:
-    return lambda value, _: None if low <= value <= high else f"from {low:g} to {high:g}"
+    return rule(lambda value, _: low <= value <= high, lambda _: f"from {low:g} to {high:g}")
 
 
 def inside(low: float, high: float) -> Rule:
-    return lambda value, _: None if low < value < high else f"above {low:g} and below {high:g}"
+    return rule(lambda value, _: low < value < high, lambda _: f"above {low:g} and below {high:g}")
 
 
 def one_of(*choices) -> Rule:
-    return lambda value, _: None if value in choices else f"one of {', '.join(map(str, choices))}"
+    return rule(
+        lambda value, _: value in choices, lambda _: f"one of {', '.join(map(str, choices))}"
+    )
 
 
 def index_of(items: str) -> Rule:
     """Of the list that another parameter gives."""
-
-    def rule(value, given):
-        return (
-            None
-            if 0 <= value < len(given[items])
-            else f"an index into {items}, 0 to {len(given[items]) - 1}"
-        )
-
-    return rule
+    return rule(
+        lambda value, given: 0 <= value < len(given[items]),
+        lambda given: f"an index into {items}, 0 to {len(given[items]) - 1}",
+    )
 
 
 def below(count: str) -> Rule:
-    return lambda value, given: (
-        None if 0 <= value < given[count] else f"from 0 to {count} - 1 = {given[count] - 1}"
+    return rule(
+        lambda value, given: 0 <= value < given[count],
+        lambda given: f"from 0 to {count} - 1 = {given[count] - 1}",
     )
 
 
 def at_most(count: str) -> Rule:
-    return lambda value, given: (
-        None if 1 <= value <= given[count] else f"from 1 to {count} = {given[count]}"
+    return rule(
+        lambda value, given: 1 <= value <= given[count],
+        lambda given: f"from 1 to {count} = {given[count]}",
     )
 
 
-def seeds(value: list, _) -> str | None:
-    return (
-        None
-        if value and all(0 <= seed <= MANY for seed in value)
-        else f"a list of seeds from 0 to {MANY}"
-    )
-
+seeds = rule(
+    lambda value, _: value and all(0 <= seed <= MANY for seed in value),
+    lambda _: f"a list of seeds from 0 to {MANY}",
+)
 
 # By name, because a name means the same in all notebooks; a test sees that none of
 # theirs is forgotten.
 COUNTS = (
-    "num_objects steps num_gaussians train_steps overfit_steps finetune_steps dino_steps dino_batch rank batch_size "
-    "train_objects held_out_objects draws_per_object average_of draws own_objects"
+    "num_objects steps num_gaussians train_steps overfit_steps finetune_steps dino_steps "
+    "dino_batch rank batch_size train_objects held_out_objects draws_per_object average_of "
+    "draws own_objects"
 ).split()
+SEEDS = ("seed", "first_object", "first_seed", "object_seed", "full_steps")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(COUNTS, within(1)),
-    **dict.fromkeys(
-        ("seed", "first_object", "first_seed", "object_seed", "full_steps"), within(0, 100 * MANY)
-    ),
+    **dict.fromkeys(SEEDS, within(0, 100 * MANY)),
     **dict.fromkeys(("learning_rate", "overfit_lr", "finetune_lr"), inside(0, 1)),
     **dict.fromkeys(("gpus", "full_processes"), within(1, 100_000)),
     "ablation_objects": at_most("objects"),
@@ -108,43 +111,29 @@ RULES: dict[str, Rule] = {
     "tflops": inside(0, MANY),
     "views_per_step": within(1, 16),
 }
-MODELS = ("vae", "clip", "unet", "decoder")  # of a checkpoint that a notebook opens
-PLACES = ("out_dir", "data_dir", "run_dir")  # that a notebook writes to
 
 
 def declared_parameters(notebook: Path) -> dict:
-    """Names and default values of the cell tagged `parameters`. Raises UserError where
-    there is none.
-    """
+    """Names and default values of the cell tagged `parameters`; UserError without."""
     for cell in nbformat.read(notebook, as_version=4).cells:
         if "parameters" in cell.metadata.get("tags", []):
-            nodes = ast.parse(cell.source).body
-            return {
-                node.targets[0].id: ast.literal_eval(node.value)
-                for node in nodes
-                if isinstance(node, ast.Assign)
-            }
+            nodes = [n for n in ast.parse(cell.source).body if isinstance(n, ast.Assign)]
+            return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
     raise UserError(f"{notebook.name} has no cell with the tag `parameters`.")
 
 
 def check_parameters(given: dict, declared: dict) -> dict:
-    """The given parameters, each known and of its default's type (a whole number may
-    stand for a float), all in range.
+    """The given parameters: each is known, in range, and of its default's type.
 
-    Raises UserError with all that is wrong, in one sentence each.
+    A whole number may stand for a float. Raises UserError with all that is wrong, in
+    one sentence each.
     """
-    faults = [
-        fault for name, value in given.items() if (fault := type_fault(name, value, declared))
-    ]
-    if not faults:  # a range can depend on another parameter, given or not
+    faults = [type_fault(name, value, declared) for name, value in given.items()]
+    if not any(faults):  # a range can depend on another parameter, given or not
         everything = declared | given
-        faults = [
-            fault
-            for name, value in everything.items()
-            if (fault := range_fault(name, value, everything))
-        ]
-    if faults:
-        raise UserError(" ".join(faults))
+        faults = [range_fault(name, value, everything) for name, value in everything.items()]
+    if any(faults):
+        raise UserError(" ".join(filter(None, faults)))
     return given
 
 
@@ -161,7 +150,8 @@ def type_fault(name: str, value, declared: dict) -> str | None:
         kinds = {type(item) for item in declared[name]}
         odd = [item for item in value if kinds and type(item) not in kinds]
         if odd:
-            return f"{name} is a list of {' or '.join(k.__name__ for k in kinds)}; it holds {shown(odd[0])}."
+            names = " or ".join(kind.__name__ for kind in kinds)
+            return f"{name} is a list of {names}; it holds {shown(odd[0])}."
     return None
 
 
@@ -173,21 +163,10 @@ def range_fault(name: str, value, everything: dict) -> str | None:
     return f"{name} is {wanted}; got {shown(value)}." if wanted else None
 
 
-def shown(value) -> str:
-    """A value in a sentence, not longer than one can read."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no number of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:70]}..."
-
-
 def check_files(everything: dict) -> None:
-    """The pictures and checkpoints that a notebook would read, and the folders that it
-    would write to.
+    """What a notebook would read is there, and what it would write can be written.
 
-    everything: all parameters, given or default. Raises UserError or MissingFile with
-        what to do.
+    everything: all parameters, given or default. Raises UserError with what to do.
     """
     from ..weights.checkpoint import load_config
 
@@ -199,20 +178,20 @@ def check_files(everything: dict) -> None:
                     f"There are no {name} weights in {weights}; name a whole checkpoint."
                 )
     if "image_path" in everything and not resolve(everything["image_path"]).is_file():
-        raise MissingFile(
-            f"There is no picture {shown(everything['image_path'])}: image_path names the input."
-        )
+        picture = shown(everything["image_path"])
+        raise MissingFile(f"There is no picture {picture}: image_path names the input.")
     for name in PLACES:
         if name in everything:
             check_writable(resolve(everything[name]) / "run.json")
 
 
-# ---------------------------------------------------------------- YAML files
+# ---------------------------------------------------------------- files
 
 
 class ParameterLoader(yaml.SafeLoader):
-    """YAML without what lets a small file become a large or another one: aliases, deep
-    nesting, a name given twice.
+    """YAML without aliases, deep nesting, and a name given twice.
+
+    With these a small file can become a large one, or another than it seems.
     """
 
     depth = 0
@@ -235,43 +214,34 @@ class ParameterLoader(yaml.SafeLoader):
 
 
 def read_parameters(path: str | Path) -> dict:
-    """A YAML file of `name: value` lines. Raises MissingFile, or UserError where it is
-    no such file.
-    """
+    """A YAML file of `name: value` lines; UserError where it is no such file."""
     path = find(path)
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in PARAMS.glob("*.yaml")))
-        raise MissingFile(
-            f"There is no parameter file {path}; notebooks/params holds {there or 'none'}."
-        )
+        there = ", ".join(sorted(p.name for p in PARAMS.glob("*.yaml"))) or "none"
+        raise MissingFile(f"There is no parameter file {path}; notebooks/params holds {there}.")
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise UserError(
-            f"{path.name} is larger than {MAX_BYTES // 1024} kB: that is no file of parameters."
-        )
+        size = f"larger than {MAX_BYTES // 1024} kB"
+        raise UserError(f"{path.name} is {size}: that is no file of parameters.")
     try:
         values = yaml.load(data.decode("utf-8"), ParameterLoader)
     # ValueError: what is no text, no date, no number that Python reads
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path.name} is not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise UserError(
-            f"{path.name} should hold lines such as `steps: 200`; it holds a {type(values).__name__}."
-        )
+        kind = type(values).__name__
+        raise UserError(f"{path.name} should hold lines such as `steps: 200`; it holds a {kind}.")
     return values
 
 
 def find_notebooks(numbers: list[str]) -> list[Path]:
-    """The notebooks whose names begin with these numbers; all for none. Raises
-    MissingFile for an unknown one.
-    """
+    """The notebooks whose names begin with these numbers; all for an empty list."""
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if not every:
         raise MissingFile(f"There are no notebooks here.{from_repository('notebooks')}")
     for number in numbers:
         if not (number and any(path.name.startswith(number) for path in every)):
-            raise MissingFile(
-                f"No notebook begins with {number!r}; there are {', '.join(p.stem for p in every)}."
-            )
-    return [path for path in every if not numbers or any(path.name.startswith(n) for n in numbers)]
+            there = ", ".join(path.stem for path in every)
+            raise MissingFile(f"No notebook begins with {number!r}; there are {there}.")
+    return [path for path in every if not numbers or path.name.startswith(tuple(numbers))]

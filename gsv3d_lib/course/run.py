@@ -1,5 +1,4 @@
-"""Run a notebook with other parameters, through papermill, and keep a record of the
-run.
+"""Run a notebook with other parameters, through papermill, and keep a record.
 
     python -m gsv3d_lib run 07 --params paper        notebooks/params/07_paper.yaml
     python -m gsv3d_lib run 07 --set steps=200 --set seed=1 --out runs/07-again
@@ -34,11 +33,9 @@ from .parameters import (
 
 
 def check_training(parameters: dict) -> None:
-    """What the notebook's section "Full run" would refuse at its end, found before its
-    beginning.
+    """Refuse at once what the notebook's section "Full run" would refuse at its end.
 
-    parameters: all of the notebook, given or default. Raises UserError or MissingFile
-        with what to do.
+    parameters: all of the notebook, given or default. Raises UserError.
     """
     if "scale" not in parameters:
         return
@@ -46,42 +43,24 @@ def check_training(parameters: dict) -> None:
     if "full_stages" in parameters:
         from ..cluster.job import check, check_request, run_folder
 
-        scale, stages, data = (parameters[name] for name in ("scale", "full_stages", "full_data"))
-        processes = (
-            parameters["full_processes"] if "full_processes" in parameters else parameters["gpus"]
-        )
-        check_request(scale, stages, data, processes)  # it is planned in any case
+        asked = [parameters[name] for name in ("scale", "full_stages", "full_data")]
+        gpus = parameters.get("full_processes", parameters.get("gpus"))
+        check_request(*asked, gpus)  # it is planned in any case
         if parameters["full_run"]:
-            check(scale, stages, data, processes, run_folder(scale, parameters["full_steps"]))
-
-
-def check_all(notebook: Path, given: dict) -> None:
-    """All that can be known of a run without running it. Raises UserError or
-    MissingFile with what to do.
-    """
-    declared = declared_parameters(notebook)
-    everything = declared | check_parameters(given, declared)
-    check_files(everything)
-    check_training(everything)
+            check(*asked, gpus, run_folder(parameters["scale"], parameters["full_steps"]))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
     parser = command_parser("run", __doc__)
-    parser.add_argument("number", help="of the notebook, such as 05")
-    parser.add_argument(
-        "--params",
-        help="a YAML file, or the name of a set in notebooks/params, such as tiny or paper",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("number", help="of the notebook, such as 05")
+    add("--params", help="a YAML file, or a set in notebooks/params, such as tiny or paper")
+    add(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="one parameter; repeatable"
     )
-    parser.add_argument(
-        "--out", type=output_path, help="folder for the executed notebook (default runs/NN-PARAMS)"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="only check what can be checked without running"
-    )
+    add("--out", type=output_path, help="folder (default: runs/NN-PARAMS)")
+    add("--check", action="store_true", help="only check what can be checked without running")
     return parser
 
 
@@ -93,18 +72,20 @@ def run(args: argparse.Namespace) -> int:
     notebook, *others = find_notebooks([args.number])
     if others:
         raise UserError(
-            f"{args.number} begins the names of {1 + len(others)} notebooks; give both digits, such as 05."
+            f"{args.number} begins the names of {1 + len(others)} notebooks; "
+            "give both digits, such as 05."
         )
-    number, name = notebook.name[:2], args.params or "default"
-    named = PARAMS / f"{number}_{name}.yaml"
-    given = (
-        {}
-        if args.params is None
-        else read_parameters(named if named.is_file() else input_path(name))
-    )
+    name = args.params or "default"
+    given = {}
+    if args.params is not None:
+        named = PARAMS / f"{notebook.name[:2]}_{name}.yaml"
+        given = read_parameters(named if named.is_file() else input_path(name))
     given |= dict(parse_setting(text) for text in args.set)
-    out = args.out or Path("runs") / f"{number}-{Path(name).stem}"
-    check_all(notebook, given)
+    out = args.out or Path("runs") / f"{notebook.name[:2]}-{Path(name).stem}"
+    declared = declared_parameters(notebook)
+    everything = declared | check_parameters(given, declared)
+    check_files(everything)
+    check_training(everything)
     check_writable(out / "run.json")
     if args.check:
         print(f"{notebook.stem}: {len(given)} parameters fit.")

@@ -1,9 +1,8 @@
-"""Interactive figures for the notebooks: sliders around a function that draws. They
-need a running kernel.
+"""Interactive figures for the notebooks: controls around a function that draws.
 
-Every one of them is a function of plain values -> picture with controls attached, so
-that the picture can be drawn, looked at and tested without any widget. Where a callback
-fails, its message is shown under the picture.
+They need a running kernel. The drawing function takes plain values and gives a picture,
+so it can be looked at and tested without any widget. Where it fails, its message is
+shown under the picture.
 """
 
 from __future__ import annotations
@@ -49,37 +48,34 @@ def explorer(
         try:
             picture.value = png(draw(**{name: control.value for name, control in inputs.items()}))
             message.value = ""
-        # shown, because exceptions in callbacks go to a log that nobody opens
-        except Exception as error:
-            message.value = (
-                f"<pre style='color:#b00'>{html.escape(f'{type(error).__name__}: {error}')}</pre>"
-            )
+        except Exception as error:  # a callback's own go to a log that nobody opens
+            said = html.escape(f"{type(error).__name__}: {error}")
+            message.value = f"<pre style='color:#b00'>{said}</pre>"
 
     for control in inputs.values():
         control.observe(redraw, "value")
     redraw()
     buttons = [] if play is None else [_play_button(inputs[play])]
-    return ipywidgets.VBox([*buttons, *inputs.values(), picture, message]).add_class(
-        "gsv3d-explorer"
-    )
+    box = ipywidgets.VBox([*buttons, *inputs.values(), picture, message])
+    return box.add_class("gsv3d-explorer")
 
 
 def orbit_explorer(gaussians: Gaussians, size: int = 128, width: int = 384) -> ipywidgets.VBox:
-    """Turn the object: every frame is rendered by our rasteriser while you drag, at
-    `size` x `size` pixels.
+    """Turn the object: our rasteriser renders every frame while you drag.
+
+    size: of the rendered picture; width: of it on screen. Both in pixels.
     """
 
     def draw(azimuth: int, elevation: int) -> Tensor:
         return orbit_frame(gaussians, azimuth, elevation, size)
 
-    return explorer(
-        draw, play="azimuth", width=width, azimuth=(0, 355, 30), elevation=(-30, 60, 15)
-    )
+    ranges = {"azimuth": (0, 355, 30), "elevation": (-30, 60, 15)}
+    return explorer(draw, play="azimuth", width=width, **ranges)
 
 
 @torch.no_grad()
 def orbit_frame(gaussians: Gaussians, azimuth: float, elevation: float, size: int = 128) -> Tensor:
-    """The object from one direction (degrees) -> [size, size, 3] in [0, 1], on white."""
+    """The object from one direction (degrees): [size, size, 3] in [0, 1], on white."""
     camera = orbit_cameras(torch.tensor([float(azimuth)]), torch.tensor([float(elevation)]), size)
     return render(gaussians, camera).rgb[0].clamp(0, 1)
 
@@ -99,9 +95,7 @@ def splat_viewer(gaussians: Gaussians | dict[str, Gaussians], height: int = 420)
 
 
 def png(image: Figure | Tensor) -> bytes:
-    """A matplotlib figure or an image [H, W, 3] in [0, 1] as PNG. Raises ValueError for
-    anything else.
-    """
+    """A matplotlib figure or an image [H, W, 3] in [0, 1] as PNG; else ValueError."""
     buffer = io.BytesIO()
     if isinstance(image, Figure):
         image.savefig(buffer, format="png", dpi=DPI)
@@ -110,9 +104,8 @@ def png(image: Figure | Tensor) -> bytes:
         Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=1)
     else:
         what = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(
-            f"draw() should return a matplotlib figure or an image tensor [H, W, 3]; got {what}."
-        )
+        wanted = "a matplotlib figure or an image tensor [H, W, 3]"
+        raise ValueError(f"draw() should return {wanted}; got {what}.")
     return buffer.getvalue()
 
 
@@ -124,26 +117,19 @@ def _control(name: str, spec) -> ipywidgets.Widget:
     if not (isinstance(spec, tuple) and len(spec) == 3):
         raise ValueError(f"{name} should be (low, high, start) or a list of choices; got {spec!r}.")
     low, high, start = spec
-    layout = ipywidgets.Layout(width="420px")
-    if all(isinstance(v, int) for v in spec):
-        step = 5 if high - low > 90 else 1
-        return ipywidgets.IntSlider(start, low, high, step, layout=layout, **label)
-    return ipywidgets.FloatSlider(
-        start, min=low, max=high, step=(high - low) / 100, layout=layout, **label
-    )
+    whole = all(isinstance(number, int) for number in spec)
+    step = (5 if high - low > 90 else 1) if whole else (high - low) / 100
+    slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
+    limits = dict(min=low, max=high, step=step, layout=ipywidgets.Layout(width="420px"))
+    return slider(start, **limits, **label)
 
 
 def _play_button(slider: ipywidgets.IntSlider) -> ipywidgets.Play:
-    """Runs through the slider's range, ten steps a second. The browser asks for a frame
-    only when the last one came.
+    """Runs through the slider's range, ten steps a second.
+
+    The browser asks for a frame only when the last one came.
     """
-    button = ipywidgets.Play(
-        value=slider.value,
-        min=slider.min,
-        max=slider.max,
-        step=slider.step,
-        interval=100,
-        repeat=True,
-    )
+    limits = dict(value=slider.value, min=slider.min, max=slider.max, step=slider.step)
+    button = ipywidgets.Play(interval=100, repeat=True, **limits)
     ipywidgets.jslink((button, "value"), (slider, "value"))
     return button

@@ -1,3 +1,1 @@
-"""How good a result is: the protocol, its metrics, and the experiments on the paper's
-claims.
-"""
+"""How good a result is: protocol, metrics, experiments on the paper's claims."""

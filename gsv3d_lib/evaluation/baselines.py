@@ -1,6 +1,4 @@
-"""Two answers that need no learning, as yardsticks: the input as a flat card, and the
-average training object.
-"""
+"""Two yardsticks without learning: a flat card, and the average training object."""
 
 from __future__ import annotations
 
@@ -21,17 +19,17 @@ if TYPE_CHECKING:
 
 
 def flat_card(rgb: Tensor, alpha: Tensor, camera: Cameras) -> Gaussians:
-    """The input image on a card through the object's centre, facing the camera that
-    took it.
+    """The input on a card through the object's centre, facing its camera.
 
-    rgb [S, S, 3] in [0, 1], alpha [S, S, 1], camera: one. One disc per pixel that is at
-    least half covered.
+    One disc per pixel that is at least half covered.
+    rgb [S, S, 3] in [0, 1], alpha [S, S, 1], camera: one.
     """
     origins, directions = ray_grid(camera, *rgb.shape[:2])
     forward = camera.viewmats[0, 2, :3]
     # to the plane through the origin
     distance = camera.positions().norm() / (directions[0] @ forward)
-    means = (origins[0] + distance[..., None] * directions[0])[alpha[..., 0] >= 0.5]
+    covered = alpha[..., 0] >= 0.5
+    means = (origins[0] + distance[..., None] * directions[0])[covered]
     pixel = camera.positions().norm() / camera.Ks[0, 0, 0]
     count = len(means)
     return Gaussians(
@@ -39,19 +37,17 @@ def flat_card(rgb: Tensor, alpha: Tensor, camera: Cameras) -> Gaussians:
         quats=means.new_tensor([1.0, 0, 0, 0]).expand(count, 4),
         scales=torch.full((count, 3), 0.4 * float(pixel)),
         opacities=torch.full((count,), 0.99),
-        colors=rgb[alpha[..., 0] >= 0.5],
+        colors=rgb[covered],
     )
 
 
 @dataclass
 class AverageObject:
-    """The mean over the training objects of each ring view: rgb [16, S, S, 3], alpha
-    and depth [16, S, S, 1].
-    """
+    """The mean over the training objects of each ring view."""
 
-    rgb: Tensor
-    alpha: Tensor
-    depth: Tensor
+    rgb: Tensor  # [16, S, S, 3]
+    alpha: Tensor  # [16, S, S, 1]
+    depth: Tensor  # [16, S, S, 1]
 
     @classmethod
     def of(cls, views: ViewTensors) -> AverageObject:
@@ -62,9 +58,7 @@ class AverageObject:
         return cls((views.rgb[:, :RING].float() / 255).mean(0), alpha.mean(0), depth)
 
     def nearest_views(self, azimuths: Tensor) -> Tensor:
-        """Its picture from the ring view nearest to each absolute azimuth [V] in
-        degrees: [V, S, S, 3].
-        """
+        """The ring view nearest to each azimuth [V] in degrees: [V, S, S, 3]."""
         return self.rgb[(azimuths / (360 / RING)).round().long() % RING]
 
     @cached_property
@@ -76,13 +70,10 @@ class AverageObject:
 
     @cached_property
     def mesh(self) -> trimesh.Trimesh:
-        """Its surface, where at least half of the training objects are: ring depth maps
-        fused, from azimuth 0.
-        """
+        """Where at least half of the training objects are: ring depth maps, fused."""
         from ..export.mesh import fuse_depth_maps
 
-        cameras = orbit_cameras(
-            torch.arange(RING) * (360 / RING), RING_ELEVATION, self.rgb.shape[1]
-        )
+        azimuths = torch.arange(RING) * (360 / RING)
+        cameras = orbit_cameras(azimuths, RING_ELEVATION, self.rgb.shape[1])
         inside = (self.alpha >= 0.5).float()
         return fuse_depth_maps(self.rgb, self.depth * inside, inside, cameras)

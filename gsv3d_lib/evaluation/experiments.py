@@ -1,7 +1,6 @@
-"""The paper's claims as experiments: train each arm with several seeds, score it object
-by object, compare it in pairs.
+"""The paper's claims as experiments: train each arm with several seeds, then compare.
 
-    python -m gsv3d_lib experiments distillation --data ../shared/objects/train data/cache/procedural \
+    python -m gsv3d_lib experiments distillation --data FOLDER ... \
         --objects ../shared/objects/gso --out data/results/distillation.json
 
 Every (arm, seed) is one run. Runs are resumable; finished ones are found under --work
@@ -39,7 +38,6 @@ from ..system.command import (
     check_writable,
     command_parser,
     exit_code,
-    guidance,
     input_path,
     output_path,
     positive,
@@ -47,21 +45,21 @@ from ..system.command import (
     training_seed,
 )
 from ..system.errors import UserError
-from ..system.paths import atomic_path, reason
+from ..system.paths import reason
 from ..system.provenance import commit, hardware
 from ..training import train
 from ..vae import encode_scaled
 from ..weights.checkpoint import load_config, load_dino, load_model, model_classes
 from .metrics import bootstrap_interval
 from .protocol import Judge, Truth, free_views, generate, image_scores, load_truth, mesh_scores
-from .report import finite_mean, without_nan
+from .report import finite_mean, save_json
+
+Rows = list[dict[str, float]]  # the scores of a run, one row per object
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting of an experiment: what it changes in the configuration, in words and
-    in fields.
-    """
+    """One setting of an experiment: what it changes in the configuration."""
 
     name: str
     label: str
@@ -72,46 +70,36 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms that are compared with one of them. `run` trains and scores one arm with one
-    seed.
-    """
+    """Arms that are compared with one of them, the reference."""
 
     question: str
     reference: str
     arms: tuple[Arm, ...]
-    run: Callable
+    run: Callable  # trains and scores one arm with one seed
     defaults: dict  # steps, batch and so on, unless the command says otherwise
 
     def arm(self, name: str) -> Arm:
         for arm in self.arms:
             if arm.name == name:
                 return arm
-        raise UserError(
-            f"There is no arm {name!r}; choose from {', '.join(a.name for a in self.arms)}."
-        )
-
-
-Rows = list[dict[str, float]]  # one per object
+        known = ", ".join(arm.name for arm in self.arms)
+        raise UserError(f"There is no arm {name!r}; choose from {known}.")
 
 
 @dataclass
 class World:
-    """What all runs of one command share: the shipped weights, the training orbits, and
-    the objects to score.
-    """
+    """What all runs of one command share."""
 
     weights: Path
     config: Config
-    orbits: Orbits
-    views: ViewTensors
+    orbits: Orbits  # to train on
+    views: ViewTensors  # of the objects to score
     objects: Path
     work: Path
     sampler: dict  # steps and guidance
     fingerprint: str  # of the weights
-    # eight digits that change with the weights, the training data, the objects or the
-    # sampler
-    start: str
-    # scores of the shipped decoder on N true views, once made
+    start: str  # eight digits that change with weights, data, objects and sampler
+    # the shipped decoder's scores by its number of true views, once made
     true_rows: dict[int, Rows] = field(default_factory=dict)
 
 
@@ -119,9 +107,7 @@ class World:
 
 
 def run_distillation(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
-    """Stage 2 from the shipped weights, then image -> 3D of every object with N =
-    config.num_frames.
-    """
+    """Stage 2 from the shipped weights, then image -> 3D of every object."""
     models = starting_models("stage2", config, world.weights, None)
     cost = {}
     if arm.trained:
@@ -137,9 +123,7 @@ def run_distillation(world: World, config: Config, arm: Arm, folder: Path) -> tu
 
 
 def run_decoder(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
-    """Stage 1 from scratch on the shipped VAE's latents, then 16 true views -> 3D of
-    every object.
-    """
+    """Stage 1 from scratch on the shipped VAE's latents, then true views -> 3D."""
     torch.manual_seed(config.seed)
     models = starting_models("stage1", config, world.weights, None)
     stage = build_stage("stage1", config, models, world.orbits)
@@ -150,8 +134,9 @@ def run_decoder(world: World, config: Config, arm: Arm, folder: Path) -> tuple[R
 
 
 def run_overfit(world: World, config: Config, arm: Arm, folder: Path) -> tuple[Rows, dict]:
-    """Stage 1 on a single object, for each object anew: what the decoder can represent,
-    learning aside.
+    """Stage 1 on a single object, for each object anew.
+
+    It shows what the decoder can represent, learning aside.
     """
     dino, vae = load_dino(config, world.weights), load_model(world.weights, "vae")
     rows, costs = [], {}
@@ -176,45 +161,38 @@ def decoder_alone(config: Config, vae, decoder, dino) -> GSV3DPipeline:
 def score_inputs(
     pipe: GSV3DPipeline, scene: Scene, num_frames: int, truth: Truth | None
 ) -> dict[str, float]:
-    """A decoder on N true ring views, scored on those same views, on the free views,
-    and by its mesh.
-    """
-    frames, free = ring_frames(FRONT, num_frames), free_views(scene)
+    """A decoder on N true ring views: its mesh, those same views, and the free ones."""
+    frames = ring_frames(FRONT, num_frames)
     cameras = relative_cameras(scene, FRONT, frames)
-    gaussians = pipe.gaussians_from(
-        encode_scaled(pipe.vae, scene.rgb[frames]), cameras, scene.rgb[FRONT]
-    )
-    scores = image_scores(gaussians, scene, FRONT, frames) | mesh_scores(
-        gaussians, truth, float(scene.azimuths[FRONT])
-    )
-    return scores | {f"free_{k}": v for k, v in image_scores(gaussians, scene, FRONT, free).items()}
+    latents = encode_scaled(pipe.vae, scene.rgb[frames])
+    gaussians = pipe.gaussians_from(latents, cameras, scene.rgb[FRONT])
+    scores = image_scores(gaussians, scene, FRONT, frames)
+    scores |= mesh_scores(gaussians, truth, float(scene.azimuths[FRONT]))
+    free = image_scores(gaussians, scene, FRONT, free_views(scene))
+    return scores | {f"free_{name}": value for name, value in free.items()}
 
 
 def timed_training(stage, schedule, folder: Path, seed: int) -> dict:
-    """Train to the end; what it cost is kept in `folder`, so that a resumed run knows
-    it too.
-    """
+    """Train to the end -> what it cost, which a resumed run finds in `folder`."""
     started, first = time.process_time(), len(list(folder.glob("checkpoint-*")))
     history = train(stage, schedule, folder, seed=seed)
     stage.cpu()  # where everything is measured
     stored = folder / "cost.json"
     if not first:  # a resumed run would only know its own part
-        cost = {"cpu_seconds_per_step": round((time.process_time() - started) / schedule.steps, 3)}
-        with atomic_path(stored) as path:
-            path.write_text(json.dumps(cost))
+        seconds = (time.process_time() - started) / schedule.steps
+        save_json(stored, {"cpu_seconds_per_step": round(seconds, 3)})
     cost = read_json(stored) if stored.is_file() else {}
-    return cost | {
-        "last": {k: round(v, 4) for k, v in history[-1].items() if k not in ("time", "step")}
-    }
+    losses = {k: round(v, 4) for k, v in history[-1].items() if k not in ("time", "step")}
+    return cost | {"last": losses}
 
 
 def score_decoder(world: World, pipe: GSV3DPipeline, num_frames: int) -> Rows:
     """The decoder's own scores on N true views, called true_..., one row per object."""
-    scenes = (world.views.scene(index) for index in range(len(world.views.ids)))
-    return [
-        {f"true_{k}": v for k, v in Judge().decoder(pipe, scene, num_frames).items()}
-        for scene in scenes
-    ]
+    rows = []
+    for index in range(len(world.views.ids)):
+        scores = Judge().decoder(pipe, world.views.scene(index), num_frames)
+        rows.append({f"true_{name}": value for name, value in scores.items()})
+    return rows
 
 
 def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
@@ -232,19 +210,15 @@ def score_generations(world: World, pipe: GSV3DPipeline, seed: int) -> Rows:
 
 # ---------------------------------------------------------------- the experiments
 
+NONE = Arm("none", "no LoRA", trained=False)
+L_2D_ALONE = Arm("lambda_0", "λ = 0, the LoRA on L_2D alone", {"lambda_3d": 0.0})
 # ours; stage 2 goes without by default, because of what this experiment found
 ALPHA = {"lambda_alpha_stage2": 0.5}
-BOTH = Arm("lambda_1", "λ = 1: RGB, depth and alpha", ALPHA)
-
-# the same for all, so that common arms are one run
-STAGE2 = {"stage": "stage2", "steps": 120, "batch": 2}
-PICTURE = {
-    "lambda_pixel": 0.0,
-    "lambda_depth": 0.05,
-    "lambda_alpha": 0.1,
-    "view_counts": (8,),
-    "target_views": 8,
-}
+# where L_3D at the LoRA is as loud as L_2D
+LOUD = {"lambda_3d": 10.0}
+PICTURE = {"lambda_pixel": 0.0, "lambda_depth": 0.05, "lambda_alpha": 0.1}
+PICTURE |= {"view_counts": (8,), "target_views": 8}
+STAGE2 = {"stage": "stage2", "steps": 120, "batch": 2}  # one for all: common arms are one run
 
 EXPERIMENTS = {
     "overfit": Experiment(
@@ -261,11 +235,11 @@ EXPERIMENTS = {
         "Does geometric distillation lower the Chamfer distance, and what does it cost in texture?",
         "lambda_0",
         (
-            Arm("none", "no LoRA", trained=False),
-            Arm("lambda_0", "λ = 0, the LoRA on L_2D alone", {"lambda_3d": 0.0}),
+            NONE,
+            L_2D_ALONE,
             Arm("lambda_0.1", "λ = 0.1", {"lambda_3d": 0.1} | ALPHA),
             Arm("lambda_0.3", "λ = 0.3", {"lambda_3d": 0.3} | ALPHA),
-            BOTH,
+            Arm("lambda_1", "λ = 1: RGB, depth and alpha", ALPHA),
             Arm("lambda_3", "λ = 3", {"lambda_3d": 3.0} | ALPHA),
             Arm("rgbd", "λ = 1, RGB and depth"),
             Arm("rgb", "λ = 1, RGB only", {"lambda_depth": 0.0}),
@@ -276,23 +250,20 @@ EXPERIMENTS = {
         STAGE2,
     ),
     "distillation_heard": Experiment(
-        "Does it, where the gradient of L_3D at the LoRA is as loud as that of L_2D, and surfaces stay solid?",
+        "Does it, where the gradient of L_3D at the LoRA is as loud as that of L_2D, "
+        "and surfaces stay solid?",
         "lambda_0",
         (
-            Arm("none", "no LoRA", trained=False),
-            Arm("lambda_0", "λ = 0, the LoRA on L_2D alone", {"lambda_3d": 0.0}),
-            Arm("lambda_10", "λ = 10", {"lambda_3d": 10.0}),
-            Arm(
-                "lambda_10_solid",
-                "λ = 10, solid surfaces",
-                {"lambda_3d": 10.0, "lambda_solid": 0.02},
-            ),
+            NONE,
+            L_2D_ALONE,
+            Arm("lambda_10", "λ = 10", LOUD),
+            Arm("lambda_10_solid", "λ = 10, solid surfaces", LOUD | {"lambda_solid": 0.02}),
             Arm("lambda_1", "λ = 1", {"lambda_3d": 1.0}),
             Arm("lambda_100", "λ = 100", {"lambda_3d": 100.0}),
             Arm("lambda_1000", "λ = 1000", {"lambda_3d": 1000.0}),
-            Arm("rgb", "λ = 10, RGB only", {"lambda_3d": 10.0, "lambda_depth": 0.0}),
-            Arm("depth", "λ = 10, depth only", {"lambda_3d": 10.0, "lambda_rgb": 0.0}),
-            Arm("snr", "λ = 10, w = 1 / (1 + σ²)", {"lambda_3d": 10.0, "sigma_weighting": "snr"}),
+            Arm("rgb", "λ = 10, RGB only", LOUD | {"lambda_depth": 0.0}),
+            Arm("depth", "λ = 10, depth only", LOUD | {"lambda_rgb": 0.0}),
+            Arm("snr", "λ = 10, w = 1 / (1 + σ²)", LOUD | {"sigma_weighting": "snr"}),
         ),
         run_distillation,
         {"stage": "stage2", "steps": 1000, "batch": 2, "lr": 2e-4},
@@ -301,9 +272,7 @@ EXPERIMENTS = {
         "Is N = 16 better than fewer views, for the decoder on true views and for the whole chain?",
         "n_16",
         (
-            Arm("n_2", "N = 2", {"num_frames": 2}),
-            Arm("n_4", "N = 4", {"num_frames": 4}),
-            Arm("n_8", "N = 8", {"num_frames": 8}),
+            *(Arm(f"n_{count}", f"N = {count}", {"num_frames": count}) for count in (2, 4, 8)),
             Arm("n_16", "N = 16"),
         ),
         run_distillation,
@@ -330,12 +299,13 @@ EXPERIMENTS = {
 }
 
 
+# ---------------------------------------------------------------- one run and its file
+
+
 def configure(
     base: Config, experiment: Experiment, arm: Arm, seed: int, steps: int, batch: int
 ) -> Config:
-    """The checkpoint's configuration with the arm's changes, a seed, and a schedule of
-    `steps`.
-    """
+    """The checkpoint's configuration with an arm's changes, a seed and a schedule."""
     stage = experiment.defaults["stage"]
     schedule = getattr(base, stage)
     lr = experiment.defaults.get("lr", schedule.lr)
@@ -352,151 +322,154 @@ def run_once(
         return
     print(f"{arm.label}, seed {seed}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    rows, cost = experiment.run(
-        world, configure(world.config, experiment, arm, seed, *size), arm, folder
-    )
-    write_scores(folder, rows, cost)
+    config = configure(world.config, experiment, arm, seed, *size)
+    rows, cost = experiment.run(world, config, arm, folder)
+    save_json(folder / "scores.json", {"cost": cost, "rows": rows})
     for checkpoint in folder.rglob("checkpoint-*"):  # the scores are what is kept
         checkpoint.unlink()
 
 
-def write_scores(folder: Path, rows: Rows, cost: dict) -> None:
-    with atomic_path(folder / "scores.json") as path:
-        path.write_text(json.dumps(without_nan({"cost": cost, "rows": rows})))
-
-
 def run_name(experiment: Experiment, arm: Arm, seed: int, size: tuple[int, int], start: str) -> str:
-    """Says what is run, so that experiments share common arms:
-    `distillation-120x2-lambda_3d=0.1-seed0-1f0c77ab`.
+    """Says what is run, so that experiments share common arms.
+
+    Such as `distillation-120x2-lambda_3d=0.1-seed0-1f0c77ab`.
     """
+    if not arm.trained:
+        return f"untrained-seed{seed}-{start}"
+    kind = experiment.run.__name__.removeprefix("run_")
     changes = "-".join(f"{k}={v}" for k, v in arm.changes.items()).replace(" ", "") or "default"
-    steps, batch = size
-    what = (
-        f"{experiment.run.__name__.removeprefix('run_')}-{steps}x{batch}-{changes}{'-warm' * arm.warm}"
-        if arm.trained
-        else "untrained"
-    )
-    return f"{what}-seed{seed}-{start}"
+    return f"{kind}-{size[0]}x{size[1]}-{changes}{'-warm' * arm.warm}-seed{seed}-{start}"
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Sixteen digits that change with what arms start from: a checkpoint's
-    configuration and models, not its LoRA.
+    """Sixteen digits that change with what arms start from.
+
+    These are a checkpoint's configuration and models, not its LoRA.
     """
-    files = [folder / "gsv3d.json"] + [
-        f for name in model_classes() for f in (folder / name).glob("*.safetensors")
-    ]
+    files = [f for name in model_classes() for f in (folder / name).glob("*.safetensors")]
     total = hashlib.sha256()
-    for path in sorted(files):
+    for path in sorted([folder / "gsv3d.json", *files]):
         total.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return total.hexdigest()[:16]
 
 
-# ---------------------------------------------------------------- results
-
-
-def restore_runs(
-    out: Path, world: World, experiment: Experiment, size: tuple[int, int]
-) -> set[int]:
-    """Put the runs of a results file that this command would repeat into --work;
-    returns their seeds.
-
-    Says how many there are of other weights, data or steps, or without a fingerprint.
-    Raises ValueError for another file.
-    """
-    if not out.is_file():
-        return set()
-    runs = stored_runs(out)
-    arms, seeds = {arm.name: arm for arm in experiment.arms}, []
-    for name, seed, run, columns, cost in runs:
-        if name in arms and run == run_name(experiment, arms[name], seed, size, world.start):
-            seeds.append(seed)
-            if not (world.work / run / "scores.json").is_file():
-                rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-                write_scores(world.work / run, rows, cost)
-    if len(seeds) < len(runs):
-        left = f"{len(runs) - len(seeds)} of {len(runs)} runs"
-        print(
-            f"{out}: {left} are of other weights, data or steps, or do not say of which; they are left out."
-        )
-    return set(seeds)
-
-
-def stored_runs(out: Path) -> list[tuple[str, int, str | None, dict[str, list], dict]]:
-    """Every run of a results file: arm, seed, name of the run (older files have none),
-    scores by metric, and cost.
-
-    Raises UserError for another file.
-    """
-    try:
-        arms = json.loads(out.read_text(encoding="utf-8"))["arms"]
-        return [
-            (
-                name,
-                int(seed),
-                entry.get("runs", {}).get(seed),
-                dict(columns),
-                dict(entry["cost"][seed]),
-            )
-            for name, entry in arms.items()
-            for seed, columns in entry["scores"].items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{out} is no results file of experiments; choose another --out."
-        ) from error
-
-
 def read_json(path: Path) -> dict:
-    """A file that an earlier run left in --work. Raises UserError where it is damaged."""
+    """A file that an earlier run left in --work; UserError where it is damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({reason(error)}); delete its folder, and the run is made again."
-        ) from error
+        advice = "delete its folder, and the run is made again"
+        raise UserError(f"{path} is damaged ({reason(error)}); {advice}.") from error
+
+
+# ---------------------------------------------------------------- the results file
 
 
 def collect(world: World, experiment: Experiment, seeds: list[int], size: tuple[int, int]) -> dict:
-    """Every finished run: {"ids", "arms": {arm: {"label", "runs", "cost", "scores":
-    {seed: {metric: [O]}}}}}.
+    """Every finished run, by arm and seed.
+
+    {"ids", "arms": {arm: {"label", "runs", "cost", "scores": {seed: {metric: [O]}}}}}
     """
     arms: dict[str, dict] = {}
     for arm, seed in itertools.product(experiment.arms, seeds):
         name = run_name(experiment, arm, seed, size, world.start)
         path = world.work / name / "scores.json"
-        if path.is_file():
-            stored = read_json(path)
-            entry = arms.setdefault(
-                arm.name, {"label": arm.label, "runs": {}, "cost": {}, "scores": {}}
-            )
-            metrics = dict.fromkeys(metric for row in stored["rows"] for metric in row)
-            columns = {k: [_rounded(row.get(k)) for row in stored["rows"]] for k in metrics}
-            for key, value in (("runs", name), ("cost", stored["cost"]), ("scores", columns)):
-                entry[key][str(seed)] = value
+        if not path.is_file():
+            continue
+        stored = read_json(path)
+        metrics = dict.fromkeys(metric for row in stored["rows"] for metric in row)
+        columns = {k: [rounded(row.get(k), 4) for row in stored["rows"]] for k in metrics}
+        blank = {"label": arm.label, "runs": {}, "cost": {}, "scores": {}}
+        entry = arms.setdefault(arm.name, blank)
+        entry["runs"][str(seed)] = name
+        entry["cost"][str(seed)] = stored["cost"]
+        entry["scores"][str(seed)] = columns
     return {"ids": world.views.ids, "arms": arms}
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
+def rounded(value, digits: int):
+    """Numbers in nested dicts and lists, rounded; None stays."""
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    return None if value is None else round(value, digits)
+
+
+def restore_runs(
+    out: Path, world: World, experiment: Experiment, size: tuple[int, int]
+) -> set[int]:
+    """Put the runs of a results file that fit this command into --work -> their seeds.
+
+    Says how many do not fit.
+    """
+    runs = stored_runs(out) if out.is_file() else []
+    arms, seeds = {arm.name: arm for arm in experiment.arms}, []
+    for name, seed, run, columns, cost in runs:
+        if name in arms and run == run_name(experiment, arms[name], seed, size, world.start):
+            seeds.append(seed)
+            scores = world.work / run / "scores.json"
+            if not scores.is_file():
+                rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+                save_json(scores, {"cost": cost, "rows": rows})
+    if len(seeds) < len(runs):
+        left = f"{len(runs) - len(seeds)} of {len(runs)} runs are of other weights, data or steps"
+        print(f"{out}: {left}, or do not say of which; they are left out.")
+    return set(seeds)
+
+
+def stored_runs(out: Path) -> list[tuple[str, int, str | None, dict[str, list], dict]]:
+    """Every run of a results file: arm, seed, name of the run, scores by metric, cost.
+
+    Older files have no names of runs. Raises UserError for another file.
+    """
+    runs = []
+    try:
+        for name, entry in json.loads(out.read_text(encoding="utf-8"))["arms"].items():
+            for seed, columns in entry["scores"].items():
+                run = entry.get("runs", {}).get(seed)
+                runs.append((name, int(seed), run, dict(columns), dict(entry["cost"][seed])))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        sentence = f"{out} is no results file of experiments; choose another --out."
+        raise UserError(sentence) from error
+    return runs
+
+
+def write_results(experiment: Experiment, results: dict, out: Path, settings: dict) -> dict:
+    """Write the results file: settings, scores, and differences to the reference."""
+    reference = results["arms"].get(experiment.reference)
+    differences = {}
+    for name, arm in results["arms"].items():
+        if reference is not None and arm is not reference:
+            metrics = next(iter(arm["scores"].values()))
+            found = {metric: compare(arm, reference, metric) for metric in metrics}
+            differences[name] = rounded(found, 5)
+    record = {"question": experiment.question, "reference": experiment.reference, **settings}
+    record |= {"commit": commit(), "hardware": hardware(), "objects": len(results["ids"])}
+    record |= results | {"differences": differences}
+    save_json(out, record, separators=(",", ":"))
+    return record
+
+
+# ---------------------------------------------------------------- what results say
 
 
 def values(arm: dict, metric: str, seeds: list[str] | None = None) -> np.ndarray:
     """One metric of a collected arm as [S, O], NaN where there is no number."""
-    chosen = [scores for seed, scores in arm["scores"].items() if seeds is None or seed in seeds]
-    return np.array(
-        [scores.get(metric, [None] * len(next(iter(scores.values())))) for scores in chosen],
-        dtype=float,
-    )
+    rows = []
+    for seed, scores in arm["scores"].items():
+        if seeds is None or seed in seeds:
+            objects = len(next(iter(scores.values())))
+            rows.append(scores.get(metric, [None] * objects))
+    return np.array(rows, dtype=float)
 
 
 def compare(arm: dict, reference: dict, metric: str) -> dict:
-    """Arm minus reference over the seeds that both have: each object's mean over seeds,
-    its mean and interval over objects.
+    """Arm minus reference, over the seeds that both have.
 
-    "mean", "low", "high": the difference and its 95 % interval (paired bootstrap over
-    objects). "seeds": the mean difference of each seed, which shows how much another
-    training moves it.
+    "mean", "low", "high": of each object's mean over seeds, the mean over objects and
+    its 95 % interval (paired bootstrap over objects). "seeds": the mean difference of
+    each seed, which shows how much another training moves it.
     """
     seeds = [s for s in arm["scores"] if s in reference["scores"]]
     if not seeds:
@@ -509,8 +482,7 @@ def compare(arm: dict, reference: dict, metric: str) -> dict:
 
 
 def table(results: dict, reference: str, metrics: list[str]) -> str:
-    """Markdown: the reference's means, and every other arm's mean difference to them
-    with its 95 % interval.
+    """Markdown: the reference's means, and every other arm's differences to them.
 
     Differences are over common seeds; means of arms with other seeds would not compare.
     """
@@ -519,15 +491,12 @@ def table(results: dict, reference: str, metrics: list[str]) -> str:
         cells = [f"{finite_mean(values(arm, metric)):.3f}" for metric in metrics]
         if name != reference and reference in results["arms"]:
             found = [compare(arm, results["arms"][reference], metric) for metric in metrics]
-            cells = [
-                "{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference) for difference in found
-            ]
+            cells = ["{mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**one) for one in found]
         lines.append(f"| {arm['label']} | {len(arm['scores'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-# what is expected, the experiment, the arm that is compared with its reference, the
-# number, and its sign then
+# what is expected; experiment, arm, number; and the sign of arm minus reference then
 CLAIMS = (
     ("distillation lowers the Chamfer distance", "distillation_long", "rgbd", "chamfer", -1),
     ("its price is texture (detail, 1 = the truth's)", "distillation_long", "rgbd", "detail", -1),
@@ -546,82 +515,40 @@ CLAIMS = (
 
 
 def claims(folder: str | Path) -> str:
-    """Markdown: what is expected of the method beside the differences in the results
-    files of `folder`.
-    """
-    lines = [
-        "| expected | compared | difference | 95 % interval | seeds | holds here |",
-        "|---" * 6 + "|",
-    ]
+    """Markdown: each claim beside the difference in the results files of `folder`."""
+    head = "| expected | compared | difference | 95 % interval | seeds | holds here |"
+    lines = [head, "|---" * 6 + "|"]
     for claim, name, arm, metric, sign in CLAIMS:
         results = json.loads((Path(folder) / f"{name}.json").read_text())
         labels = [results["arms"][k]["label"] for k in (arm, results["reference"])]
         d = results["differences"][arm][metric]
-        cells = [
-            claim,
-            " minus ".join(labels),
-            f"{d['mean']:+.4f}",
-            f"[{d['low']:+.4f}, {d['high']:+.4f}]",
-        ]
+        interval = f"[{d['low']:+.4f}, {d['high']:+.4f}]"
+        cells = [claim, " minus ".join(labels), f"{d['mean']:+.4f}", interval]
         lines.append("| " + " | ".join([*cells, str(len(d["seeds"])), holds(d, sign)]) + " |")
     return "\n".join(lines)
 
 
 def holds(difference: dict, sign: int) -> str:
-    """Whether a difference has the expected sign: "yes" or "no" if its interval and
-    every seed say so, else "not shown".
+    """Whether a difference has the expected sign.
+
+    "yes" or "no" where its interval and every seed say so, else "not shown".
     """
-    numbers = [
-        sign * number for number in (difference["low"], difference["high"], *difference["seeds"])
-    ]
-    return "yes" if min(numbers) > 0 else "no" if max(numbers) < 0 else "not shown"
+    numbers = (difference["low"], difference["high"], *difference["seeds"])
+    if all(sign * number > 0 for number in numbers):
+        return "yes"
+    return "no" if all(sign * number < 0 for number in numbers) else "not shown"
 
 
-def write_results(experiment: Experiment, results: dict, out: Path, settings: dict) -> dict:
-    """Write the results file of one experiment: settings, every score, and every arm's
-    difference to the reference.
-    """
-    arms, reference = results["arms"], results["arms"].get(experiment.reference)
-    differences = {}
-    for name, arm in arms.items():
-        if reference is not None and arm is not reference:
-            metrics = next(iter(arm["scores"].values()))
-            differences[name] = {
-                metric: _round_all(compare(arm, reference, metric)) for metric in metrics
-            }
-    record = {
-        "question": experiment.question,
-        "reference": experiment.reference,
-        **settings,
-        "commit": commit(),
-    }
-    record |= {
-        "hardware": hardware(),
-        "objects": len(results["ids"]),
-        **results,
-        "differences": differences,
-    }
-    with atomic_path(out) as path:
-        path.write_text(json.dumps(without_nan(record), separators=(",", ":"), allow_nan=False))
-    return record
-
-
-def _round_all(value):
-    if isinstance(value, dict):
-        return {key: _round_all(item) for key, item in value.items()}
-    return [_round_all(item) for item in value] if isinstance(value, list) else round(value, 5)
+# ---------------------------------------------------------------- the command
 
 
 def open_world(args: argparse.Namespace) -> World:
-    """Weights, orbits and objects of a command; latents and views are kept under
-    --work.
-    """
+    """Weights, orbits and objects of a command; latents and views stay in --work."""
     config = load_config(args.weights)
     training = load_views(args.data, config.image_size, limit=args.limit, cache=args.work)
     vae = load_model(args.weights, "vae")
-    orbits = load_orbits(
-        training, vae, config.copies, cache=args.work / "latents.safetensors", seed=config.seed
-    )
+    latents = args.work / "latents.safetensors"
+    orbits = load_orbits(training, vae, config.copies, cache=latents, seed=config.seed)
     views = load_views([args.objects], config.image_size)
     unknown = set(args.ids or []) - set(views.ids)
     if unknown:
@@ -631,87 +558,56 @@ def open_world(args: argparse.Namespace) -> World:
     fingerprint = weights_fingerprint(args.weights)
     seen = [v.fingerprint() for v in (training, views)]
     # fields of a later version change what an arm is
-    start = [fingerprint, seen, sampler, dataclasses.asdict(config)]
-    start = hashlib.sha256(json.dumps(start).encode()).hexdigest()[:8]
-    return World(
-        args.weights, config, orbits, views, args.objects, args.work, sampler, fingerprint, start
-    )
+    start = json.dumps([fingerprint, seen, sampler, dataclasses.asdict(config)])
+    start = hashlib.sha256(start.encode()).hexdigest()[:8]
+    shared = (args.objects, args.work, sampler, fingerprint, start)
+    return World(args.weights, config, orbits, views, *shared)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = command_parser("experiments", __doc__)
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument(
-        "--weights", type=input_path, default="data/checkpoints/tiny", help="where every arm starts"
-    )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        type=input_path,
-        default=[input_path("data/cache/procedural")],
-        help="training folders",
-    )
-    parser.add_argument(
-        "--objects", type=input_path, required=True, help="dataset folder to score on"
-    )
-    parser.add_argument(
-        "--out",
-        type=output_path,
-        required=True,
-        help="JSON file to write; its own finished runs are kept",
-    )
-    parser.add_argument(
-        "--work", type=output_path, default="runs/experiments", help="checkpoints and finished runs"
-    )
-    parser.add_argument("--arms", nargs="+", help="only these")
-    parser.add_argument("--seeds", nargs="+", type=training_seed, default=[0, 1, 2])
-    parser.add_argument("--steps", type=positive, help="training steps of every arm")
-    parser.add_argument("--batch", type=batch)
-    parser.add_argument("--sampling-steps", type=sampler_steps, default=10)
-    parser.add_argument(
-        "--guidance", type=guidance, default=1.0, help="1 = none, which halves the time"
-    )
-    parser.add_argument("--limit", type=positive, help="use only the first training objects")
-    parser.add_argument("--ids", nargs="+", help="score only these objects")
+    common = ("--weights", "--data", "--objects", "--limit", "--guidance")
+    own = {"data": [input_path("data/cache/procedural")], "guidance": 1.0}
+    parser = command_parser("experiments", __doc__, *common, **own)
+    add = parser.add_argument
+    add("experiment", choices=EXPERIMENTS)
+    add("--out", type=output_path, required=True, help="JSON file; its finished runs are kept")
+    add("--work", type=output_path, default="runs/experiments", help="runs and checkpoints")
+    add("--arms", nargs="+", help="only these")
+    add("--ids", nargs="+", help="score only these objects")
+    add("--seeds", nargs="+", type=training_seed, default=[0, 1, 2], help="one run each")
+    add("--steps", type=positive, help="of every arm's training")
+    add("--batch", type=batch, help="of every arm's training")
+    add("--sampling-steps", type=sampler_steps, default=10)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = build_parser()
-    given = sys.argv[1:] if arguments is None else arguments
-    parser.set_defaults(command="python -m gsv3d_lib experiments " + " ".join(given))
-    return exit_code(run, parser, arguments)
+    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:
     experiment = EXPERIMENTS[args.experiment]
-    size = args.steps or experiment.defaults["steps"], args.batch or experiment.defaults["batch"]
+    size = (
+        args.steps or experiment.defaults["steps"],
+        args.batch or experiment.defaults["batch"],
+    )
     arms = [experiment.arm(name) for name in args.arms or [arm.name for arm in experiment.arms]]
     for path in (args.out, args.work / "latents.safetensors"):
         check_writable(path)
     world = open_world(args)
     seeds = sorted({*args.seeds, *restore_runs(args.out, world, experiment, size)})
-    settings = {
-        "command": args.command,
-        "weights": str(args.weights),
-        "fingerprint": world.fingerprint,
-    }
-    settings |= {"steps": size[0], "batch": size[1], "sampler": world.sampler}
+    settings = {"command": args.command, "weights": str(args.weights)}
+    settings |= {"fingerprint": world.fingerprint, "steps": size[0], "batch": size[1]}
+    settings["sampler"] = world.sampler
     # all arms of one seed first: what is there is balanced
     for seed, arm in itertools.product(args.seeds, arms):
         run_once(world, experiment, arm, seed, size)
-        record = write_results(
-            experiment, collect(world, experiment, seeds, size), args.out, settings
-        )
+        results = collect(world, experiment, seeds, size)
+        record = write_results(experiment, results, args.out, settings)
     scored = next(iter(next(iter(record["arms"].values()))["scores"].values()))
-    print(
-        table(
-            record,
-            experiment.reference,
-            [m for m in ("psnr", "ssim", "chamfer", "true_psnr") if m in scored],
-        )
-    )
+    metrics = [m for m in ("psnr", "ssim", "chamfer", "true_psnr") if m in scored]
+    print(table(record, experiment.reference, metrics))
 
 
 if __name__ == "__main__":

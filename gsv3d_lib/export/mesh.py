@@ -1,8 +1,9 @@
-"""Gaussians -> triangle mesh: render depth from all around, fuse it into a signed
-distance grid, extract the surface.
+"""Gaussians -> triangle mesh.
 
-Truncated signed distance fusion (Curless and Levoy 1996) of rendered RGB-D, as close
-relatives of the paper do for their Chamfer and IoU numbers, then marching cubes.
+Depth is rendered from all around and fused into a grid of signed distances, whose
+surface is extracted by marching cubes. This is truncated signed distance fusion
+(Curless and Levoy 1996), as close relatives of the paper do it for their Chamfer and
+IoU numbers.
 """
 
 from __future__ import annotations
@@ -27,23 +28,21 @@ from ..system.paths import atomic_path
 if TYPE_CHECKING:
     import trimesh
 
-# the grid spans [-EXTENT, EXTENT]^3: the unit ball and a margin, so that every surface
-# closes
+# The grid spans [-EXTENT, EXTENT]^3: the unit ball and a margin that closes surfaces.
 EXTENT = 1.05
-# In voxels (0.066 at 96^3): distances saturate there, and a view says nothing beyond it
-# behind a surface.
+# In voxels (0.066 at 96^3): distances saturate there, and so far behind a surface a
+# view says nothing.
 TRUNCATION = 3.0
 # A view that sees past a point says "empty", not how far the surface is; with full
 # weight that eats thin parts. On a rod of radius 0.03, weights 1, 0.5, 0.25, 0.1 give
 # 73, 87, 100, 112 % of its volume.
 BACKGROUND_WEIGHT = 0.25
-# a pixel whose depths spread more than this (standard deviation) sees two surfaces
+# A pixel whose depths spread more than this (standard deviation) sees two surfaces.
 MIXED_DEPTH = 0.1
 MIN_COMPONENT = 0.01  # pieces with less than this share of the solid's volume are floaters
 FORMATS = (".glb", ".obj", ".ply")
 FLOAT, UNSIGNED_INT, VERTICES, INDICES = 5126, 5125, 34962, 34963  # glTF's numbers of OpenGL
-# The views' light is in the colours already, and glTF's default material is a dark
-# metal.
+# The light is in the colours already, and glTF's default material is a dark metal.
 UNLIT = {"pbrMetallicRoughness": {"metallicFactor": 0.0}, "extensions": {"KHR_materials_unlit": {}}}
 
 
@@ -58,16 +57,15 @@ def fuse_mesh(
     size: int = 128,
     colors: bool = True,
 ) -> trimesh.Trimesh:
-    """A closed triangle mesh of the Gaussians, coloured unless only its shape is
-    wanted, in the same z-up world.
+    """A closed triangle mesh of the Gaussians, in the same z-up world.
 
-    resolution: grid points per axis over [-1.05, 1.05].  num_views: cameras around the object.  size: pixels a side.
-    Raises ValueError when the Gaussians show no surface from any side.
+    resolution: grid points per axis over [-1.05, 1.05].
+    num_views: cameras around the object. size: pixels a side.
+    colors: False where only the shape is wanted.
+    Raises NoSurface when the Gaussians show no surface from any side.
     """
     if len(gaussians) == 0:
-        raise UserError(
-            "There are no Gaussians to make a mesh of: check the opacities, or prune less."
-        )
+        raise UserError("There are no Gaussians to make a mesh of: prune less.")
     cameras = sphere_cameras(num_views, size)
     with torch.no_grad():
         rgb, depth, alpha = render(gaussians, cameras)
@@ -76,8 +74,7 @@ def fuse_mesh(
 
 
 def front_depth(gaussians: Gaussians, cameras: Cameras, depth: Tensor) -> Tensor:
-    """Expected depth [V, H, W, 1] -> the same, but the front surface's own where a
-    pixel mixes two surfaces.
+    """Expected depth [V, H, W, 1], but of the front where a pixel mixes two surfaces.
 
     Through a front that lets 10 % of the light pass, the back of the object counts for
     a tenth of the expected depth: the mean lies inside the object, where nothing is,
@@ -94,9 +91,7 @@ def front_depth(gaussians: Gaussians, cameras: Cameras, depth: Tensor) -> Tensor
 
 
 def front_and_spread(gaussians: Gaussians, camera: Cameras) -> tuple[Tensor, Tensor, Tensor]:
-    """Near depth, standard deviation of the depths, and alpha [1, H, W, 1], from the
-    rendered powers of the depth.
-    """
+    """Near depth, deviation of the depths, alpha [1, H, W, 1], by rendered powers."""
     row = camera.viewmats[0, 2].to(gaussians.means)
     # from the object's centre: the powers of a small number stay exact
     z = gaussians.means @ row[:3]
@@ -110,9 +105,7 @@ def front_and_spread(gaussians: Gaussians, camera: Cameras) -> tuple[Tensor, Ten
 
 
 def sphere_cameras(num_views: int, size: int) -> Cameras:
-    """Cameras spread evenly over the sphere on a Fibonacci spiral; none looks straight
-    up or down.
-    """
+    """Cameras spread evenly over the sphere, on a Fibonacci spiral without poles."""
     index = torch.arange(num_views, dtype=torch.float64)
     elevations = torch.rad2deg(torch.asin(1 - (2 * index + 1) / num_views))
     azimuths = index * (180 * (3 - math.sqrt(5))) % 360
@@ -127,12 +120,13 @@ def fuse_depth_maps(
     resolution: int = 96,
     colors: bool = True,
 ) -> trimesh.Trimesh:
-    """RGB-D views of one object -> closed triangle mesh (z-up world, faces
-    counter-clockwise from outside), coloured or not.
+    """RGB-D views of one object -> closed triangle mesh in the z-up world.
 
-    rgb: [V, H, W, 3] in [0, 1] on white.  depth: z-depth [V, H, W, 1], 0 = nothing.  alpha: [V, H, W, 1] in [0, 1].
-    Every camera must have the whole object in its frame: what is outside of a frame counts as empty. A point that no
-    camera sees, nor sees past, counts as solid. Raises NoSurface when no pixel shows a surface.
+    Faces are counter-clockwise from outside. Every camera must have the whole object in
+    its frame: what is outside of a frame counts as empty. A point that no camera sees,
+    nor sees past, counts as solid. Raises NoSurface when no pixel shows a surface.
+    rgb: [V, H, W, 3] in [0, 1] on white.
+    depth: z-depth [V, H, W, 1], 0 = nothing. alpha: [V, H, W, 1] in [0, 1].
     """
     import trimesh
 
@@ -142,9 +136,8 @@ def fuse_depth_maps(
     mesh = trimesh.Trimesh(vertices, faces, process=False)
     if colors:
         rgb = _vertex_colors(mesh, rgb, depth, alpha, cameras)
-        mesh.visual.vertex_colors = np.round(
-            np.column_stack([rgb, np.ones(len(rgb))]) * 255
-        ).astype(np.uint8)
+        rgba = np.column_stack([rgb, np.ones(len(rgb))])
+        mesh.visual.vertex_colors = np.round(rgba * 255).astype(np.uint8)
     return mesh
 
 
@@ -154,15 +147,13 @@ def _check_views(
     frame = (len(cameras), cameras.height, cameras.width)
     shapes = [tuple(image.shape) for image in (rgb, depth, alpha)]
     if shapes != [(*frame, 3), (*frame, 1), (*frame, 1)]:
-        raise UserError(
-            f"{frame[0]} cameras of {frame[1:]} pixels need rgb, depth, alpha to match, got {shapes}."
-        )
+        wanted = f"{frame[0]} cameras of {frame[1:]} pixels"
+        raise UserError(f"{wanted} need rgb, depth, alpha to match, got {shapes}.")
     rgb, depth, alpha = (image.detach().cpu().float().numpy() for image in (rgb, depth, alpha))
     alpha = np.where((alpha >= SURFACE_ALPHA) & (depth > 0), alpha, 0)
     if not alpha.any():
-        raise NoSurface(
-            "No view shows a surface to make a mesh of: the Gaussians are too faint or outside the frame."
-        )
+        cause = "the Gaussians are too faint or outside the frame"
+        raise NoSurface(f"No view shows a surface to make a mesh of: {cause}.")
     return rgb, depth[..., 0], alpha[..., 0]
 
 
@@ -170,13 +161,12 @@ def _check_views(
 
 
 def fuse(depth: np.ndarray, alpha: np.ndarray, cameras: Cameras, resolution: int) -> np.ndarray:
-    """Depth and alpha [V, H, W] -> truncated signed distance [R, R, R] in units of the
-    truncation, positive outside.
+    """Depth and alpha [V, H, W] -> truncated signed distance [R, R, R].
+
+    In units of the truncation, positive outside.
     """
     if resolution < 8:
-        raise UserError(
-            f"The grid needs a resolution of at least 8 points per axis, got {resolution}."
-        )
+        raise UserError(f"The grid needs at least 8 points per axis, got {resolution}.")
     axis = np.linspace(-EXTENT, EXTENT, resolution, dtype=np.float32)
     truncation = TRUNCATION * (axis[1] - axis[0])
     total, weights = np.zeros((2, resolution, resolution, resolution), dtype=np.float32)
@@ -198,9 +188,7 @@ def _projections(cameras: Cameras) -> np.ndarray:
 
 
 def _distance_to_surface(view: np.ndarray, projection: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """z-distance [R, R, R] from each grid point to the surface [H, W] the camera sees
-    in its pixel; > 0 in front.
-    """
+    """z-distance [R, R, R] from grid points to the surface [H, W]; > 0 in front."""
     x, y, z = axis[:, None, None], axis[None, :, None], axis[None, None, :]
     u, v, w = ((row[0] * x + row[1] * y) + (row[2] * z + row[3]) for row in projection)
     pixels = _nearest_pixels(u / w, v / w, *view.shape)
@@ -208,8 +196,7 @@ def _distance_to_surface(view: np.ndarray, projection: np.ndarray, axis: np.ndar
 
 
 def _nearest_pixels(u: np.ndarray, v: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Flat index of the pixel at image position (u, v); height * width, one past the
-    end, for outside of the frame.
+    """Flat index of the pixel at (u, v); height * width for outside of the frame.
 
     The nearest pixel, not interpolation: depth must not be blended across an edge, and
     where it is smooth the views average out (bilinear weights were no better on spheres
@@ -223,16 +210,13 @@ def _nearest_pixels(u: np.ndarray, v: np.ndarray, height: int, width: int) -> np
 
 
 def _keep_large_pieces(grid: np.ndarray) -> np.ndarray:
-    """Removes floaters outside of the solid and fills pockets inside of it, which no
-    camera can have seen.
-    """
+    """Removes floaters outside of the solid and fills pockets, which no camera sees."""
     from scipy import ndimage
 
     labels, count = ndimage.label(grid < 0, structure=np.ones((3, 3, 3)))
     if count == 0:
-        raise NoSurface(
-            "The views agree on no solid: the Gaussians may be too faint, or too thin for this resolution."
-        )
+        cause = "the Gaussians may be too faint, or too thin for this resolution"
+        raise NoSurface(f"The views agree on no solid: {cause}.")
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     kept = (sizes >= MIN_COMPONENT * sizes.sum())[labels]
@@ -241,9 +225,7 @@ def _keep_large_pieces(grid: np.ndarray) -> np.ndarray:
 
 
 def _extract_surface(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Marching cubes at distance 0 -> vertices [N, 3] in the world, faces [M, 3]
-    counter-clockwise from outside.
-    """
+    """Marching cubes at distance 0 -> vertices [N, 3] in the world, faces [M, 3]."""
     from skimage.measure import marching_cubes
 
     padded = np.pad(grid, 1, constant_values=1.0)  # closes what touches the grid's end
@@ -255,34 +237,34 @@ def _extract_surface(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _vertex_colors(
     mesh: trimesh.Trimesh, rgb: np.ndarray, depth: np.ndarray, alpha: np.ndarray, cameras: Cameras
 ) -> np.ndarray:
-    """[N, 3] in [0, 1]: the views' mean at each vertex, weighted by how squarely they
-    see it, hidden views left out.
+    """[N, 3] in [0, 1]: the mean over the views that see a vertex.
+
+    Views are weighted by how squarely they see it.
     """
-    colors, weights = np.zeros((len(mesh.vertices), 3)), np.zeros((len(mesh.vertices), 1))
-    points = np.column_stack([mesh.vertices, np.ones(len(mesh.vertices))])
+    count = len(mesh.vertices)
+    colors, weights = np.zeros((count, 3)), np.zeros((count, 1))
+    points = np.column_stack([mesh.vertices, np.ones(count)])
     tolerance = TRUNCATION * 2 * EXTENT / 96
-    images = zip(
-        rgb, depth, alpha, _projections(cameras), cameras.positions().cpu().numpy(), strict=True
-    )
+    places = cameras.positions().cpu().numpy()
+    images = zip(rgb, depth, alpha, _projections(cameras), places, strict=True)
     for rgb_view, depth_view, alpha_view, projection, position in images:
         u, v, z = projection @ points.T
         pixels = _nearest_pixels(u / z, v / z, *depth_view.shape).clip(max=depth_view.size - 1)
         cover = alpha_view.ravel()[pixels]
         facing = ((position - mesh.vertices) / z[:, None] * mesh.vertex_normals).sum(axis=1).clip(0)
-        weight = (facing**2 * cover * (np.abs(depth_view.ravel()[pixels] - z) < tolerance))[:, None]
-        # white removed
-        bare = 1 - (1 - rgb_view.reshape(-1, 3)[pixels]) / np.maximum(cover, SURFACE_ALPHA)[:, None]
+        visible = np.abs(depth_view.ravel()[pixels] - z) < tolerance
+        weight = (facing**2 * cover * visible)[:, None]
+        # the white of the background removed
+        opaque = np.maximum(cover, SURFACE_ALPHA)[:, None]
+        bare = 1 - (1 - rgb_view.reshape(-1, 3)[pixels]) / opaque
         colors += weight * bare.clip(0, 1)
         weights += weight
-    return _fill_from_neighbours(
-        mesh.vertices, colors / np.maximum(weights, 1e-12), weights[:, 0] > 1e-6
-    )
+    means = colors / np.maximum(weights, 1e-12)
+    return _fill_from_neighbours(mesh.vertices, means, weights[:, 0] > 1e-6)
 
 
 def _fill_from_neighbours(points: np.ndarray, colors: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Colours [N, 3] in which points that no view sees take the colour of the nearest
-    one that is seen.
-    """
+    """Points that no view sees take the colour of the nearest one that is seen."""
     from scipy.spatial import cKDTree
 
     if known.any() and not known.all():
@@ -302,27 +284,21 @@ def save_mesh(mesh: trimesh.Trimesh, path: str | Path) -> None:
     as they are here. OBJ and PLY keep z up.
     """
     path = Path(path)
-    if path.suffix.lower() not in FORMATS:
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
         raise UserError(
             f"Meshes are saved as {', '.join(FORMATS)}, got the file name '{path.name}'."
         )
     if not len(mesh.faces) or not np.isfinite(mesh.vertices).all():
-        raise UserError(
-            f"There is no mesh to save as {path.name}: it has no faces, or no finite corners."
-        )
-    data = (
-        _glb_bytes(mesh)
-        if path.suffix.lower() == ".glb"
-        else mesh.export(file_type=path.suffix[1:].lower())
-    )
+        cause = "it has no faces, or no finite corners"
+        raise UserError(f"There is no mesh to save as {path.name}: {cause}.")
+    data = _glb_bytes(mesh) if kind == ".glb" else mesh.export(file_type=kind[1:])
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def _glb_bytes(mesh: trimesh.Trimesh) -> bytes:
-    """A JSON chunk and a binary one (glTF 2.0, 4.4): one mesh of positions, colours,
-    indices.
-    """
+    """A JSON chunk and a binary one (glTF 2.0, 4.4): positions, colours, indices."""
     x, y, z = mesh.vertices.T
     positions = np.column_stack([x, z, -y]).astype("<f4")
     colors = _linear(np.asarray(mesh.visual.vertex_colors)[:, :3] / 255).astype("<f4")

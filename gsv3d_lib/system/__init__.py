@@ -1,3 +1,1 @@
-"""What every command and file needs: errors, paths, the manner of commands, the state
-of the machine.
-"""
+"""What every command and file needs: errors, paths, options, the machine's state."""

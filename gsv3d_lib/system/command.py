@@ -1,5 +1,4 @@
-"""What the command lines share: how they end, where they may write, and how options are
-given.
+"""The manner of all commands: how they end, where they write, what options mean.
 
 Every `main` is `exit_code(run, parser, arguments)`. Its statuses: 0; 1 where the
 command found something bad (a failing notebook, a damaged shard); 2 with one sentence
@@ -13,43 +12,39 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import os
 import select
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from . import arguments
 from .errors import Doubt, UserError, machine_fault
-from .paths import find, output, own_folder
+from .paths import TINY, find, output, own_folder
 
 READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
-
-
-def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m gsv3d_lib NAME`; `text` is its module's docstring."""
-    return argparse.ArgumentParser(
-        prog=f"python -m gsv3d_lib {name}".rstrip(),
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def exit_code(
     run: Callable[[argparse.Namespace], int | None],
     parser: argparse.ArgumentParser,
-    arguments: list[str] | None = None,
+    given: list[str] | None = None,
 ) -> int:
-    """Read the options, run the command with them and return the exit status: the
-    module's text lists them.
+    """Read the options, run the command, return its exit status (listed above).
+
+    `run` finds the whole command line in `args.command`, for the records of results.
     """
     tolerate_consoles()
+    given = sys.argv[1:] if given is None else given
     try:
         try:
+            args = parser.parse_args(given)
+            args.command = f"{parser.prog} {shlex.join(given)}"
             with plain_doubts():
-                return run(parser.parse_args(arguments)) or 0
+                return run(args) or 0
         finally:
             flush()  # here, where a full disk or a reader that went away still becomes a status
     except UserError as error:
@@ -72,17 +67,13 @@ def exit_code(
 
 @contextmanager
 def plain_doubts() -> Iterator[None]:
-    """A `Doubt` is printed like an error, as one sentence without the line of code that
-    gave it.
-    """
+    """A `Doubt` is printed as one sentence, without the line of code that gave it."""
     usual = warnings.formatwarning
 
     def sentence(message, category, *place):
-        return (
-            f"gsv3d: {message}\n"
-            if issubclass(category, Doubt)
-            else usual(message, category, *place)
-        )
+        if issubclass(category, Doubt):
+            return f"gsv3d: {message}\n"
+        return usual(message, category, *place)
 
     warnings.formatwarning = sentence
     try:
@@ -110,7 +101,7 @@ def flush() -> None:
 
 
 def reader_gone() -> bool:
-    """Whether nobody reads stdout or stderr any more; True where the system cannot say."""
+    """Whether nobody reads stdout or stderr any more; True where nobody can say."""
     if not hasattr(select, "poll"):
         return True
     poll = select.poll()
@@ -123,9 +114,7 @@ def reader_gone() -> bool:
 
 
 def drop_output() -> None:
-    """What is still unwritten goes nowhere, else Python complains about it when it
-    ends.
-    """
+    """Send what is unwritten nowhere, else Python complains about it at its end."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -138,9 +127,7 @@ def drop_output() -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError where a file at `path` could not be written: before hours of
-    work, not after them.
-    """
+    """Raises UserError where `path` could not be written: before hours of work."""
     place = path.absolute().parent
     while not os.path.lexists(place):
         place = place.parent
@@ -161,53 +148,45 @@ def results_folder(wanted: Path, names: Iterable[str]) -> Iterator[Path]:
         yield folder
 
 
-# ---------------------------------------------------------------- types of options
+# ---------------------------------------------------------------- options
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
     """The type of an option that is a whole number from `low` to `high`."""
 
     def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text[:40]!r}") from None
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be {low} or more, got {text[:40]}")
-        if value > high:
-            raise argparse.ArgumentTypeError(f"must be {high} or less, got {text[:40]}")
-        return value
+        with option_errors():
+            return arguments.whole("", number_in(text, int), low, high)
 
     return read
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
-    """The type of an option that is a finite number from `low` to `high`."""
+def number(low: float, high: float, ends: bool = True) -> Callable[[str], float]:
+    """The type of an option that is a finite number in a range, `ends` included."""
 
     def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:  # NaN is in no range
-            raise argparse.ArgumentTypeError(
-                f"must be a number from {low:g} to {high:g}, got {text[:40]!r}"
-            )
-        return value
+        with option_errors():
+            return arguments.real("", number_in(text, float), low, high, ends)
 
     return read
 
 
-MANY = 10**9  # more steps, objects or pixels than any machine has time for
-positive = whole(1, MANY)  # counts something
-pixels = whole(8, 4096)  # the side of a picture
-sampler_steps = whole(1, 1000)
-seed = whole(0, 2**63 - 1)
-training_seed = whole(0, 10**8)  # `training.example_generator` multiplies it
-batch = whole(1, 65_535)  # it leaves so much room
-guidance = number(0.0, 100.0)
+def number_in(text: str, kind: type) -> float | str:
+    """The number that a text spells, or the text itself, which the check then names."""
+    try:
+        value = kind(text)
+    except ValueError:
+        return text
+    return value if value == value else text  # NaN
 
-ELEVATION_HELP = "of the camera that took the image (default 15); auto estimates it"
+
+@contextmanager
+def option_errors() -> Iterator[None]:
+    """argparse puts the option's name before the sentence of an ArgumentTypeError."""
+    try:
+        yield
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def degrees(text: str) -> float | None:
@@ -215,14 +194,9 @@ def degrees(text: str) -> float | None:
     if text == "auto":
         return None
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not -90 < value < 90:
-        raise argparse.ArgumentTypeError(
-            f"must be auto or between -90 and 90 degrees, got {text[:40]}"
-        )
-    return value
+        return number(-90, 90, ends=False)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or auto") from None
 
 
 def input_path(text: str | Path) -> Path:
@@ -239,3 +213,57 @@ def named(text: str | Path) -> str | Path:
     if not str(text):
         raise argparse.ArgumentTypeError("must name a file or folder, got ''")
     return text
+
+
+MANY = 10**9  # more steps, objects or pixels than any machine has time for
+positive = whole(1, MANY)  # counts something
+pixels = whole(8, 4096)  # the side of a picture
+sampler_steps = whole(1, 1000)
+seed = whole(0, 2**63 - 1)
+training_seed = whole(0, 10**8)  # `training.example_generator` multiplies it
+batch = whole(1, 65_535)  # it leaves so much room
+guidance = number(0.0, 100.0)
+
+# Options that several commands take: one name, one meaning, one type.
+FOLDER = {"type": input_path, "metavar": "FOLDER"}
+DEFAULT = "(default: %(default)s)"
+COMMON = {
+    "--weights": {**FOLDER, "default": TINY, "help": f"checkpoint folder {DEFAULT}"},
+    "--data": {**FOLDER, "nargs": "+", "help": "dataset folders to read"},
+    "--objects": {**FOLDER, "required": True, "help": "dataset folder to measure on"},
+    "--limit": {"type": positive, "help": "only the first objects"},
+    "--preset": {"default": "tiny", "help": f"tiny, small or paper {DEFAULT}"},
+    "--gpus": {"type": whole(1, 100_000), "default": 1, "help": f"one process on each {DEFAULT}"},
+    "--workers": {"type": whole(1, 1000), "default": 1, "help": f"processes on the CPU {DEFAULT}"},
+    "--steps": {"type": sampler_steps, "help": "of the sampler"},
+    "--guidance": {"type": guidance, "help": "peak of the triangular guidance; 1 = none"},
+    "--seed": {"type": seed, "default": 0, "help": f"of all random numbers {DEFAULT}"},
+    "--elevation": {
+        "type": degrees,
+        "default": 15.0,
+        "metavar": "DEGREES",
+        "help": "of the camera that took the image (default: 15); auto estimates it",
+    },
+    "--no-lora": {"action": "store_true", "help": "without the geometric distillation"},
+    "--no-back-projection": {
+        "action": "store_true",
+        "help": "without the input's own outline and colours where its camera sees the object",
+    },
+}
+
+
+def command_parser(name: str, text: str, *common: str, **defaults) -> argparse.ArgumentParser:
+    """The parser of `python -m gsv3d_lib NAME`.
+
+    text: its module's docstring.
+    common: those of the `COMMON` options that it takes; defaults: its own for them.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m gsv3d_lib {name}".rstrip(),
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for option in common:
+        parser.add_argument(option, **COMMON[option])
+    parser.set_defaults(**defaults)
+    return parser

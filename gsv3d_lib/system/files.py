@@ -1,5 +1,4 @@
-"""Files as others left them: read within stated bounds, and checked before they are
-believed.
+"""Files as others left them: read within bounds, and checked before they are believed.
 
 A table says what a file of arrays must hold: per name a `Field` with shape, types and
 range. Shapes and sizes are read from headers first, so that a small file which claims
@@ -30,8 +29,7 @@ from .errors import MissingFile, UserError
 MAX_ARRAYS = 1 << 29  # bytes of the arrays of one .npz: 84 views of 576 px are a tenth of it
 MAX_JSON = 1 << 29  # bytes: all of Objaverse's catalogue is half of it
 HEADER = 10_000  # bytes of an array's header that are read; numpy's own bound
-# what zipfile, numpy, PIL and torch raise for files that are damaged or not what their
-# names say
+# raised by zipfile, numpy, PIL and torch for files that are not what their names say
 UNREADABLE = (
     *(OSError, LookupError, ValueError, TypeError, RuntimeError, EOFError, MemoryError),
     *(TokenError, zipfile.BadZipFile, zlib.error, SafetensorError),
@@ -61,8 +59,7 @@ Table = dict[str, Field]
 
 
 def webp_facts(head: bytes) -> tuple[int, int, bool, bool]:
-    """Width, height, whether there is alpha, and whether it moves, of a WebP by its
-    first 30 bytes.
+    """Width, height, has alpha, moves: of a WebP, by its first 30 bytes.
 
     PIL takes memory for the whole picture before it says how large that is.
     """
@@ -82,7 +79,7 @@ def webp_facts(head: bytes) -> tuple[int, int, bool, bool]:
 
 
 def read_plain(path: str | Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes: no device, pipe or folder."""
+    """The bytes of a regular file of at most `limit` bytes; of no device or pipe."""
     path = Path(path)
     if not os.path.lexists(path):
         raise MissingFile(f"there is no file {path}")
@@ -116,11 +113,11 @@ def _size(count: int) -> str:
 
 
 def read_npz(path: str | Path, table: Table, sizes: dict[str, int] | None = None) -> dict:
-    """The arrays of an .npz that `table` names, read-only; what else it holds is not
-    touched.
+    """The arrays of an .npz that `table` names, read-only; others are not touched.
 
-    sizes: numbers that names of shapes must have. Raises UserError where an array is
-        missing, is not as the table says, or all are larger than `MAX_ARRAYS`.
+    sizes: numbers that names of shapes must have.
+    Raises UserError where an array is missing, is not as the table says, or all are
+    larger than `MAX_ARRAYS`.
     """
     path, sizes = Path(path), dict(sizes or {})
     if not path.is_file():
@@ -160,13 +157,12 @@ def _read_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple:
     """dtype, shape, whether it is in Fortran's order, and where its numbers begin."""
     with archive.open(member) as file:
         head = io.BytesIO(file.read(HEADER))
-    reader = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(np.lib.format.read_magic(head))
-    if reader is None:
+    npy = np.lib.format
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    version = npy.read_magic(head)
+    if version not in readers:
         raise UserError(f"{member.filename} is of an unknown version")
-    shape, fortran, dtype = reader(head)
+    shape, fortran, dtype = readers[version](head)
     if any(side < 0 for side in shape):
         raise UserError(f"{member.filename} claims the shape {shape}")
     if head.tell() + dtype.itemsize * math.prod(shape) != member.file_size:
@@ -184,8 +180,10 @@ def _read_array(archive, member, dtype, shape, fortran: bool, start: int) -> np.
 
 
 def read_tensors(path: str | Path, table: Table, sizes: dict[str, int] | None = None) -> dict:
-    """`read_npz` for the tensors of a safetensors file, without a bound on their size:
-    they are mapped, and no longer than the file."""
+    """`read_npz` for a safetensors file.
+
+    Sizes need no bound: tensors are mapped, and no longer than the file.
+    """
     path, sizes = Path(path), dict(sizes or {})
     if not path.is_file():
         raise MissingFile(f"{path.name} is {'no file' if os.path.lexists(path) else 'missing'}")
@@ -212,10 +210,9 @@ def _short(dtype: str) -> str:
 def check_shape(
     name: str, dtype: str, shape: Iterable[int], field: Field, sizes: dict[str, int] | None = None
 ) -> None:
-    """Raises UserError where type or shape are not the field's. Notes new names in
-    `sizes`.
-    """
-    shape, sizes = tuple(shape), {} if sizes is None else sizes
+    """Raises UserError where type or shape differ; notes new names in `sizes`."""
+    shape = tuple(shape)
+    sizes = {} if sizes is None else sizes
     fits = len(shape) == len(field.shape) and all(
         side == (sizes.setdefault(wanted, side) if isinstance(wanted, str) else wanted)
         for side, wanted in zip(shape, field.shape)
@@ -235,6 +232,5 @@ def check_values(name: str, array: np.ndarray | Tensor, field: Field) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
         raise UserError(f"{name} holds values that are not finite")
     if low < field.low or high > field.high:
-        raise UserError(
-            f"{name} holds {low if low < field.low else high:g}, outside of {field.low:g} to {field.high:g}"
-        )
+        outside = low if low < field.low else high
+        raise UserError(f"{name} holds {outside:g}, outside of {field.low:g} to {field.high:g}")

@@ -1,5 +1,6 @@
-"""Where things lie, and how they are written: in full or not at all. One rule for
-paths, in every command and notebook:
+"""Where things lie, and how they are written: in full or not at all.
+
+One rule for paths, in every command and notebook:
 
 - What is read (`find`): as given if it is there, seen from the working directory; else
   in the repository, if it is there. So `--weights data/checkpoints/tiny` means the
@@ -35,11 +36,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # numbers now and then.
 WRITER = f"{zlib.crc32(platform.node().encode()):08x}"
 LEFTOVER = re.compile(r"\..+\.((?P<writer>[0-9a-f]{8})-)?(?P<pid>\d+)\.tmp")
-# some network file systems
+# what some network file systems answer to fsync
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF, errno.EACCES}
-# turns a user's picture into 3D; notebooks and experiments take the quicker `tiny`
-BEST = "data/checkpoints/small"
+TINY = "data/checkpoints/tiny"  # the quick one, for notebooks and experiments
+BEST = "data/checkpoints/small"  # turns a user's picture into 3D
 RESERVED = r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?"  # no names of files on Windows
+LONGEST_ID = 150  # bytes: a file system takes 255, and suffixes are added
 
 
 def has_repository() -> bool:
@@ -48,66 +50,49 @@ def has_repository() -> bool:
 
 
 def base() -> Path:
-    """The folder that notebooks and their trainings write below: the repository;
-    without one, the working directory.
-    """
+    """The repository, below which notebooks write; else the working directory."""
     return ROOT if has_repository() else Path.cwd()
 
 
 def output(path: str | Path) -> Path:
-    """A path that a command writes to: as given, ~ being the home folder where there is
-    one.
-    """
+    """A path that a command writes to: as given; ~ is the home folder."""
     return Path(os.path.expanduser(path))
 
 
 def find(path: str | Path) -> Path:
-    """A path to read from: as given if it is there, else in the repository if it is
-    there, else as given.
-    """
+    """A path to read from: as given, or in the repository if it is only there."""
     path = output(path)
-    inside = ROOT / path
-    return (
-        inside if not os.path.exists(path) and has_repository() and os.path.exists(inside) else path
-    )
+    if os.path.exists(path) or not has_repository():
+        return path
+    return ROOT / path if os.path.exists(ROOT / path) else path
 
 
 def resolve(path: str | Path) -> Path:
-    """The absolute path that a notebook means: `find`, and in the repository what is
-    not there yet.
-    """
+    """The absolute path that a notebook means; what is not there is to be made."""
     path = find(path)
     return path.absolute() if os.path.exists(path) else base() / path
 
 
 def from_repository(path: str | Path) -> str:
-    """What to do where something that the repository brings is missing: nothing to add,
-    or one more sentence.
-    """
+    """One more sentence where something is missing that only the repository brings."""
     if has_repository() or not str(path).startswith(("data", "notebooks")):
         return ""
     return (
-        " What ships with GSV3D lies in its repository and not in the installed package: clone that and give the command "
-        "in its folder, or name another place."
+        " What ships with GSV3D lies in its repository and not in the installed package: "
+        "clone that and give the command in its folder, or name another place."
     )
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a reader of files says; libraries like to explain
-    themselves in many.
-    """
+    """The first line of an error; libraries like to explain themselves in many."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-# ---------------------------------------------------------------- reading
-
-
 def check_readable(*files: Path) -> None:
-    """Raises the OSError of a file that is there and may not be opened, which is the
-    machine's fault and no damage.
+    """Raises the OSError of a file that is there and may not be opened.
 
-    safetensors' reader says "No such file" of it, and other libraries hide the reason
-    in sentences of their own.
+    That is the machine's fault and no damage. safetensors' reader says "No such file"
+    of it, and other libraries hide the reason in sentences of their own.
     """
     for file in files:
         if os.path.lexists(file) and not Path(file).is_fifo():  # which would wait for ever
@@ -119,8 +104,7 @@ def check_readable(*files: Path) -> None:
 
 
 class atomic_path:
-    """Context manager: yields a temporary path beside `path` and renames it over `path`
-    only on success.
+    """Context manager: yields a temporary path and renames it to `path` on success.
 
     The file is on the disk before it gets its name, and has the permissions of any new
     file, whoever wrote it. An OSError inside (a full disk) names `path`, which the user
@@ -152,8 +136,9 @@ class atomic_path:
 
 
 def place_whole(target: Path, write: Callable[[Path], object]) -> None:
-    """The folder `target` by `write(folder)`, in full or not at all, in place of one
-    that is there.
+    """Make the folder `target` by `write(folder)`, in full or not at all.
+
+    It takes the place of a folder that is there.
     """
     temporary, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
     for left in (temporary, old):  # of a process that was killed
@@ -174,8 +159,9 @@ def place_whole(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def raise_fault_of(error: BaseException, path: Path, temporary: Path) -> None:
-    """Raises the OSError behind an error of a library that writes; an OSError itself
-    learns the name that users know.
+    """Raises the OSError behind an error of a library that writes.
+
+    An OSError itself learns the name that users know.
     """
     if isinstance(error, OSError):
         if error.errno is not None and error.filename in (None, str(temporary), temporary):
@@ -187,8 +173,7 @@ def raise_fault_of(error: BaseException, path: Path, temporary: Path) -> None:
 
 
 def settle(path: Path) -> None:
-    """Put a written file or folder on the disk, with the permissions that a new one
-    gets here.
+    """Put a written file or folder on the disk, with the usual permissions.
 
     safetensors writes for the owner alone, which would keep a cluster's other users and
     containers out.
@@ -220,18 +205,16 @@ def sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: str | Path, name: str = "*", alone: bool = False) -> None:
-    """Remove what killed processes of this machine left in `folder` of `atomic_path`
-    writes of the files `name`.
+    """Remove what killed writers of `atomic_path` left of the files `name`.
 
-    alone: remove those of other machines too; only for who holds the folder's lock.
+    alone: also those of other machines; only for who holds the folder's lock.
     """
     for path in Path(folder).glob(f".{name}.*.tmp"):
         found = LEFTOVER.fullmatch(path.name)
-        if (
-            found
-            and path.is_file()
-            and (alone or (found["writer"] == WRITER and not is_running(int(found["pid"]))))
-        ):
+        if found is None or not path.is_file():
+            continue
+        ours = found["writer"] == WRITER
+        if alone or (ours and not is_running(int(found["pid"]))):
             path.unlink(missing_ok=True)
 
 
@@ -250,12 +233,13 @@ def is_running(pid: int) -> bool:
 
 @contextmanager
 def own_folder(wanted: str | Path, names: Iterable[str]) -> Iterator[Path]:
-    """A folder in which one run writes files called `names`: `wanted`, or wanted-2,
-    wanted-3, ..., the first that holds none of them and that no other run is filling.
+    """A folder in which one run writes files called `names`: nothing is overwritten.
 
-    So nothing is overwritten. A new folder that stays empty is removed at the end.
+    It is `wanted`, or wanted-2, wanted-3, ..., the first that holds none of them and
+    that no other run is filling. A new folder that stays empty is removed at the end.
     """
-    wanted, names = Path(wanted).absolute(), list(names)
+    wanted = Path(wanted).absolute()
+    names = list(names)
     for number in count(1):
         ending = f"-{number}" if number > 1 else ""
         folder = wanted.parent / f"{wanted.name}{ending}"
@@ -278,41 +262,36 @@ def own_folder(wanted: str | Path, names: Iterable[str]) -> Iterator[Path]:
                 folder.rmdir()
 
 
+# ---------------------------------------------------------------- names of files
+
+
 def folder_name(path: str | Path) -> str:
     """The name of a file without its suffix, as a name of a folder on any system."""
     name = re.sub(r"[^\w.-]+", "_", Path(path).stem)[:40].strip("._-") or "picture"
     return f"{name}_" if re.fullmatch(RESERVED, name, re.IGNORECASE) else name
 
 
-# ---------------------------------------------------------------- names that files of others give
-
-
-LONGEST_ID = 150  # bytes: a file system takes 255, and suffixes are added
-
-
 def plain_id(name: str) -> str:
-    """A name that is also a file name: letters, digits, _ and - only, and not too long."""
+    """A name that is also a file name: letters, digits, _ and -, and not too long."""
     id = re.sub(r"[^\w-]+", "_", name) or "_"
     return id.encode()[-LONGEST_ID:].decode(errors="ignore")
 
 
 def check_id(id) -> None:
-    """Raises UserError where an id is no `plain_id`: as a path it could lead out of its
-    folder.
-    """
+    """Raises UserError where an id could lead out of its folder, as a path."""
     if not isinstance(id, str) or plain_id(id) != id:
         raise UserError(f"{str(id)[:100]!r} is no id: ids are letters, digits, _ and -")
 
 
 def named_file(folder: str | Path, name: str) -> Path:
-    """The path of a file that another file, in `folder`, names: below that folder or
-    the one above it.
+    """The path of a file that another file, in `folder`, names.
 
-    Whatever leads elsewhere raises UserError: a downloaded file must not choose what is
-    read.
+    It lies below that folder or the one above it. Whatever leads elsewhere raises
+    UserError: a downloaded file must not choose what is read.
     """
     root = os.path.abspath(folder)
+    above = os.path.dirname(root)
     path = os.path.normpath(os.path.join(root, name))
-    if "\0" in name or os.path.commonpath([os.path.dirname(root), path]) != os.path.dirname(root):
+    if "\0" in name or os.path.commonpath([above, path]) != above:
         raise UserError(f"{name!r} leads out of {folder}")
     return Path(path)

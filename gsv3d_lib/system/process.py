@@ -1,5 +1,6 @@
-"""One training at a time in a folder, and how a training is stopped: between two steps,
-with all weights whole.
+"""One training at a time in a folder, and how a training is stopped.
+
+It is stopped between two steps, where all weights are whole.
 """
 
 from __future__ import annotations
@@ -26,12 +27,11 @@ except ImportError:  # Windows
 
 @contextmanager
 def only_training(run_dir: Path, first: bool) -> Iterator[None]:
-    """While the block runs no other process trains in `run_dir`. Raises UserError where
-    one does.
+    """Within the block no other process trains in `run_dir`; UserError where one does.
 
-    The system gives the lock back when its process ends, however it ends. first: of
-    several processes of one training, only the first takes it. Windows, and file
-    systems without locks, go without.
+    The system gives the lock back when its process ends, however it ends. Windows, and
+    file systems without locks, go without.
+    first: of several processes of one training, only the first takes the lock.
     """
     if not first:
         yield
@@ -43,9 +43,10 @@ def only_training(run_dir: Path, first: bool) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            other = file.read(200).strip() or "just started"
             raise UserError(
-                f"Another training works in {run_dir} ({file.read(200).strip() or 'just started'}): wait until it ends, "
-                "or name another folder."
+                f"Another training works in {run_dir} ({other}): "
+                "wait until it ends, or name another folder."
             ) from None
         except OSError:  # ENOLCK, ENOSYS, ...: a network file system that cannot
             pass
@@ -57,8 +58,7 @@ def only_training(run_dir: Path, first: bool) -> Iterator[None]:
 
 
 class Signals:
-    """Ctrl-C and SIGTERM while the block runs: noted, and answered between two steps,
-    where all weights are whole.
+    """Notes Ctrl-C and SIGTERM within the block; the training asks between two steps.
 
     Only the main thread may listen; in another, and where a signal is ignored on
     purpose (nohup), nothing changes. A second Ctrl-C does not wait. Afterwards the
@@ -66,7 +66,8 @@ class Signals:
     """
 
     def __init__(self):
-        self.noted, self.before = 0, {}
+        self.noted = 0
+        self.before = {}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -85,8 +86,9 @@ class Signals:
         self.noted = self.noted or number
 
     def of_any_process(self, accelerator) -> int:
-        """The signal that a process of this training has got, 0 for none: all of them
-        leave after the same step.
+        """The signal that any process of this training has got, 0 for none.
+
+        All of them ask, so all of them leave after the same step.
         """
         if accelerator.num_processes == 1:
             return self.noted
@@ -94,8 +96,9 @@ class Signals:
 
 
 def leave(number: int, run_dir: Path, step: int, first: bool) -> None:
-    """End a training that a signal stopped: KeyboardInterrupt for Ctrl-C, SystemExit
-    with 128 + 15 for SIGTERM.
+    """End a training that a signal stopped.
+
+    Raises KeyboardInterrupt for Ctrl-C, and SystemExit with 128 + 15 for SIGTERM.
     """
     kept = f"{run_dir} holds its {step} steps" if step else "it had done no step"
     sentence = f"the training was stopped; {kept}, and the same command goes on from there."

@@ -1,4 +1,4 @@
-"""What made a result: the commit, the machine, and the versions that numbers depend on."""
+"""What made a result: the commit, the machine, the versions that numbers depend on."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numba",
 
 def commit() -> str:
     """Of the checkout that runs; "unknown" in an installed package, or without git."""
-    if not has_repository():
-        return "unknown"
+    said = git("rev-parse", "--short", "HEAD") if has_repository() else None
+    return (said or "").strip() or "unknown"
+
+
+def changed_files() -> list[str] | None:
+    """Tracked files that differ from the commit; None outside a git checkout."""
+    said = git("diff", "--name-only", "HEAD")
+    return None if said is None else said.split("\n")[:-1]
+
+
+def git(*words: str) -> str | None:
+    """What git says of this repository; None where it cannot say."""
+    command = ["git", *words]
     try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        return (
-            subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-            or "unknown"
-        )
-    except OSError:
-        return "unknown"
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout
 
 
 def hardware() -> str:
     """What ran this, without names of machines."""
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads"
-    )
+    device = f"{torch.get_num_threads()} CPU threads"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     return f"{device}, {platform.machine()}, torch {torch.__version__.split('+')[0]}"
 
 
@@ -46,20 +52,5 @@ def environment() -> dict:
         except PackageNotFoundError:
             continue
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "packages": installed,
-        "cuda": torch.version.cuda,
-        "gpus": gpus,
-    }
-
-
-def changed_files() -> list[str] | None:
-    """Tracked files that differ from the commit; None outside a git checkout."""
-    command = ["git", "diff", "--name-only", "HEAD"]
-    try:
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.split("\n")[:-1]
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    versions = {"python": platform.python_version(), "packages": installed}
+    return versions | {"cuda": torch.version.cuda, "gpus": gpus}
