@@ -293,7 +293,7 @@ def save_screenshot(page, path: Path) -> None:
     page.set_viewport_size(old)
 
 
-# ---------------------------------------------------------------- what a person does in one
+# ------------------------------------------------------------ what a person does in one
 
 
 def move_slider_and_expect_change(explorer, patience: float = 10) -> float:

@@ -205,7 +205,7 @@ def test_explicit_attention_is_attention(chain):
     )
 
 
-# ---------------------------------------------------------------- the library's shortcuts
+# -------------------------------------------------------------- the library's shortcuts
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def explorers(cells):
     return {name: cells[name].locator(".gsv3d-explorer") for name in EXPLORERS}
 
 
-# ---------------------------------------------------------------- the mechanisms, and that their failures are seen
+# ------------------------------------- the mechanisms, and that their failures are seen
 
 
 def test_a_slider_changes_the_picture_at_once(explorers):

@@ -166,7 +166,7 @@ def test_what_dead_processes_left_is_removed(tmp_path):
     assert {".weights.tmp", "a.1.tmp"} == {path.name for path in tmp_path.iterdir()}
 
 
-# ---------------------------------------------------------------- files that may not be read
+# ----------------------------------------------------------- files that may not be read
 
 
 @pytest.fixture

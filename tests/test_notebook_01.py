@@ -39,7 +39,7 @@ def network(sample, c_noise, token, *_):
     )
 
 
-# ---------------------------------------------------------------- the notebook's functions
+# ------------------------------------------------------------- the notebook's functions
 
 
 def test_scaled_latents(cells):

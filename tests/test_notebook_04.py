@@ -29,7 +29,7 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------- the notebook's functions
+# ------------------------------------------------------------- the notebook's functions
 
 
 def test_cameras_are_the_library_s(cells, cameras):

@@ -30,7 +30,7 @@ SIGMA = torch.tensor([0.3, 5.0])
 CLEAN, NOISE, V = (randn(2, 3, 4, 2, 2, seed=k) for k in range(3))
 
 
-# ---------------------------------------------------------------- the notebook's functions
+# ------------------------------------------------------------- the notebook's functions
 
 
 @torch.no_grad()

@@ -379,7 +379,7 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-# ---------------------------------------------------------------- what must not be there
+# --------------------------------------------------------------- what must not be there
 
 FORBIDDEN = {
     "a path of somebody's machine": r"(?<![\w.])/(?:work|root|farm|home/\w+|Users/\w+)/",

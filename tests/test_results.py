@@ -175,7 +175,7 @@ def test_without_a_folder_every_picture_has_its_own(quick, tmp_path):
     assert sorted(os.listdir("runs/object")) == ["car", "mug", "mug-2"]
 
 
-# ---------------------------------------------------------------- the demo and its notebook
+# ------------------------------------------------------------ the demo and its notebook
 
 
 @pytest.fixture

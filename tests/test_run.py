@@ -282,7 +282,7 @@ def test_parameter_sets_in_the_prose_exist(number):
     assert named and all((parameters.PARAMS / f"{nb}_{name}.yaml").is_file() for nb, name in named)
 
 
-# ---------------------------------------------------------------- the training of a notebook
+# ----------------------------------------------------------- the training of a notebook
 
 
 @pytest.mark.parametrize(

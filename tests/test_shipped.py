@@ -120,7 +120,7 @@ def test_the_bands_see_wrong_weights(pipe, stored):
     assert {line.split(":")[0] for line in far} >= {"alpha", "color"}
 
 
-# ---------------------------------------------------------------- the cards' recipes for other libraries
+# ----------------------------------------------- the cards' recipes for other libraries
 
 
 @torch.no_grad()
