@@ -213,3 +213,18 @@ def test_no_command_is_left_out():
     assert mains == homes | {Path(door.__file__)}
     assert all("return exit_code(run, " in sources[path] for path in homes)
     assert re.findall(r"^    (\w+) {2,}", door.__doc__, re.M) == list(door.COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["__main__", *door.COMMANDS.values()])
+def test_one_word_means_one_thing_in_all_commands(name):
+    """No second word for what docs/conventions.md names; each is explained."""
+    parser = import_module(f"gsv3d_lib.{name}").build_parser()
+    options = parser._option_string_actions
+    assert not {"--scale", "--processes", "--threads", "--checkpoint"} & set(options)
+    for word in command.COMMON.keys() & options.keys():
+        assert options[word].help, word
+
+
+def test_the_words_of_all_commands_are_stated():
+    stated = (Path(door.__file__).parents[1] / "docs/conventions.md").read_text()
+    assert all(f"`{word}`" in stated for word in command.COMMON)
