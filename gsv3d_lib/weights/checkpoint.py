@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import Dinov2Model
 
 
-def builders() -> dict[str, Callable[[Config], nn.Module]]:
+def builders() -> dict[str, Callable[..., nn.Module]]:
     """What makes a new model of each kind."""
     from ..decoder import build_decoder
     from ..encoders import build_clip, build_dino
@@ -99,8 +99,7 @@ def load_dino(config: Config, weights: Path) -> Dinov2Model | None:
 def load_config(folder: str | Path) -> Config:
     """The configuration stored in a checkpoint folder (`gsv3d.json`).
 
-    Raises MissingFile or UserError, with what to do, where there is none or it is
-    damaged.
+    Raises MissingFile or UserError where there is none or it is damaged.
     """
     path = find(folder) / "gsv3d.json"
     if not path.is_file():

@@ -38,10 +38,7 @@ RUN_FORMAT = 1  # of what a checkpoint states about its run
 def run_identity(
     stage: Stage, schedule: Schedule, seed: int, mixed_precision: str
 ) -> dict[str, object]:
-    """What a run is made of, by name, as JSON has it.
-
-    Not: micro batches and processes, which change no result.
-    """
+    """What a run is made of, by name, as JSON: all that can change its result."""
     facts: dict[str, object] = {"format": RUN_FORMAT}
     for name in ("steps", "batch", "lr", "warmup", "weight_decay", "ema"):
         facts[name] = getattr(schedule, name)
@@ -68,8 +65,7 @@ def check_identity(
     if not stored:
         return say(f"{path}, of an earlier version, does not state its settings: none is compared.")
     if stored["format"] > RUN_FORMAT:
-        later = "a later version of this program"
-        raise UserError(f"{path} was written by {later}: go on with that one.")
+        raise UserError(f"{path} is of a later version of this program: go on with that one.")
     if stored["steps"] < steps:
         planned = f"was planned with {stored['steps']} steps"
         say(f"{path} {planned}; the learning rate now follows {steps}.")

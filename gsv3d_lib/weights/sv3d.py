@@ -33,7 +33,7 @@ from ..lora import load_lora
 from ..system.command import check_writable, command_parser, exit_code, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.paths import check_readable, reason
-from .checkpoint import load_model, save_model
+from .checkpoint import builders, load_model, save_model
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
 
 SVD = "stabilityai/stable-video-diffusion-img2vid-xt"  # VAE, CLIP, scheduler if absent
@@ -72,16 +72,13 @@ class Download:
 
 
 # licence, gated, bytes of files, as the models' pages stated them for docs/weights.md
-DIFFUSERS_BYTES = (6_100_000_000, 335_000_000, 2_530_000_000, 594, 1000)  # as FOLDERS
+SIZES = (6_100_000_000, 335_000_000, 2_530_000_000, 594, 1000)
+DIFFUSERS_BYTES = dict(zip(FOLDERS.values(), SIZES))
 SVD_BYTES = {FOLDERS["vae"]: 391_000_000, FOLDERS["clip"]: 2_530_000_000}
 SVD_BYTES |= {FOLDERS["scheduler"]: 533}
 KNOWN = {
     "stabilityai/sv3d": ("Stability AI Community License", True, {SINGLE: 9_370_000_000}),
-    "chenguolin/sv3d-diffusers": (
-        "sv3d-nc-community",
-        False,
-        dict(zip(FOLDERS.values(), DIFFUSERS_BYTES)),
-    ),
+    "chenguolin/sv3d-diffusers": ("sv3d-nc-community", False, DIFFUSERS_BYTES),
     SVD: ("stable-video-diffusion-community", False, SVD_BYTES),
     DINO: ("apache-2.0", False, {"config.json": 548, "model.safetensors": 346_000_000}),
 }
@@ -188,8 +185,7 @@ class Weights:
     def read(self, key: str) -> Tensor:
         return self.handles[key].get_tensor(key)
 
-    def blank(self, key: str) -> Tensor:
-        """A tensor of the stored shape without values."""
+    def blank(self, key: str) -> Tensor:  # of the stored shape, without values
         return torch.empty(self.shapes[key], device="meta")
 
 
@@ -217,10 +213,8 @@ def single_file(source: Place, download: bool) -> Path | None:
         return fetch(str(source), SINGLE, download) if str(source) == "stabilityai/sv3d" else None
     path = Path(source)
     if not path.exists():
-        raise MissingFile(
-            f"There is no file or folder {source}; give one, or a Hub name such as "
-            "stabilityai/sv3d."
-        )
+        example = "a Hub name such as stabilityai/sv3d"
+        raise MissingFile(f"There is no file or folder {source}; give one, or {example}.")
     if path.is_dir():
         return path / SINGLE if (path / SINGLE).is_file() else None
     return path
@@ -236,12 +230,8 @@ def empty(part: str, config: Config, **options) -> nn.Module:
     """
     from accelerate import init_empty_weights
 
-    from ..encoders import build_clip
-    from ..unet import build_unet
-    from ..vae import build_vae
-
     with init_empty_weights():
-        return {"unet": build_unet, "vae": build_vae, "clip": build_clip}[part](config, **options)
+        return builders()[part](config, **options)
 
 
 def fill(part: str, weights: Weights, pieces: Pieces, config: Config) -> nn.Module:
@@ -255,7 +245,10 @@ def fill(part: str, weights: Weights, pieces: Pieces, config: Config) -> nn.Modu
     found = {name: tuple(how(weights.blank(s)).shape) for name, (s, how) in pieces.items()}
     still = timeless(wanted) if part == "vae" and not timeless(found) else {}
     compare(part, weights.name, wanted, found | still, config)
-    state = {name: pass_through(name, shape) for name, shape in still.items()}
+    state = {name: torch.zeros(shape) for name, shape in still.items()}
+    for name in state:  # a layer over time that changes nothing: 0, or the identity
+        if name.endswith("time_conv_out.weight"):
+            nn.init.dirac_(state[name])
     for ours, (stored, how) in pieces.items():
         state[ours] = how(weights.read(stored)).to(torch.float32, copy=True).contiguous()
     model.load_state_dict(state, assign=True)
@@ -266,12 +259,6 @@ def timeless(shapes: dict) -> dict:
     """Those entries that a decoder without layers over time does not have."""
     over_time = re.compile(r"temporal_res_block|time_mixer|time_conv_out")
     return {name: shape for name, shape in shapes.items() if over_time.search(name)}
-
-
-def pass_through(name: str, shape: tuple[int, ...]) -> Tensor:
-    """A layer over time that changes nothing: zero residual, or the identity."""
-    tensor = torch.zeros(shape)
-    return nn.init.dirac_(tensor) if name.endswith("time_conv_out.weight") else tensor
 
 
 def compare(part: str, file: str, wanted: dict, found: dict, config: Config) -> None:
@@ -450,10 +437,8 @@ def load_sv3d(
     if decoder is None:
         warnings.warn(
             "The Gaussian decoder is freshly initialised: SV3D's views are real, the Gaussians "
-            "mean "
-            "nothing until stage 1 has been trained (docs/weights.md); give checkpoint=... a "
-            "folder "
-            "with a trained decoder.",
+            "mean nothing until stage 1 has been trained (docs/weights.md); give checkpoint=... "
+            "a folder with a trained decoder.",
             stacklevel=3,
         )
         decoder = build_decoder(config).eval()

@@ -152,8 +152,7 @@ def check_ratio_interval(solution) -> None:
     expect(
         high - low < 1e-6,
         "Ours is exactly half of theirs on every object, so the ratio cannot move; you resampled "
-        "the two arrays "
-        "separately, which breaks the pairs.",
+        "the two arrays separately, which breaks the pairs.",
     )
     expect_close(low, 0.5, "Ours is half of theirs on every object: the ratio is 0.5.")
     theirs = np.exp(rng.normal(size=40))

@@ -87,7 +87,6 @@ def check_share_of_batch(share_of_batch: Callable) -> None:
     expect(
         shares[0] == [0, 2, 4],
         f"Process 0 of 2 takes every second example, [0, 2, 4]; yours takes {shares[0]}. Blocks "
-        "would work too, but the "
-        "library deals the examples out like cards.",
+        "would work too, but the library deals the examples out like cards.",
     )
     expect(ask(share_of_batch, 2, 4, 8) == [2, 6], "Process 2 of 4 takes examples 2 and 6 of 8.")
