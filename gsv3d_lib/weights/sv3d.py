@@ -423,8 +423,7 @@ def load_sv3d(
     """`load_backbone`, and the Gaussian decoder and LoRA of a GSV3D checkpoint folder.
 
     Without `checkpoint` the decoder is freshly initialised, with a warning: the views
-    are SV3D's, the Gaussians mean nothing before stage 1. A `dino` folder of the
-    checkpoint goes before the argument `dino`.
+    are SV3D's, the Gaussians mean nothing. A `dino` folder of it goes before `dino`.
     """
     folder = Path(checkpoint) if checkpoint is not None else None
     if folder is not None and (folder / "dino").is_dir():

@@ -9,8 +9,7 @@ One module per notebook. A checker is a function `check_NAME(solution)` under
         alphas = torch.tensor([0.5, 0.5])
         result = ask(transmittance, alphas)
         expect_shape(result, (2,))
-        expect_close(result, [1.0, 0.5], "Nothing is in front of the first: start at
-        1.")
+        expect_close(result, [1.0, 0.5], "The first has nothing in front: start at 1.")
 
 A stub returns None, and the checker then says that it is not written yet.
 """
