@@ -293,7 +293,8 @@ def plane_sweep(latents: Tensor, cameras: Cameras, grid: tuple[int, int], config
     depths = torch.linspace(-1, 1, config.planes, device=origins.device)[:, None]
     depths = origins.norm(dim=-1, keepdim=True) + depths * config.object_radius
     points = origins + depths * directions  # [T, planes, 3]
-    rotations, shifts = cameras.viewmats[:, :3, :3], cameras.viewmats[:, :3, 3]
+    rotations = cameras.viewmats[:, :3, :3]
+    shifts = cameras.viewmats[:, :3, 3]
     local = torch.einsum("vij,tpj->vtpi", rotations, points) + shifts[:, None, None]
     pixels = torch.einsum("vij,vtpj->vtpi", cameras.Ks, local / local[..., 2:])[..., :2]
     size = pixels.new_tensor([cameras.width, cameras.height])

@@ -171,7 +171,8 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
     offsets = torch.arange(11, dtype=a.dtype, device=a.device) - 5
     window = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = (window / window.sum()).expand(15, 1, 11)
-    x, y = a.movedim(-1, 1), b.movedim(-1, 1)
+    x = a.movedim(-1, 1)
+    y = b.movedim(-1, 1)
     moments = torch.cat([x, y, x * x, y * y, x * y], dim=1)  # [Q, 15, H, W]
     moments = F.conv2d(moments, window[..., None], padding=(5, 0), groups=15)
     moments = F.conv2d(moments, window[:, :, None], padding=(0, 5), groups=15)

@@ -100,7 +100,8 @@ def read_ply_table(path: Path) -> tuple[np.ndarray, str]:
             ) from error
         for element in before:
             start = _skip(file, element, start, size)
-        wanted, there = vertices.count * record.itemsize, max(size - start, 0)
+        wanted = vertices.count * record.itemsize
+        there = max(size - start, 0)
         if there < wanted:
             raise UserError(
                 f"{path} is cut off: its {vertices.count} splats take {wanted} bytes; got {there}."

@@ -89,7 +89,9 @@ class DINOStage(Stage):
     """
 
     FIELDS = ("image_size", "dino*")
-    PROTOTYPES, STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 1024, 0.1, 0.05
+    PROTOTYPES = 1024
+    STUDENT_TEMPERATURE = 0.1
+    TEACHER_TEMPERATURE = 0.05
     center: Tensor
 
     def __init__(self, dino: Dinov2Model, views: ViewTensors, config: Config):

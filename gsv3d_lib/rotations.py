@@ -19,7 +19,8 @@ def rotation_matrices(quats: Tensor) -> Tensor:
 
 def multiply_quaternions(a: Tensor, b: Tensor) -> Tensor:
     """The rotation b followed by a, both [..., 4] (w, x, y, z)."""
-    (aw, ax, ay, az), (bw, bx, by, bz) = a.unbind(-1), b.unbind(-1)
+    aw, ax, ay, az = a.unbind(-1)
+    bw, bx, by, bz = b.unbind(-1)
     return torch.stack(
         [
             aw * bw - ax * bx - ay * by - az * bz,

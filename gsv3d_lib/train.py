@@ -151,7 +151,8 @@ def take_over_once(init: Path, run: Path, stages: list[str], config: Config) -> 
 
 def export_weights(run: Path, folder: Path) -> None:
     """Copy OUT/weights to `folder` in half precision, with the training curves."""
-    weights, folder = Path(run) / "weights", Path(folder)
+    weights = Path(run) / "weights"
+    folder = Path(folder)
     if not (weights / "gsv3d.json").is_file():
         raise MissingFile(
             f"There are no finished weights in {weights}: --out names the run that --export copies."

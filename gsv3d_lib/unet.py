@@ -69,7 +69,8 @@ class FrameConv(nn.Module):
 
     def __init__(self, conv: nn.Conv3d):
         super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias  # [O, C, 3, 1, 1], [O]
+        self.weight = conv.weight  # [O, C, 3, 1, 1]
+        self.bias = conv.bias  # [O]
 
     def forward(self, x: Tensor) -> Tensor:
         flat = F.conv2d(x.flatten(3), self.weight.squeeze(-1), self.bias, padding=(1, 0))

@@ -73,7 +73,8 @@ def render(
         raise ValueError(
             "render() has no gradients for cameras: pass viewmats and Ks that do not require them."
         )
-    viewmats, Ks = cameras.viewmats.to(gaussians.means), cameras.Ks.to(gaussians.means)
+    viewmats = cameras.viewmats.to(gaussians.means)
+    Ks = cameras.Ks.to(gaussians.means)
     rasterize = _given.get() or _rasterizer(backend, gaussians.means.is_cuda)
     sums, alpha = rasterize(*gaussians.tensors(), viewmats, Ks, cameras.width, cameras.height)
     rgb = torch.addcmul(sums[..., :3], 1 - alpha, _background(background, viewmats))

@@ -47,7 +47,8 @@ def project(
     Gaussian's centre. With Sigma = (R S)(R S)^T that is A A^T for A = J W R S, whose
     columns are the ellipsoid's half axes as the image shows them.
     """
-    rotation, translation = viewmat[:3, :3], viewmat[:3, 3]
+    rotation = viewmat[:3, :3]
+    translation = viewmat[:3, 3]
     x, y, z = (means @ rotation.T + translation).unbind(-1)
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
     centres = torch.stack([fx * x / z + cx, fy * y / z + cy], -1)
@@ -100,7 +101,8 @@ def rasterize_view(
     features = torch.cat([colors, z[:, None], torch.ones_like(z[:, None])], -1)[order]
 
     def tile(rows: Tensor, columns: Tensor) -> Tensor:
-        first, last = torch.stack([columns[0], rows[0]]), torch.stack([columns[-1], rows[-1]]) + 1
+        first = torch.stack([columns[0], rows[0]])
+        last = torch.stack([columns[-1], rows[-1]]) + 1
         near = ((centres + extents > first) & (centres - extents < last)).all(-1)
         splats = centres[near], covariances[near], opacities[order][near]
         alphas = splat_alphas(*splats, rows, columns)

@@ -130,7 +130,8 @@ def _project(means, quats, scales, opacities, colors, viewmats, Ks, width, heigh
     memory = torch.empty(num_views * num_gaussians * dtype.itemsize, dtype=torch.uint8)
     splats = memory.numpy().view(dtype).reshape(num_views, num_gaussians)
     boxes = np.empty((num_views, num_gaussians), kernels.BOX)
-    gaussians, cameras = (means, quats, scales, opacities, colors), (viewmats, Ks, width, height)
+    gaussians = means, quats, scales, opacities, colors
+    cameras = viewmats, Ks, width, height
     _run(kernels.project_gaussians, *gaussians, *cameras, splats, boxes)
     return splats, boxes
 
