@@ -35,13 +35,8 @@ def builders() -> dict[str, Callable[..., nn.Module]]:
     from ..unet import build_unet
     from ..vae import build_vae
 
-    models: dict[str, Callable] = {
-        "vae": build_vae,
-        "clip": build_clip,
-        "dino": build_dino,
-        "unet": build_unet,
-    }
-    return models | {"decoder": build_decoder}
+    models: dict[str, Callable[..., nn.Module]] = {"vae": build_vae, "clip": build_clip}
+    return models | {"dino": build_dino, "unet": build_unet, "decoder": build_decoder}
 
 
 def model_classes() -> dict[str, type]:
