@@ -82,7 +82,7 @@ def test_the_library_does_not_grow():
 
 
 def test_the_maps_name_every_module_once():
-    """README and the package's docstring hold one line for each module, and no other."""
+    """README and the package's docstring hold one line for each module, no other."""
     expected = {str(path.relative_to(LIBRARY)) for path in MODULES}
     expected -= {name for name in expected if "exercises/" in name or name.endswith("__init__.py")}
     expected -= {"__main__.py"}

@@ -40,13 +40,15 @@ explorer(lambda brightness: plain(0.5), brightness=(0.0, 1.0, 0.5))""",
     "orbit": """
 torch.manual_seed(0)
 rand, count = torch.rand, 400
-some = Gaussians(rand(count, 3) - 0.5, rand(count, 4) - 0.5, 0.02 + 0.06 * rand(count, 3), rand(count), rand(count, 3))
+means, quaternions = rand(count, 3) - 0.5, rand(count, 4) - 0.5
+some = Gaussians(means, quaternions, 0.02 + 0.06 * rand(count, 3), rand(count), rand(count, 3))
 orbit_explorer(some)""",
 }
 FIGURES = {
     "turning": "plotly_gaussians(some, height=300)",
     "fixed": "plotly_gaussians(some, height=300).update_layout(scene_dragmode=False)",
-    "flat": "import plotly; plotly.graph_objects.Figure([dict(type='bar', y=[1, 2])], dict(height=200))",
+    "flat": "import plotly.graph_objects as go; "
+    "go.Figure([dict(type='bar', y=[1, 2])], dict(height=200))",
     "viewer": "splat_viewer(some, height=300)",
     "empty viewer": "splat_viewer(some.select(slice(0, 0)), height=300)",
 }
@@ -175,7 +177,7 @@ def test_notebook(lab, number):
 
 
 def use_explorers(page, wanted: bool) -> None:
-    """None of them shows an error, and the first slider is followed by a new picture."""
+    """None shows an error, and the first slider is followed by a new picture."""
     explorers = page.locator(".gsv3d-explorer")
     if wanted:
         explorers.first.wait_for()

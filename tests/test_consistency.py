@@ -22,7 +22,7 @@ SIZE = 48
 
 
 def sheet(x: float, opacity: float = 0.99, width: int = 40) -> Gaussians:
-    """A square of Gaussians in the plane at x, seen in full by a camera on the x axis."""
+    """A square of Gaussians in the plane at x, in full view from the x axis."""
     line = torch.linspace(-0.6, 0.6, width)
     y, z = (t.reshape(-1) for t in torch.meshgrid(line, line, indexing="ij"))
     means = torch.stack([torch.full_like(y, x), y, z], dim=-1)

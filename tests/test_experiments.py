@@ -24,7 +24,7 @@ CONFIG = tiny_config(lambda_pixel=0.0, stage2=Schedule(steps=2, batch=2, lr=0.3,
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A checkpoint folder and a dataset folder of two objects, one with its true shape."""
+    """A checkpoint and a dataset of two objects, one with its true shape."""
     folder = tmp_path_factory.mktemp("place")
     for stage in ("vae", "dino", "diffusion", "stage1"):
         stages.run_stage(stage, CONFIG, ball_views(), folder, progress=False)

@@ -24,7 +24,7 @@ COARSE = 48  # grid points per axis where the exact shape does not matter
 
 
 def ball(origins, directions, radius=0.8, centre=(0.0, 0.0, 0.0)):
-    """Distance along unit rays [V, H, W, 3] to a sphere; infinite where they miss it."""
+    """Distance along unit rays [V, H, W, 3] to a sphere; infinite where they miss."""
     to_centre = torch.tensor(centre) - origins
     along = (to_centre * directions).sum(-1)
     inside = radius**2 - (to_centre**2).sum(-1) + along**2

@@ -215,9 +215,7 @@ def check_torchrun(arguments: list[str], nodes: int, gpus: int):
     assert (int(options.nnodes), int(options.nproc_per_node)) == (nodes, gpus)
     assert training.gpus == nodes * gpus
     config = preset(training.preset)
-    assert all(
-        schedule_of(config, stage).batch % training.gpus == 0 for stage in training.stages
-    )
+    assert all(schedule_of(config, stage).batch % training.gpus == 0 for stage in training.stages)
     return options
 
 

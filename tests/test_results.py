@@ -224,7 +224,8 @@ def test_what_stops_the_notebook_is_a_sentence_if_it_can_be_mended(tmp_path, mon
     notebook.cells = [
         nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(
-            "from gsv3d_lib.system.errors import UserError\nraise UserError('turntable.mp4 is not there.')"
+            "from gsv3d_lib.system.errors import UserError\n"
+            "raise UserError('turntable.mp4 is not there.')"
         ),
     ]
     nbformat.write(notebook, tmp_path / "a.ipynb")

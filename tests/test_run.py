@@ -313,7 +313,7 @@ def test_a_training_that_would_fail_is_refused_before_the_notebook_runs(changes,
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """A dataset of two objects, and a folder that the trainings of this test write to."""
+    """A dataset of two objects, and a folder that trainings write to."""
     data = tmp_path / "data"
     data.mkdir()
     for k in range(2):
@@ -329,10 +329,8 @@ def test_a_training_is_planned_and_not_started(folders, capsys):
     assert launch.launch("tiny", ["vae", "stage1"], [str(data)], gpus=2) == {}
     text = capsys.readouterr().out
     assert re.search(r"stage1 +6,000 x 2 .*\d", text) and "not counted" in text
-    assert (
-        f"torchrun --standalone --nproc_per_node 2 -m gsv3d_lib train --preset tiny --stages vae stage1 --data {data}"
-        in text
-    )
+    launcher = "torchrun --standalone --nproc_per_node 2 -m gsv3d_lib train"
+    assert f"{launcher} --preset tiny --stages vae stage1 --data {data}" in text
     assert "Not started: set full_run = True" in text and not out.exists()
 
 
@@ -361,7 +359,8 @@ def interruptible():
 
 
 def test_an_interrupted_training_is_ended(tmp_path, interruptible):
-    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)"
+    pid = str(tmp_path / "pid")
+    code = f"import os, time; open({pid!r}, 'w').write(str(os.getpid())); time.sleep(300)"
 
     def interrupt():
         if within(60, lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()):
@@ -432,7 +431,8 @@ def test_refresh_leaves_a_failing_notebook_as_it_was(tmp_path, monkeypatch, caps
 def test_refresh_writes_the_row_of_the_readme(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(
-        "| [a](notebooks/02_x.ipynb) | <!-- measured -->?<!-- /measured --> |\n| [b](notebooks/03_y.ipynb) |\n"
+        "| [a](notebooks/02_x.ipynb) | <!-- measured -->?<!-- /measured --> |\n"
+        "| [b](notebooks/03_y.ipynb) |\n"
     )
     refresh.update_readme("02_x", "3 s", readme)
     assert "| <!-- measured -->3 s<!-- /measured --> |\n| [b]" in readme.read_text()
@@ -477,7 +477,7 @@ def test_refresh_drops_widgets_that_need_a_kernel():
 
 
 def test_training_takes_fields_of_the_preset(tmp_path, monkeypatch, capsys):
-    """`--set lambda_pixel=0.0` reaches the configuration; a wrong name is one sentence."""
+    """`--set lambda_pixel=0.0` reaches the configuration; a wrong name is a sentence."""
     seen = []
     monkeypatch.setattr(train, "load_views", lambda *_, **__: None)
     monkeypatch.setattr(train, "run_stage", lambda name, config, *_, **__: seen.append(config))

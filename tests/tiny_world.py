@@ -79,7 +79,7 @@ def object_views(id: str = "balls", turn: float = 0.0, size: int = 2 * SIZE) -> 
 
 
 def ball_views(objects: int = 2, size: int = SIZE) -> ViewTensors:
-    """`objects` ball scenes, each turned by another angle, as training sees a dataset."""
+    """`objects` ball scenes, each turned by another angle, as training sees them."""
     azimuths, elevations = dataset_angles()
     cameras = orbit_cameras(azimuths, elevations, size)
     parts = [ball_pictures(cameras, turned(BALLS, 40.0 * k)) for k in range(objects)]
