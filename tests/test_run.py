@@ -477,7 +477,7 @@ def test_refresh_drops_widgets_that_need_a_kernel():
 
 
 def test_training_takes_fields_of_the_preset(tmp_path, monkeypatch, capsys):
-    """`--set lambda_pixel=0.0` reaches the configuration; a wrong name is a sentence."""
+    """`--set lambda_pixel=0.0` reaches the configuration; a wrong one is told."""
     seen = []
     monkeypatch.setattr(train, "load_views", lambda *_, **__: None)
     monkeypatch.setattr(train, "run_stage", lambda name, config, *_, **__: seen.append(config))
