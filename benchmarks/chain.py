@@ -471,6 +471,8 @@ class Workbench:
         self.noisy = self.latents + 2.0 * batch["noise"]
         self.cameras = batch_cameras(batch["azimuth"], batch["elevation"], config.image_size)
         self.four = self.cameras[0][::4]
+        frames, channels, height, width = self.latents[0].shape
+        self.seen = torch.randn(frames, channels, height * width, decoder.config.planes)
         self.pictures = orbits.scene(0).rgb[: config.num_frames]
         with torch.no_grad():
             self.condition = orbit_condition(batch, clip, config)
@@ -502,11 +504,9 @@ class Workbench:
             maps = decoder.output_maps(latents, self.cameras, self.features)[0]
         maps.float().square().mean().backward()
 
-    def spread(self, config, function) -> None:
+    def spread(self, function) -> None:
         """A deviation over the views, as in the plane sweep, there and back."""
-        frames, channels, height, width = self.latents[0].shape
-        seen = torch.linspace(-2, 2, frames * channels * height * width * config.planes)
-        seen = seen.sin().reshape(frames, channels, height * width, -1).requires_grad_()
+        seen = self.seen.clone().requires_grad_()
         function(seen).square().mean().backward()
 
     def render(self, groups: list) -> None:
@@ -555,14 +555,8 @@ def decoder_comparisons(bench: Workbench) -> Iterator[Comparison]:
     yield compare("fused attention", "yes", partial(bench.decode, decoder, explicit), decode)
     yield compare("bf16 autocast", "no", decode, partial(bench.decode, decoder, bf16))
     yield compare("gradient checkpointing", "no", decode, partial(bench.decode, again))
-    spread, idea = partial(bench.spread, decoder.config), "elementwise passes"
-    yield Comparison(
-        "the sweep's deviation over views",
-        idea,
-        "yes",
-        partial(spread, std_of_views),
-        partial(spread, deviation),
-    )
+    ways = partial(bench.spread, std_of_views), partial(bench.spread, deviation)
+    yield Comparison("the sweep's deviation over views", "elementwise passes", "yes", *ways)
 
 
 def rendering_comparisons(bench: Workbench) -> Iterator[Comparison]:

@@ -205,7 +205,7 @@ def test_explicit_attention_is_attention(chain):
     )
 
 
-# -------------------------------------------------------------- the library's shortcuts
+# ---------------------------------------------------------------- in the library
 
 
 @torch.no_grad()
