@@ -39,7 +39,7 @@ lab: $(INSTALLED) ## JupyterLab on the notebooks
 
 notebooks: $(INSTALLED) ## run every notebook in place: outputs, time and memory; and the picture of the README
 	$(PY) tools/refresh.py
-	$(PY) tools/refresh.py --hero docs/images/hero.png
+	$(PY) tools/refresh.py --hero docs/images/hero.webp
 
 full: $(INSTALLED) ## one notebook with a parameter set: make full NB=07 PARAMS=paper
 	$(if $(NB),,$(error say which notebook and parameter set, such as: make full NB=07 PARAMS=tiny))

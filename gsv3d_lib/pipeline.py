@@ -115,15 +115,25 @@ class GSV3DPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, lora: bool = True, device: str | None = None
+        cls,
+        folder: str | Path,
+        lora: bool = True,
+        device: str | None = None,
+        download: bool = False,
     ) -> GSV3DPipeline:
         """Open a checkpoint folder as `train.py` writes it; with `lora`, its geometric
         distillation is switched on.
 
+        download: take what is no folder here for a name on the Hugging Face Hub, and
+        fetch it. Nothing is fetched otherwise.
         Raises FileNotFoundError with what to do when the folder or one of its models is
         missing.
         """
-        folder = find(folder)
+        name, folder = str(folder), find(folder)
+        if download and not folder.exists():
+            from .weights.sv3d import fetch_checkpoint
+
+            folder = fetch_checkpoint(name)
         config = load_config(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         names = ["vae", "clip", "unet", "decoder"] + ([] if config.dino == "none" else ["dino"])

@@ -2,7 +2,7 @@
 in their headers.
 
     python tools/refresh.py [02 05 ...] [--out FOLDER]
-    python tools/refresh.py --hero docs/images/hero.png    # the README's picture instead
+    python tools/refresh.py --hero docs/images/hero.webp    # the README's picture instead
 
 Every notebook runs on a fresh kernel in the notebooks' folder. The text between `<!--
 measured -->` and `<!-- /measured -->` in its first cells, and in its row of the
@@ -109,7 +109,7 @@ def update_readme(name: str, sentence: str, readme: Path = ROOT / "README.md") -
 
 def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: int = 160) -> None:
     """Bundled pictures and what `weights` make of them, seen from eight sides, as a
-    PNG.
+    PNG or WebP.
     """
     import torch
 
@@ -130,7 +130,7 @@ def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: in
     titles = ["input", *(f"{angle:.0f}°" for angle in angles)]
     with atomic_path(path) as temporary:
         image_grid(pictures, titles=titles, columns=9, width=10).savefig(
-            temporary, dpi=100, format="png"
+            temporary, dpi=100, format=path.suffix[1:]
         )
 
 
@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("numbers", nargs="*", help="such as 02; all notebooks by default")
     parser.add_argument("--out", type=output_path, help="folder to write to (default: in place)")
     parser.add_argument(
-        "--hero", type=output_path, metavar="PNG", help="only draw the README's picture"
+        "--hero", type=output_path, metavar="PICTURE", help="only draw the README's picture"
     )
     return parser
 
