@@ -39,7 +39,7 @@ include_patterns = [
     "data/checkpoints/*/README.md",
     "tools/README.md",
 ]
-exclude_patterns = ["docs/_static/**", "**/.ipynb_checkpoints"]
+exclude_patterns = ["docs/_static/**", "docs/examples/**", "**/.ipynb_checkpoints"]
 
 # ---------------------------------------------------------------- pages
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 
 import torch
+from tqdm import tqdm
 
 from ..config import Config, preset
 from ..stages import schedule_of
@@ -63,7 +64,7 @@ def report(config: Config, stages: list[str], processes: int = 1) -> str:
     lines = [
         f"{'stage':10}{'steps x batch':>16}{'GB bf16':>9}{'float32':>9}{'TFLOP/step':>12}{'PFLOP in all':>14}"
     ]
-    for stage in stages:
+    for stage in tqdm(stages, desc="planning", leave=False, mininterval=5):
         schedule = schedule_of(config, stage)
         line = f"{stage:10}{f'{schedule.steps:,} x {schedule.batch}':>16}"
         if stage in PLANNED:
