@@ -61,11 +61,11 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "html_image", "attrs_inline"]
 myst_heading_anchors = 4
-# GitHub shows the documents first, and there a heading may skip a level, a link may lead to a
-# folder, and a magic is no Python.
+# GitHub shows the documents first: there a heading may skip a level, and a magic of
+# IPython is no Python.
 suppress_warnings = ["myst.header", "misc.highlighting_failure", "mystnb.unknown_mime_type"]
 
-# MathJax 2 as Jupyter packs it: it draws SVG, for which no font has to be loaded.
+# MathJax 2 as Jupyter packs it. It draws SVG, for which no font has to be loaded.
 MATHJAX = Path(find_spec("jupyter_server_mathjax").origin).parent / "static"
 MATHJAX_PARTS = ["MathJax.js", "config", "extensions", "jax/input", "jax/element", "jax/output/SVG"]
 myst_update_mathjax = False
@@ -122,13 +122,13 @@ def escaped(text):
     return "".join(a + b for a, b in zip(plain, code))
 
 
-# ---------------------------------------------------------------- figures that live without a kernel
+# ---------------------------------------------------------------- interactive figures
 
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
 def interactive_figures(app, docname, source):
-    """A stored plotly figure becomes an element that figures.js draws when it is seen."""
+    """A stored plotly figure becomes an element that figures.js draws when seen."""
     if not docname.startswith("notebooks/") or not source[0].lstrip().startswith("{"):
         return
     notebook = json.loads(source[0])

@@ -1,4 +1,4 @@
-"""The app in a browser: a file that is none, then a picture, its mask, and the object."""
+"""The app in a browser: a file that is no picture, then one, its mask, the object."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""The shop window: the website, its workflow, the cards for the Hub, and small pictures.
+"""The shop window: the website, its workflow, cards for the Hub, small pictures.
 
 The site is built and walked only where the extra [docs] is installed; otherwise these
 tests are skipped and say so.
@@ -35,8 +35,12 @@ ELSEWHERE = re.compile(r"""(?:src|data-src|poster)=["'](?:https?:)?//|@import|ur
 def test_the_api_pages_hold_every_module_once():
     pages = "\n".join(path.read_text() for path in (ROOT / "docs/api").glob("*.rst"))
     named = re.findall(r"automodule:: (\S+)", pages)
-    modules = {str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in LIBRARY.rglob("*.py")}
-    modules = {m for m in modules if "exercises" not in m and not m.endswith(("__init__", "__main__"))}
+    modules = {
+        str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in LIBRARY.rglob("*.py")
+    }
+    modules = {
+        m for m in modules if "exercises" not in m and not m.endswith(("__init__", "__main__"))
+    }
     assert sorted(named) == sorted(modules | {"gsv3d_lib.rendering", "gsv3d_lib.export"})
 
 
@@ -197,7 +201,9 @@ def test_equations_are_drawn(page, site):
     path = next((site / "notebooks").glob("03_*.html"))
     page.goto(path.as_uri())
     page.locator(".MathJax_SVG svg").first.wait_for(timeout=60_000)
-    page.wait_for_function("() => !document.querySelector('.MathJax_SVG_Processing')", timeout=60_000)
+    page.wait_for_function(
+        "() => !document.querySelector('.MathJax_SVG_Processing')", timeout=60_000
+    )
     assert page.locator(".merror, [data-mml-node=merror]").count() == 0
 
 
