@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 PIP_QUIET := $(if $(CI),--quiet)
 NOTEBOOKS := $(wildcard notebooks)
 
-.PHONY: help install demo test lab notebooks full train-tiny tables bench doctor lint clean
+.PHONY: help install demo gallery app docs test lab notebooks full train-tiny tables bench doctor lint clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -30,6 +30,21 @@ demo: export DEMO_IMAGE := $(value IMAGE)
 demo: $(INSTALLED) ## one image -> 3D Gaussians; IMAGE=my.png for your own picture, ELEVATION=auto or degrees
 	$(PY) -m gsv3d_lib demo $(if $(value IMAGE),--image="$$DEMO_IMAGE") $(if $(ELEVATION),--elevation=$(ELEVATION))
 
+gallery: $(INSTALLED) ## gallery.html: many objects, two side by side; THINGS="my_pictures runs/demo"
+	$(PY) -m gsv3d_lib gallery $(or $(THINGS),data/images) --out gallery.html
+
+# What the Makefile installs beyond .venv's own packages, on first use.
+$(VENV)/.docs $(VENV)/.app: $(VENV)/.%: $(INSTALLED)
+	$(PY) -m pip install $(PIP_QUIET) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$*]"
+	@touch $@
+
+# The page listens on the loopback address alone: no other machine can reach it.
+app: $(VENV)/.app ## a page in the browser: drop a picture, correct its mask, turn the object
+	JUPYTER_PATH=notebooks/app $(PY) -m voila notebooks/app.ipynb --template=gsv3d --Voila.ip=127.0.0.1
+
+docs: $(VENV)/.docs ## the website, in build/site; open build/site/index.html
+	$(PY) -m sphinx -W --keep-going -q -b html -c docs -d build/doctrees . build/site
+
 test: $(INSTALLED) ## every test and every notebook, offline
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadscope \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests $(NOTEBOOKS)
@@ -37,9 +52,10 @@ test: $(INSTALLED) ## every test and every notebook, offline
 lab: $(INSTALLED) ## JupyterLab on the notebooks
 	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_from_one_image_to_3d.ipynb
 
-notebooks: $(INSTALLED) ## run every notebook in place: outputs, time and memory; and the picture of the README
+notebooks: $(INSTALLED) ## run every notebook in place: outputs, time and memory; and the pictures of the README
 	$(PY) tools/refresh.py
-	$(PY) tools/refresh.py --hero docs/images/hero.png
+	$(PY) tools/thumbnails.py
+	$(PY) tools/refresh.py --hero docs/images/hero.webp
 
 full: $(INSTALLED) ## one notebook with a parameter set: make full NB=07 PARAMS=paper
 	$(if $(NB),,$(error say which notebook and parameter set, such as: make full NB=07 PARAMS=tiny))

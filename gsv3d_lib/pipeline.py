@@ -117,14 +117,24 @@ class GSV3DPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, lora: bool = True, device: str | None = None
+        cls,
+        folder: str | Path,
+        lora: bool = True,
+        device: str | None = None,
+        download: bool = False,
     ) -> GSV3DPipeline:
         """Open a checkpoint folder; `lora` switches its distillation on.
 
+        download: take what is no folder here for a name on the Hugging Face Hub, and
+        fetch it. Nothing is fetched otherwise.
         Raises MissingFile or UserError where the folder or one of its models is
         missing.
         """
-        folder = find(folder)
+        name, folder = str(folder), find(folder)
+        if download and not folder.exists():
+            from .weights.sv3d import fetch_checkpoint
+
+            folder = fetch_checkpoint(name)
         config = load_config(folder)
         names = ["vae", "clip", "unet", "decoder"] + ([] if config.dino == "none" else ["dino"])
         models = {name: load_model(folder, name) for name in names}

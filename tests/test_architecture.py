@@ -82,13 +82,13 @@ def test_the_library_does_not_grow():
 
 
 def test_the_maps_name_every_module_once():
-    """README and the package's docstring hold one line for each module, no other."""
+    """docs/map.md and the package's docstring hold a line for each module, no other."""
     expected = {str(path.relative_to(LIBRARY)) for path in MODULES}
     expected -= {name for name in expected if "exercises/" in name or name.endswith("__init__.py")}
     expected -= {"__main__.py"}
     expected |= {"rendering/__init__.py", "export/__init__.py"}
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("## The map") : readme.index("## Licence")]
-    assert sorted(re.findall(r"`([\w/]+\.py)`", table)) == sorted(expected)
+    table = (ROOT / "docs/map.md").read_text()
+    assert sorted(re.findall(r"^\| `([\w/]+\.py)`", table, re.M)) == sorted(expected)
+    assert "(docs/map.md)" in (ROOT / "README.md").read_text()
     listed = re.findall(r"^    ([\w/]+\.py) ", gsv3d_lib.__doc__, re.M)
     assert sorted(listed) == sorted(expected)

@@ -1,7 +1,7 @@
 """Run notebooks in place and write what a reader sees: outputs, times and memory.
 
     python tools/refresh.py [02 05 ...] [--out FOLDER]
-    python tools/refresh.py --hero docs/images/hero.png    # the README's picture
+    python tools/refresh.py --hero docs/images/hero.webp    # the README's picture
 
 Every notebook runs on a fresh kernel in the notebooks' folder. What was measured goes
 between `<!-- measured -->` and `<!-- /measured -->`, in its first cells and in its row
@@ -108,7 +108,7 @@ def update_readme(name: str, sentence: str, readme: Path = ROOT / "README.md") -
 
 
 def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: int = 160) -> None:
-    """A PNG of bundled pictures and what `weights` make of them, from eight sides."""
+    """Bundled pictures and what `weights` make of them from eight sides: PNG or WebP."""
     import torch
 
     from gsv3d_lib.cameras import orbit_cameras
@@ -127,7 +127,7 @@ def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: in
     titles = ["input", *(f"{angle:.0f}°" for angle in angles)]
     figure = image_grid(pictures, titles=titles, columns=9, width=10)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+        figure.savefig(temporary, dpi=100, format=path.suffix[1:])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("numbers", nargs="*", help="such as 02; all notebooks by default")
     parser.add_argument("--out", type=output_path, help="folder to write to (default: in place)")
     parser.add_argument(
-        "--hero", type=output_path, metavar="PNG", help="only draw the README's picture"
+        "--hero", type=output_path, metavar="PICTURE", help="only draw the README's picture"
     )
     return parser
 

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from itertools import zip_longest
 
 import nbformat
 from refresh import MEASURED, with_measured
@@ -33,14 +32,10 @@ MARK = re.compile(r"<!-- ([\w-]+): begin -->")
 
 
 def module_map() -> str:
-    """The package's map of modules as a table of two columns."""
+    """The package's map of modules as a table."""
     rows = re.findall(r"^    ([\w/]+\.py) +(.+)$", gsv3d_lib.__doc__, re.M)
-    cells = [f"`{name}` | {text}" for name, text in rows]
-    half = -(-len(cells) // 2)
-    lines = ["| module | what it is | module | what it is |", "|---|---|---|---|"]
-    for left, right in zip_longest(cells[:half], cells[half:], fillvalue=" | "):
-        lines.append(f"| {left} | {right} |")
-    return "\n".join(lines)
+    lines = ["| module | what it is |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {text} |" for name, text in rows)])
 
 
 def results() -> str:
@@ -81,7 +76,8 @@ def data_cost() -> str:
 
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"map": module_map},
+    "README.md": {},
+    "docs/map.md": {"map": module_map},
     "docs/results.md": {"results": results, "claims": claims},
     "docs/performance.md": {
         section: partial(performance, section)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 
 import torch
+from tqdm import tqdm
 
 from ..config import Config, preset
 from ..stages import schedule_of
@@ -60,7 +61,7 @@ def report(config: Config, stages: list[str], gpus: int = 1) -> str:
     """A table of every stage: steps, memory in both precisions, and arithmetic."""
     numbers = f"{'GB bf16':>9}{'float32':>9}{'TFLOP/step':>12}{'PFLOP in all':>14}"
     lines = [f"{'stage':10}{'steps x batch':>16}{numbers}"]
-    for stage in stages:
+    for stage in tqdm(stages, desc="planning", leave=False, mininterval=5):
         schedule = schedule_of(config, stage)
         line = f"{stage:10}{f'{schedule.steps:,} x {schedule.batch}':>16}"
         if stage not in PLANNED:

@@ -25,8 +25,10 @@ survives `fork` and being called from several threads.
 """
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -59,7 +61,19 @@ def rasterize(
             raise ValueError(
                 f"{name} contains NaN or infinity: look for the step that produced it."
             )
+    _announce_compilation()
     return _Rasterize.apply(*inputs, width, height)  # pyright: ignore[reportReturnType]
+
+
+@lru_cache(maxsize=1)
+def _announce_compilation() -> None:
+    """Says why the first picture of an installation takes its time; later ones find
+    compiled kernels.
+    """
+    place = kernels.blend_tiles.stats.cache_path
+    if place is None or not any(Path(place).glob("kernels.blend_tiles-*.nbi")):
+        kept = "once" if place else "and cannot keep them"
+        print(f"gsv3d: compiling the renderer's kernels, {kept}: about 20 s.", file=sys.stderr)
 
 
 def num_threads() -> int:

@@ -153,6 +153,14 @@ def fetch(repo: str, file: str, download: bool) -> Path:
     raise MissingFile(problem)
 
 
+def fetch_checkpoint(repo: str) -> Path:
+    """A checkpoint folder that somebody put on the Hub, from the network or the cache."""
+    import huggingface_hub as hub
+
+    fetch(repo, "gsv3d.json", download=True)  # it says in one sentence what is wrong
+    return Path(hub.snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+
+
 # ---------------------------------------------------------------- files
 
 
