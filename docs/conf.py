@@ -55,7 +55,7 @@ pygments_style = "friendly"
 pygments_dark_style = "monokai"
 copybutton_exclude = ".linenos, .gp, .go"
 
-# ---------------------------------------------------------------- notebooks and Markdown
+# --------------------------------------------------------- notebooks and Markdown
 
 nb_execution_mode = "off"
 nb_merge_streams = True
@@ -142,7 +142,7 @@ def interactive_figures(app, docname, source):
     source[0] = json.dumps(notebook)
 
 
-# ---------------------------------------------------------------- what is copied and made
+# ------------------------------------------------------- what is copied and made
 
 
 def finish(app, error):

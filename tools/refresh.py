@@ -108,7 +108,7 @@ def update_readme(name: str, sentence: str, readme: Path = ROOT / "README.md") -
 
 
 def draw_hero(path: Path, weights: Path, names: tuple[str, ...] = HERO, size: int = 160) -> None:
-    """Bundled pictures and what `weights` make of them from eight sides: PNG or WebP."""
+    """Bundled pictures, and what `weights` make of them from eight sides."""
     import torch
 
     from gsv3d_lib.cameras import orbit_cameras

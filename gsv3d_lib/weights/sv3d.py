@@ -154,7 +154,7 @@ def fetch(repo: str, file: str, download: bool) -> Path:
 
 
 def fetch_checkpoint(repo: str) -> Path:
-    """A checkpoint folder that somebody put on the Hub, from the network or the cache."""
+    """Somebody's checkpoint folder on the Hub, from the network or the cache."""
     import huggingface_hub as hub
 
     fetch(repo, "gsv3d.json", download=True)  # it says in one sentence what is wrong
