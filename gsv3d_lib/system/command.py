@@ -154,7 +154,7 @@ def results_folder(wanted: Path, names: Iterable[str]) -> Iterator[Path]:
 def whole(low: int, high: int) -> Callable[[str], int]:
     """The type of an option that is a whole number from `low` to `high`."""
 
-    def read(text: str | None) -> int:
+    def read(text: str) -> int:
         with option_errors():
             return arguments.whole("", number_in(text, int), low, high)
 
@@ -164,14 +164,14 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 def number(low: float, high: float, ends: bool = True) -> Callable[[str], float]:
     """The type of an option that is a finite number in a range, `ends` included."""
 
-    def read(text: str | None) -> float:
+    def read(text: str) -> float:
         with option_errors():
             return arguments.real("", number_in(text, float), low, high, ends)
 
     return read
 
 
-def number_in(text: str | None, kind: type) -> float | str:
+def number_in(text: str, kind: type) -> float | str:
     """The number that a text spells, or the text itself, which the check then names."""
     try:
         value = kind(text)
@@ -189,7 +189,7 @@ def option_errors() -> Iterator[None]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def degrees(text: str | None) -> float | None:
+def degrees(text: str) -> float | None:
     """The option --elevation: a number, or None for "auto"."""
     if text == "auto":
         return None
@@ -199,17 +199,17 @@ def degrees(text: str | None) -> float | None:
         raise argparse.ArgumentTypeError(f"{error}, or auto") from None
 
 
-def input_path(text: str | None | Path) -> Path:
+def input_path(text: str | Path) -> Path:
     """What a command reads, by the rule that `paths` states."""
     return find(named(text))
 
 
-def output_path(text: str | None | Path) -> Path:
+def output_path(text: str | Path) -> Path:
     """What a command writes, by the same rule."""
     return output(named(text))
 
 
-def named(text: str | None | Path) -> str | Path:
+def named(text: str | Path) -> str | Path:
     if not str(text):
         raise argparse.ArgumentTypeError("must name a file or folder, got ''")
     return text
@@ -252,7 +252,9 @@ COMMON = {
 }
 
 
-def command_parser(name: str, text: str | None, *common: str, **defaults) -> argparse.ArgumentParser:
+def command_parser(
+    name: str, text: str | None, *common: str, **defaults
+) -> argparse.ArgumentParser:
     """The parser of `python -m gsv3d_lib NAME`.
 
     text: its module's docstring.
