@@ -100,7 +100,7 @@ def paragraph_as_rst(text):
     rows = text.split("\n")
     if text.strip() and all(row.startswith("    ") for row in rows):
         return "::\n\n" + text
-    argument = re.compile(r"^([a-zA-Z_][\w, ()\[\]|.*]*): ")
+    argument = re.compile(r"^[a-z_*][\w*]*(, [a-z_*][\w*]*)*( \[[^:]*)?: ")
     items, lead = [], []
     for row in rows:
         row = row.strip()

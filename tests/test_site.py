@@ -8,7 +8,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -170,20 +173,37 @@ def browser():
         yield instance
 
 
+@pytest.fixture(scope="module")
+def address(site):
+    """The site as a server gives it: search shows no excerpts from file://."""
+    handler = partial(QuietHandler, directory=site)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
 @pytest.fixture
-def page(browser, site):
+def page(browser, address):
     """A page whose errors and requests to elsewhere fail the test."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda r: problems.append(r.url) if r.url.startswith("http") else None)
+    page.on("response", lambda r: problems.append(r.url) if r.status >= 400 else None)
+    foreign = f"https?://(?!{address.split('//')[1]})"
+    page.on("request", lambda r: problems.append(r.url) if re.match(foreign, r.url) else None)
     yield page
     assert problems == []
     page.close()
 
 
-def test_a_walk_through_the_site(page, site):
-    page.goto((site / "index.html").as_uri())
+def test_a_walk_through_the_site(page, address):
+    page.goto(f"{address}/index.html")
     page.wait_for_url("**/docs/index.html")
     page.get_by_role("link", name="notebook 00").click()
     page.wait_for_url("**/notebooks/00_*.html")
@@ -197,9 +217,9 @@ def test_a_walk_through_the_site(page, site):
     page.locator("#search-results li").first.wait_for(timeout=60_000)
 
 
-def test_equations_are_drawn(page, site):
+def test_equations_are_drawn(page, site, address):
     path = next((site / "notebooks").glob("03_*.html"))
-    page.goto(path.as_uri())
+    page.goto(f"{address}/notebooks/{path.name}")
     page.locator(".MathJax_SVG svg").first.wait_for(timeout=60_000)
     page.wait_for_function(
         "() => !document.querySelector('.MathJax_SVG_Processing')", timeout=60_000
@@ -207,19 +227,22 @@ def test_equations_are_drawn(page, site):
     assert page.locator(".merror, [data-mml-node=merror]").count() == 0
 
 
-def test_the_gallery_of_the_site(page, site):
-    page.goto((site / "docs/gallery.html").as_uri())
+def test_the_gallery_of_the_site(page, address):
+    page.goto(f"{address}/docs/gallery.html")
     frame = page.frame_locator("iframe.viewer")
     frame.get_by_role("button", name="Compare two objects").click(timeout=60_000)
     frame.get_by_label("Input laid over the source view").fill("0.5")  # a slider
     assert frame.locator(".card").count() == 10
 
 
-def test_the_site_fits_a_phone_and_the_dark(browser, site):
+def test_the_site_fits_a_phone_and_the_dark(browser, address):
     page = browser.new_page(viewport={"width": 360, "height": 740}, color_scheme="dark")
     for name in ("docs/index.html", "docs/results.html", "README.html", "docs/gallery.html"):
-        page.goto((site / name).as_uri())
+        page.goto(f"{address}/{name}")
         assert page.evaluate("document.documentElement.scrollWidth") <= 361, name
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert max(map(int, re.findall(r"\d+", ground)[:3])) < 80, name
+        for code in page.locator(".highlight").all()[:1]:
+            ground = code.evaluate("e => getComputedStyle(e).backgroundColor")
+            assert max(map(int, re.findall(r"\d+", ground)[:3])) < 120, name
     page.close()
