@@ -88,6 +88,20 @@ add_module_names = False
 viewcode_line_numbers = True
 
 
+def modules_of_wing(app, docname, source):
+    """A page of docs/api gets the modules that docs/map.md lists for its wing."""
+    folder, _, wing = docname.rpartition("/")
+    if folder != "docs/api":
+        return
+    listed = re.findall(r"^\| `([\w/]+)\.py`", (ROOT / "docs/map.md").read_text(), re.M)
+    chosen = [name for name in listed if name.rpartition("/")[0].split("/")[0] == wing]
+    chosen = [name for name in listed if "/" not in name] if wing == "chain" else chosen
+    for name in chosen:
+        module = name.removesuffix("/__init__").replace("/", ".")
+        title = f"``{module}``"
+        source[0] += f"\n{title}\n{'-' * len(title)}\n\n.. automodule:: gsv3d_lib.{module}\n"
+
+
 def docstring_as_rst(app, what, name, obj, options, lines):
     """Docstrings here are plain text: names in `backquotes`, `name: what it is` for
     arguments, and indented lines as they stand.
@@ -100,7 +114,7 @@ def paragraph_as_rst(text):
     rows = text.split("\n")
     if text.strip() and all(row.startswith("    ") for row in rows):
         return "::\n\n" + text
-    argument = re.compile(r"^([a-zA-Z_][\w, ()\[\]|.*]*): ")
+    argument = re.compile(r"^[a-z_*][\w*]*(, [a-z_*][\w*]*)*( \[[^:]*)?: ")
     items, lead = [], []
     for row in rows:
         row = row.strip()
@@ -186,6 +200,7 @@ def copy(source, target):
 
 def setup(app):
     app.connect("autodoc-process-docstring", docstring_as_rst)
+    app.connect("source-read", modules_of_wing)
     app.connect("source-read", interactive_figures)
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -165,6 +165,7 @@ def test_every_import_is_a_declared_dependency():
         "playwright": "pytest-playwright",
         "IPython": "ipykernel",
         "jupyter_client": "ipykernel",
+        "traitlets": "ipywidgets",
     }
     declared = {r.name.lower().replace("-", "_") for r in requirements()}
     own = {"gsv3d_lib"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
