@@ -264,7 +264,7 @@ class Config:
     # of others, made by tools/convert_lpips.py
     lpips_weights: str = "data/cache/lpips/alex.safetensors"
     lambda_3d: float = 1.0
-    # alpha in stage 2's L_3D; not in the paper, and it does harm: notebook 08
+    # alpha in stage 2's L_3D; not in the paper, and it does harm: notebook 10
     lambda_alpha_stage2: float = 0.0
     sigma_weighting: str = "none"  # w(sigma) of L_3D: "none", or "snr" = 1 / (1 + sigma^2)
     lora_rank: int = 16

@@ -1,5 +1,5 @@
 """Do the views agree on one object? Four numbers that show a failure where PSNR hardly
-moves; notebook 08 derives them.
+moves; notebook 09 derives them.
 
 `reprojection_error` and `split_agreement` need no ground truth. `ghosting` and `detail`
 ask the truth only for where the object is and how much texture it has. All are this
