@@ -186,7 +186,7 @@ def test_the_seeded_bug_is_told_and_its_repair_accepted(notebook, capsys):
     ],
 )
 def test_depth_seen_rejects(wrong, hint):
-    assert rejects(exercises.check_depth_seen.__wrapped__, wrong, hint)
+    assert rejects(exercises.check_depth_seen, wrong, hint)
 
 
 @pytest.mark.parametrize(

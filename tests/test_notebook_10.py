@@ -162,7 +162,7 @@ def test_the_seeded_bug_is_told_and_its_repair_accepted(notebook, capsys):
     ],
 )
 def test_paired_differences_rejects(wrong, hint):
-    assert rejects(exercises.check_paired_differences.__wrapped__, wrong, hint)
+    assert rejects(exercises.check_paired_differences, wrong, hint)
 
 
 @pytest.mark.parametrize(

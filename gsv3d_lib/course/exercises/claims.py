@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import ask, bug_checker, checker, expect, expect_close
+from . import ask, checker, expect, expect_close
 
 SEEDS, OBJECTS = 3, 40  # of a simulated experiment
 TRAINING, NOISE = 0.3, 0.5  # deviations between trainings, and of each number; objects have 1
@@ -119,7 +119,7 @@ def check_two_way_interval(solution) -> None:
     )
 
 
-@bug_checker
+@checker
 def check_paired_differences(solution) -> None:
     """(ours by object, theirs by object) -> differences [O]."""
     ours = {"cup": 1.0, "car": 5.0, "hat": 9.0}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...evaluation.consistency import detail
 from ...evaluation.metrics import psnr
-from . import ask, bug_checker, checker, expect, expect_close, expect_not, expect_shape
+from . import ask, checker, expect, expect_close, expect_not, expect_shape
 
 DECIBELS, KEPT = 25.0, 0.3  # PSNR to reach, and detail to stay below
 
@@ -110,7 +110,7 @@ def check_kept_power(solution) -> None:
     )
 
 
-@bug_checker
+@checker
 def check_spread_of_ray(solution) -> None:
     """(weights [..., K], depths [..., K]) -> spread [...]."""
     weights = torch.tensor([[0.3, 0.3, 0.0], [0.5, 0.0, 0.5]])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...gaussians import Gaussians
 from ...rotations import rotation_matrices
-from . import ask, bug_checker, checker, expect, expect_close
+from . import ask, checker, expect, expect_close
 
 MASK_IOU = 0.95  # to reach on masks that start near 0.75
 
@@ -107,7 +107,7 @@ def check_coverage(solution) -> None:
     expect_close(float(measured), 7 / 9, "Truths that are draws themselves.", 0.02)
 
 
-@bug_checker
+@checker
 def check_turned(solution) -> None:
     """(gaussians, degrees) -> gaussians, turned about z."""
     needle = Gaussians(
