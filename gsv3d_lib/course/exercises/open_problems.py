@@ -66,14 +66,14 @@ def check_rank_correlation(solution) -> None:
         "x and x^5 have the same order, so the correlation is 1: correlate ranks, not values.",
     )
     expect_close(float(ask(solution, a, -a)), -1.0, "The opposite order has correlation -1.")
-    order = torch.tensor([10.0, 40.0, 20.0, 30.0])
-    answer = float(ask(solution, a, order))
-    once = float(torch.corrcoef(torch.stack([a, order.argsort().double()]))[0, 1])
+    b, c = torch.tensor([3.0, 1.0, 4.0, 2.0]), torch.tensor([10.0, 40.0, 20.0, 30.0])
+    answer, right = float(ask(solution, b, c)), rank_correlation(b, c)
+    once = float(torch.corrcoef(torch.stack([b.argsort(), c.argsort()]).double())[0, 1])
     expect(
-        abs(answer - once) > 1e-3 or abs(once - 0.4) < 1e-3,
+        abs(answer - once) > 1e-3,
         "argsort gives the places of the sorted numbers; the ranks are the argsort of that.",
     )
-    expect_close(answer, rank_correlation(a, order), "1, 2, 3, 4 against 10, 40, 20, 30.", 1e-3)
+    expect_close(answer, right, "3, 1, 4, 2 against 10, 40, 20, 30.", 1e-3)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(200, generator=generator), torch.rand(200, generator=generator)
     expect_close(
