@@ -232,7 +232,7 @@ class Config:
     # made by tools/convert_lpips.py of others' weights
     lpips_weights: str = "data/cache/lpips/alex.safetensors"
     lambda_3d: float = 1.0
-    lambda_alpha_stage2: float = 0.0  # not in the paper, and it does harm (stage 2)
+    lambda_alpha_stage2: float = 0.0  # not in the paper, and it does harm: notebook 10
     sigma_weighting: str = "none"  # w(sigma) of L_3D: "none", or "snr" = 1 / (1 + sigma^2)
     lora_rank: int = 16
     # recompute blocks in the backward pass: a third more time, a fraction of the memory

@@ -58,7 +58,7 @@ def depth(seen: Seen, true: Truth) -> Tensor:
 
 
 def alpha(seen: Seen, true: Truth) -> Tensor:
-    """mean |A - A*|^2 [ours]. In stage 1 only: it makes stage 2 worse."""
+    """mean |A - A*|^2 [ours]. In stage 1 only: notebook 10 says why."""
     return (seen.alpha - true.alpha).pow(2).mean()
 
 

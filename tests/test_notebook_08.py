@@ -19,7 +19,8 @@ from gsv3d_lib.config import preset
 from gsv3d_lib.course.exercises import evaluation as exercises
 from gsv3d_lib.data import dataset, make_dataset
 from gsv3d_lib.data.raycast import render_mesh
-from gsv3d_lib.evaluation import baselines, consistency, experiments, metrics, protocol
+from gsv3d_lib.evaluation import consistency, experiments, metrics, protocol
+from gsv3d_lib.evaluation.lpips import LPIPS
 from gsv3d_lib.export import mesh
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.weights.checkpoint import load_config
@@ -64,6 +65,14 @@ def test_image_metrics_equal_the_library(notebook):
     )
 
 
+def test_lpips_equals_the_library(notebook):
+    net = LPIPS("alex").requires_grad_(False)
+    net.weights = torch.nn.ParameterList(torch.rand_like(w) for w in net.weights)
+    a, b = random_images(2, 40, 40, 3), random_images(2, 40, 40, 3, seed=1)
+    by_hand = notebook["lpips_by_hand"](net.features(a), net.features(b), list(net.weights))
+    assert torch.allclose(by_hand, net(a, b), atol=1e-5)
+
+
 def test_shape_metrics_equal_the_library(notebook):
     a, b = notebook["sphere"](500, 0.9, seed=1), notebook["sphere"](300, 1.0, seed=2)
     there, back = notebook["nearest_distances"](a, b), notebook["nearest_distances"](b, a)
@@ -100,128 +109,10 @@ def test_visible_surface_leaves_out_what_is_inside(notebook):
     assert np.linalg.norm(points, axis=1).min() > 0.85
 
 
-def test_depth_spread_equals_the_library(notebook):
-    gaussians, views = random_gaussians(), orbit_cameras(torch.tensor([0.0, 70.0]), 15.0, 32)
-    spread, alpha = notebook["depth_spread"](gaussians, views)
-    for view in range(2):
-        library = mesh.front_and_spread(gaussians, views[view])[1][0, ..., 0]
-        assert torch.allclose(spread[view], library, atol=1e-5)
-    assert alpha.shape == (2, 32, 32)
-
-
-def test_ghosting_knows_a_solid_from_a_double(notebook):
-    views = orbit_cameras(torch.tensor([0.0]), 0.0, 32)
-    line = torch.linspace(-0.5, 0.5, 24)
-    y, z = (t.reshape(-1) for t in torch.meshgrid(line, line, indexing="ij"))
-
-    def sheet(x: float, opacity: float) -> Gaussians:
-        count = len(y)
-        means = torch.stack([torch.full_like(y, x), y, z], dim=-1)
-        quats = torch.tensor([1.0, 0, 0, 0]).expand(count, 4)
-        return Gaussians(
-            means, quats, torch.full((count, 3), 0.03), torch.full((count,), opacity), means * 0
-        )
-
-    mask = torch.zeros(1, 32, 32, 1)
-    mask[:, 13:19, 13:19] = 1
-    one, near, far = sheet(0.0, 0.99), sheet(0.4, 0.3), sheet(-0.4, 0.99)
-    both = Gaussians(*(torch.cat([getattr(s, f) for s in (near, far)]) for f in vars(near)))
-    assert notebook["ghosting"](one, views, mask) == 0
-    assert notebook["ghosting"](both, views, mask) == 1
-    assert notebook["ghosting"](sheet(0.0, 0.1), views, mask) > 0.9  # background shines through
-
-
-def test_bootstrap_interval_equals_the_library(notebook):
-    values = np.random.default_rng(0).normal(1.0, 2.0, 60)
-    assert notebook["bootstrap_interval"](values) == metrics.bootstrap_interval(values)
-
-
-@pytest.mark.parametrize(
-    ("seeds", "low", "high", "end"),
-    [
-        ([], None, None, "no seed in common with the reference: no verdict"),
-        ([0.2], 0.1, 0.3, "one seed: no verdict"),
-        ([0.2, 0.1], 0.1, 0.3, "2 of 2 seeds better: better, by two seeds only"),
-        ([0.3, -0.1], 0.05, 0.2, "1 of 2 seeds better: no difference shown, by two seeds only"),
-        ([0.2, 0.1, 0.3], 0.1, 0.3, "3 of 3 seeds better: better"),
-        ([0.4, 0.3, -0.1], 0.1, 0.3, "2 of 3 seeds better: no difference shown"),
-        ([0.2, 0.1, 0.3], -0.1, 0.3, "3 of 3 seeds better: no difference shown"),
-        ([-0.2, -0.1, -0.3], -0.3, -0.1, "0 of 3 seeds better: worse"),
-    ],
-)
-def test_an_arm_is_judged_by_two_seeds_or_more_that_agree(notebook, seeds, low, high, end):
-    def results(sign):
-        ends = (None, None) if low is None else sorted((sign * low, sign * high))
-        difference = {
-            "mean": sign * np.mean(seeds) if seeds else None,
-            "low": ends[0],
-            "high": ends[1],
-        }
-        return {"differences": {"x": {"psnr": difference | {"seeds": [sign * s for s in seeds]}}}}
-
-    for sign, better in ((1, "higher"), (-1, "lower")):
-        assert notebook["verdict"](results(sign), "x", "psnr", better).endswith(end)
-
-
-def test_the_readmes_claims_are_judged_as_the_notebook_does(notebook):
-    words = {"yes": ": better", "no": ": worse", "not shown": ": no difference shown"}
-    for _, name, arm, metric, sign in experiments.CLAIMS:
-        results = json.loads((ROOT / "data" / "results" / f"{name}.json").read_text())
-        word = words[experiments.holds(results["differences"][arm][metric], sign)]
-        assert notebook["verdict"](
-            results, arm, metric, "higher" if sign > 0 else "lower"
-        ).endswith(word)
-
-
-def test_ghosting_and_detail_equal_the_library(notebook):
-    gaussians, views = random_gaussians(), orbit_cameras(torch.tensor([0.0, 70.0]), 15.0, 32)
-    mask = torch.zeros(2, 32, 32, 1)
-    mask[:, 8:24, 8:24] = 1
-    expected = consistency.ghosting(gaussians, views, mask)
-    assert (
-        notebook["ghosting"](gaussians, views, mask) == pytest.approx(expected)
-        and 0 < expected <= 1
-    )
-    made, truth = random_images(2, 32, 32, 3), random_images(2, 32, 32, 3, seed=1)
-    assert notebook["detail"](made, truth, mask) == pytest.approx(
-        consistency.detail(made, truth, mask)
-    )
-
-
-def test_failure_numbers_have_their_closed_forms(notebook):
-    views = random_images(2, 16, 16, 3)
-    ones = torch.ones(2, 16, 16, 1)
-    assert notebook["detail"](views, views, ones) == pytest.approx(1)
-    assert notebook["detail"](0.5 * views, views, ones) == pytest.approx(0.5)
-    assert notebook["front_back_similarity"](views[0], views[0].flip(-2)) == math.inf
-    camera = orbit_cameras(torch.tensor([0.0]), 15.0, 32)
-    card = baselines.flat_card(random_images(32, 32, 3), torch.ones(32, 32, 1), camera)
-    moved = notebook["corrugated"](card, camera, 0.3)
-
-    def project(g: Gaussians) -> torch.Tensor:
-        local = g.means @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
-        return torch.cat([local[:, :2] / local[:, 2:], g.scales / local[:, 2:]], dim=1)
-
-    # same place and size in the picture
-    assert torch.allclose(project(moved), project(card), atol=1e-5)
-    assert (moved.means - card.means).norm(dim=1).mean() > 0.2
-
-
-def test_a_two_faced_ring_repeats_its_front(notebook):
-    ring = random_images(16, 8, 8, 3)
-    made = notebook["two_faced"](ring)
-    front = [(protocol.FRONT + step) % 16 for step in range(-4, 5)]
-    assert torch.equal(made[front], ring[front])
-    assert (
-        notebook["front_back_similarity"](made[protocol.FRONT], made[(protocol.FRONT + 8) % 16])
-        == math.inf
-    )
-
-
 # ---------------------------------------------------------------- exercises
 
 
-@pytest.mark.parametrize("name", ["object_psnr", "chamfer_loss", "ratio_interval"])
+@pytest.mark.parametrize("name", ["object_psnr", "chamfer_loss", "eight_cameras"])
 def test_stubs_are_not_written_and_solutions_are_right(notebook, name, capsys):
     check = getattr(exercises, f"check_{name}")
     assert not check(notebook[name])
@@ -272,40 +163,43 @@ def test_chamfer_loss_rejects(wrong, hint):
     assert rejects(exercises.check_chamfer_loss, wrong, hint)
 
 
-def resampled(
-    ours, theirs, draws=4000, replace=True, paired=True, quantiles=(0.025, 0.975), of_means=True
-):
-    rng, count = np.random.default_rng(1), len(ours)
+def rounds(points, depth, camera):
+    local = points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
+    u, v, z = (local @ camera.Ks[0].T).unbind(-1)
+    column, row = (u / z).round().long(), (v / z).round().long()
+    return depth[row.clamp(0, 15), column.clamp(0, 15)]
 
-    def indices():
-        return (
-            rng.integers(count, size=(draws, count))
-            if replace
-            else rng.random((draws, count)).argsort(axis=1)
-        )
 
-    i = indices()
-    j = i if paired else indices()
-    ratios = ours[i].mean(1) / theirs[j].mean(1) if of_means else (ours[i] / theirs[j]).mean(1)
-    return tuple(np.quantile(ratios, quantiles))
+def test_the_seeded_bug_is_told_and_its_repair_accepted(notebook, capsys):
+    check = exercises.check_depth_seen
+    assert not check(notebook["depth_seen"])
+    assert "half a pixel further on" in capsys.readouterr().out
+    assert accepts(check, exercises.depth_seen)
 
 
 @pytest.mark.parametrize(
-    ("options", "hint"),
+    ("wrong", "hint"),
     [
-        ({"paired": False}, "breaks the pairs"),
-        ({"replace": False}, "with replacement"),
-        ({"quantiles": (0.05, 0.95)}, "too narrow"),
-        ({"quantiles": (0.005, 0.995)}, "too wide"),
-        ({"of_means": False}, "mean of the ratios"),
+        (rounds, "half a pixel further on"),
+        (lambda p, d, c: exercises.depth_seen(p, d.T, c), "Rows and columns are swapped"),
+        (lambda p, d, c: exercises.depth_seen(p, d, c).clamp(min=1), "its depth is 0"),
     ],
 )
-def test_ratio_interval_rejects(options, hint):
-    assert rejects(exercises.check_ratio_interval, lambda a, b: resampled(a, b, **options), hint)
+def test_depth_seen_rejects(wrong, hint):
+    assert rejects(exercises.check_depth_seen, wrong, hint)
 
 
-def test_ratio_interval_accepts_another_generator():
-    assert accepts(exercises.check_ratio_interval, resampled)
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda: [(45.0 * k, 15.0) for k in range(8)], "No camera looks from below"),
+        (lambda: [(45.0 * k, 80.0 if k % 2 else -15.0) for k in range(8)][:7], "you took 7"),
+        (lambda: [(0.0, 40.0 - 10 * k) for k in range(8)], "is seen by no camera"),
+        (lambda: [(45.0 * k, 90.0) for k in range(8)], "within -85 and 85"),
+    ],
+)
+def test_eight_cameras_rejects(wrong, hint):
+    assert rejects(exercises.check_eight_cameras, wrong, hint)
 
 
 # ---------------------------------------------------------------- the protocol card
@@ -458,16 +352,19 @@ def test_a_pixel_below_half_alpha_counts_as_missing(monkeypatch):
 
 def test_card_in_prose_states_the_same_numbers():
     text = " ".join((ROOT / "docs" / "protocol.md").read_text().split())
+    grid = CARD["volume_iou"]["grid"]
+    mesh = CARD["mesh"]
+    camera = CARD["camera"]
     for phrase in (
         f"{len(CARD['objects'])} Google Scanned Objects",
         f"view {CARD['input_view']}, the front",
         f"{CARD['resolution_px']} x {CARD['resolution_px']} pixels",
         f"{CARD['chamfer']['points']:,} points",
         f"distance {CARD['f_score']['threshold']}",
-        f"{CARD['volume_iou']['grid']} x {CARD['volume_iou']['grid']} x {CARD['volume_iou']['grid']} cells",
-        f"fused from {CARD['mesh']['views']} rendered depth maps of {CARD['mesh']['size_px']} pixels",
+        f"{grid} x {grid} x {grid} cells",
+        f"fused from {mesh['views']} rendered depth maps of {mesh['size_px']} pixels",
         f"{CARD['sampler']['steps']} steps, guidance {CARD['sampler']['guidance']}",
-        f"field of view {CARD['camera']['field_of_view_deg']} degrees, distance {CARD['camera']['distance']}",
+        f"field of view {camera['field_of_view_deg']} degrees, distance {camera['distance']}",
         *CARD["not_measured"],
     ):
         assert phrase in text, phrase

@@ -1,6 +1,6 @@
-"""Do the views agree on one object?
+"""Do the views agree on one object? Notebook 09 derives the measures.
 
-Four numbers that show a failure where PSNR hardly moves; notebook 08 derives them.
+Four numbers that show a failure where PSNR hardly moves, one failure each.
 `reprojection_error` and `split_agreement` need no ground truth. `ghosting` and `detail`
 ask the truth only for where the object is and how much texture it has. All are this
 project's own definitions (docs/protocol.md).

@@ -1,6 +1,5 @@
-"""Checkers of notebook 08: PSNR of the object, Chamfer loss, a paired interval.
-
-Solutions first, then checkers.
+"""Notebook 08: PSNR of the object alone, Chamfer distance as a loss, reading a depth
+map, and eight cameras for a surface. Solutions first, then checkers.
 """
 
 from __future__ import annotations
@@ -11,8 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...evaluation.metrics import chamfer_distance
+from ...cameras import Cameras, orbit_cameras
+from ...data.raycast import render_mesh
+from ...evaluation.metrics import chamfer_distance, surface_points
+from ...export.mesh import NoSurface, fuse_depth_maps
 from . import ask, checker, expect, expect_close
+
+VIEWS = 8  # depth maps that the build may take
+GOAL = 0.021  # Chamfer distance to reach with them; two samples of the truth lie 0.019 apart
 
 
 def object_psnr(predicted: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
@@ -27,16 +32,21 @@ def chamfer_loss(predicted: Tensor, truth: Tensor) -> Tensor:
     return (distances.min(dim=1).values.mean() + distances.min(dim=0).values.mean()) / 2
 
 
-def ratio_interval(
-    ours: np.ndarray, theirs: np.ndarray, draws: int = 4000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % bootstrap interval of mean(ours) / mean(theirs), objects kept paired.
-
-    One number per object twice, [O].
+def depth_seen(points: Tensor, depth: Tensor, camera: Cameras) -> Tensor:
+    """World points [P, 3] and one view's z-depth [H, W] -> the depth that the view
+    saw in the pixel onto which each point falls [P]; 0 outside the picture.
     """
-    chosen = np.random.default_rng(seed).integers(len(ours), size=(draws, len(ours)))
-    low, high = np.quantile(ours[chosen].mean(axis=1) / theirs[chosen].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+    local = points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
+    u, v, z = (local @ camera.Ks[0].T).unbind(-1)
+    column, row = (u / z).floor().long(), (v / z).floor().long()
+    height, width = depth.shape
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return torch.where(inside, depth[row.clamp(0, height - 1), column.clamp(0, width - 1)], 0)
+
+
+def eight_cameras() -> list[tuple[float, float]]:
+    """Azimuth and elevation in degrees: every second camera looks from below."""
+    return [(45.0 * k, 35.0 if k % 2 else -35.0) for k in range(VIEWS)]
 
 
 @checker
@@ -71,8 +81,7 @@ def check_object_psnr(solution) -> None:
     pooled = -10 * math.log10((0.1**2 + 0.01**2) / 2)
     expect(
         abs(answer - pooled) > 1e-2,
-        "You took the dB of the mean error over all views; take dB per view first, then the mean "
-        "over the views.",
+        "You took the dB of the mean error over all views; take dB per view first, then the mean.",
     )
     expect_close(answer, 30.0, "Two views at 20 and 40 dB have a mean of 30 dB.")
     mask[1, 4:] = 0  # the object covers fewer pixels in the second view
@@ -104,17 +113,14 @@ def check_chamfer_loss(solution) -> None:
     )
     value = number(answer)
     squared = ((0.04 + 1.04) / 2 + 0.04) / 2
-    half = there / 2
     hints = {
-        there: "You only went from the prediction to the truth; add the way back, from the truth "
-        "to the prediction.",
+        there: "You only went from the prediction to the truth; add the way back.",
         back: "You only went from the truth to the prediction; add the other direction.",
-        half: "You halved one direction without adding the other: half a prediction would score "
-        "as well as a whole.",
+        there / 2: "You halved one direction without adding the other.",
         squared: "These are squared distances: take the root before the mean.",
         2
         * squared: "These are squared distances: take the root before the mean, and halve the sum.",
-        there + back: "You added the two directions; equation (8.4) takes half of their sum.",
+        there + back: "You added the two directions; equation (8.5) takes half of their sum.",
         there + back / 2: "You summed over the points; take the mean over the points of each set.",
     }
     for wrong, hint in hints.items():
@@ -143,38 +149,66 @@ def check_chamfer_loss(solution) -> None:
 
 
 @checker
-def check_ratio_interval(solution) -> None:
-    """(ours [O], theirs [O], draws, seed) -> (low, high)."""
-    rng = np.random.default_rng(0)
-    theirs = rng.uniform(1.0, 3.0, 40)
-    low, high = pair(ask(solution, 0.5 * theirs, theirs))
-    expect(low <= high, "The first number should be the lower end.")
+def check_depth_seen(solution) -> None:
+    """(points [P, 3], depth [H, W], camera) -> depth [P]."""
+    camera = orbit_cameras(torch.tensor([30.0]), 20.0, 16)
+    numbers = 1 + torch.arange(256.0).reshape(16, 16)  # every pixel has a depth of its own
+    places = torch.tensor([[3.5, 7.5], [3.1, 7.1], [3.9, 7.9], [0.2, 15.8]])  # u, v
+    pixels = torch.cat([places, torch.ones(4, 1)], dim=1)
+    local = 3.0 * pixels @ torch.linalg.inv(camera.Ks[0]).T
+    rotation, shift = camera.viewmats[0, :3, :3], camera.viewmats[0, :3, 3]
+    points = (local - shift) @ rotation
+    answer = ask(solution, points, numbers, camera)
+    expect(isinstance(answer, Tensor) and answer.shape == (4,), "Return one depth a point, [P].")
+    truth = torch.tensor([numbers[7, 3], numbers[7, 3], numbers[7, 3], numbers[15, 0]])
+    swapped = torch.tensor([numbers[3, 7], numbers[3, 7], numbers[3, 7], numbers[0, 15]])
+    expect(not torch.equal(answer, swapped), "Rows and columns are swapped: v counts the rows.")
     expect(
-        high - low < 1e-6,
-        "Ours is exactly half of theirs on every object, so the ratio cannot move; you resampled "
-        "the two arrays separately, which breaks the pairs.",
+        torch.equal(answer, truth),
+        "Points at u = 3.1, 3.5 and 3.9 all lie in column 3, whose centre is at 3.5; "
+        "some of yours are read half a pixel further on.",
     )
-    expect_close(low, 0.5, "Ours is half of theirs on every object: the ratio is 0.5.")
-    theirs = np.exp(rng.normal(size=40))
-    ours = 0.3 * theirs + rng.uniform(0.0, 1.0, 40)
-    low, high = pair(ask(solution, ours, theirs))
-    right_low, right_high = ratio_interval(ours, theirs)
-    expect(high - low > 1e-6, "The interval has no width: draw the objects with replacement.")
+    beside = points[:1] + 5 * rotation[:1]  # far to the right of the picture
     expect(
-        right_low - 0.2 < (low + high) / 2 < right_high + 0.2,
-        "That is the mean of the ratios per object; divide the mean of ours by the mean of theirs.",
+        float(ask(solution, beside, numbers, camera)) == 0,
+        "A point that falls outside the picture was not seen: its depth is 0.",
     )
-    width, right_width = high - low, right_high - right_low
+
+
+def ring_from(directions: list[tuple[float, float]]) -> float:
+    """Chamfer distance of a ring (a torus) fused from true depth maps, seen from these
+    directions.
+    """
+    import trimesh
+
+    ring = trimesh.creation.torus(0.6, 0.25)
+    azimuths, elevations = torch.tensor(directions, dtype=torch.float32).T
+    cameras = orbit_cameras(azimuths, elevations, 64)
+    rgba, depth = render_mesh(ring, cameras, 1)
+    white, alpha = torch.ones(*depth.shape, 3), torch.from_numpy(rgba[..., 3:]).float()
+    depth = torch.from_numpy(depth)[..., None]
+    mesh = fuse_depth_maps(white, depth, alpha, cameras, 48, colors=False)
+    return chamfer_distance(surface_points(mesh), surface_points(ring, seed=1))
+
+
+@checker
+def check_eight_cameras(solution) -> None:
+    """() -> eight pairs (azimuth, elevation) in degrees."""
+    directions = ask(solution)
+    pairs = isinstance(directions, list) and all(len(pair) == 2 for pair in directions)
+    expect(pairs, "Return a list of pairs (azimuth, elevation).")
+    expect(len(directions) == VIEWS, f"Take {VIEWS} cameras; you took {len(directions)}.")
+    flat = max(abs(elevation) for _, elevation in directions)
+    expect(flat <= 85, "Keep elevations within -85 and 85 degrees.")
+    lowest = min(elevation for _, elevation in directions)
+    try:
+        distance = ring_from(directions)
+    except NoSurface:
+        distance = math.inf
+    hint = "No camera looks from below." if lowest >= 0 else "Some part is seen by no camera."
     expect(
-        width > 0.91 * right_width,
-        "The interval is too narrow: take the 2.5 % and 97.5 % quantiles.",
-    )
-    expect(
-        width < 1.12 * right_width,
-        "The interval is too wide: take the 2.5 % and 97.5 % quantiles, all objects drawn.",
-    )
-    expect_close(
-        [low, high], [right_low, right_high], "The ends are elsewhere.", tolerance=0.04 * right_high
+        distance <= GOAL,
+        f"The Chamfer distance is {distance:.4f}, and {GOAL} is to be reached. {hint}",
     )
 
 
@@ -186,10 +220,3 @@ def number(answer) -> float:
         "Return a single number (a tensor without dimensions).",
     )
     return float(answer.detach() if isinstance(answer, Tensor) else answer)
-
-
-def pair(answer) -> tuple[float, float]:
-    """Two numbers."""
-    answer = np.asarray(answer, dtype=float)
-    expect(answer.shape == (2,), f"Return the pair (low, high); got shape {answer.shape}.")
-    return float(answer[0]), float(answer[1])
