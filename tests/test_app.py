@@ -106,3 +106,11 @@ def test_a_bad_file_then_a_picture_becomes_an_object(address, browser, tmp_path)
     local = [url for url in elsewhere if url.startswith("http")]
     assert local == []
     page.close()
+
+
+def test_the_app_opens_in_jupyterlab_as_well(browser, tmp_path):
+    with world.jupyterlab(tmp_path) as address:
+        (tmp_path / "notebooks/app.ipynb").write_bytes(APP.read_bytes())
+        with world.open_notebook(browser, address, "app.ipynb") as page:
+            world.run_all(page)
+            page.get_by_role("button", name="Choose a picture").wait_for()
