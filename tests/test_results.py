@@ -140,9 +140,10 @@ def quick(monkeypatch, tmp_path):
     class Pipeline:
         def generate(self, rgb, **_):
             self.gaussians, self.elevation = [str(rgb.mean().item())], 15.0
+            self.image = rgb
             return self
 
-    def save_object(gaussians, folder):
+    def save_object(gaussians, folder, image, elevation):
         for name in export.FILES.values():
             (folder / name).write_text(gaussians[0])
         return {kind: folder / name for kind, name in export.FILES.items()}

@@ -424,7 +424,7 @@ def test_refresh_leaves_a_failing_notebook_as_it_was(tmp_path, monkeypatch, caps
     nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), path)
     before = path.read_bytes()
     monkeypatch.setattr(parameters, "NOTEBOOKS", tmp_path)
-    assert refresh.main(["04", "--out", str(tmp_path)]) == 1
+    assert refresh.main(["03", "--out", str(tmp_path)]) == 1
     assert path.read_bytes() == before and "03_bad failed" in capsys.readouterr().err
 
 

@@ -36,7 +36,7 @@ def real(name: str, value, low: float, high: float, ends: bool = True) -> float:
 
 
 def refusal(name: str, wanted: str, value) -> UserError:
-    return UserError(f"{name} must be {wanted}, got {shown(value)}".strip())
+    return UserError(f"{name} must be {wanted}, got {shown(value)}.".strip())
 
 
 def shown(value) -> str:
