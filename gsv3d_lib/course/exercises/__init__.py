@@ -10,7 +10,7 @@ One module per notebook. A checker is a function `check_NAME(solution)` under
         alphas = torch.tensor([0.5, 0.5])
         result = ask(transmittance, alphas)
         expect_shape(result, (2,))
-        expect_close(result, [1.0, 0.5], "The first Gaussian has nothing in front of it: start at 1.")
+        expect_close(result, [1.0, 0.5], "Nothing is in front of the first: T is 1.")
 
 A stub returns None, and the checker then says that it is not written yet. The library
 holds the solutions.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 
 class Wrong(AssertionError):
-    """What is wrong with a solution, in one sentence. IPython shows only that sentence."""
+    """What is wrong with a solution, in one sentence: all that IPython shows."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"✗ {self}"]
@@ -71,6 +71,23 @@ def checker(check: Callable) -> Callable:
             ) from error
         print(f"✓ {name}: right.")
         return Verdict(True)
+
+    return run
+
+
+def bug_checker(check: Callable) -> Callable:
+    """A checker of a cell with a bug seeded in it: what is wrong is printed instead of
+    raised, because the notebook as it is given out has to run to its end.
+    """
+    raising = checker(check)
+
+    @wraps(check)
+    def run(solution: Callable, **options) -> Verdict:
+        try:
+            return raising(solution, **options)
+        except Wrong as wrong:
+            print(f"✗ {_name(solution)}: {wrong}")
+            return Verdict(False)
 
     return run
 

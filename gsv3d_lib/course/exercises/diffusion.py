@@ -70,9 +70,9 @@ def _check_four(answer, sigma: Tensor, sigma_data: float) -> None:
     expect_not(
         c_out,
         {
-            "c_out has the wrong sign: v holds -sigma z0 in this project, so c_out is negative.": -truth[
-                1
-            ]
+            (
+                "c_out has the wrong sign: v holds -sigma z0 in this project, so c_out is negative."
+            ): -truth[1]
         },
     )
     expect_close(
@@ -89,7 +89,7 @@ def _check_four(answer, sigma: Tensor, sigma_data: float) -> None:
 def guided_step(
     z: Tensor, v: Tensor, v_null: Tensor, weight: Tensor, sigma: Tensor, sigma_next: Tensor
 ) -> Tensor:
-    """What one turn of the loop in `diffusion.sample` does to one orbit [N, 4, h, w]."""
+    """What a turn of the loop in `diffusion.sample` does to one orbit [N, 4, h, w]."""
     guided = v_null + weight[:, None, None, None] * (v - v_null)
     denoised = clean_estimate(guided[None], z[None], sigma[None])[0]
     return z + (sigma_next - sigma) * (z - denoised) / sigma
@@ -119,17 +119,21 @@ def check_guided_step(solution) -> None:
     expect_not(
         answer,
         {
-            "The two predictions are swapped: start at v_null and go weight times towards v.": swapped,
-            "weight multiplied the columns of the latents: reshape it to [N, 1, 1, 1], one weight per frame.": guided_step(
-                z, across, across, one, sigma, then
-            ),
+            (
+                "The two predictions are swapped: start at v_null and go weight times towards v."
+            ): swapped,
+            (
+                "weight multiplied the columns of the latents: reshape it to "
+                "[N, 1, 1, 1], one weight per frame."
+            ): guided_step(z, across, across, one, sigma, then),
             "You followed v itself; the slope is (z - D) / sigma, and D is c_skip z + c_out v.": z
             + (then - sigma) * guided,
             "You took v for the clean estimate; the clean estimate is D = c_skip z + c_out v.": z
             + (then - sigma) * (z - guided) / sigma,
-            "The step goes up in noise: multiply the slope by sigma_next - sigma, which is negative.": 2
-            * z
-            - right,
+            (
+                "The step goes up in noise: multiply the slope by sigma_next "
+                "- sigma, which is negative."
+            ): 2 * z - right,
             "The slope lacks its division by sigma: it is (z - D) / sigma.": z
             + (right - z) * sigma,
             "The guidance is missing: this is the step for v alone.": guided_step(
@@ -169,9 +173,9 @@ def check_guidance_at(solution) -> None:
     expect_not(
         answer,
         {
-            "You counted frames; cameras may stand anywhere, so use their azimuths.": triangular_guidance(
-                16, 2.5
-            ),
+            (
+                "You counted frames; cameras may stand anywhere, so use their azimuths."
+            ): triangular_guidance(16, 2.5),
             "The triangle is upside down: 1 at azimuth 0, the peak at the back.": 3.5 - triangle,
             "The triangle starts at 0; weight 1 is no guidance, so it starts at 1.": 2.5
             * (triangle - 1)
@@ -192,5 +196,8 @@ def check_guidance_at(solution) -> None:
     expect_close(ask(solution, uneven, 3.0), triangle_at(uneven, 3.0), hint)
     # the same direction from both sides of the front
     around = torch.tensor([-0.5, 2 * math.pi + 0.5])
-    hint = "Azimuth is an angle: -0.5 and 2 pi + 0.5 are both 0.5 away from the front. Bring it into one turn first."
+    hint = (
+        "Azimuth is an angle: -0.5 and 2 pi + 0.5 are both 0.5 away "
+        "from the front. Bring it into one turn first."
+    )
     expect_close(ask(solution, around, 3.0), triangle_at(around, 3.0), hint)

@@ -41,13 +41,15 @@ def check_splat_extent(solution) -> None:
     expect_shape(answer, (1, 2), "the half width and half height")
     mistakes = {
         "Width and height are exchanged: Sigma_xx, entry [0, 0], gives the width.": truth.flip(-1),
-        "You used the variances, in pixels^2, where standard deviations belong: take the root.": farthest
-        * sigmas**2,
+        (
+            "You used the variances, in pixels^2, where standard deviations belong: take the root."
+        ): farthest * sigmas**2,
         "You cut at 3 standard deviations; alpha is still above 1/255 there. Solve for its edge.": 3
         * sigmas,
-        "The exponent is -d^2 / (2 Sigma_xx): you forgot the 2, so alpha is above 1/255 at your edge.": (
-            math.sqrt(math.log(255)) * sigmas
-        ),
+        (
+            "The exponent is -d^2 / (2 Sigma_xx): you forgot the 2, so "
+            "alpha is above 1/255 at your edge."
+        ): (math.sqrt(math.log(255)) * sigmas),
         "That is the whole width; asked for is the half, from the centre to the edge.": 2 * truth,
     }
     _expect_not(answer, mistakes)
@@ -68,7 +70,10 @@ def check_splat_extent(solution) -> None:
 
     turned = torch.tensor([[[6.5, 2.5], [2.5, 6.5]]])  # the same ellipse, turned by 45 degrees
     answer = ask(solution, turned, opaque)
-    own_axes = "You used the eigenvalues, the ellipse's own axes; a box along the image's axes needs Sigma_xx and Sigma_yy."
+    own_axes = (
+        "You used the eigenvalues, the ellipse's own axes; a box "
+        "along the image's axes needs Sigma_xx and Sigma_yy."
+    )
     _expect_not(answer, {own_axes: truth, f"{own_axes} ": truth.flip(-1)})
     expect_close(
         answer,
@@ -113,9 +118,10 @@ def check_expected_depth(solution) -> None:
         "You divided by the sum of alphas; expected depth divides by the sum of the weights.": (
             (weights * depths).sum() / alphas.sum()
         ),
-        "You forgot the transmittance: alpha says how opaque a Gaussian is, not how much of it is seen.": (
-            (alphas * depths).sum() / alphas.sum()
-        ),
+        (
+            "You forgot the transmittance: alpha says how opaque a "
+            "Gaussian is, not how much of it is seen."
+        ): ((alphas * depths).sum() / alphas.sum()),
         "You did not divide by the sum of the weights: half-covered pixels come out too near.": (
             weights * depths
         ).sum(),
@@ -123,7 +129,9 @@ def check_expected_depth(solution) -> None:
         f"{off_by_one} And the division by the sum of the weights is missing.": (
             late * depths
         ).sum(),
-        "That is the plain mean of the depths; nearer and more opaque Gaussians count more.": depths.mean(),
+        (
+            "That is the plain mean of the depths; nearer and more opaque Gaussians count more."
+        ): depths.mean(),
     }
     _expect_not(answer, mistakes)
     expect_close(
@@ -159,7 +167,7 @@ def depth_gradient_of(alphas: Tensor, depths: Tensor) -> Tensor:
 
 @checker
 def check_depth_gradient(solution) -> None:
-    """alphas [K] and depths [K], near to far -> dD/dalpha [K] of the expected depth D."""
+    """alphas [K], depths [K], near to far -> dD/dalpha [K] of the expected depth D."""
     alphas, depths = torch.tensor([[0.4, 0.5, 0.8], [2.0, 3.0, 5.0]], dtype=torch.float64)
     answer = ask(solution, alphas, depths)
     expect_shape(answer, (3,), "the gradient")
@@ -197,20 +205,23 @@ def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
     )
     behind = from_i_on - weights * (depths - depth)
     return {
-        "The sign is reversed: a near Gaussian that grows more opaque pulls the depth down, towards itself.": (
-            -depth_gradient_of(alphas, depths)
-        ),
-        "You differentiated sum w z alone; D is a quotient, and sum w depends on alpha too.": sum_gradient(
-            depths
-        ),
-        "You treated sum w as a constant; it depends on alpha too, so the quotient rule has a second term.": (
-            sum_gradient(depths) / total
-        ),
+        (
+            "The sign is reversed: a near Gaussian that grows more opaque "
+            "pulls the depth down, towards itself."
+        ): (-depth_gradient_of(alphas, depths)),
+        (
+            "You differentiated sum w z alone; D is a quotient, and sum w depends on alpha too."
+        ): sum_gradient(depths),
+        (
+            "You treated sum w as a constant; it depends on alpha too, so "
+            "the quotient rule has a second term."
+        ): (sum_gradient(depths) / total),
         "The quotient rule ends with a division: by sum w.": sum_gradient(depths)
         - depth * sum_gradient(depths**0),
-        "You forgot 1 / (1 - alpha_i): the weights behind i hold that factor, and the derivative takes it away.": (
-            (direct - behind) / total
-        ),
+        (
+            "You forgot 1 / (1 - alpha_i): the weights behind i hold that "
+            "factor, and the derivative takes it away."
+        ): ((direct - behind) / total),
         "The sum of what lies behind begins at i + 1; yours counts Gaussian i itself.": (
             (direct - from_i_on / (1 - alphas)) / total
         ),
