@@ -1,17 +1,20 @@
-"""Checkers of notebook 03: how far a splat reaches, expected depth, and the gradient of
-depth.
+"""Checkers of notebook 03: how far a splat reaches, expected depth and its gradient,
+the order of compositing, and a scene without what nobody sees.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from ...cameras import Cameras, orbit_cameras
+from ...gaussians import Gaussians
+from ...rendering import render
 from ...rendering.plain import ALPHA_MIN, composite
-from . import ask, checker, expect, expect_close, expect_not, expect_shape
+from . import ask, bug_checker, checker, expect, expect_close, expect_not, expect_shape
 
 _expect_not = partial(expect_not, atol=1e-3)
 
@@ -155,6 +158,16 @@ def check_expected_depth(solution) -> None:
     )
     expect_close(answer, torch.zeros(2), "Where nothing covers the pixel the depth is 0.")
 
+    alphas = torch.tensor([[0.0, 0.0], [0.5, 0.5]], requires_grad=True)
+    answer = ask(solution, alphas, torch.tensor([2.0, 3.0]).expand(2, 2))
+    gradient = torch.autograd.grad(answer.sum(), alphas)[0] if answer.requires_grad else None
+    expect(gradient is not None, "Your depth has no gradient for the alphas.")
+    expect(
+        torch.isfinite(gradient).all(),
+        "Values right, gradient nan: the division by 0 is hidden by torch.where but still "
+        "differentiated. Replace the divisor before you divide.",
+    )
+
 
 # ---------------------------------------------------------------- exercise 3
 
@@ -227,3 +240,68 @@ def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
         ),
         "You kept only Gaussian i's own term; it also dims everything behind it.": direct / total,
     }
+
+
+# ------------------------------------------------------ the bug
+
+
+@bug_checker
+def check_near_to_far(solution) -> None:
+    """means [G, 3], viewmat [4, 4] -> indices [G], nearest first."""
+    means = 0.5 * torch.randn(6, 3, generator=torch.Generator().manual_seed(3))
+    for azimuth, elevation in ((0.0, 0.0), (40.0, 30.0), (200.0, -20.0)):
+        viewmat = orbit_cameras([azimuth], [elevation], 32).viewmats[0]
+        z = means @ viewmat[2, :3] + viewmat[2, 3]
+        answer = ask(solution, means, viewmat)
+        expect_shape(answer, (6,), "the order")
+        expect(
+            not torch.equal(answer, z.argsort(descending=True)),
+            "the farthest comes first; compositing goes from front to back.",
+        )
+        expect(
+            torch.equal(answer, z.argsort()),
+            f"from azimuth {azimuth:.0f}, elevation {elevation:.0f} Gaussian {int(z.argmin())} is "
+            f"the nearest; yours begins with {int(answer[0])}.",
+        )
+
+
+# ------------------------------------------------------ build
+
+SHARE, GOAL = 0.4, 40.0  # of the Gaussians, and dB
+
+
+@cache
+def crowded_scene() -> tuple[Gaussians, Cameras]:
+    """3,000 Gaussians and 8 cameras: an opaque shell, an opaque inside that nobody
+    sees, and faint ones all around.
+    """
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(3000, 3, generator=generator), dim=-1)
+    radius = torch.cat([torch.full((1000,), 0.6), 0.35 * torch.rand(1000, generator=generator)])
+    radius = torch.cat([radius, 0.65 + 0.3 * torch.rand(1000, generator=generator)])
+    opacity = torch.tensor([0.95, 0.99, 0.005]).repeat_interleave(1000)
+    scales = torch.tensor([0.06, 0.06, 0.03]).repeat_interleave(1000)
+    quats = torch.tensor([[1.0, 0, 0, 0]]).repeat(3000, 1)
+    colors = torch.rand(3000, 3, generator=generator)
+    order = torch.randperm(3000, generator=generator)
+    scene = Gaussians(
+        direction * radius[:, None], quats, scales[:, None].repeat(1, 3), opacity, colors
+    )
+    return scene.select(order), orbit_cameras(torch.arange(8) * 45.0, 20.0, 64)
+
+
+@checker
+def check_thin_out(solution) -> None:
+    """scene, cameras -> at most SHARE of its Gaussians, nearly the same pictures."""
+    scene, cameras = crowded_scene()
+    answer = ask(solution, scene, cameras)
+    expect(isinstance(answer, Gaussians), "Return Gaussians; `scene.select(indices)` makes them.")
+    kept = len(answer) / len(scene)
+    expect(kept <= SHARE, f"{100 * kept:.0f} % are kept; at most {100 * SHARE:.0f} % are allowed.")
+    with torch.no_grad():
+        error = (render(answer, cameras).rgb - render(scene, cameras).rgb).square().mean().item()
+    reached = -10 * math.log10(max(error, 1e-12))
+    hidden = (answer.means.norm(dim=-1) < 0.4).float().mean().item()
+    told = f" {100 * hidden:.0f} % of yours lie hidden inside." if hidden > 0.2 else ""
+    expect(reached >= GOAL, f"{reached:.1f} dB; reach {GOAL:.0f}.{told}")
+    print(f"{reached:.1f} dB with {100 * kept:.0f} %; the goal was {GOAL:.0f} dB.")
