@@ -72,7 +72,7 @@ def test_projection(notebook, scene, camera, splats):
 
 
 def test_points_are_projected_exactly(notebook, camera):
-    """The spread of a tiny Gaussian's exact projections is the linearised covariance."""
+    """A tiny Gaussian, exactly projected, spreads like the linearised covariance."""
     torch.manual_seed(0)
     mean, sigma = torch.tensor([0.3, 0.2, 0.1]), torch.diag(torch.tensor([1e-4, 4e-4, 2e-4]))
     pixels = notebook["exact_pixels"](mean, sigma, camera.viewmats[0], camera.Ks[0], 20_000)
@@ -87,16 +87,54 @@ def test_footprint_and_its_gradient(notebook, scene, splats):
     theirs = reference.splat_alphas(*splats, scene.opacities, grid, grid)
     assert_close(notebook["footprint"](*splats, scene.opacities, SIZE, SIZE), theirs)
     centre = torch.tensor([[14.0, 16.0]], requires_grad=True)
-    alpha = reference.splat_alphas(
-        centre, splats[1][:1], torch.tensor([0.8]), grid[14:15], grid[15:16]
-    )[0, 0, 0]
-    (automatic,) = torch.autograd.grad(alpha, centre)
+    shape = splats[1][:1].clone().requires_grad_()
+    opacity = torch.tensor([0.8])
+    alpha = reference.splat_alphas(centre, shape, opacity, grid[14:15], grid[15:16])[0, 0, 0]
+    automatic = torch.autograd.grad(alpha, (centre, shape))
     pixel = torch.tensor([15.5, 14.5])
     by_hand = notebook["footprint_gradient"](
         alpha.detach(), centre[0].detach(), splats[1][0], pixel
     )
-    assert automatic.abs().max() > 1e-4
-    assert_close(by_hand, automatic[0])
+    assert automatic[0].abs().max() > 1e-4
+    assert_close(by_hand[0], automatic[0][0])
+    # the library reads one of the two equal entries off the diagonal
+    assert_close(by_hand[1], (automatic[1][0] + automatic[1][0].T) / 2)
+
+
+def test_gradient_of_shape(notebook, scene):
+    """From a gradient for the covariance to scales and to a quaternion, unscaled."""
+    weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    weight = weight + weight.T
+    for quat, scales in zip(2 * scene.quats[:5], scene.scales[:5]):
+        q, s = quat.clone().requires_grad_(), scales.clone().requires_grad_()
+        half_axes = rotation_matrices(q) * s
+        automatic = torch.autograd.grad((half_axes @ half_axes.T * weight).sum(), (q, s))
+        for ours, theirs in zip(notebook["shape_gradient"](weight, quat, scales), automatic):
+            assert_close(ours, theirs, 1e-4)
+
+
+def test_tiles_miss_no_splat(notebook, scene, splats):
+    lists = notebook["tile_lists"](*splats, SIZE)
+    alphas = notebook["footprint"](*splats, scene.opacities, SIZE, SIZE)
+    for k, row in enumerate(lists):
+        tile = alphas[16 * (k // 2) :, 16 * (k % 2) :][:16, :16]
+        assert (tile > 0).sum() == (tile[..., row] > 0).sum()
+    assert len(lists) == 4 and sum(len(row) for row in lists) < 4 * len(scene)
+
+
+def test_densifying_prunes_clones_and_splits(notebook):
+    torch.manual_seed(0)
+    raw = {name: value.detach() for name, value in notebook["random_start"](10).items()}
+    raw["opacity_logits"][:2] = -9.0  # transparent
+    raw["log_scales"][5:] = math.log(0.2)  # large
+    pull = torch.tensor([9.0, 9, 0, 8, 0, 0, 7, 0, 0, 0])  # the strongest are pruned
+    new = notebook["densified"](raw, pull, 10)
+    assert len(new["means"]) == 10 and all(value.requires_grad for value in new.values())
+    assert_close(new["means"][8], raw["means"][3])  # small: a clone in the same place
+    assert_close(new["log_scales"][8], raw["log_scales"][3])
+    assert (new["means"][9] - raw["means"][6]).norm() > 0.01  # large: split
+    for half in (4, 9):
+        assert_close(new["log_scales"][half].exp(), raw["log_scales"][6].exp() / 1.6)
 
 
 def test_compositing(notebook):
@@ -110,10 +148,13 @@ def test_gradient_of_compositing(notebook):
         torch.linspace(0.1, 0.6, 5, dtype=torch.float64),
         torch.rand(5, 3, dtype=torch.float64),
     )
-    by_alpha, by_color = notebook["blend_gradient"](alphas, colors)
-    alpha_jacobian, color_jacobian = torch.autograd.functional.jacobian(
-        reference.composite, (alphas, colors)
-    )
+    white = torch.ones(3, dtype=torch.float64)
+
+    def pixel(alphas, colors):
+        return reference.composite(alphas, colors) + (1 - alphas).prod() * white
+
+    by_alpha, by_color = notebook["blend_gradient"](alphas, colors, white)
+    alpha_jacobian, color_jacobian = torch.autograd.functional.jacobian(pixel, (alphas, colors))
     assert_close(by_alpha, alpha_jacobian.T)
     assert_close(by_color, color_jacobian[0, :, 0])
 
@@ -165,7 +206,7 @@ def test_figures_of_splatting(scene, camera):
 # ---------------------------------------------------------------- exercises
 
 
-@pytest.mark.parametrize("name", ["splat_extent", "expected_depth", "depth_gradient"])
+@pytest.mark.parametrize("name", ["splat_extent", "expected_depth", "depth_gradient", "thin_out"])
 def test_stub_is_not_written_yet(notebook, capsys, name):
     assert not getattr(splatting, f"check_{name}")(notebook[name])
     assert "not written yet" in capsys.readouterr().out
@@ -236,6 +277,14 @@ def test_checker_of_depth_explains(notebook):
     assert rejects(check, lambda a, z: (right(a) * z).sum(-1) / right(a).sum(-1), "0 by 0")
     assert rejects(check, lambda a, z: (right(a) * z).sum() / right(a).sum(), "shape")
 
+    def hidden(alphas, depths):
+        """Right in value; the gradient is 0 / 0."""
+        below = right(alphas).sum(-1)
+        return torch.where(below > 0, (right(alphas) * depths).sum(-1) / below, 0)
+
+    assert rejects(check, hidden, "Values right, gradient nan")
+    assert rejects(check, lambda a, z: mean(right, right)(a.detach(), z), "no gradient")
+
 
 def test_checker_of_depth_gradient_explains(notebook):
     def solution(center=True, divide=True, own=False, one_minus=True, behind=True, sign=1):
@@ -262,3 +311,41 @@ def test_checker_of_depth_gradient_explains(notebook):
     assert rejects(check, solution(one_minus=False), "forgot 1 / ")
     assert rejects(check, solution(own=True), "begins at i \\+ 1")
     assert rejects(check, solution(behind=False), "own term")
+
+
+# ------------------------------------------------------ the bug and the build
+
+
+def test_the_seeded_bug_is_told_and_found(notebook, capsys):
+    check = splatting.check_near_to_far
+    assert not check(notebook["near_to_far"])
+    assert "is the nearest; yours begins with" in capsys.readouterr().out
+
+    def depths(means, viewmat):
+        return means @ viewmat[2, :3] + viewmat[2, 3]
+
+    assert accepts(check, lambda means, viewmat: depths(means, viewmat).argsort())
+    far_first = lambda means, viewmat: depths(means, viewmat).argsort(descending=True)  # noqa: E731
+    assert rejects(check.__wrapped__, far_first, "farthest comes first")
+    assert rejects(check.__wrapped__, lambda means, v: means[:, 2].argsort(), "is the nearest")
+    assert rejects(check.__wrapped__, lambda means, v: means.norm(dim=-1).argsort(), "nearest")
+    assert rejects(check.__wrapped__, depths, "is the nearest|returned")
+
+
+def test_thin_out_checker():
+    check = splatting.check_thin_out
+
+    def seen(scene, cameras):
+        colors = scene.colors.clone().requires_grad_()
+        whole = Gaussians(scene.means, scene.quats, scene.scales, scene.opacities, colors)
+        render(whole, cameras).rgb.sum().backward()
+        return scene.select(colors.grad.sum(-1).topk(int(0.4 * len(scene))).indices)
+
+    def opaque(scene, cameras):
+        return scene.select(scene.opacities.topk(1200).indices)
+
+    assert accepts(check, seen)
+    assert rejects(check, opaque, "lie hidden inside")
+    assert rejects(check, lambda scene, cameras: scene.select(slice(1200)), "reach 40")
+    assert rejects(check, lambda scene, cameras: scene, "100 % are kept")
+    assert rejects(check, lambda scene, cameras: scene.means, "Return Gaussians")

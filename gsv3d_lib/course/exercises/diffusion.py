@@ -1,4 +1,6 @@
-"""Checkers of notebook 01: EDM's scalings, a guided Euler step, guidance by azimuth."""
+"""Checkers for notebook 01: the EDM scalings, one guided Euler step, and guidance by
+azimuth.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,8 @@ from . import ask, checker, expect, expect_close, expect_not, expect_shape, same
 
 
 def scalings_for(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The library's scalings, for data of deviation sigma_data.
-
-    Divide data and noise by it, and nothing else changes.
+    """The library's scalings, for data of deviation sigma_data: divide data and noise
+    by it, and nothing else changes.
     """
     c_skip, c_out, c_in, _ = scalings(sigma / sigma_data)
     return c_skip, sigma_data * c_out, c_in / sigma_data, sigma.log() / 4
@@ -69,8 +70,9 @@ def _check_four(answer, sigma: Tensor, sigma_data: float) -> None:
     expect_not(
         c_out,
         {
-            "c_out has the wrong sign: v holds -sigma z0 in this project, so c_out is "
-            "negative.": -truth[1]
+            (
+                "c_out has the wrong sign: v holds -sigma z0 in this project, so c_out is negative."
+            ): -truth[1]
         },
     )
     expect_close(
@@ -87,7 +89,7 @@ def _check_four(answer, sigma: Tensor, sigma_data: float) -> None:
 def guided_step(
     z: Tensor, v: Tensor, v_null: Tensor, weight: Tensor, sigma: Tensor, sigma_next: Tensor
 ) -> Tensor:
-    """One turn of the loop in `diffusion.sample` for one orbit [N, 4, h, w]."""
+    """What a turn of the loop in `diffusion.sample` does to one orbit [N, 4, h, w]."""
     guided = v_null + weight[:, None, None, None] * (v - v_null)
     denoised = clean_estimate(guided[None], z[None], sigma[None])[0]
     return z + (sigma_next - sigma) * (z - denoised) / sigma
@@ -95,7 +97,9 @@ def guided_step(
 
 @checker
 def check_guided_step(solution) -> None:
-    """z, v, v_null [N, 4, h, w], weight [N], sigma, sigma_next -> z at sigma_next."""
+    """z, v, v_null [N, 4, h, w], weight [N], sigma, sigma_next scalars -> z at
+    sigma_next [N, 4, h, w].
+    """
     generator = torch.Generator().manual_seed(0)
     # N = w: broadcasts silently
     z, v, v_null = (torch.randn(3, 4, 3, 3, generator=generator) for _ in range(3))
@@ -115,16 +119,21 @@ def check_guided_step(solution) -> None:
     expect_not(
         answer,
         {
-            "The two predictions are swapped: start at v_null and go weight times towards "
-            "v.": swapped,
-            "weight multiplied the columns of the latents: reshape it to [N, 1, 1, 1], one weight "
-            "per frame.": guided_step(z, across, across, one, sigma, then),
+            (
+                "The two predictions are swapped: start at v_null and go weight times towards v."
+            ): swapped,
+            (
+                "weight multiplied the columns of the latents: reshape it to "
+                "[N, 1, 1, 1], one weight per frame."
+            ): guided_step(z, across, across, one, sigma, then),
             "You followed v itself; the slope is (z - D) / sigma, and D is c_skip z + c_out v.": z
             + (then - sigma) * guided,
             "You took v for the clean estimate; the clean estimate is D = c_skip z + c_out v.": z
             + (then - sigma) * (z - guided) / sigma,
-            "The step goes up in noise: multiply the slope by sigma_next - sigma, which is "
-            "negative.": 2 * z - right,
+            (
+                "The step goes up in noise: multiply the slope by sigma_next "
+                "- sigma, which is negative."
+            ): 2 * z - right,
             "The slope lacks its division by sigma: it is (z - D) / sigma.": z
             + (right - z) * sigma,
             "The guidance is missing: this is the step for v alone.": guided_step(
@@ -146,7 +155,9 @@ def check_guided_step(solution) -> None:
 
 
 def triangle_at(azimuth: Tensor, peak: float) -> Tensor:
-    """The triangle over azimuths [N] in radians: 1 at the front, `peak` at the back."""
+    """The triangle over azimuths [N] in radians instead of frame numbers: 1 at the
+    front, `peak` at the back.
+    """
     turn = (azimuth / (2 * math.pi)) % 1
     return 1 + (peak - 1) * (1 - (2 * turn - 1).abs())
 
@@ -162,8 +173,9 @@ def check_guidance_at(solution) -> None:
     expect_not(
         answer,
         {
-            "You counted frames; cameras may stand anywhere, so use their "
-            "azimuths.": triangular_guidance(16, 2.5),
+            (
+                "You counted frames; cameras may stand anywhere, so use their azimuths."
+            ): triangular_guidance(16, 2.5),
             "The triangle is upside down: 1 at azimuth 0, the peak at the back.": 3.5 - triangle,
             "The triangle starts at 0; weight 1 is no guidance, so it starts at 1.": 2.5
             * (triangle - 1)
@@ -184,6 +196,8 @@ def check_guidance_at(solution) -> None:
     expect_close(ask(solution, uneven, 3.0), triangle_at(uneven, 3.0), hint)
     # the same direction from both sides of the front
     around = torch.tensor([-0.5, 2 * math.pi + 0.5])
-    hint = "Azimuth is an angle: -0.5 and 2 pi + 0.5 are both 0.5 away from the front. "
-    hint += "Bring it into one turn first."
+    hint = (
+        "Azimuth is an angle: -0.5 and 2 pi + 0.5 are both 0.5 away "
+        "from the front. Bring it into one turn first."
+    )
     expect_close(ask(solution, around, 3.0), triangle_at(around, 3.0), hint)
