@@ -234,7 +234,7 @@ def test_the_seeded_bug_is_told_and_found(cells, capsys):
     assert not checks.check_draw_points(cells["draw_points"])
     assert "(20.7, 40.2) lies in row 40, column 20; yours" in capsys.readouterr().out
     assert accepts(checks.check_draw_points, draw_with())
-    raising = checks.check_draw_points.__wrapped__
+    raising = checks.check_draw_points
     assert rejects(raising, draw_with(torch.ceil), "lies in row 40")
     assert rejects(raising, draw_with(across=True), "lies in row 40")
     assert rejects(raising, draw_with(frame=False), "outside of the picture")

@@ -20,7 +20,7 @@ from ...cameras import (
     ray_grid,
     read_at,
 )
-from . import ask, bug_checker, checker, expect, expect_close, expect_not, expect_shape
+from . import ask, checker, expect, expect_close, expect_not, expect_shape
 
 _expect_not = partial(expect_not, rtol=1e-5, atol=1e-3)
 
@@ -236,7 +236,7 @@ def check_crop(solution) -> None:
 # ------------------------------ the bug: points drawn half a pixel off
 
 
-@bug_checker
+@checker
 def check_draw_points(solution) -> None:
     """points [P, 3], viewmat [4, 4], K [3, 3], size -> [size, size] bool, True where a
     point falls in the pixel.

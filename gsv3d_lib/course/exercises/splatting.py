@@ -14,7 +14,7 @@ from ...cameras import Cameras, orbit_cameras
 from ...gaussians import Gaussians
 from ...rendering import render
 from ...rendering.plain import ALPHA_MIN, composite
-from . import ask, bug_checker, checker, expect, expect_close, expect_not, expect_shape
+from . import ask, checker, expect, expect_close, expect_not, expect_shape
 
 _expect_not = partial(expect_not, atol=1e-3)
 
@@ -245,7 +245,7 @@ def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
 # ------------------------------------------------------ the bug
 
 
-@bug_checker
+@checker
 def check_near_to_far(solution) -> None:
     """means [G, 3], viewmat [4, 4] -> indices [G], nearest first."""
     means = 0.5 * torch.randn(6, 3, generator=torch.Generator().manual_seed(3))
