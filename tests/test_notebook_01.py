@@ -222,6 +222,7 @@ def column(weight):
 
 
 WRONG_STEPS = {
+    "where w = 0 means no guidance": lambda z, v, n, w, s, t: right_step(z, v, n, w + 1, s, t),
     "swapped": lambda z, v, n, w, s, t: right_step(z, n, v, w, s, t),
     "columns of the latents": lambda z, v, n, w, s, t: right_step(
         z, n + w * (v - n), n, torch.ones_like(w), s, t
@@ -243,30 +244,91 @@ def test_check_guided_step():
         assert rejects(checks.check_guided_step, wrong, sentence)
 
 
-def right_guidance(azimuth, peak):
-    """The library's triangle over many frames, whose first and last both stand at the
-    front, looked up by azimuth.
-    """
-    fine = diffusion.triangular_guidance(3601, peak)  # entry k stands at 2 pi k / 3600
-    position = (azimuth / (2 * math.pi) * 3600) % 3600
-    low = position.floor().long()
-    return torch.lerp(fine[low], fine[low + 1], position - low)
+def draw_with(first=80.0, last=0, slope=lambda z, d, s, t: (z - d) / s):
+    def draw_samples(denoise, levels, count):
+        z = first * torch.randn(count, dtype=torch.float64)
+        for s, t in zip(levels[: -1 - last], levels[1:]):
+            z = z + (t - s) * slope(z, denoise(z, s), s, t)
+        return z
+
+    return draw_samples
 
 
-WRONG_GUIDANCE = {
-    "upside down": lambda a, p: p + 1 - right_guidance(a, p),
-    "starts at 0": lambda a, p: p * (right_guidance(a, p) - 1) / (p - 1),
-    "smooth wave": lambda a, p: 1 + (p - 1) * (1 - a.cos()) / 2,
-    "counted frames": lambda a, p: diffusion.triangular_guidance(len(a), p),
-    "radians here": lambda a, p: right_guidance(a * math.pi / 180, p),
-    "Bring it into one turn": lambda a, p: 1 + (p - 1) * (1 - (a / math.pi - 1).abs()),
-}
+def test_the_seeded_bug_is_told_and_found(cells, capsys):
+    assert not checks.check_draw_samples(cells["draw_samples"])
+    assert "samples have deviation 0.006, the data have 0.5" in capsys.readouterr().out
+    assert accepts(checks.check_draw_samples, draw_with())
+    raising = checks.check_draw_samples.__wrapped__
+    assert rejects(raising, draw_with(first=40.0), "have deviation 0.24")
+    assert rejects(raising, draw_with(last=60), "have deviation")
+    assert rejects(raising, draw_with(slope=lambda z, d, s, t: (z - d) / t), "inf or nan")
 
 
-def test_check_guidance_at():
-    assert accepts(checks.check_guidance_at, right_guidance)
-    for sentence, wrong in WRONG_GUIDANCE.items():
-        assert rejects(checks.check_guidance_at, wrong, sentence)
+def heun_with(second="mean", at="end", last="euler", calls=1):
+    def heun_sample(denoise, z, levels):
+        for s, t in zip(levels[:-1], levels[1:]):
+            slope = (z - denoise(z, s)) / s
+            end = z + (t - s) * slope
+            if t > 0 or last == "heun":
+                for _ in range(calls):
+                    there = (end - denoise(end if at == "end" else z, t)) / t
+                slope = {"mean": (slope + there) / 2, "end": there, "none": slope}[second]
+            z = z + (t - s) * slope
+        return z
+
+    return heun_sample
+
+
+def euler_alone(denoise, z, levels):
+    for s, t in zip(levels[:-1], levels[1:]):
+        z = z + (t - s) * (z - denoise(z, s)) / s
+    return z
+
+
+def test_check_heun_sample():
+    assert accepts(checks.check_heun_sample, heun_with())
+    wrong = {
+        "That is Euler": euler_alone,
+        "Which point": heun_with(second="end"),
+        "nan: at noise level 0": heun_with(last="heun"),
+        "two per step": heun_with(calls=2),
+        "not a solver": lambda denoise, z, levels: z,
+    }
+    for sentence, solution in wrong.items():
+        assert rejects(checks.check_heun_sample, solution, sentence)
+
+
+def test_the_exact_path_solves_the_equation(cells):
+    mixture = dict(
+        weights=torch.tensor([0.2, 0.5, 0.3]).double(),
+        means=torch.tensor([-1.4, 0.2, 1.6]).double(),
+        spread=0.15,
+    )
+    quantiles = (torch.arange(24, dtype=torch.float64) + 0.5) / 24
+    for sigma in (0.2, 0.7, 5.0):
+        z, up, down = (
+            cells["exact_path"](quantiles, sigma + d, **mixture) for d in (0, 1e-4, -1e-4)
+        )
+        slope = (z - cells["mixture_denoiser"](z, sigma, **mixture)) / sigma
+        assert torch.allclose((up - down) / 2e-4, slope, atol=1e-4)
+
+
+def test_batches_are_of_the_mixture(cells):
+    torch.manual_seed(0)
+    mixture = dict(
+        weights=torch.tensor([0.25, 0.75]).double(), means=torch.tensor([-2.0, 2.0]), spread=0.1
+    )
+    data, sigma, noise = cells["draw_batch"](20_000, **mixture)
+    assert abs((data > 0).float().mean() - 0.75) < 0.02 and abs(data[data > 0].std() - 0.1) < 0.01
+    assert abs(sigma.log().mean() + 0.5) < 0.05 and abs(sigma.log().std() - 1.5) < 0.05
+    assert abs(noise.std() - 1) < 0.02
+
+
+def test_sharpness_is_of_edges(cells):
+    flat, edge = torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 3)
+    edge[:, :, 4:] = 1
+    assert cells["sharpness"](flat) == 0
+    assert cells["sharpness"](edge) == pytest.approx(1 / 7)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +336,7 @@ def test_check_guidance_at():
     [
         ("check_scalings", "scalings_for"),
         ("check_guided_step", "guided_step"),
-        ("check_guidance_at", "guidance_at"),
+        ("check_heun_sample", "heun_sample"),
     ],
 )
 def test_stubs_are_not_written_yet(cells, check, stub, capsys):

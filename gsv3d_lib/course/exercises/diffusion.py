@@ -1,5 +1,5 @@
-"""Checkers for notebook 01: the EDM scalings, one guided Euler step, and guidance by
-azimuth.
+"""Checkers for notebook 01: the EDM scalings, one guided Euler step, samples all
+alike, and a sampler of second order.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...diffusion import clean_estimate, scalings, triangular_guidance
-from . import ask, checker, expect, expect_close, expect_not, expect_shape, same
+from ...diffusion import clean_estimate, scalings
+from . import ask, bug_checker, checker, expect, expect_close, expect_not, expect_shape, same
 
 
 def scalings_for(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -120,6 +120,10 @@ def check_guided_step(solution) -> None:
         answer,
         {
             (
+                "That is v + w (v - v_null), where w = 0 means no guidance. Here w = 1 does: "
+                "v_null + w (v - v_null)."
+            ): guided_step(z, v, v_null, weight + 1, sigma, then),
+            (
                 "The two predictions are swapped: start at v_null and go weight times towards v."
             ): swapped,
             (
@@ -154,50 +158,75 @@ def check_guided_step(solution) -> None:
     )
 
 
-def triangle_at(azimuth: Tensor, peak: float) -> Tensor:
-    """The triangle over azimuths [N] in radians instead of frame numbers: 1 at the
-    front, `peak` at the back.
-    """
-    turn = (azimuth / (2 * math.pi)) % 1
-    return 1 + (peak - 1) * (1 - (2 * turn - 1).abs())
+# ------------------------------------------------- data of one dimension: one normal
+
+MEAN, SPREAD = 0.4, 0.5
+HIGHEST = 80.0
+
+
+def levels_down(steps: int) -> Tensor:
+    """Karras' noise levels [steps + 1] from HIGHEST to 0.002, then 0, in float64."""
+    ends = torch.tensor([HIGHEST, 0.002], dtype=torch.float64) ** (1 / 7)
+    ramp = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, steps, dtype=torch.float64))
+    return torch.cat([ramp**7, torch.zeros(1, dtype=torch.float64)])
+
+
+def denoise_normal(z: Tensor, sigma) -> Tensor:
+    """E[z0 | z] where the data are N(MEAN, SPREAD^2)."""
+    return (SPREAD**2 * z + sigma**2 * MEAN) / (SPREAD**2 + sigma**2)
+
+
+def end_of_path(z: Tensor) -> Tensor:
+    """Where the exact path through z at HIGHEST ends; it keeps its quantile."""
+    return MEAN + (z - MEAN) * SPREAD / math.hypot(SPREAD, HIGHEST)
+
+
+@bug_checker
+def check_draw_samples(solution) -> None:
+    """denoise, levels [steps + 1], count -> samples [count] of the data."""
+    torch.manual_seed(0)
+    samples = ask(solution, denoise_normal, levels_down(100), 4000)
+    expect_shape(samples, (4000,), "the samples")
+    expect(torch.isfinite(samples).all(), "The samples hold inf or nan.")
+    mean, spread = samples.mean().item(), samples.std().item()
+    expect(
+        abs(spread - SPREAD) < 0.04,
+        f"the samples have deviation {spread:.3f}, the data have {SPREAD}.",
+    )
+    expect(abs(mean - MEAN) < 0.04, f"the samples have mean {mean:.2f}, the data {MEAN}.")
 
 
 @checker
-def check_guidance_at(solution) -> None:
-    """azimuth [N] in radians, peak -> guidance weight [N]."""
-    # SV3D's order: the condition view is the last
-    even = torch.arange(1, 17) * (2 * math.pi / 16) % (2 * math.pi)
-    answer = ask(solution, even, 2.5)
-    expect_shape(answer, even.shape)
-    triangle = triangle_at(even, 2.5)
-    expect_not(
-        answer,
-        {
-            (
-                "You counted frames; cameras may stand anywhere, so use their azimuths."
-            ): triangular_guidance(16, 2.5),
-            "The triangle is upside down: 1 at azimuth 0, the peak at the back.": 3.5 - triangle,
-            "The triangle starts at 0; weight 1 is no guidance, so it starts at 1.": 2.5
-            * (triangle - 1)
-            / 1.5,
-            "The peak is 1 + peak at the back; it should be peak.": 1 + 2.5 * (triangle - 1) / 1.5,
-            "Azimuths are radians here: the back is at pi, not at 180.": triangle_at(
-                even * math.pi / 180, 2.5
-            ),
-            "This is a smooth wave; SV3D's guidance is linear between front and back.": 1
-            + 0.75 * (1 - even.cos()),
-        },
+def check_heun_sample(solution) -> None:
+    """denoise, z [M], levels [steps + 1] -> z at noise level 0 [M], with second order."""
+    calls, errors = [], []
+
+    def denoise(z: Tensor, sigma) -> Tensor:
+        calls.append(float(sigma))
+        return denoise_normal(z, sigma)
+
+    start = MEAN + math.hypot(SPREAD, HIGHEST) * torch.linspace(-2, 2, 9, dtype=torch.float64)
+    for steps in (32, 128):
+        calls.clear()
+        answer = ask(solution, denoise, start.clone(), levels_down(steps))
+        expect_shape(answer, start.shape, "z at noise level 0")
+        expect(
+            torch.isfinite(answer).all(),
+            "nan: at noise level 0 there is no second slope; the last step is Euler's.",
+        )
+        expect(
+            len(calls) <= 2 * steps,
+            f"{len(calls)} calls for {steps} steps; two per step are enough.",
+        )
+        errors.append((answer - end_of_path(start)).abs().mean().item())
+    slope = math.log(max(errors[1], 1e-15) / errors[0]) / math.log(4)
+    expect(
+        errors[0] < 0.5,
+        (
+            f"The samples are {errors[0]:.2g} away from the exact ones "
+            f"with 32 steps: not a solver of (1.11) yet."
+        ),
     )
-    expect_close(
-        answer, triangle, "Halfway to the back (pi / 2) the weight is halfway to the peak."
-    )
-    uneven = torch.tensor([0.3, 0.5, 3.0, math.pi, 6.0])
-    hint = "The front (0) has 1, the back (pi) the peak, wherever the other cameras stand."
-    expect_close(ask(solution, uneven, 3.0), triangle_at(uneven, 3.0), hint)
-    # the same direction from both sides of the front
-    around = torch.tensor([-0.5, 2 * math.pi + 0.5])
-    hint = (
-        "Azimuth is an angle: -0.5 and 2 pi + 0.5 are both 0.5 away "
-        "from the front. Bring it into one turn first."
-    )
-    expect_close(ask(solution, around, 3.0), triangle_at(around, 3.0), hint)
+    euler = "That is Euler's method." if len(calls) < 200 else "Which point has the second slope?"
+    expect(slope <= -1.8, f"slope {slope:.2f}; reach -1.8. {euler}")
+    print(f"slope {slope:.2f}; the goal was -1.8. Error with 128 steps: {errors[1]:.1e}.")
