@@ -28,7 +28,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 def coverage(samples: Tensor, truth: Tensor) -> tuple[float, float]:
     """Samples [K, P] of P numbers and their truth [P] -> the share of truths between
-    the smallest and the largest sample, and the share that a perfect sampler would have.
+    the smallest and the largest sample, and the share of a perfect sampler.
     """
     low, high = samples.min(dim=0).values, samples.max(dim=0).values
     measured = ((truth >= low) & (truth <= high)).double().mean()
@@ -47,7 +47,7 @@ def turned(gaussians: Gaussians, degrees: float) -> Gaussians:
 
 
 def clean_mask(mask: np.ndarray) -> np.ndarray:
-    """A boolean mask [S, S] with holes and specks -> the largest piece, holes filled."""
+    """A boolean mask [S, S] with holes and specks -> its largest piece, filled."""
     opened = ndimage.binary_opening(ndimage.binary_closing(mask, iterations=2), iterations=2)
     pieces, count = ndimage.label(opened)
     if count == 0:
