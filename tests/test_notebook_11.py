@@ -1,5 +1,8 @@
 """Notebook 11: its bytes are the planner's, its checkers know right from wrong."""
 
+import math
+
+import pytest
 import torch
 from notebook_world import accepts, definitions, rejects
 from torch import nn
@@ -21,28 +24,7 @@ def test_bytes_by_hand_are_the_ledgers():
     )
 
 
-# ---------------------------------------------------------------- exercise 1
-
-
-def memory(parameters, trained, activations, micro_batch, half):
-    return 4 * parameters + 12 * trained + micro_batch * activations / (2 if half else 1)
-
-
-def test_memory_of_a_training():
-    check = full_scale.check_training_memory
-    assert accepts(check, memory)
-    assert not check(definitions("11")["training_memory"])
-    assert rejects(check, lambda p, t, a, m, h: 8 * p + m * a, "16 in all")
-    assert rejects(check, lambda p, t, a, m, h: 16 * p + m * a, "Only what is trained")
-    assert rejects(check, lambda p, t, a, m, h: 4 * p + 12 * t + a, "multiply by the micro-batch")
-    assert rejects(
-        check,
-        lambda p, t, a, m, h: memory(p, t, a, m, False) / (1 + h),
-        "halves the activations only",
-    )
-
-
-# ---------------------------------------------------------------- exercise 2
+# ---------------------------------------------------------------- exercises
 
 
 def by_library(loss_of, weight, batch, size):
@@ -82,7 +64,81 @@ def test_gradient_accumulation():
     assert rejects(check, drops_the_rest, "hold 4 of 5 examples")
 
 
-# ---------------------------------------------------------------- exercise 3
+def draws(index_of):
+    def noise(seed, step, rank, world, batch):
+        parts = []
+        for local, index in enumerate(range(rank, batch, world)):
+            generator = torch.Generator().manual_seed(index_of(step, rank, local, index))
+            parts.append(torch.randn(4, generator=generator))
+        return parts
+
+    return noise
+
+
+@pytest.mark.parametrize("name", ["starts_needed", "plan_training"])
+def test_stubs_are_not_written_and_solutions_are_right(name):
+    check = getattr(full_scale, f"check_{name}")
+    assert not check(definitions("11")[name])
+    assert accepts(check, getattr(full_scale, name))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda n, t, h, c, w: math.ceil(n * t / 3600 / h), "only those up to the last"),
+        (lambda n, t, h, c, w: full_scale.starts_needed(n, t, h, c, 0), "hour of loading"),
+        (lambda n, t, h, c, w: full_scale.starts_needed(n, t, h, c, w) or 99, "never reach"),
+        (lambda n, t, h, c, w: 0, "fit into the first start"),
+    ],
+)
+def test_starts_needed_rejects(wrong, hint):
+    assert rejects(full_scale.check_starts_needed, wrong, hint)
+
+
+def test_the_seeded_bug_is_told_and_its_repair_accepted(capsys):
+    check = full_scale.check_draw_noise
+    assert not check(definitions("11")["draw_noise"])
+    assert "Both processes draw the same noise" in capsys.readouterr().out
+    assert accepts(check, full_scale.draw_noise)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (draws(lambda step, rank, local, index: 10 * step + local), "draw the same noise"),
+        (draws(lambda step, rank, local, index: 99 * rank + 10 * step + local), "what one would"),
+        (draws(lambda step, rank, local, index: index), "Step 3 and step 4"),
+    ],
+)
+def test_draw_noise_rejects(wrong, hint):
+    assert rejects(full_scale.check_draw_noise, wrong, hint)
+
+
+def changed(**changes):
+    def plan(rows, card, hours):
+        best = full_scale.plan_training(rows, card, hours)
+        return best | {name: change(best, rows) for name, change in changes.items()}
+
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (changed(orbits=lambda best, rows: 32), "do not fit"),
+        (changed(row=lambda best, rows: rows[2], orbits=lambda *_: 1), "can take N = "),
+        (changed(steps=lambda best, rows: best["steps"] // 2), "uses only 50 %|uses only 50%"),
+        (changed(steps=lambda best, rows: 2 * best["steps"]), "times the hours given"),
+        (lambda rows, card, hours: rows[0], "Return a dict"),
+    ],
+)
+def test_plan_training_rejects(wrong, hint):
+    assert rejects(full_scale.check_plan_training, wrong, hint)
+
+
+def test_the_library_draws_as_the_exercise_says():
+    whole = draw_batch(Recorder(), 0, 0, 6)["x"]
+    assert torch.equal(draw_batch(Recorder(), 0, 0, 6, rank=1, world=2)["x"], whole[[1, 3, 5]])
 
 
 class Recorder(Stage):
@@ -90,18 +146,3 @@ class Recorder(Stage):
 
     def example(self, generator, shared, place):
         return {"x": torch.rand((), generator=generator)}
-
-
-def test_sharing_a_batch():
-    check = full_scale.check_share_of_batch
-    assert accepts(check, lambda rank, world, batch: list(range(rank, batch, world)))
-    assert not check(definitions("11")["share_of_batch"])
-    assert rejects(check, lambda r, w, n: list(range(n)), "once each")
-    assert rejects(
-        check,
-        lambda r, w, n: list(range(r * n // w, (r + 1) * n // w)),
-        "deals the examples out like cards",
-    )
-    assert rejects(check, lambda r, w, n: range(r, n, w), "Return a list")
-    whole = draw_batch(Recorder(), 0, 0, 6)["x"]
-    assert torch.equal(draw_batch(Recorder(), 0, 0, 6, rank=1, world=2)["x"], whole[[1, 3, 5]])

@@ -1,44 +1,68 @@
-"""Checkers of notebook 11: memory of a training, accumulation, shares of a batch."""
+"""Notebook 11: gradient accumulation, starts of a job, noise of several processes, and
+a plan for one GPU. Solutions first, then checkers.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ...system.paths import resolve
 from . import ask, checker, expect, expect_close
 
+ORBITS, FLOPS = 32, 1e14  # of a step of stage 2, and a second of the GPU in the build
+USED = 0.9  # share of the hours that a plan has to use
 
-@checker
-def check_training_memory(training_memory: Callable) -> None:
-    """Bytes, equation (11.1).
 
-    training_memory(parameters, trained, activations, micro_batch, half)
+def starts_needed(steps: int, seconds: float, limit: float, every: int, load: float) -> int:
+    """Starts of a job of `limit` hours, `load` of them lost, with a checkpoint `every`
+    so many steps; 0 if it never ends.
     """
-    plain = ask(training_memory, 1000, 1000, 0, 1, False)
-    hint = "Without activations, fully trained: 4 bytes of weight, 4 of gradient and 8 of "
-    hint += "AdamW's averages, 16 in all."
-    expect_close(plain, 16_000, hint)
-    lora = ask(training_memory, 1000, 10, 0, 1, False)
-    expect_close(lora, 4_120, "Only what is trained has gradients and averages: 4 P + 12 T bytes.")
-    two = ask(training_memory, 0, 0, 500, 2, False)
-    expect_close(
-        two,
-        1000,
-        "Every example on the device keeps its own activations: multiply by the micro-batch.",
-    )
-    half = ask(training_memory, 1000, 10, 500, 2, True)
-    expect_close(
-        half, 4_620, "bfloat16 halves the activations only; weights and averages stay in float32."
-    )
+    possible = int((limit - load) * 3600 / seconds)
+    kept = possible // every * every
+    starts = 1
+    while steps > possible:
+        if kept <= 0:
+            return 0
+        steps -= kept
+        starts += 1
+    return starts
+
+
+def draw_noise(seed: int, step: int, rank: int, world: int, batch: int) -> list[Tensor]:
+    """The noise of a process's examples: it depends on an example's index in the global
+    batch.
+    """
+    noise = []
+    for index in range(rank, batch, world):
+        generator = torch.Generator().manual_seed(hash((seed, step, index)) % 2**31)
+        noise.append(torch.randn(4, generator=generator))
+    return noise
+
+
+def plan_training(rows: list[dict], card_gb: float, hours: float) -> dict:
+    """Rows of data/results/memory.json -> the one with most views that fits, the
+    fastest of those, with the orbits that fit at once and the steps for the hours.
+    """
+
+    def needed(row: dict) -> float:
+        return row["weights"] + row["trained"] + row["activations"]
+
+    fitting = [row for row in rows if needed(row) <= card_gb * 1e9]
+    views = max(row["frames"] for row in fitting)
+    row = min((r for r in fitting if r["frames"] == views), key=lambda r: r["flops"])
+    room = card_gb * 1e9 - row["weights"] - row["trained"]
+    orbits = min(ORBITS, int(room / row["activations"]))
+    return {"row": row, "orbits": orbits, "steps": int(3600 * hours * FLOPS / row["flops"])}
 
 
 @checker
 def check_accumulate(accumulate: Callable) -> None:
-    """Fills weight.grad as the mean loss of the whole batch would.
-
-    accumulate(loss_of, weight, batch, size)
+    """accumulate(loss_of, weight, batch, size): fills weight.grad as the mean loss of
+    the whole batch would.
     """
     x = torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0])
     truth = x.pow(2).mean()  # d/dw of mean((w x)^2) / 2 at w = 1
@@ -50,8 +74,7 @@ def check_accumulate(accumulate: Callable) -> None:
 
     hints = {
         5: "In one part this is the plain gradient of the mean loss.",
-        1: "Each part was counted as if it were the whole batch: weigh each loss by its share, "
-        "len(part) / len(batch).",
+        1: "Each part was counted as if it were the whole batch: weigh each loss by its share.",
         2: "Parts of different size weigh differently: the share is len(part) / len(batch).",
     }
     for size, hint in hints.items():
@@ -75,18 +98,78 @@ def check_accumulate(accumulate: Callable) -> None:
 
 
 @checker
-def check_share_of_batch(share_of_batch: Callable) -> None:
-    """share_of_batch(rank, world, batch) -> example indices, equation (11.4)."""
-    shares = [ask(share_of_batch, rank, 2, 6) for rank in (0, 1)]
-    expect(all(isinstance(s, list) for s in shares), "Return a list of whole numbers.")
-    together = sorted(shares[0] + shares[1])
+def check_starts_needed(solution) -> None:
+    """(steps, seconds, limit, every, load) -> starts."""
+    whole = ask(solution, 100, 36.0, 10.0, 10, 0.0)
+    expect(whole == 1, f"1,000 steps fit into the first start: 1, not {whole}.")
+    lost = ask(solution, 1000, 36.0, 2.5, 100, 0.0)
     expect(
-        together == list(range(6)),
-        f"Two processes should cover examples 0..5 once each; they cover {together}.",
+        lost != 4, "250 steps are made, but only those up to the last checkpoint, 200, are kept."
+    )
+    expect(lost == 5, f"Five starts: 200 kept in each of four, 200 left for the last; not {lost}.")
+    load = ask(solution, 400, 36.0, 2.0, 50, 0.5)
+    expect(load == 3, f"Half an hour of loading leaves 150 steps: 150, 150, 100 are 3, not {load}.")
+    last = ask(solution, 250, 36.0, 1.3, 100, 0.0)
+    expect(
+        last == 3, f"The last start need not end at a checkpoint: 100, 100, 50 are 3, not {last}."
+    )
+    never = ask(solution, 1000, 36.0, 0.5, 100, 0.0)
+    expect(never == 0, f"50 steps a start never reach the checkpoint at 100: 0, not {never}.")
+
+
+@checker
+def check_draw_noise(solution) -> None:
+    """(seed, step, rank, world, batch) -> noise of the process's examples."""
+    alone = ask(solution, 0, 3, 0, 1, 4)
+    two = [ask(solution, 0, 3, rank, 2, 4) for rank in (0, 1)]
+    expect(
+        len(alone) == 4 and all(len(part) == 2 for part in two),
+        "One process takes all four examples, each of two takes two.",
     )
     expect(
-        shares[0] == [0, 2, 4],
-        f"Process 0 of 2 takes every second example, [0, 2, 4]; yours takes {shares[0]}. Blocks "
-        "would work too, but the library deals the examples out like cards.",
+        not torch.equal(torch.stack(two[0]), torch.stack(two[1])),
+        "Both processes draw the same noise: two GPUs learn from one batch. The index in the "
+        "global batch must decide.",
     )
-    expect(ask(share_of_batch, 2, 4, 8) == [2, 6], "Process 2 of 4 takes examples 2 and 6 of 8.")
+    expect(
+        torch.equal(torch.stack(alone[0::2]), torch.stack(two[0]))
+        and torch.equal(torch.stack(alone[1::2]), torch.stack(two[1])),
+        "The two processes together do not draw what one would draw.",
+    )
+    other = ask(solution, 0, 4, 0, 1, 4)
+    expect(
+        not torch.equal(torch.stack(alone), torch.stack(other)),
+        "Step 3 and step 4 draw the same noise.",
+    )
+
+
+@checker
+def check_plan_training(solution) -> None:
+    """(rows, card in GB, hours) -> {"row", "orbits", "steps"}."""
+    rows = json.loads(resolve("data/results/memory.json").read_text())["paper"]
+    for card, hours in ((16, 24.0), (24, 100.0), (48, 12.0), (80, 400.0)):
+        answer = ask(solution, rows, card, hours)
+        expect(
+            isinstance(answer, dict) and set(answer) == {"row", "orbits", "steps"},
+            'Return a dict with "row", "orbits" and "steps".',
+        )
+        row, orbits, best = answer["row"], answer["orbits"], plan_training(rows, card, hours)
+        expect(row in rows, "The row is not one of those given.")
+        expect(1 <= orbits <= ORBITS, f"Between 1 and {ORBITS} orbits are on the device at once.")
+        bytes_needed = row["weights"] + row["trained"] + orbits * row["activations"]
+        expect(
+            bytes_needed <= card * 1e9,
+            f"{bytes_needed / 1e9:.1f} GB do not fit into {card} GB.",
+        )
+        views = best["row"]["frames"]
+        expect(
+            row["frames"] == views,
+            f"A card of {card} GB can take N = {views}; you take N = {row['frames']}.",
+        )
+        expect(
+            row["flops"] == best["row"]["flops"],
+            f"Another row with N = {views} fits into {card} GB and needs fewer operations.",
+        )
+        used = answer["steps"] * row["flops"] / FLOPS / 3600 / hours
+        expect(used <= 1, f"{answer['steps']:,} steps take {used:.2f} times the hours given.")
+        expect(used >= USED, f"The plan uses only {used:.0%} of the hours.")

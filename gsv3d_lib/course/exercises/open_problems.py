@@ -28,7 +28,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 def coverage(samples: Tensor, truth: Tensor) -> tuple[float, float]:
     """Samples [K, P] of P numbers and their truth [P] -> the share of truths between
-    the smallest and the largest sample, and what a perfect sampler would have.
+    the smallest and the largest sample, and the share of a perfect sampler.
     """
     low, high = samples.min(dim=0).values, samples.max(dim=0).values
     measured = ((truth >= low) & (truth <= high)).double().mean()
