@@ -65,14 +65,14 @@ myst_heading_anchors = 4
 # IPython is no Python.
 suppress_warnings = ["myst.header", "misc.highlighting_failure", "mystnb.unknown_mime_type"]
 
-# MathJax 2 as Jupyter packs it. It draws SVG, for which no font has to be loaded.
+# MathJax 2 and its fonts, as Jupyter packs them.
 MATHJAX = Path(find_spec("jupyter_server_mathjax").origin).parent / "static"
-MATHJAX_PARTS = ["MathJax.js", "config", "extensions", "jax/input", "jax/element", "jax/output/SVG"]
+MATHJAX_PARTS = ["MathJax.js", "config", "extensions", "fonts", "jax"]
 myst_update_mathjax = False
 mathjax_path = "mathjax/MathJax.js?config=TeX-AMS-MML_HTMLorMML-full"
 mathjax2_config = {
-    "jax": ["input/TeX", "output/SVG"],
-    "SVG": {"font": "STIX-Web", "linebreaks": {"automatic": True}},
+    "jax": ["input/TeX", "output/HTML-CSS"],
+    "HTML-CSS": {"availableFonts": [], "webFont": "STIX-Web", "imageFont": None},
     "messageStyle": "none",
     "showMathMenu": False,
 }
