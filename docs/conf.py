@@ -6,6 +6,7 @@ the gallery, which is made by the shipped weights. No page loads anything from a
 host: MathJax and plotly.js travel inside Python packages and are copied.
 """
 
+import inspect
 import json
 import re
 import shutil
@@ -86,6 +87,11 @@ autodoc_mock_imports = ["bpy", "mathutils", "objaverse", "rembg", "DracoPy"]
 python_use_unqualified_type_names = True
 add_module_names = False
 viewcode_line_numbers = True
+
+
+def without_builtins(app, what, name, obj, skip, options):
+    """A clock of Python's own in a class has no source here."""
+    return True if inspect.isbuiltin(getattr(obj, "__func__", obj)) else None
 
 
 def modules_of_wing(app, docname, source):
@@ -200,6 +206,7 @@ def copy(source, target):
 
 def setup(app):
     app.connect("autodoc-process-docstring", docstring_as_rst)
+    app.connect("autodoc-skip-member", without_builtins)
     app.connect("source-read", modules_of_wing)
     app.connect("source-read", interactive_figures)
     app.connect("build-finished", finish)
