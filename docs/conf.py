@@ -6,6 +6,7 @@ the gallery, which is made by the shipped weights. No page loads anything from a
 host: MathJax and plotly.js travel inside Python packages and are copied.
 """
 
+import inspect
 import json
 import re
 import shutil
@@ -65,14 +66,14 @@ myst_heading_anchors = 4
 # IPython is no Python.
 suppress_warnings = ["myst.header", "misc.highlighting_failure", "mystnb.unknown_mime_type"]
 
-# MathJax 2 as Jupyter packs it. It draws SVG, for which no font has to be loaded.
+# MathJax 2 and its fonts, as Jupyter packs them.
 MATHJAX = Path(find_spec("jupyter_server_mathjax").origin).parent / "static"
-MATHJAX_PARTS = ["MathJax.js", "config", "extensions", "jax/input", "jax/element", "jax/output/SVG"]
+MATHJAX_PARTS = ["MathJax.js", "config", "extensions", "fonts", "jax"]
 myst_update_mathjax = False
 mathjax_path = "mathjax/MathJax.js?config=TeX-AMS-MML_HTMLorMML-full"
 mathjax2_config = {
-    "jax": ["input/TeX", "output/SVG"],
-    "SVG": {"font": "STIX-Web", "linebreaks": {"automatic": True}},
+    "jax": ["input/TeX", "output/HTML-CSS"],
+    "HTML-CSS": {"availableFonts": [], "webFont": "STIX-Web", "imageFont": None},
     "messageStyle": "none",
     "showMathMenu": False,
 }
@@ -86,6 +87,11 @@ autodoc_mock_imports = ["bpy", "mathutils", "objaverse", "rembg", "DracoPy"]
 python_use_unqualified_type_names = True
 add_module_names = False
 viewcode_line_numbers = True
+
+
+def without_builtins(app, what, name, obj, skip, options):
+    """A clock of Python's own in a class has no source here."""
+    return True if inspect.isbuiltin(getattr(obj, "__func__", obj)) else None
 
 
 def modules_of_wing(app, docname, source):
@@ -200,6 +206,7 @@ def copy(source, target):
 
 def setup(app):
     app.connect("autodoc-process-docstring", docstring_as_rst)
+    app.connect("autodoc-skip-member", without_builtins)
     app.connect("source-read", modules_of_wing)
     app.connect("source-read", interactive_figures)
     app.connect("build-finished", finish)

@@ -215,11 +215,11 @@ def test_a_walk_through_the_site(page, address):
 def test_equations_are_drawn(page, site, address):
     path = next((site / "notebooks").glob("03_*.html"))
     page.goto(f"{address}/notebooks/{path.name}")
-    page.locator(".MathJax_SVG svg").first.wait_for(timeout=60_000)
+    page.locator(".MathJax .math").first.wait_for(timeout=60_000)
     page.wait_for_function(
-        "() => !document.querySelector('.MathJax_SVG_Processing')", timeout=60_000
+        "() => !document.querySelector('.MathJax_Processing')", timeout=60_000
     )
-    assert page.locator(".merror, [data-mml-node=merror]").count() == 0
+    assert page.locator(".merror, .noError").count() == 0
 
 
 def test_the_gallery_of_the_site(page, address):
