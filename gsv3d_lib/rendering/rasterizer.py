@@ -67,9 +67,7 @@ def rasterize(
 
 @lru_cache(maxsize=1)
 def _announce_compilation() -> None:
-    """Says why the first picture of an installation takes its time; later ones find
-    compiled kernels.
-    """
+    """Says why the first picture of an installation takes its time."""
     place = kernels.blend_tiles.stats.cache_path
     if place is None or not any(Path(place).glob("kernels.blend_tiles-*.nbi")):
         kept = "once" if place else "and cannot keep them"

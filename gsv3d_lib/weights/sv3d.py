@@ -232,10 +232,7 @@ def single_file(source: Place, download: bool) -> Path | None:
 
 
 def empty(part: str, config: Config, **options) -> nn.Module:
-    """The model of one part, with parameters that take no memory yet.
-
-    options: of `vae.build_vae`.
-    """
+    """The model of one part without memory yet; options of `vae.build_vae`."""
     from accelerate import init_empty_weights
 
     with init_empty_weights():
@@ -310,10 +307,11 @@ def load_backbone(
     """SV3D's own models: the configuration, and vae, clip, unet, dino in float32.
 
     source: Stability's `sv3d_p.safetensors`, a folder in diffusers' layout, or the name
-        of either on the Hub.
+        of
+        either on the Hub.
     config: by default the preset `paper`.
-    svd: folder or Hub name that has VAE, CLIP and scheduler where `source` lacks them.
-    dino: likewise, DINOv2.
+    svd, dino: folder or Hub name for VAE, CLIP and scheduler that `source` lacks;
+        DINOv2.
     """
     config = config or preset("paper")
     single = single_file(source, download)
