@@ -198,7 +198,7 @@ def check_draw_samples(solution) -> None:
 
 @checker
 def check_heun_sample(solution) -> None:
-    """denoise, z [M], levels [steps + 1] -> z at noise level 0 [M], with second order."""
+    """denoise, z [M], levels [steps + 1] -> z at noise level 0 [M], second order."""
     calls, errors = [], []
 
     def denoise(z: Tensor, sigma) -> Tensor:
