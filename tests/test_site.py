@@ -216,9 +216,7 @@ def test_equations_are_drawn(page, site, address):
     path = next((site / "notebooks").glob("03_*.html"))
     page.goto(f"{address}/notebooks/{path.name}")
     page.locator(".MathJax .math").first.wait_for(timeout=60_000)
-    page.wait_for_function(
-        "() => !document.querySelector('.MathJax_Processing')", timeout=60_000
-    )
+    page.wait_for_function("() => !document.querySelector('.MathJax_Processing')", timeout=60_000)
     assert page.locator(".merror, .noError").count() == 0
 
 
