@@ -3,6 +3,9 @@ from wrong.
 """
 
 import copy
+import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +14,14 @@ from tiny_world import randn, tiny_config
 
 from gsv3d_lib import diffusion
 from gsv3d_lib.cameras import orbit_cameras
-from gsv3d_lib.config import preset
 from gsv3d_lib.course.exercises import distillation as checks
-from gsv3d_lib.distillation import sigma_weight
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.lora import add_lora, lora_parameters
+from gsv3d_lib.lora import add_lora
 from gsv3d_lib.losses import rendering_loss
 from gsv3d_lib.rendering import render
 from gsv3d_lib.unet import build_unet
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +49,6 @@ def test_lora_by_hand_is_peft_s(cells):
     assert torch.allclose(scaled, 2 * (layer(x) - layer.base_layer(x)), atol=1e-4)
 
 
-def test_lora_is_counted_as_it_is(cells):
-    with torch.device("meta"):
-        plain, paper = build_unet(tiny_config()), build_unet(preset("paper"))
-    adapted = lora_parameters(add_lora(build_unet(tiny_config()), rank=3))
-    count = sum("lora_A" in name for name in adapted), sum(p.numel() for p in adapted.values())
-    assert cells["count_lora"](plain, 3) == count
-    assert cells["count_lora"](paper, 16) == (256, 6_639_616)
-
-
 def test_noise_and_estimate(cells):
     noisy = cells["add_noise"](CLEAN, NOISE, SIGMA)
     assert torch.allclose(noisy, CLEAN + diffusion.frames_like(SIGMA, CLEAN) * NOISE)
@@ -65,15 +59,9 @@ def test_noise_and_estimate(cells):
     )
 
 
-@pytest.mark.parametrize("kind", ["none", "snr"])
-def test_weight(cells, kind):
-    assert torch.allclose(
-        cells["weight_by_hand"](SIGMA, kind), sigma_weight(SIGMA, kind), atol=1e-6
-    )
-
-
 def test_3d_loss(cells):
-    config = tiny_config(lambda_alpha=0.7)
+    config = tiny_config(lambda_alpha=0.0)
+    cells["config"] = config
     cameras = orbit_cameras(torch.tensor([0.0, 80.0]), 15.0, 24)
     logits = randn(50, 4, seed=3).sigmoid()
     scene = Gaussians(
@@ -85,79 +73,139 @@ def test_3d_loss(cells):
     )
     alpha = (randn(2, 24, 24, 1, seed=4) > 0).float()
     truth = randn(2, 24, 24, 3, seed=5).sigmoid(), 3.4 * alpha, alpha
-    by_hand = cells["loss_3d_by_hand"](
-        render(scene, cameras), *truth, config.lambda_depth, config.lambda_alpha
-    )
-    assert torch.allclose(by_hand, rendering_loss(scene, cameras, *truth, config)[0], atol=1e-5)
+    batch = {f"target_{k}": t[None] for k, t in zip(("rgb", "depth", "alpha"), truth)}
+    by_hand = cells["losses_3d_by_hand"]([render(scene, cameras)], batch)
+    assert torch.allclose(by_hand[0], rendering_loss(scene, cameras, *truth, config)[0], atol=1e-5)
 
 
-def test_paired_interval(cells):
-    interval = cells["paired_interval"]
-    assert interval(torch.full((5, 3), 0.25)) == pytest.approx((0.25, 0.25, 0.25))
-    mean, low, high = interval(randn(40, 2) + 0.5)
-    assert low < mean < high and mean == pytest.approx((randn(40, 2) + 0.5).mean().item(), abs=1e-5)
-    one = torch.zeros(8, 2)
-    one[0] = 8.0  # one object alone: its draws stand or fall together
-    assert interval(one)[1] == 0 and interval(one)[2] > 2
+def test_the_toy_s_update_has_the_rank_of_its_rotation(cells):
+    turn = cells["rotation"](planes=2)
+    assert torch.allclose(turn @ turn.T, torch.eye(32), atol=1e-5)
+    assert torch.linalg.matrix_rank(turn - torch.eye(32), atol=1e-4) == 4
+
+
+def test_degrees_between_gradients(cells):
+    a = torch.tensor([1.0, 0.0])
+    assert cells["turned"](a, torch.tensor([2.0, 2.0])) == pytest.approx(45, abs=1e-3)
+    assert cells["turned"](a, a) == pytest.approx(0, abs=0.1)
+
+
+def test_the_stored_ladder_is_whole():
+    ladder = json.loads((ROOT / "data/results/ladder.json").read_text())
+    assert ladder["command"].startswith("python -m gsv3d_lib run 07 --set ladder_steps=")
+    sizes = {"one": ({"none", "0", "10", "100"}, 4), "ten": ({"0", "10"}, 20)}
+    for rung, (arms, cases) in sizes.items():
+        assert set(ladder["rungs"][rung]) >= arms
+        for arm in ladder["rungs"][rung].values():
+            assert {len(column) for column in arm["scores"].values()} == {cases}
 
 
 # ---------------------------------------------------------------- the exercises
 
 
 def test_stubs_are_not_written_yet(cells, capsys):
-    assert not checks.check_merge_lora(cells["merge_lora"])
-    assert not checks.check_stage2_loss(cells["stage2_loss"])
+    assert not checks.check_lambda_for_turn(cells["lambda_for_turn"])
     assert not checks.check_latent_gradient(cells["latent_gradient"])
+    nothing = dict(z=CLEAN, truth=CLEAN, gradient=None, scores=None)
+    assert not checks.check_heal(cells["heal"], **nothing)
     assert capsys.readouterr().out.count("not written yet") == 3
 
 
-def merged(weight, A, B, alpha):
-    return weight + alpha / A.shape[0] * B @ A
+def test_lambda_for_turn():
+    assert accepts(checks.check_lambda_for_turn, checks.lambda_for_turn)
 
-
-def test_merge_lora():
-    assert accepts(checks.check_merge_lora, merged)
-
-    def in_place(weight, A, B, alpha):
-        return weight.add_(alpha / A.shape[0] * B @ A)
+    def ratio(g2d, g3d):
+        return float(g2d.norm() / g3d.norm())
 
     wrong = {
-        "alpha / r is missing": lambda w, A, B, alpha: w + B @ A,
-        "scaled by alpha; LoRA": lambda w, A, B, alpha: w + alpha * B @ A,
-        "upside down": lambda w, A, B, alpha: w + A.shape[0] / alpha * B @ A,
-        "rows of A": lambda w, A, B, alpha: w + alpha / A.shape[1] * B @ A,
-        "update alone": lambda w, A, B, alpha: alpha / A.shape[0] * B @ A,
-        "in place": in_place,
-        "stops with RuntimeError": lambda w, A, B, alpha: w + A @ B,
+        "radians": lambda a, b, d: ratio(a, b) * math.tan(d),
+        "equally long": lambda a, b, d: ratio(a, b),
+        "across g_2D": lambda a, b, d: ratio(a, b) * math.tan(math.radians(d)),
+        "only at its largest": lambda a, b, d: ratio(a, b) * math.sin(math.radians(d)),
+        "upside down": lambda a, b, d: 1 / (ratio(a, b) * math.tan(math.radians(d))),
+        "your weight turns by": lambda a, b, d: 1.5 * checks.lambda_for_turn(a, b, d),
     }
     for match, solution in wrong.items():
-        assert rejects(checks.check_merge_lora, solution, match)
+        assert rejects(checks.check_lambda_for_turn, solution, match)
 
 
-def total(loss_2d, losses, sigma, lambda_3d, weighting):
-    return loss_2d + lambda_3d * (sigma_weight(sigma, weighting) * losses).mean()
+def test_train_averaged(cells, capsys):
+    assert accepts(checks.check_train_averaged, checks.train_averaged)
+    bug = cells["train_averaged"]
+    assert rejects(checks.check_train_averaged, bug, "nothing was averaged")
 
+    def raw(weights, gradient, steps, lr, decay):
+        checks.train_averaged(weights, gradient, steps, lr, decay)
+        return weights
 
-def test_stage2_loss():
-    assert accepts(checks.check_stage2_loss, total)
+    def swapped(weights, gradient, steps, lr, decay):
+        return checks.train_averaged(weights, gradient, steps, lr, 1 - decay)
 
-    def w(sigma, kind):
-        return sigma_weight(sigma, kind)
+    def late(weights, gradient, steps, lr, decay):
+        checks.train_averaged(weights, gradient, steps, lr, decay)
+        return (1 - decay) * weights
+
+    def still(weights, gradient, steps, lr, decay):
+        first = weights.clone()
+        checks.train_averaged(weights, gradient, steps, lr, decay)
+        return first
+
+    def not_in_place(weights, gradient, steps, lr, decay):
+        return checks.train_averaged(weights.clone(), gradient, steps, lr, decay)
 
     wrong = {
-        "averaged the weights": lambda a, b, s, x, k: a + x * w(s, k).mean() * b.mean(),
-        "sum of the weights": lambda a, b, s, x, k: a + x * (w(s, k) * b).sum() / w(s, k).sum(),
-        "weighted L_2D too": lambda a, b, s, x, k: (w(s, k) * (a + x * b)).mean(),
-        "sigma squared": lambda a, b, s, x, k: a + x * (b if k == "none" else b / (1 + s)).mean(),
-        "summed over the objects": lambda a, b, s, x, k: a + x * (w(s, k) * b).sum(),
-        "lambda_3D is missing": lambda a, b, s, x, k: a + (w(s, k) * b).mean(),
-        "its own noise level": lambda a, b, s, x, k: a + x * b.mean(),
-        "counts alike": lambda a, b, s, x, k: a + x * (w(s, "snr") * b).mean(),
-        "no gradient": lambda a, b, s, x, k: total(a, b.detach(), s, x, k),
-        "should have shape": lambda a, b, s, x, k: a + x * w(s, k) * b,
+        "nothing was averaged": raw,
+        "keeps 1 - decay": swapped,
+        "moving average of the weights": late,
+        "never moves": still,
+        "in place": not_in_place,
     }
     for match, solution in wrong.items():
-        assert rejects(checks.check_stage2_loss, solution, match)
+        assert rejects(checks.check_train_averaged, solution, match)
+
+
+def test_heal():
+    """On a toy: depth falls along the gradient, pictures suffer with the distance."""
+    z, truth = torch.full((2, 1), 2.0), torch.zeros(2, 1)
+
+    def scores(latents):
+        return {
+            "depth_l1": 0.05 * float((latents + 1).abs().mean()),
+            "vae_3d": 25 - float(latents.abs().mean()),
+        }
+
+    def check(solution):
+        return checks.check_heal(
+            solution, z=z, truth=truth, gradient=lambda w: (w + 1).sign(), scores=scores
+        )
+
+    def descend(goal):
+        def heal(z, truth, gradient):
+            for _ in range(50):
+                z = z - 0.1 * gradient(z) if z.mean() > goal else z
+            return z
+
+        return heal
+
+    assert check(descend(-0.5))
+
+    def greedy(z, truth, gradient):
+        for _ in range(61):
+            z = z - 0.1 * gradient(z)
+        return z
+
+    wrong = {
+        "Both are missed": lambda z, truth, gradient: truth + 5,
+        "its pictures are not": lambda z, truth, gradient: truth - 1.5,
+        "the object is not": lambda z, truth, gradient: truth + 0.9,
+        "more than 60 times": greedy,
+        "true latents": lambda z, truth, gradient: truth,
+        "inf or nan": lambda z, truth, gradient: z / 0,
+        "should have shape": lambda z, truth, gradient: z[0],
+    }
+    for match, solution in wrong.items():
+        verdict = check(solution)
+        assert not verdict and match in verdict.sentence
 
 
 def test_latent_gradient():

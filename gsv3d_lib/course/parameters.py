@@ -88,7 +88,7 @@ COUNTS = (
     "dino_batch rank batch_size train_objects held_out_objects draws_per_object average_of "
     "draws own_objects"
 ).split()
-SEEDS = ("seed", "first_object", "first_seed", "object_seed", "full_steps")
+SEEDS = ("seed", "first_object", "first_seed", "object_seed", "full_steps", "ladder_steps")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(COUNTS, within(1)),
     **dict.fromkeys(SEEDS, within(0, 100 * MANY)),

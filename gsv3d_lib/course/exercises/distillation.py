@@ -1,4 +1,4 @@
-"""Checkers of notebook 07: the merged LoRA, stage 2's loss, the latents' gradient."""
+"""Checkers of notebook 07: a loud λ, the latents' gradient, an average, healing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 from ...cameras import Cameras, orbit_cameras, sv3d_azimuths
 from ...config import Config, preset
 from ...decoder import GaussianDecoder, build_decoder
-from ...distillation import sigma_weight
 from ...losses import rendering_loss
-from . import Wrong, ask, checker, expect, expect_close, expect_not, expect_shape
+from . import Wrong, ask, checker, expect, expect_close, expect_not, expect_shape, same
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
@@ -22,83 +21,50 @@ def _randn(*shape: int, seed: int = 0) -> Tensor:
 # ---------------------------------------------------------------- exercise 1
 
 
+def lambda_for_turn(g2d: Tensor, g3d: Tensor, degrees: float) -> float:
+    """The solution: "across" over "along" of the sum is the tangent of the turn."""
+    direction = g2d / g2d.norm()
+    along = g3d @ direction
+    across = (g3d - along * direction).norm()
+    turn = torch.deg2rad(torch.tensor(degrees))
+    return float(g2d.norm() * turn.sin() / (across * turn.cos() - along * turn.sin()))
+
+
 @checker
-def check_merge_lora(solution) -> None:
-    """merge_lora(weight [out, in], A [r, in], B [out, r], alpha) -> merged weight."""
-    weight, A, B, alpha = _randn(6, 4), _randn(2, 4, seed=1), _randn(6, 2, seed=2), 8.0
-    given = weight.clone()
-    answer = ask(solution, weight, A, B, alpha)
-    expect(
-        torch.equal(weight, given),
-        "Your function changed the frozen weight in place: return a new tensor.",
+def check_lambda_for_turn(solution) -> None:
+    """lambda_for_turn(g2d [P], g3d [P], degrees) -> the weight of g3d."""
+    g2d = torch.tensor([0.0, 3.0, 4.0, 0.0])
+    cases = (
+        (torch.tensor([0.2, 0.0, 0.0, 0.0]), 30.0, "perpendicular gradients"),
+        (torch.tensor([0.3, 0.3, 0.4, 0.0]), 20.0, "gradients that agree in part"),
+        (torch.tensor([0.1, -0.3, -0.4, 0.2]), 120.0, "gradients that disagree in part"),
     )
-    expect_shape(answer, (6, 4))
-    update = B @ A
-    mistakes = {
-        "That is the update alone: the frozen weight has to be added.": alpha / 2 * update,
-        "The scale alpha / r is missing: r is the number of rows of A.": weight + update,
-        "You scaled by alpha; LoRA scales by alpha / r.": weight + alpha * update,
-        "The scale is upside down: it is alpha / r, not r / alpha.": weight + 2 / alpha * update,
-        "You divided by the inputs: r is the number of rows of A.": weight + alpha / 4 * update,
-    }
-    expect_not(answer, mistakes)
-    expect_close(answer, weight + alpha / 2 * update, "The merged weight is W + (alpha / r) B A.")
-    untouched = ask(solution, weight, A, torch.zeros(6, 2), alpha)
-    expect_close(untouched, weight, "With B = 0 the merged weight is W itself.")
+    for g3d, degrees, name in cases:
+        answer = ask(solution, g2d, g3d, degrees)
+        answer = torch.as_tensor(answer, dtype=torch.float32).detach()
+        expect_shape(answer, (), "the weight")
+        turn = torch.deg2rad(torch.tensor(degrees))
+        loud = g2d.norm() / g3d.norm()
+        mistakes = {
+            "You gave tan() or sin() degrees; torch counts in radians.": loud
+            * torch.tensor(degrees).tan(),
+            "Then the two gradients are equally long, which is no statement on the turn.": loud,
+            "That divides by the length of g_3D; only the part of it across g_2D turns.": loud
+            * turn.tan(),
+            "A sine of the turn equals lambda |g_3D| / |g_2D| only at its largest; "
+            "the sum is longer or shorter than g_2D.": loud * turn.sin(),
+            "It is upside down: a short g_3D needs a large weight.": 1 / (loud * turn.tan()),
+        }
+        truth = torch.tensor(lambda_for_turn(g2d, g3d, degrees))
+        expect_not(answer, {k: v for k, v in mistakes.items() if not same(v, truth)})
+        reached = g2d + answer * g3d
+        cosine = (reached @ g2d / (reached.norm() * g2d.norm())).clamp(-1, 1)
+        found = torch.rad2deg(torch.acos(cosine)).item()
+        hint = f"With {name} your weight turns by {found:.1f} degrees instead of {degrees:g}."
+        expect_close(answer, truth, hint)
 
 
 # ---------------------------------------------------------------- exercise 2
-
-
-@checker
-def check_stage2_loss(solution) -> None:
-    """stage2_loss(loss_2d, losses_3d [B], sigma [B], lambda_3d, weighting) -> []."""
-    loss_2d, losses, sigma = (
-        torch.tensor(0.3),
-        torch.tensor([0.1, 0.5, 0.2]),
-        torch.tensor([0.0, 1.0, 3.0]),
-    )
-    plain = ask(solution, loss_2d, losses, sigma, 2.0, "none")
-    expect_shape(plain, (), "the loss")
-    truth, weight = loss_2d + 2 * losses.mean(), sigma_weight(sigma, "snr")
-    weighted = loss_2d + 2 * (weight * losses).mean()
-    mistakes = {
-        "You summed over the objects: L_3D is their mean.": loss_2d + 2 * losses.sum(),
-        "lambda_3D is missing: it multiplies the 3D term.": loss_2d + losses.mean(),
-        'With weighting "none" every object counts alike: w = 1.': weighted,
-    }
-    expect_not(plain, mistakes)
-    expect_close(plain, truth, "Without a weighting the loss is L_2D + lambda_3D mean(L_3D).")
-
-    answer = ask(solution, loss_2d, losses, sigma, 2.0, "snr")
-    expect_shape(answer, (), "the loss")
-    mistakes = {
-        'With weighting "snr" each object is weighted by its own noise level: '
-        "w = 1 / (1 + sigma^2).": truth,
-        "You averaged the weights before multiplying: each object's loss gets the weight of its "
-        "own sigma.": (loss_2d + 2 * weight.mean() * losses.mean()),
-        "You divided by the sum of the weights; then a noisy batch would count as much as a clean "
-        "one. Take the mean.": (loss_2d + 2 * (weight * losses).sum() / weight.sum()),
-        "You weighted L_2D too: w belongs to the 3D term alone.": (
-            weight * (loss_2d + 2 * losses)
-        ).mean(),
-        "You used 1 / (1 + sigma): the weight has sigma squared.": loss_2d
-        + 2 * (losses / (1 + sigma)).mean(),
-        "You summed over the objects: L_3D is their mean.": loss_2d + 2 * (weight * losses).sum(),
-    }
-    expect_not(answer, mistakes)
-    expect_close(
-        answer, weighted, "L = L_2D + lambda_3D mean(w(sigma) L_3D), with w = 1 / (1 + sigma^2)."
-    )
-    leaf = losses.clone().requires_grad_()
-    carried = ask(solution, loss_2d, leaf, sigma, 2.0, "snr")
-    expect(
-        carried.requires_grad,
-        "Your loss has no gradient: do not detach or convert to numbers on the way.",
-    )
-
-
-# ---------------------------------------------------------------- exercise 3
 
 
 @cache
@@ -205,3 +171,86 @@ def check_latent_gradient(solution) -> None:
     expect_close(
         answer / scale, truth / scale, "This is not dL_3D / dz_hat averaged over the objects.", 1e-3
     )
+
+
+# ---------------------------------------------------------------- find the bug
+
+
+def train_averaged(weights: Tensor, gradient, steps: int, lr: float, decay: float) -> Tensor:
+    """The solution: the average has memory of its own."""
+    average = weights.detach().clone()
+    for _ in range(steps):
+        weights -= lr * gradient(weights)
+        average.lerp_(weights, 1 - decay)
+    return average
+
+
+@checker
+def check_train_averaged(solution) -> None:
+    """train_averaged(weights [P], gradient, steps, lr, decay) -> their average [P]."""
+    start, goal = _randn(5), _randn(5, seed=1)
+
+    def noisy_gradient():
+        noise = torch.Generator().manual_seed(2)
+        return lambda w: w - goal + torch.randn(5, generator=noise)
+
+    def run(function, keep: float) -> tuple[Tensor, Tensor]:
+        weights = start.clone()
+        return ask(function, weights, noisy_gradient(), 20, 0.3, keep), weights
+
+    answer, last = run(solution, 0.9)
+    expect_shape(answer, (5,))
+    truth, trained = run(train_averaged, 0.9)
+    expect(
+        torch.allclose(last, trained, atol=1e-5),
+        "The weights do not end where 20 steps of gradient descent, in place, end.",
+    )
+    mistakes = {
+        "Those are the last weights, to the bit: in 20 noisy steps nothing was averaged.": trained,
+        "Your average keeps 1 - decay of itself and takes decay of the weights.": run(
+            train_averaged, 0.1
+        )[0],
+        "You return the first weights: the average never moves.": start,
+    }
+    expect_not(answer, mistakes)
+    expect_close(answer, truth, "This is not the moving average of the weights after each step.")
+
+
+# ---------------------------------------------------------------- build
+
+HEAL_DEPTH, HEAL_PICTURES, HEAL_CALLS = 0.050, 24.0, 60  # depth L1; dB of VAE against 3D
+
+
+@checker
+def check_heal(solution, z: Tensor, truth: Tensor, gradient, scores) -> None:
+    """heal(z, truth, gradient) -> latents like z, which scores(latents) measures."""
+    calls = 0
+
+    def counted(latents: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        expect(calls <= HEAL_CALLS, f"You called the gradient more than {HEAL_CALLS} times.")
+        return gradient(latents)
+
+    answer = ask(solution, z.clone(), truth.clone(), counted)
+    expect_shape(answer, z.shape, "the latents")
+    answer = answer.detach()
+    expect(torch.isfinite(answer).all(), "The latents hold inf or nan: take smaller steps.")
+    expect(not same(answer, truth), "Those are the true latents; the decoder can do better.")
+    found = scores(answer)
+    depth, pictures = found["depth_l1"], found["vae_3d"]
+    reached = f"depth L1 {depth:.3f} and VAE against 3D {pictures:.1f} dB with {calls} calls"
+    good_depth, good_pictures = depth <= HEAL_DEPTH, pictures >= HEAL_PICTURES
+    expect(
+        good_depth or good_pictures,
+        f"Both are missed: {reached}. More steps, or larger ones.",
+    )
+    expect(
+        good_pictures,
+        f"The object is there, its pictures are not: {reached}. Hold the latents closer.",
+    )
+    expect(
+        good_depth,
+        f"The pictures are there, the object is not: {reached}. Give L_3D more weight.",
+    )
+    print(f"{reached[0].upper()}{reached[1:]}.")
