@@ -8,11 +8,11 @@ from notebook_world import accepts, definitions, rejects
 
 from gsv3d_lib import cameras as cam
 from gsv3d_lib import unet
+from gsv3d_lib.config import preset
 from gsv3d_lib.course.exercises import multiview as checks
-from gsv3d_lib.rendering import plain as reference
+from gsv3d_lib.pretraining import rolled
 
 SIZE = 32
-FLIP = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 
 
 @pytest.fixture(scope="module")
@@ -25,44 +25,21 @@ def cameras():
     return cam.orbit_cameras([0.0, 33.0, 170.0, 291.0], [0.0, 20.0, -35.0, 70.0], SIZE)
 
 
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 # ------------------------------------------------------------- the notebook's functions
 
 
-def test_cameras_are_the_library_s(cells, cameras):
-    angles = zip([0.0, 33.0, 170.0, 291.0], [0.0, 20.0, -35.0, 70.0])
-    mine = torch.stack([cells["view_matrix"](a, e, cam.DISTANCE) for a, e in angles])
-    assert torch.allclose(mine, cameras.viewmats, atol=1e-5)
-    assert torch.allclose(cells["pinhole"](SIZE, cam.FOV_DEG), cameras.Ks[0], atol=1e-5)
-    assert torch.allclose(
-        cells["flip_camera_axes"](cameras.c2w()), cam.opencv_to_opengl(cameras.c2w()), atol=1e-5
-    )
-
-
-def test_projection_is_where_the_rasteriser_puts_a_splat(cells, cameras):
-    points = 0.4 * randn(20, 3)
-    quats, scales = torch.tensor([[1.0, 0, 0, 0]]).expand(20, 4), torch.full((20, 3), 0.01)
-    for viewmat, K in zip(cameras.viewmats, cameras.Ks):
-        centres, _ = reference.project(points, quats, scales, viewmat, K, SIZE, SIZE)
-        pixels, z = cells["project"](points, viewmat, K)
-        assert torch.allclose(pixels, centres, atol=1e-5, rtol=1e-5)
-        assert torch.allclose(z, points @ viewmat[2, :3] + viewmat[2, 3], atol=1e-5)
-
-
-def test_lifting_follows_the_library_s_rays(cells, cameras):
-    origins, directions = cam.ray_grid(cameras, SIZE, SIZE)
-    for v, (viewmat, K) in enumerate(zip(cameras.viewmats, cameras.Ks)):
+def test_points_and_pixels_are_inverse(cells, cameras):
+    for v in range(4):
         depth = 3 + 0.3 * torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(v))
-        along = origins[v] + directions[v] * (depth / (directions[v] @ viewmat[2, :3]))[..., None]
-        assert torch.allclose(cells["lift"](depth, viewmat, K), along.reshape(-1, 3), atol=1e-5)
+        points = cells["points_of"](depth, cameras[v])
+        pixels, z = cells["pixels_of"](points, cameras[v])
+        rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+        centres = torch.stack([columns, rows], -1).reshape(-1, 2) + 0.5
+        assert torch.allclose(pixels, centres, atol=1e-3)
+        assert torch.allclose(z, depth.flatten(), atol=1e-5)
 
 
-def test_pluecker_and_sinusoids(cells, cameras):
-    rays = cells["pluecker"](*cam.ray_grid(cameras, 5, 7))
-    assert torch.allclose(rays, cam.pluecker_rays(cameras, 5, 7), atol=1e-5)
+def test_sinusoids_are_the_library_s(cells):
     polar, azimuth = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) * 6
     library = unet.angle_features(polar[None], azimuth[None], 1e-5)[0]
     assert torch.allclose(cells["camera_features"](polar, azimuth, 1e-5), library, atol=1e-5)
@@ -107,8 +84,6 @@ def test_one_orbit_keeps_each_azimuth_with_its_latent(cells):
                 "elevation": torch.full((frames,), 15.0),
             }
 
-    from gsv3d_lib.config import preset
-
     stage = cells["OneOrbit"](None, None, Rings(), preset("tiny"))
     seen = set()
     for k in range(4):
@@ -120,23 +95,20 @@ def test_one_orbit_keeps_each_azimuth_with_its_latent(cells):
     assert len(seen) == 4
 
 
-# ---------------------------------------------------------------- stubs
+# ---------------------------------------------------------------- checkers
 
 
 @pytest.mark.parametrize(
     ("checker", "stub"),
     [
         (checks.check_orbit, "sv3d_orbit"),
-        (checks.check_latent_rays, "latent_rays"),
-        (checks.check_from_opengl, "from_opengl"),
+        (checks.check_roll, "roll_orbit"),
+        (checks.check_strangers, "strangers"),
     ],
 )
 def test_stubs_are_not_written_yet(cells, checker, stub, capsys):
     assert not checker(cells[stub])
     assert "not written yet" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- exercise 1
 
 
 def orbit_with(azimuths, polar=lambda e: 90 - e):
@@ -178,65 +150,56 @@ def test_orbit_checker():
     assert rejects(checks.check_orbit, lambda n, e: right(n), "shape")
 
 
-# ---------------------------------------------------------------- exercise 2
+def test_roll_checker():
+    check = checks.check_roll
+    assert accepts(check, rolled)
+
+    def only(*names, step=1):
+        return lambda orbit, k: orbit | {n: orbit[n].roll(step * k, 0) for n in names}
+
+    every = ("latents", "azimuth", "elevation")
+    assert rejects(check, lambda orbit, k: orbit, "do not move")
+    assert rejects(check, only("latents", "elevation"), "takes its own along")
+    assert rejects(check, only(*every, step=-1), "other way")
+    assert rejects(check, only("latents", "azimuth"), "elevation")
+    assert rejects(check, only(*every, "image"), "condition view and stays")
+
+    def anew(orbit, k):
+        orbit = rolled(orbit, k)
+        return orbit | {"azimuth": (orbit["azimuth"] - orbit["azimuth"][-1]) % 360}
+
+    assert rejects(check, anew, "counted the azimuths anew")
 
 
-def rays_with(
-    half=0.5, unit=True, world=True, transpose=False, scaled=True, order="right", indexing="ij"
-):
-    def latent_rays(K, c2w, size, grid):
-        at = (torch.arange(grid) + half) * (size / grid if scaled else 1)
-        v, u = torch.meshgrid(at, at, indexing=indexing)
-        d = torch.stack([u, v, torch.ones_like(u)], -1) @ torch.linalg.inv(K).T
-        if world:
-            d = d @ (c2w[:3, :3] if transpose else c2w[:3, :3].T)
-        d = torch.nn.functional.normalize(d, dim=-1) if unit else d
-        o = c2w[:3, 3].expand_as(d)
-        m = torch.linalg.cross(o, d)
-        parts = {"right": (m, d), "d x o": (-m, d), "d first": (d, m), "origin": (o, d)}
-        return torch.cat(parts[order], -1)
+def test_input_checker(cells):
+    check = checks.check_input
 
-    return latent_rays
+    def right(noisy, image, sigma):
+        return torch.cat([noisy / (sigma**2 + 1) ** 0.5, image.expand_as(noisy)], 1)
+
+    assert accepts(check, right)
+    assert rejects(check, cells["unet_input"], "0.12 times its strength")
+    assert rejects(check, lambda n, i, s: right(n, 0.18215 * i, s), "0.18 times")
+    assert rejects(check, lambda n, i, s: right(n * 2, i, s), "multiplied by c_in")
+    assert rejects(check, lambda n, i, s: right(n, i, s).roll(4, 1), "image comes last")
 
 
-def test_latent_rays_checker():
-    assert accepts(checks.check_latent_rays, rays_with())
-    assert rejects(checks.check_latent_rays, rays_with(order="d x o"), "d x o")
-    assert rejects(checks.check_latent_rays, rays_with(order="d first"), "moment first")
-    assert rejects(checks.check_latent_rays, rays_with(order="origin"), "origin itself")
-    assert rejects(checks.check_latent_rays, rays_with(half=0.0), "half pixel")
-    assert rejects(checks.check_latent_rays, rays_with(scaled=False), "grid indices")
-    assert rejects(checks.check_latent_rays, rays_with(unit=False), "unit length")
-    assert rejects(checks.check_latent_rays, rays_with(world=False), "camera's frame")
-    assert rejects(checks.check_latent_rays, rays_with(transpose=True), "transpose")
-    assert rejects(checks.check_latent_rays, rays_with(indexing="xy"), "Rows and columns")
+def test_strangers_checker(cells):
+    check = checks.check_strangers
 
+    def error(rgb, depth, cameras, k, to):
+        painted, seen = cells["carry"](rgb, depth, cameras, k, to)
+        return ((painted - rgb[k]).abs().mean(-1) * seen).sum() / seen.sum()
 
-# ---------------------------------------------------------------- exercise 3
+    def errors(rgb, depth, cameras):
+        return torch.stack([error(rgb, depth, cameras, k, (k + 1) % 16) for k in range(16)])
 
+    def right(rgb, depth, cameras):
+        to_next = errors(rgb, depth, cameras)
+        return torch.minimum(to_next, to_next.roll(1)).topk(2).indices.tolist()
 
-def test_from_opengl_checker():
-    def diagonal(*values):
-        return torch.diag(torch.tensor([*values, 1.0]))
-
-    inverse = torch.linalg.inv
-    assert accepts(
-        checks.check_from_opengl, lambda c2w: cam.invert_rigid(cam.opengl_to_opencv(c2w))
-    )
-    assert rejects(checks.check_from_opengl, lambda c2w: c2w @ FLIP, "still camera to world")
-    assert rejects(checks.check_from_opengl, lambda c2w: inverse(c2w), "did not flip")
-    assert rejects(checks.check_from_opengl, lambda c2w: inverse(FLIP @ c2w), "turns the WORLD")
-    assert rejects(
-        checks.check_from_opengl,
-        lambda c2w: inverse(c2w @ diagonal(1.0, -1.0, 1.0)),
-        "Only y is flipped",
-    )
-    assert rejects(
-        checks.check_from_opengl,
-        lambda c2w: inverse(c2w @ diagonal(1.0, 1.0, -1.0)),
-        "Only z is flipped",
-    )
-    assert rejects(
-        checks.check_from_opengl, lambda c2w: inverse(c2w @ diagonal(-1.0, 1.0, -1.0)), "x and z"
-    )
-    assert rejects(checks.check_from_opengl, lambda c2w: (c2w @ FLIP).mT, "does not invert")
+    assert accepts(check, right)
+    assert rejects(check, lambda *ring: errors(*ring).topk(2).indices.tolist(), "36 are wanted")
+    assert rejects(check, lambda *ring: [0, 8], "36 are wanted")
+    assert rejects(check, lambda *ring: [3, 3], "two different views")
+    assert rejects(check, lambda *ring: [3, 16], "0 to 15")

@@ -1,5 +1,6 @@
-"""Notebook 06: its derivations equal the library, its checkers tell right from wrong."""
+"""Notebook 06: derivations equal the library; its checkers tell right from wrong."""
 
+import copy
 import math
 
 import pytest
@@ -8,11 +9,13 @@ import torch.nn.functional as F
 from notebook_world import accepts, definitions, rejects
 
 from gsv3d_lib.cameras import orbit_cameras, pluecker_rays, ray_grid, sv3d_azimuths
-from gsv3d_lib.config import preset
+from gsv3d_lib.config import Schedule, preset
 from gsv3d_lib.course.exercises import decoder as checks
 from gsv3d_lib.decoder import Block, GaussianDecoder, build_decoder, plane_sweep, ray_distance
 from gsv3d_lib.encoders import build_dino, dino_features
 from gsv3d_lib.pretraining import DINOStage
+from gsv3d_lib.stage1 import DecoderStage
+from gsv3d_lib.training import train
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 
@@ -108,6 +111,67 @@ def test_principal_colors_fill_the_range(notebook):
     )
 
 
+def test_epipolar_lines_pass_through_the_projected_points(notebook, cameras):
+    origins, directions = ray_grid(cameras, 8, 8)
+    crossed, pixels = notebook["line_tokens"](origins[0, 3, 5], directions[0, 3, 5], cameras)
+    assert crossed[0].sum() == 1 and crossed[0, 3, 5]  # its own ray is one point
+    assert (crossed[1:].sum((1, 2)) >= 4).all()
+    first, last = pixels[:, :1], pixels[:, -1:]
+    along, away = last - first, pixels - first  # points of a line in space lie on a line
+    off = along[..., 0] * away[..., 1] - along[..., 1] * away[..., 0]
+    assert off[1:].abs().max() < 1e-2
+
+
+class OneObject:
+    """An orbit and targets of noise."""
+
+    def __len__(self):
+        return 1
+
+    def item(self, generator, place):
+        return int(torch.randint(1, (), generator=generator))
+
+    def orbit(self, item, start, frames):
+        return {
+            "latents": torch.full((frames, 4, 8, 8), 0.1 * start),
+            "azimuth": sv3d_azimuths(frames),
+            "elevation": torch.full((frames,), 15.0),
+            "image": torch.full((64, 64, 3), 0.5),
+        }
+
+    def targets(self, item, start, chosen):
+        depth = 3 + 0.01 * chosen.float()[:, None, None, None].expand(-1, 64, 64, 1)
+        return {
+            "target_rgb": torch.full((len(chosen), 64, 64, 3), 0.3),
+            "target_depth": depth,
+            "target_alpha": torch.ones(len(chosen), 64, 64, 1),
+            "target_azimuth": 20.0 * chosen,
+            "target_elevation": torch.full((len(chosen),), 15.0),
+        }
+
+    class views:
+        rgb = torch.zeros(1, 20, 1, 1, 3)
+
+
+def test_the_loop_of_stage_1_is_the_library_s(notebook, tmp_path):
+    torch.manual_seed(0)
+    config = preset("tiny", decoder_layers=1, lambda_pixel=0.0, view_counts=(4,))
+    notebook["config"], notebook["alone"] = config, OneObject()
+    notebook["dino"] = build_dino(config).requires_grad_(False).eval()
+    start = build_decoder(config)
+    by_hand, theirs = copy.deepcopy(start), copy.deepcopy(start)
+    rows = notebook["fit"](by_hand, steps=2, lr=1e-3)
+    stage = DecoderStage(theirs, notebook["dino"], OneObject(), config)
+    stage.identity = dict  # no data to name
+    schedule = Schedule(steps=2, batch=1, lr=1e-3, warmup=2, ema=0.9)
+    history = train(stage, schedule, tmp_path / "run", log_every=1, progress=False)
+    for name in ("loss", "psnr", "depth_l1"):
+        assert [r[name] for r in rows] == pytest.approx([r[name] for r in history], rel=1e-4)
+    moved = [(a - b).abs().max() for a, b in zip(by_hand.parameters(), start.parameters())]
+    apart = [(a - b).abs().max() for a, b in zip(by_hand.parameters(), theirs.parameters())]
+    assert max(apart) < 0.02 * max(moved)
+
+
 # ---------------------------------------------------------------- checkers
 
 
@@ -117,6 +181,7 @@ def test_principal_colors_fill_the_range(notebook):
         ("pixel_shuffle", "check_shuffle"),
         ("depth_logits", "check_depth_logits"),
         ("dino_loss", "check_dino_loss"),
+        ("stereo", "check_stereo"),
     ],
 )
 def test_stub_is_not_written_yet(notebook, stub, checker, capsys):
@@ -133,14 +198,15 @@ def shuffle_by_axes(order):
 
 
 def test_shuffle_checker():
-    assert accepts(checks.check_shuffle, F.pixel_shuffle)
+    assert rejects(checks.check_shuffle, F.pixel_shuffle, "torch's own")
+    assert rejects(checks.check_shuffle, lambda x, r: torch.nn.PixelShuffle(r)(x), "torch's own")
     assert accepts(checks.check_shuffle, shuffle_by_axes((0, 1, 4, 2, 5, 3)))
     assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 2, 3, 4, 5)), "without moving axes")
     assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 4, 3, 5, 2)), "i and j are swapped")
     assert rejects(checks.check_shuffle, shuffle_by_axes((0, 1, 2, 4, 3, 5)), "slow index")
     assert rejects(
         checks.check_shuffle,
-        lambda x, r: F.pixel_shuffle(_regrouped(x, r), r),
+        lambda x, r: shuffle_by_axes((0, 1, 4, 2, 5, 3))(_regrouped(x, r), r),
         "grouped the wrong way",
     )
     assert rejects(checks.check_shuffle, lambda x, r: x, "should have shape")
@@ -206,3 +272,57 @@ def test_the_cost_of_attention_as_the_notebook_counts_it():
     config = preset("paper")
     tokens = config.num_frames * (config.latent_size // config.decoder_patch) ** 2
     assert tokens == 20_736 and math.isclose(tokens**2, 4.3e8, rel_tol=1e-2)
+
+
+def test_average_checker(notebook):
+    check = checks.check_average
+
+    def averaging(start=torch.clone, share=lambda decay: 1 - decay):
+        def average_of_training(net, batches, decay):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            average = [start(p.detach()) for p in net.parameters()]
+            for x, y in batches:
+                optimizer.zero_grad()
+                (net(x) - y).pow(2).mean().backward()
+                optimizer.step()
+                for mean, p in zip(average, net.parameters()):
+                    mean.lerp_(p.detach(), share(decay))
+            return average
+
+        return average_of_training
+
+    assert accepts(check, averaging())
+    assert rejects(check, notebook["average_of_training"], "nothing old is kept")
+    assert rejects(check, averaging(share=lambda decay: decay), "keeps the share")
+    assert rejects(check, averaging(start=torch.zeros_like), "keeps the share")
+    assert rejects(check, lambda net, batches, decay: [net.weight], "One tensor per parameter")
+
+
+def swept(near=(1, 15), cosine=True, half=0.0):
+    def stereo(rgb, cameras, view):
+        size = rgb.shape[1]
+        origins, directions = (t[0] for t in ray_grid(cameras[view], size, size))
+        offsets, away = torch.linspace(-1, 1, 61), origins.norm(dim=-1)
+        points = origins + (away + offsets[:, None, None])[..., None] * directions
+        cost = 0
+        for k in [(view + step) % 16 for step in near]:
+            local = points.reshape(-1, 3) @ cameras.viewmats[k, :3, :3].T
+            uv = (local + cameras.viewmats[k, :3, 3]) @ cameras.Ks[k].T
+            grid = 2 * (uv[:, :2] / uv[:, 2:] + half) / size - 1
+            picture = rgb[k].movedim(-1, 0)[None]
+            colors = F.grid_sample(picture, grid[None, None], align_corners=False)
+            colors = colors[0, :, 0].T.reshape(*points.shape)
+            cost = cost + (colors - rgb[view]).abs().sum(-1)
+        depth = away + offsets[cost.argmin(0)]
+        return depth * (directions @ cameras.viewmats[view, 2, :3]) if cosine else depth
+
+    return stereo
+
+
+def test_stereo_checker():
+    check = checks.check_stereo
+    assert accepts(check, swept())
+    assert rejects(check, swept(near=range(1, 16)), "which views can see")
+    assert rejects(check, swept(cosine=False), "times the cosine")
+    assert rejects(check, lambda rgb, cameras, view: torch.full((32, 32), 3.5), "0.06 is wanted")
+    assert rejects(check, swept(half=3.0), "0.06 is wanted")

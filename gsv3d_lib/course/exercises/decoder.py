@@ -1,16 +1,30 @@
-"""Checkers for notebook 06: pixel shuffle, the depth head's target, and DINO's loss."""
+"""Checkers of notebook 06: pixel shuffle, the depth head's target, DINO's loss, a
+moving average, and depth from pictures.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ...cameras import orbit_cameras, ray_grid
 from ...decoder import ray_distance
 from . import ask, checker, expect, expect_close, expect_not, expect_shape, same
+from .multiview import painted_ball
 
 # ---------------------------------------------------------------- exercise 1
+
+
+class Watch(TorchFunctionMode):
+    """Notes whether torch's own pixel shuffle is called within the block."""
+
+    used = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.used |= function is F.pixel_shuffle
+        return function(*args, **(kwargs or {}))
 
 
 @checker
@@ -20,7 +34,9 @@ def check_shuffle(solution) -> None:
         x = torch.arange(2.0 * channels * r * r * height * width).reshape(
             2, channels * r * r, height, width
         )
-        answer = ask(solution, x, r)
+        with Watch() as watch:
+            answer = ask(solution, x, r)
+        expect(not watch.used, "That is torch's own pixel shuffle; move the axes yourself.")
         expect_shape(answer, (2, channels, height * r, width * r))
         for hint, order in SHUFFLES.items():
             expect(not same(answer, _shuffled(x, r, order)), hint)
@@ -180,3 +196,72 @@ def check_dino_loss(solution) -> None:
         "The loss has a gradient for the teacher: take the targets under torch.no_grad() or "
         "detach them.",
     )
+
+
+# ---------------------------------------------------------------- find the bug
+
+
+@checker
+def check_average(solution) -> None:
+    """net, pairs of inputs and targets, decay -> the average of each of its tensors."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 8, 3, generator=generator) for _ in range(12)]
+    net = nn.Linear(3, 3)
+    with torch.no_grad():
+        net.weight.copy_(torch.eye(3)), net.bias.fill_(1.0)
+    truth = [p.detach().clone() for p in net.parameters()]
+    copy = nn.Linear(3, 3)
+    copy.load_state_dict(net.state_dict())
+    for x, y in batches:
+        slopes = torch.autograd.grad((copy(x) - y).pow(2).mean(), list(copy.parameters()))
+        with torch.no_grad():
+            for mean, p, slope in zip(truth, copy.parameters(), slopes, strict=True):
+                mean.lerp_(p.sub_(0.1 * slope), 0.1)
+    answer = ask(solution, net, batches, 0.9)
+    expect(len(answer) == 2, f"One tensor per parameter is 2 here; got {len(answer)}.")
+    last = all(same(mean, p) for mean, p in zip(answer, copy.parameters(), strict=True))
+    expect(
+        not last,
+        "The average equals the last weights in every number: nothing old is kept. What does "
+        "`detach()` share with the parameter?",
+    )
+    for mean, right in zip(answer, truth, strict=True):
+        expect_close(mean, right, "The average keeps the share `decay` at every step.")
+
+
+# ---------------------------------------------------------------- build
+
+WANTED = 0.06  # mean error of the depth, in world units
+
+
+@checker
+def check_stereo(solution) -> None:
+    """rgb [16, H, W, 3], 16 cameras on a ring, a view -> its z-depth [H, W]."""
+    cameras, errors = orbit_cameras(torch.arange(16) * 22.5, 15.0, 32), []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        waves = 3 * torch.randn(3, 3, generator=generator)
+        rgb, depth = painted_ball(cameras, waves, 6 * torch.rand(3, generator=generator))
+        for view in (0, 5):
+            answer = ask(solution, rgb.clone(), cameras, view)
+            expect_shape(answer, (32, 32), "the z-depth")
+            there = depth[view] > 0
+            expect(torch.isfinite(answer[there]).all(), "The depth holds inf or nan.")
+            along = depth[view] / _cosines(cameras[view])
+            hint = (
+                "That is the distance along the ray; z-depth is it times the cosine with the axis."
+            )
+            near = (answer - along)[there].abs().mean() < 0.5 * (along - depth[view])[there].mean()
+            expect(not near, hint)
+            errors.append((answer - depth[view])[there].abs().mean())
+    error = torch.stack(errors).mean().item()
+    expect(
+        error <= WANTED,
+        f"The mean error is {error:.3f}, and {WANTED} is wanted: which views can see the point?",
+    )
+
+
+def _cosines(camera) -> Tensor:
+    """Between the pixels' rays and the viewing axis, [H, W]."""
+    _, directions = ray_grid(camera, camera.height, camera.width)
+    return directions[0] @ camera.viewmats[0, 2, :3]

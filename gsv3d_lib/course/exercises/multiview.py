@@ -1,4 +1,6 @@
-"""Checkers of notebook 04: SV3D's orbit, Plücker rays, and cameras from OpenGL."""
+"""Checkers of notebook 04: SV3D's orbit, an orbit begun elsewhere, the U-Net's input,
+and views that do not belong to a ring.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...cameras import (
-    DISTANCE,
-    Cameras,
-    intrinsics,
-    opencv_to_opengl,
-    opengl_to_opencv,
-    orbit_cameras,
-    pluecker_rays,
-    ray_grid,
-    sv3d_azimuths,
-)
-from . import ask, checker, expect_close, expect_not, expect_shape
+from ...cameras import Cameras, orbit_cameras, ray_grid, sv3d_azimuths
+from ...pretraining import rolled
+from . import ask, checker, expect, expect_close, expect_not, expect_shape
 
 _expect_not = partial(expect_not, rtol=1e-5, atol=1e-3)
 
@@ -27,14 +20,16 @@ _expect_not = partial(expect_not, rtol=1e-5, atol=1e-3)
 
 
 def orbit_angles(num_frames: int, elevation_deg: float) -> Tensor:
-    """Polar and azimuth [N, 2] in degrees, from the library's parts."""
+    """The right answer from the library's parts: polar, azimuth [N, 2] in degrees."""
     azimuth = sv3d_azimuths(num_frames)
     return torch.stack([torch.full_like(azimuth, 90.0 - elevation_deg), azimuth], dim=-1)
 
 
 @checker
 def check_orbit(solution) -> None:
-    """num_frames, elevation in degrees -> polar and azimuth [N, 2], in SV3D's order."""
+    """num_frames, elevation in degrees -> polar and azimuth [N, 2] in degrees, in
+    SV3D's order.
+    """
     for frames, elevation in ((4, 15.0), (16, 15.0), (21, -5.0)):
         truth = orbit_angles(frames, elevation)
         answer = ask(solution, frames, elevation)
@@ -42,8 +37,7 @@ def check_orbit(solution) -> None:
         answer = answer.detach().to(truth)
         mistakes = {
             "The columns are exchanged: polar comes first, azimuth second.": truth.flip(-1),
-            "Those are radians; this project passes degrees at every function's "
-            "door.": truth.deg2rad(),
+            "Those are radians; at every function's door stand degrees.": truth.deg2rad(),
         }
         _expect_not(answer, mistakes)
         _expect_polar(answer[:, 0], elevation)
@@ -52,10 +46,8 @@ def check_orbit(solution) -> None:
 
 def _expect_polar(polar: Tensor, elevation: float) -> None:
     mistakes = {
-        "That is the elevation. SV3D's polar angle is measured from straight above: 90 - "
-        "elevation.": elevation,
-        "The sign of the elevation is wrong: a camera above the object has a polar angle below "
-        "90.": 90 + elevation,
+        "That is the elevation. The polar angle begins straight above: 90 - elevation.": elevation,
+        "The sign of the elevation is wrong: above the object it is below 90.": 90 + elevation,
     }
     _expect_not(polar, {hint: torch.full_like(polar, value) for hint, value in mistakes.items()})
     expect_close(
@@ -70,16 +62,15 @@ def _expect_azimuths(azimuth: Tensor, truth: Tensor) -> None:
     unwrapped = torch.linspace(0, 360, frames + 1)[1:]
     both_ends = torch.linspace(0, 360, frames)
     mistakes = {
-        "The condition view is first; in SV3D it is the LAST frame: drop the 0 at the start, not "
-        "the 360 at the end.": (torch.linspace(0, 360, frames + 1)[:-1]),
-        "The last azimuth is 360; the condition view stands at 0. The sinusoids of the two "
-        "differ: take it modulo 360.": (unwrapped),
-        "N points from 0 to 360 contain one place twice: take N + 1 points and drop the "
-        "first.": both_ends,
-        "N points from 0 to 360 have one place twice: take N + 1 points and drop the "
-        "first.": both_ends % 360,
-        "The orbit runs the other way: the azimuth grows from frame to frame, 360 / N, 2 * 360 / "
-        "N, ...": -truth % 360,
+        "In SV3D the condition view is the LAST frame: drop the 0, not the 360 at the end.": (
+            torch.linspace(0, 360, frames + 1)[:-1]
+        ),
+        "The last azimuth is 360, whose sinusoids are not those of 0: take it modulo 360.": (
+            unwrapped
+        ),
+        "N points from 0 to 360 hold one place twice: take N + 1, drop the first.": both_ends,
+        "N points from 0 to 360 have one place twice: take N + 1, drop the first.": both_ends % 360,
+        "The orbit runs the other way: azimuths grow, 360 / N, 2 * 360 / N, ...": -truth % 360,
     }
     _expect_not(azimuth, mistakes)
     expect_close(
@@ -92,132 +83,121 @@ def _expect_azimuths(azimuth: Tensor, truth: Tensor) -> None:
 
 # ---------------------------------------------------------------- exercise 2
 
-GRID = 8  # latent pixels per side
-SIZE = 64  # image pixels per side
+
+@checker
+def check_roll(solution) -> None:
+    """An orbit's dictionary and a number of frames -> the orbit begun elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    orbit = {
+        "latents": torch.randn(8, 4, 2, 2, generator=generator),
+        "azimuth": sv3d_azimuths(8),
+        "elevation": torch.linspace(0, 20, 8),
+        "image": torch.rand(4, 4, 3, generator=generator),
+        "image_latent": torch.randn(4, 2, 2, generator=generator),
+    }
+    for frames in (1, 3):
+        given = {name: value.clone() for name, value in orbit.items()}
+        answer = ask(solution, given, frames)
+        expect(isinstance(answer, dict), "Return a dictionary, with the orbit's names.")
+        expect(set(answer) == set(orbit), f"The names should be {', '.join(orbit)}.")
+        untouched = all(torch.equal(given[name], value) for name, value in orbit.items())
+        expect(untouched, "You changed the orbit that was given; make a new one.")
+        truth = rolled(orbit, frames)
+        moved, azimuth = orbit["latents"].roll(-frames, 0), answer["azimuth"]
+        expect_not(
+            answer["latents"],
+            {
+                "The frames do not move.": orbit["latents"],
+                "They move the other way: the last frames come first.": moved,
+            },
+        )
+        expect_not(
+            azimuth,
+            {
+                "The azimuths stay; each frame takes its own along.": orbit["azimuth"],
+                "You counted the azimuths anew from the last frame. They are relative to the "
+                "condition view, which has not changed.": (truth["azimuth"] - truth["azimuth"][-1])
+                % 360,
+            },
+        )
+        for name in ("image", "image_latent"):
+            hint = f"`{name}` is of the condition view and stays as it is."
+            expect_close(answer[name], orbit[name], hint)
+        for name in ("latents", "azimuth", "elevation"):
+            expect_close(answer[name], truth[name], f"`{name}` should move by {frames} frames.")
+
+
+# ---------------------------------------------------------------- find the bug
 
 
 @checker
-def check_latent_rays(solution) -> None:
-    """K [3, 3], c2w [4, 4], size in pixels, grid -> Plücker [grid, grid, 6]."""
-    camera = orbit_cameras([40.0], [25.0], SIZE)
-    K, c2w = camera.Ks[0], camera.c2w()[0]
-    answer = ask(solution, K.clone(), c2w.clone(), SIZE, GRID)
-    expect_shape(answer, (GRID, GRID, 6), "the Plücker coordinates")
-    answer, truth = answer.detach().float(), pluecker_rays(camera, GRID, GRID)[0]
-    origins, directions = (t[0] for t in ray_grid(camera, GRID, GRID))
-    moments = torch.linalg.cross(origins, directions)
-    _expect_not(
-        answer,
-        {
-            "You computed d x o; the moment is o x d, and the cross product changes its sign with "
-            "the order.": (torch.cat([-moments, directions], -1)),
-            "The order is moment first, direction last: cat(o x d, d).": torch.cat(
-                [directions, moments], -1
-            ),
-            "You concatenated the origin itself; the moment o x d is the same for every point of "
-            "the ray.": (torch.cat([origins, directions], -1)),
-            "Rows and columns are exchanged: row i gives v (down), column j gives u "
-            "(right).": truth.transpose(0, 1),
-        },
-    )
-    _expect_grid(answer[..., 3:], camera, directions)
-    expect_close(
-        answer,
-        truth,
-        "The directions are right, the moments are not: o x d with the camera's centre as o.",
-    )
-    back = ask(
-        solution,
-        K.clone(),
-        orbit_cameras([40.0], [25.0], SIZE, distance=2 * DISTANCE).c2w()[0],
-        SIZE,
-        1,
-    )
-    expect_shape(back, (1, 1, 6), "the Plücker coordinates of a grid of 1")
-    centre = pluecker_rays(camera, 1, 1)[0]
-    expect_close(
-        back, centre, "The central ray of a camera further back is the same line: same six numbers."
-    )
+def check_input(solution) -> None:
+    """noisy [N, 4, h, w], image latent [4, h, w], sigma -> the sample [N, 8, h, w]."""
+    generator = torch.Generator().manual_seed(0)
+    image = 5 * torch.randn(4, 2, 2, generator=generator)
+    for sigma in (8.0, 0.1):
+        noisy = (sigma**2 + 1) ** 0.5 * torch.randn(3, 4, 2, 2, generator=generator)
+        answer = ask(solution, noisy, image, sigma)
+        expect_shape(answer, (3, 8, 2, 2), "the sample")
+        scaled, expected = noisy / (sigma**2 + 1) ** 0.5, image.expand(3, -1, -1, -1)
+        expect_not(answer, {"The image comes last.": torch.cat([expected, scaled], 1)})
+        expect_close(answer[:, :4], scaled, "The noisy latents are multiplied by c_in.")
+        faint = (answer[:, 4:].norm() / expected.norm()).item()
+        expect(
+            abs(faint - 1) < 0.01,
+            f"At sigma {sigma:g} the picture's latent has {faint:.2f} times its strength. "
+            "It holds no noise, so c_in has no business there.",
+        )
+        expect_close(answer[:, 4:], expected, "The picture's latent comes as it is.")
 
 
-def _expect_grid(answer: Tensor, camera: Cameras, directions: Tensor) -> None:
-    """The directions [h, w, 3] go through the cells' centres, with length 1."""
-    rotation = camera.c2w()[0, :3, :3]
-    local = directions @ rotation  # in the camera's frame
-    long = local / local[..., 2:]
-    corners = _directions(camera, offset=0.0)
-    unscaled = _directions(camera, offset=0.5, step=1.0)
-    _expect_not(
-        answer,
-        {
-            "The half pixel is missing: column j of the grid is at u = (j + 0.5) * size / "
-            "grid.": corners @ rotation.mT,
-            "You used grid indices with the K of the image: a cell is size / grid pixels "
-            "wide.": unscaled @ rotation.mT,
-            "The directions are in the camera's frame; rotate them into the world with c2w[:3, "
-            ":3].": local,
-            "The directions are not of unit length: divide by the norm.": long @ rotation.mT,
-            "You rotated with the transpose: c2w[:3, :3] takes camera axes to the world.": local
-            @ rotation,
-        },
+# ---------------------------------------------------------------- build
+
+RINGS, WANTED = 20, 36  # rings of two strangers each, and how many have to be found
+
+
+def painted_ball(cameras: Cameras, waves: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """A ball with a random smooth colouring: rgb [V, H, W, 3] and z-depth [V, H, W]."""
+    origins, directions = ray_grid(cameras, cameras.height, cameras.width)
+    middle = -(origins * directions).sum(-1)
+    gap = 0.8**2 - (origins.square().sum(-1) - middle**2)
+    points = origins + (middle - gap.clamp(min=0).sqrt())[..., None] * directions
+    forward = cameras.viewmats[:, 2]
+    z = torch.einsum("vhwi,vi->vhw", points, forward[:, :3]) + forward[:, 3, None, None]
+    there = gap > 0
+    rgb = 0.5 + 0.5 * (points @ waves + shift).sin()
+    return torch.where(there[..., None], rgb, 1.0), torch.where(there, z, 0.0)
+
+
+def ring_with_strangers(seed: int) -> tuple[Tensor, Tensor, Cameras, set[int]]:
+    """rgb, depth, cameras of a ring of 16 views, and the two that do not belong."""
+    generator = torch.Generator().manual_seed(seed)
+    cameras = orbit_cameras(torch.arange(16) * 22.5, 15.0, 24)
+    waves, shift = (
+        3 * torch.randn(2, 3, 3, generator=generator),
+        torch.rand(2, 3, generator=generator),
     )
-    expect_close(
-        answer,
-        directions,
-        "Directions: rays through the cells' centres, in the world, with unit length.",
-    )
-
-
-def _directions(camera: Cameras, offset: float, step: float = SIZE / GRID) -> Tensor:
-    """Unit directions [h, w, 3] through ((j + offset) step, (i + offset) step)."""
-    at = (torch.arange(GRID) + offset) * step
-    v, u = torch.meshgrid(at, at, indexing="ij")
-    pixels = torch.stack([u, v, torch.ones_like(u)], -1)
-    return torch.nn.functional.normalize(
-        pixels @ torch.linalg.inv(intrinsics(camera.width)).mT, dim=-1
-    )
-
-
-# ---------------------------------------------------------------- exercise 3
+    rgb, depth = painted_ball(cameras, waves[0], 6 * shift[0])
+    other, _ = painted_ball(cameras, waves[1], 6 * shift[1])
+    first, step = (int(torch.randint(high, (), generator=generator)) for high in (16, 11))
+    odd = [first, (first + 3 + step) % 16]
+    rgb[odd] = other[odd]
+    return rgb, depth, cameras, set(odd)
 
 
 @checker
-def check_from_opengl(solution) -> None:
-    """OpenGL c2w [V, 4, 4] -> OpenCV viewmats [V, 4, 4], in the same world."""
-    cameras = orbit_cameras([0.0, 70.0, 200.0], [10.0, 25.0, -20.0], SIZE)
-    opengl = opencv_to_opengl(cameras.c2w())
-    answer = ask(solution, opengl.clone())
-    expect_shape(answer, (3, 4, 4), "the view matrices")
-    answer = answer.detach().float()
-    flip = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
-    only_y, only_z = (
-        torch.diag(torch.tensor(d)) for d in ([1.0, -1.0, 1.0, 1.0], [1.0, 1.0, -1.0, 1.0])
-    )
-    inverse = torch.linalg.inv
-    _expect_not(
-        answer,
-        {
-            "That is still camera to world: the axes are right, now invert the "
-            "matrix.": opengl_to_opencv(opengl),
-            "You inverted but did not flip: y still points up and z backward.": inverse(opengl),
-            "You flipped rows of c2w, which turns the WORLD; the camera's axes are the columns: "
-            "c2w @ flip.": (inverse(flip @ opengl)),
-            "Only y is flipped: that is a mirror, not a rotation (its determinant is -1). z "
-            "changes too.": (inverse(opengl @ only_y)),
-            "Only z is flipped: that is a mirror, not a rotation (its determinant is -1). y "
-            "changes too.": (inverse(opengl @ only_z)),
-            "You flipped x and z: x points right in both conventions; y and z change.": (
-                inverse(opengl @ torch.diag(torch.tensor([-1.0, 1.0, -1.0, 1.0])))
-            ),
-            "Transposing the 4 x 4 matrix does not invert it: the rotation is R^T, the "
-            "translation -R^T t.": ((opengl @ flip).mT),
-        },
-    )
-    expect_close(
-        torch.linalg.det(answer[:, :3, :3]),
-        torch.ones(3),
-        "The upper 3 x 3 is not a rotation (det should be 1).",
-    )
-    expect_close(
-        answer, cameras.viewmats, "x_cam = viewmat @ x_world should have y down and z forward."
+def check_strangers(solution) -> None:
+    """rgb, depth, cameras of 16 views -> the numbers of two views."""
+    found = 0
+    for seed in range(RINGS):
+        rgb, depth, cameras, odd = ring_with_strangers(seed)
+        answer = ask(solution, rgb.clone(), depth.clone(), cameras)
+        named = {int(k) for k in answer}
+        expect(len(named) == 2, f"Name two different views; got {sorted(named)}.")
+        expect(named <= set(range(16)), f"The views are 0 to 15; got {sorted(named)}.")
+        found += len(named & odd)
+    expect(
+        found >= WANTED,
+        f"You found {found} of {2 * RINGS} strangers, and {WANTED} are wanted: a stranger "
+        "disagrees with both of its neighbours.",
     )
