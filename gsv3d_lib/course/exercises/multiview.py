@@ -62,14 +62,15 @@ def _expect_azimuths(azimuth: Tensor, truth: Tensor) -> None:
     unwrapped = torch.linspace(0, 360, frames + 1)[1:]
     both_ends = torch.linspace(0, 360, frames)
     mistakes = {
-        "In SV3D the condition view is the LAST frame: drop the 0, not the 360 at the end.": (
+        "The condition view is first; in SV3D it is the LAST frame: drop the 0, not the 360.": (
             torch.linspace(0, 360, frames + 1)[:-1]
         ),
         "The last azimuth is 360, whose sinusoids are not those of 0: take it modulo 360.": (
             unwrapped
         ),
-        "N points from 0 to 360 hold one place twice: take N + 1, drop the first.": both_ends,
-        "N points from 0 to 360 have one place twice: take N + 1, drop the first.": both_ends % 360,
+        "N points from 0 to 360 hold one place twice: take N + 1 points, drop one.": both_ends,
+        "N points from 0 to 360 have one place twice: take N + 1 points, drop the first.": both_ends
+        % 360,
         "The orbit runs the other way: azimuths grow, 360 / N, 2 * 360 / N, ...": -truth % 360,
     }
     _expect_not(azimuth, mistakes)
