@@ -258,10 +258,11 @@ def test_the_seeded_bug_is_told_and_found(cells, capsys):
     assert not checks.check_draw_samples(cells["draw_samples"])
     assert "samples have deviation 0.006, the data have 0.5" in capsys.readouterr().out
     assert accepts(checks.check_draw_samples, draw_with())
-    raising = checks.check_draw_samples.__wrapped__
-    assert rejects(raising, draw_with(first=40.0), "have deviation 0.24")
-    assert rejects(raising, draw_with(last=60), "have deviation")
-    assert rejects(raising, draw_with(slope=lambda z, d, s, t: (z - d) / t), "inf or nan")
+    assert rejects(checks.check_draw_samples, draw_with(first=40.0), "have deviation 0.24")
+    assert rejects(checks.check_draw_samples, draw_with(last=60), "have deviation")
+    assert rejects(
+        checks.check_draw_samples, draw_with(slope=lambda z, d, s, t: (z - d) / t), "inf or nan"
+    )
 
 
 def heun_with(second="mean", at="end", last="euler", calls=1):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...diffusion import clean_estimate, scalings
-from . import ask, bug_checker, checker, expect, expect_close, expect_not, expect_shape, same
+from . import ask, checker, expect, expect_close, expect_not, expect_shape, same
 
 
 def scalings_for(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -181,7 +181,7 @@ def end_of_path(z: Tensor) -> Tensor:
     return MEAN + (z - MEAN) * SPREAD / math.hypot(SPREAD, HIGHEST)
 
 
-@bug_checker
+@checker
 def check_draw_samples(solution) -> None:
     """denoise, levels [steps + 1], count -> samples [count] of the data."""
     torch.manual_seed(0)
@@ -191,9 +191,9 @@ def check_draw_samples(solution) -> None:
     mean, spread = samples.mean().item(), samples.std().item()
     expect(
         abs(spread - SPREAD) < 0.04,
-        f"the samples have deviation {spread:.3f}, the data have {SPREAD}.",
+        f"The samples have deviation {spread:.3f}, the data have {SPREAD}.",
     )
-    expect(abs(mean - MEAN) < 0.04, f"the samples have mean {mean:.2f}, the data {MEAN}.")
+    expect(abs(mean - MEAN) < 0.04, f"The samples have mean {mean:.2f}, the data {MEAN}.")
 
 
 @checker

@@ -256,11 +256,11 @@ def check_near_to_far(solution) -> None:
         expect_shape(answer, (6,), "the order")
         expect(
             not torch.equal(answer, z.argsort(descending=True)),
-            "the farthest comes first; compositing goes from front to back.",
+            "The farthest comes first; compositing goes from front to back.",
         )
         expect(
             torch.equal(answer, z.argsort()),
-            f"from azimuth {azimuth:.0f}, elevation {elevation:.0f} Gaussian {int(z.argmin())} is "
+            f"From azimuth {azimuth:.0f}, elevation {elevation:.0f} Gaussian {int(z.argmin())} is "
             f"the nearest; yours begins with {int(answer[0])}.",
         )
 
