@@ -434,8 +434,7 @@ def load_sv3d(
     folder = Path(checkpoint) if checkpoint is not None else None
     if folder is not None and (folder / "dino").is_dir():
         dino = folder / "dino"
-    # may be missing, so it comes before the gigabytes
-    decoder = load_model(folder, "decoder") if folder is not None else None
+    decoder = load_model(folder, "decoder") if folder else None  # before the gigabytes
     config, models = load_backbone(source, config, svd=svd, dino=dino, download=download)
     if folder is not None and lora and (folder / "lora").is_dir():
         load_lora(models["unet"], folder / "lora")
