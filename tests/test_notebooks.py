@@ -103,7 +103,7 @@ def test_time_and_memory_are_measured_and_within_bounds(path):
     """
     (stated,) = MEASURED.findall(prose(path))
     seconds, gigabytes = map(float, re.search(r">(\d+) s, ([\d.]+) GB", stated).groups())
-    assert seconds <= 300 and gigabytes <= 8  # on a busy machine; a quiet one takes half
+    assert seconds <= 450 and gigabytes <= 8  # on a busy machine; a quiet one takes half
     (row,) = [
         line
         for line in (ROOT / "README.md").read_text().splitlines()

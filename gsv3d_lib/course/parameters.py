@@ -69,16 +69,14 @@ def below(count: str) -> Rule:
     )
 
 
-def at_most(count: str) -> Rule:
-    return rule(
-        lambda value, given: 1 <= value <= given[count],
-        lambda given: f"from 1 to {count} = {given[count]}",
-    )
-
-
 seeds = rule(
     lambda value, _: value and all(0 <= seed <= MANY for seed in value),
     lambda _: f"a list of seeds from 0 to {MANY}",
+)
+
+offsets = rule(
+    lambda value, _: value and all(-64 <= pixels <= 64 for pixels in value),
+    lambda _: "a list of pixels from -64 to 64",
 )
 
 # By name, because a name means the same in all notebooks; a test sees that none of
@@ -86,18 +84,21 @@ seeds = rule(
 COUNTS = (
     "num_objects steps num_gaussians train_steps overfit_steps finetune_steps dino_steps "
     "dino_batch rank batch_size train_objects held_out_objects draws_per_object average_of "
-    "draws own_objects"
+    "draws own_objects sampler_steps push_steps simulations samples"
 ).split()
-SEEDS = ("seed", "first_object", "first_seed", "object_seed", "full_steps", "ladder_steps")
+SEEDS = tuple(
+    "seed first_object first_seed object_seed other_seed car_seed carton_seed full_steps "
+    "ladder_steps".split()
+)
 RULES: dict[str, Rule] = {
     **dict.fromkeys(COUNTS, within(1)),
     **dict.fromkeys(SEEDS, within(0, 100 * MANY)),
     **dict.fromkeys(("learning_rate", "overfit_lr", "finetune_lr"), inside(0, 1)),
     **dict.fromkeys(("gpus", "full_processes"), within(1, 100_000)),
-    "ablation_objects": at_most("objects"),
     "chosen": below("num_objects"),
     "elevation": inside(-90, 90),
     "front": within(0, 15),  # of the ring
+    "grow": offsets,
     "guidance": within(0, 100),
     "hero": index_of("object_seeds"),
     "lambda_3d": inside(0, MANY),
@@ -109,6 +110,7 @@ RULES: dict[str, Rule] = {
     "own_steps": within(2),  # it stops halfway once
     "size": within(8, 1024),
     "tflops": inside(0, MANY),
+    "orbits_per_step": within(1, 16),
     "views_per_step": within(1, 16),
 }
 
