@@ -23,7 +23,9 @@ EXPLORERS = {
 import torch
 from gsv3d_lib.course.figures import plotly_gaussians
 from gsv3d_lib.gaussians import Gaussians
-from gsv3d_lib.course.widgets import explorer, orbit_explorer, splat_viewer
+from gsv3d_lib.course.widgets import explorer, splat_viewer
+from gsv3d_lib.cameras import orbit_cameras
+from gsv3d_lib.rendering import render
 def plain(brightness):
     return torch.full((32, 32, 3), brightness)
 explorer(plain, brightness=(0.0, 1.0, 0.5))""",
@@ -42,7 +44,10 @@ torch.manual_seed(0)
 rand, count = torch.rand, 400
 means, quaternions = rand(count, 3) - 0.5, rand(count, 4) - 0.5
 some = Gaussians(means, quaternions, 0.02 + 0.06 * rand(count, 3), rand(count), rand(count, 3))
-orbit_explorer(some)""",
+def turned(azimuth):
+    camera = orbit_cameras(torch.tensor([float(azimuth)]), torch.tensor([15.0]), 128)
+    return render(some, camera).rgb[0].clamp(0, 1)
+explorer(turned, azimuth=(0, 355, 30))""",
 }
 FIGURES = {
     "turning": "plotly_gaussians(some, height=300)",

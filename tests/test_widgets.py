@@ -1,6 +1,9 @@
 """Explorers without a browser: values move, pictures change, errors are shown."""
 
+import base64
 import io
+import json
+import re
 
 import ipywidgets
 import pytest
@@ -8,7 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gsv3d_lib.course.widgets import explorer, orbit_explorer, orbit_frame, png, splat_viewer
+from gsv3d_lib.course.frames import frames_page, png
+from gsv3d_lib.course.widgets import explorer, splat_viewer
 from gsv3d_lib.gaussians import Gaussians
 
 
@@ -42,13 +46,9 @@ def test_moving_a_slider_redraws():
 
 
 def test_controls_follow_their_specification():
-    box = explorer(lambda n, kind: gray(0.5), play="n", n=(1, 16, 4), kind=["a", "b"])
-    button, slider, choice = box.children[:3]
-    assert (
-        isinstance(button, ipywidgets.Play)
-        and isinstance(slider, ipywidgets.IntSlider)
-        and slider.value == 4
-    )
+    box = explorer(lambda n, kind: gray(0.5), n=(1, 16, 4), kind=["a", "b"])
+    slider, choice = box.children[:2]
+    assert isinstance(slider, ipywidgets.IntSlider) and slider.value == 4
     assert choice.options == ("a", "b")
     with pytest.raises(ValueError, match=r"n should be \(low, high, start\)"):
         explorer(gray, n=3)
@@ -76,17 +76,38 @@ def test_pictures_may_be_figures_or_tensors_and_nothing_else():
         png(3)
 
 
-def test_the_orbit_is_rendered_from_where_one_looks():
-    gaussians = scene()
-    frames = [orbit_frame(gaussians, azimuth, 10, size=32) for azimuth in (0, 360, 90)]
-    assert frames[0].shape == (32, 32, 3)
-    assert torch.allclose(frames[0], frames[1], atol=1e-4) and not torch.allclose(
-        frames[0], frames[2], atol=1e-2
+def book_of(draw, **controls) -> dict:
+    page = frames_page(draw, 100, controls)
+    return json.loads(re.search(r"const book = (.*);\n", page).group(1))
+
+
+def test_frames_hold_every_combination_where_they_are_few():
+    asked = []
+    book = book_of(
+        lambda n, kind: asked.append((n, kind)) or gray(n / 9), n=(0, 9, 4), kind=["a", "b"]
     )
-    box = orbit_explorer(gaussians, size=32)
-    before = picture_of(box).value
-    box.children[1].value = 90
-    assert picture_of(box).value != before
+    assert book["grid"] and len(book["frames"]) == 20 == len(set(asked))
+    assert book["start"] == [4, 0] and book["controls"][1]["stops"] == ["a", "b"]
+    data = base64.b64decode(book["frames"]["9,1"].split(",")[1])
+    assert Image.open(io.BytesIO(data)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_frames_move_one_control_at_a_time_where_they_are_many():
+    lengths = dict(a=(0.0, 1.0, 0.33), b=(0, 360, 45), c=(0, 3, 1))
+    book = book_of(lambda a, b, c: gray(a), **lengths)
+    start = book["start"]
+    assert not book["grid"] and len(book["frames"]) == 1 + 11 + 11 + 3
+    said = [control["stops"][at] for control, at in zip(book["controls"], start)]
+    assert said == ["0.33", "45", "1"]
+    for key in book["frames"]:
+        moved = sum(int(at) != home for at, home in zip(key.split(","), start))
+        assert moved <= 1
+
+
+def test_without_a_kernel_the_page_of_frames_stays():
+    bundle = explorer(gray, level=(0.0, 1.0, 0.5))._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert "srcdoc" in bundle["text/html"] and "data:image/webp" in bundle["text/html"]
 
 
 def test_the_splat_viewer_is_a_page_in_a_frame():

@@ -5,8 +5,9 @@
 
 Every notebook runs on a fresh kernel in the notebooks' folder. What was measured goes
 between `<!-- measured -->` and `<!-- /measured -->`, in its first cells and in its row
-of the README's table. What GitHub cannot show is left out: widget state, widgets
-without a kernel, and cell timings. A notebook that fails is left as it was.
+of the README's table. What GitHub cannot show is left out: widgets and their state (an
+explorer keeps its page of frames), and cell timings. A notebook that fails is left as
+it was.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
+            for out in cell.outputs:  # an explorer has a page of frames beside its widget
+                if out.get("data", {}).pop(WIDGET, None) is not None:
+                    out.data.pop("text/plain", None)
+            cell.outputs = [out for out in cell.outputs if out.get("data", True)]
     return notebook
 
 

@@ -1,8 +1,8 @@
 """Interactive figures for the notebooks: controls around a function that draws.
 
-They need a running kernel. The drawing function takes plain values and gives a picture,
-so it can be looked at and tested without any widget. Where it fails, its message is
-shown under the picture.
+The drawing function takes plain values and gives a picture, so it can be looked at and
+tested without any widget. With a kernel every value can be reached. A stored notebook
+and the website keep a page of frames that were drawn beforehand.
 """
 
 from __future__ import annotations
@@ -12,31 +12,38 @@ import io
 from collections.abc import Callable
 
 import ipywidgets
-import numpy as np
-import torch
 from IPython.display import HTML
-from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
 
-from ..cameras import orbit_cameras
 from ..gaussians import Gaussians
-from ..rendering import render
+from .frames import frames_page, png
 
-DPI = 80
+ROW = 34  # pixels of height of one control in the page of frames
 
 
-def explorer(
-    draw: Callable, play: str | None = None, width: int = 480, **controls
-) -> ipywidgets.VBox:
+class Explorer(ipywidgets.VBox):
+    """Live controls where a kernel runs; where none does, a page of frames."""
+
+    page: Callable[[], str]
+    height: int  # of the page, in pixels
+
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        try:
+            page = self.page()
+        except Exception:  # the live explorer says it, at the value where it happens
+            return bundle
+        title = "Explorer with frames drawn beforehand"
+        return bundle | {"text/html": framed(page, self.height, title)}
+
+
+def explorer(draw: Callable, width: int = 480, **controls) -> Explorer:
     """A picture that is redrawn as controls move.
 
     draw: takes the controls' values by name and returns a matplotlib figure or an image
         tensor [H, W, 3] in [0, 1].
     controls: name=(low, high, start) for a slider, whole numbers where all three are
         int; name=[...] for a choice.
-    play: the name of a whole-number control that a play button moves through its range,
-        over and over.
     width: of the picture on screen, in pixels.
     """
     inputs = {name: _control(name, spec) for name, spec in controls.items()}
@@ -55,29 +62,11 @@ def explorer(
     for control in inputs.values():
         control.observe(redraw, "value")
     redraw()
-    buttons = [] if play is None else [_play_button(inputs[play])]
-    box = ipywidgets.VBox([*buttons, *inputs.values(), picture, message])
+    box = Explorer([*inputs.values(), picture, message])
+    box.page = lambda: frames_page(draw, width, controls)
+    wide, high = Image.open(io.BytesIO(picture.value)).size if picture.value else (1, 1)
+    box.height = width * high // wide + ROW * (len(controls) + 2)
     return box.add_class("gsv3d-explorer")
-
-
-def orbit_explorer(gaussians: Gaussians, size: int = 128, width: int = 384) -> ipywidgets.VBox:
-    """Turn the object: our rasteriser renders every frame while you drag.
-
-    size: of the rendered picture; width: of it on screen. Both in pixels.
-    """
-
-    def draw(azimuth: int, elevation: int) -> Tensor:
-        return orbit_frame(gaussians, azimuth, elevation, size)
-
-    ranges = {"azimuth": (0, 355, 30), "elevation": (-30, 60, 15)}
-    return explorer(draw, play="azimuth", width=width, **ranges)
-
-
-@torch.no_grad()
-def orbit_frame(gaussians: Gaussians, azimuth: float, elevation: float, size: int = 128) -> Tensor:
-    """The object from one direction (degrees): [size, size, 3] in [0, 1], on white."""
-    camera = orbit_cameras(torch.tensor([float(azimuth)]), torch.tensor([float(elevation)]), size)
-    return render(gaussians, camera).rgb[0].clamp(0, 1)
 
 
 def splat_viewer(gaussians: Gaussians | dict[str, Gaussians], height: int = 420) -> HTML:
@@ -87,26 +76,16 @@ def splat_viewer(gaussians: Gaussians | dict[str, Gaussians], height: int = 420)
     from ..export.page import Item, page_of
 
     named = gaussians if isinstance(gaussians, dict) else {"object": gaussians}
-    page = html.escape(page_of([Item(*pair) for pair in named.items()]))
-    return HTML(
-        f'<div><iframe srcdoc="{page}" width="100%" height="{height}" style="border:0"'
-        ' title="3D viewer"></iframe></div>'
+    page = page_of([Item(*pair) for pair in named.items()])
+    return HTML(framed(page, height, "3D viewer"))
+
+
+def framed(page: str, height: int, title: str) -> str:
+    """A page of its own inside another, as HTML."""
+    return (
+        f'<div><iframe srcdoc="{html.escape(page)}" width="100%" height="{height}"'
+        f' style="border:0" title="{title}"></iframe></div>'
     )
-
-
-def png(image: Figure | Tensor) -> bytes:
-    """A matplotlib figure or an image [H, W, 3] in [0, 1] as PNG; else ValueError."""
-    buffer = io.BytesIO()
-    if isinstance(image, Figure):
-        image.savefig(buffer, format="png", dpi=DPI)
-    elif isinstance(image, Tensor) and image.ndim == 3 and image.shape[-1] == 3:
-        pixels = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=1)
-    else:
-        what = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        wanted = "a matplotlib figure or an image tensor [H, W, 3]"
-        raise ValueError(f"draw() should return {wanted}; got {what}.")
-    return buffer.getvalue()
 
 
 def _control(name: str, spec) -> ipywidgets.Widget:
@@ -122,14 +101,3 @@ def _control(name: str, spec) -> ipywidgets.Widget:
     slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
     limits = dict(min=low, max=high, step=step, layout=ipywidgets.Layout(width="420px"))
     return slider(start, **limits, **label)
-
-
-def _play_button(slider: ipywidgets.IntSlider) -> ipywidgets.Play:
-    """Runs through the slider's range, ten steps a second.
-
-    The browser asks for a frame only when the last one came.
-    """
-    limits = dict(value=slider.value, min=slider.min, max=slider.max, step=slider.step)
-    button = ipywidgets.Play(interval=100, repeat=True, **limits)
-    ipywidgets.jslink((button, "value"), (slider, "value"))
-    return button
