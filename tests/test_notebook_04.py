@@ -168,7 +168,7 @@ def test_roll_checker():
         orbit = rolled(orbit, k)
         return orbit | {"azimuth": (orbit["azimuth"] - orbit["azimuth"][-1]) % 360}
 
-    assert rejects(check, anew, "azimuths")
+    assert rejects(check, anew, "counted anew")
 
 
 def test_input_checker(cells):
