@@ -37,7 +37,7 @@ class Explorer(ipywidgets.VBox):
         return bundle | {"text/html": framed(page, self.height, title)}
 
 
-def explorer(draw: Callable, width: int = 480, **controls) -> Explorer:
+def explorer(draw: Callable, /, width: int = 480, **controls) -> Explorer:
     """A picture that is redrawn as controls move.
 
     draw: takes the controls' values by name and returns a matplotlib figure or an image
