@@ -57,7 +57,6 @@ SAMPLING = ("--elevation", "--steps", "--guidance", "--seed", "--no-lora", "--no
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("", __doc__, "--weights", *SAMPLING, weights=BEST)
     add = parser.add_argument
     add("image", type=input_path, help="PNG, JPEG, WebP or BMP; its alpha channel is the mask")

@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +52,6 @@ from .weights.run_folder import read_metrics
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("train", __doc__, "--preset", "--gpus", "--limit")
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
@@ -172,7 +170,3 @@ def export_weights(run: Path, folder: Path) -> None:
     shutil.copyfile(weights / "gsv3d.json", folder / "gsv3d.json")
     with atomic_path(folder / "curves.json") as path:
         path.write_text(json.dumps({stage: read_metrics(Path(run) / stage) for stage in STAGES}))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

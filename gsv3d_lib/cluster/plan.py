@@ -16,7 +16,6 @@ buffers. benchmarks/memory.py holds the plan against measurements.
 from __future__ import annotations
 
 import argparse
-import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -504,7 +503,6 @@ def remarks(config: Config, step: Plan) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("plan", __doc__, "--preset", "--gpus", preset="paper", gpus=4)
     add = parser.add_argument
     add("--stage", default="stage2", choices=[*PLANNED, "inference"])
@@ -535,7 +533,3 @@ def run(args: argparse.Namespace) -> None:
     step = plan(config, args.stage, micro_batch=micro_batch, **options)
     cards = report_cards(config, args.stage, **options)
     print(report(step), cards, remarks(config, step), sep="\n\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,7 +29,6 @@ import io
 import itertools
 import json
 import math
-import sys
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable
@@ -69,14 +68,7 @@ from ..data.examples import (
     vae_fingerprint,
 )
 from ..encoders import dino_features
-from ..system.command import (
-    check_writable,
-    command_parser,
-    exit_code,
-    output_path,
-    positive,
-    whole,
-)
+from ..system.command import check_writable, command_parser, exit_code, output_path, positive, whole
 from ..system.errors import MissingFile, UserError
 from ..system.files import UNREADABLE, Field, check_shape, check_values, read_json, webp_facts
 from ..system.paths import atomic_path, check_id, check_readable, reason, remove_leftovers
@@ -529,7 +521,6 @@ def check_shards(folder: str | Path) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("shards", __doc__, "--weights", "--data", weights=None)
     add = parser.add_argument
     add("--out", type=output_path, required=True, metavar="FOLDER", help="the folder of shards")
@@ -579,7 +570,3 @@ def write_from_checkpoint(args: argparse.Namespace) -> dict | None:
     numbers = {"copies": args.copies or config.copies, "share": share, "dino": dino}
     numbers["seed"] = config.seed if args.seed is None else args.seed
     return write_shards(args.data, vae, args.out, config.image_size, **numbers)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

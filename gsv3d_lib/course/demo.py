@@ -8,7 +8,6 @@ Every run has a folder of its own: runs/demo/my, then runs/demo/my-2, ...
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -28,7 +27,6 @@ NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("demo", __doc__, "--elevation", "--seed")
     parser.add_argument("--image", type=input_path, default="data/images/demo.png")
     parser.add_argument(
@@ -86,7 +84,3 @@ def check_text(path: Path) -> None:
         raise UserError(
             f"{name} is not valid UTF-8: rename it, or set a locale of UTF-8."
         ) from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,6 @@ run" goes on from its last checkpoint. A cell's own short training starts afresh
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from ..config import parse_setting, preset
@@ -51,7 +50,6 @@ def check_training(parameters: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("run", __doc__)
     add = parser.add_argument
     add("number", help="of the notebook, such as 05")
@@ -94,7 +92,3 @@ def run(args: argparse.Namespace) -> int:
     if status == 0:
         print(f"Done: {out / notebook.name}")
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
@@ -299,7 +298,6 @@ def end_with_parent() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command.command_parser("make_dataset", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     folder = dict(type=input_path, metavar="FOLDER")
@@ -359,7 +357,3 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     if options.meshes:
         return mesh_jobs(resolve(options.meshes), options.up)
     return procedural_jobs(options.procedural, options.seed, options.family)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

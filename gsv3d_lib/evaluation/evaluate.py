@@ -10,7 +10,6 @@ weights (`evaluation/lpips.py`).
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +80,6 @@ def evaluate(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     common = ("--weights", "--objects", "--limit", "--steps", "--guidance", "--seed", "--no-lora")
     parser = command_parser("evaluate", __doc__, *common)
     add = parser.add_argument
@@ -145,7 +143,3 @@ def run(args: argparse.Namespace) -> None:
     with atomic_path(args.out.with_suffix(".md")) as path:
         path.write_text(f"`{args.command}`\n\n{text}\n", encoding="utf-8")
     print(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -565,7 +564,6 @@ def open_world(args: argparse.Namespace) -> World:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     common = ("--weights", "--data", "--objects", "--limit", "--guidance")
     own = {"data": [input_path("data/cache/procedural")], "guidance": 1.0}
     parser = command_parser("experiments", __doc__, *common, **own)
@@ -588,10 +586,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     experiment = EXPERIMENTS[args.experiment]
-    size = (
-        args.steps or experiment.defaults["steps"],
-        args.batch or experiment.defaults["batch"],
-    )
+    size = (args.steps or experiment.defaults["steps"], args.batch or experiment.defaults["batch"])
     arms = [experiment.arm(name) for name in args.arms or [arm.name for arm in experiment.arms]]
     for path in (args.out, args.work / "latents.safetensors"):
         check_writable(path)
@@ -608,7 +603,3 @@ def run(args: argparse.Namespace) -> None:
     scored = next(iter(next(iter(record["arms"].values()))["scores"].values()))
     metrics = [m for m in ("psnr", "ssim", "chamfer", "true_psnr") if m in scored]
     print(table(record, experiment.reference, metrics))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,7 +17,6 @@ views beside what is made of them now.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
@@ -45,7 +44,6 @@ SIZE = 128  # their side in pixels
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("gallery", __doc__)
     parser.add_argument(
         "things", type=input_path, nargs="+", help="PLYs, pictures, folders, results files"
@@ -176,7 +174,3 @@ def with_views(item: Item) -> Item:
     item.views = turntable_frames(item.gaussians, SIZE, VIEWS, item.elevation)
     item.caption = item.caption or f"{len(item.gaussians.prune()):,} Gaussians"
     return item
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +34,6 @@ class Finding(NamedTuple):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     return command_parser("doctor", __doc__)
 
 
@@ -136,8 +134,6 @@ def optional_findings() -> list[Finding]:
     absent = []
     if not (importlib.util.find_spec("rembg") and importlib.util.find_spec("onnxruntime")):
         absent.append("photos need a plain background (`pip install -e '.[rembg]'` lifts that)")
-    if not importlib.util.find_spec("DracoPy"):
-        absent.append("no Draco-compressed glTF (`pip install -e '.[render]'`)")
     if not any(map(shutil.which, BROWSERS)):
         absent.append("no browser tests and no static plotly pictures (install Chromium)")
     findings = [Finding(FALLBACK, f"Optional: {sentence}.") for sentence in absent]
@@ -160,7 +156,3 @@ def checkpoint_finding(folder: Path) -> Finding:
         return Finding(GOOD, f"The shipped weights are in {name}.")
     advice = "fetch the whole repository, or train your own with `make train-tiny`"
     return Finding(FALLBACK, f"{name} lacks {', '.join(lacking)}; {advice}.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

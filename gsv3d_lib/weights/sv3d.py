@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -453,7 +452,6 @@ def load_sv3d(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("sv3d", __doc__)
     add = parser.add_argument
     source = f"{SINGLE}, a folder in diffusers' layout, or the name of either on the Hub"
@@ -497,7 +495,3 @@ def convert(source: Place, run: Path, config: Config | None = None, **options) -
     for name, model in models.items():
         if model is not None:
             save_model(model, Path(run) / "weights", name, config)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
