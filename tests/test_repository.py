@@ -249,7 +249,7 @@ def test_import_is_light_and_public_names_resolve():
 
 def test_doctor_finds_nothing_broken_here(capsys, monkeypatch):
     # a GPU without a compiler would be a finding
-    monkeypatch.setattr(doctor, "has_cuda", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert doctor.main([]) == 0
     report = capsys.readouterr().out
     assert report.startswith("ok    Python 3.") and report.endswith(

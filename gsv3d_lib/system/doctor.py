@@ -48,8 +48,10 @@ def run(_: argparse.Namespace) -> int:
     except PackageNotFoundError:
         findings = [Finding(BROKEN, "gsv3d-lib is not installed; run `make install`.")]
     if all(finding.mark != BROKEN for finding in findings):  # else imports would fail
+        import torch
+
         findings += [device_finding(), kernels_finding(), *optional_findings()]
-        findings += [gsplat_finding(has_cuda(), has_nvcc(), has_compiled_kernels())]
+        findings += [gsplat_finding(torch.cuda.is_available(), has_nvcc(), has_compiled_kernels())]
         findings += [checkpoint_finding(ROOT / name) for name in (TINY, BEST) if has_repository()]
     print(f"{GOOD}  Python {platform.python_version()} on {platform.platform(terse=True)}.")
     for finding in findings:
@@ -80,19 +82,10 @@ def device_finding() -> Finding:
 
     if torch.cuda.is_available():
         return Finding(GOOD, f"torch {torch.__version__} uses {torch.cuda.get_device_name()}.")
-    cpu = f"torch {torch.__version__} has {usable_cores()} CPU core(s) and no CUDA GPU"
+    # those that this process may use, which can be fewer than the machine has
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = f"torch {torch.__version__} has {cores} CPU core(s) and no CUDA GPU"
     return Finding(FALLBACK, f"{cpu}: enough for the notebooks and to train `tiny`.")
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def has_nvcc() -> bool:
