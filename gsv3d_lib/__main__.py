@@ -28,14 +28,8 @@ import sys
 import time
 from importlib import import_module
 
-from .system.command import (
-    check_writable,
-    command_parser,
-    exit_code,
-    input_path,
-    output_path,
-    results_folder,
-)
+from .system import command
+from .system.command import check_writable, exit_code, input_path, output_path
 from .system.paths import BEST, folder_name
 
 COMMANDS = {  # the module of each
@@ -57,7 +51,7 @@ SAMPLING = ("--elevation", "--steps", "--guidance", "--seed", "--no-lora", "--no
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_parser("", __doc__, "--weights", *SAMPLING, weights=BEST)
+    parser = command.command_parser("", __doc__, "--weights", *SAMPLING, weights=BEST)
     add = parser.add_argument
     add("image", type=input_path, help="PNG, JPEG, WebP or BMP; its alpha channel is the mask")
     add("--out", type=output_path, help="folder (default: runs/object/ and the image's name)")
@@ -89,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     count = f"{len(result.gaussians):,} Gaussians"
     print(f"image at {result.elevation:.0f} degrees -> {count} in {seconds:.1f} s")
-    with results_folder(out, FILES.values()) as folder:
+    with command.results_folder(out, FILES.values()) as folder:
         for kind, path in save_object(
             result.gaussians, folder, result.image, result.elevation
         ).items():

@@ -11,14 +11,8 @@ import argparse
 import time
 from pathlib import Path
 
-from ..system.command import (
-    check_writable,
-    command_parser,
-    exit_code,
-    input_path,
-    output_path,
-    results_folder,
-)
+from ..system import command
+from ..system.command import check_writable, exit_code, input_path, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.paths import BEST, ROOT, find, folder_name, from_repository
 from .notebook import execute
@@ -27,7 +21,7 @@ NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_parser("demo", __doc__, "--elevation", "--seed")
+    parser = command.command_parser("demo", __doc__, "--elevation", "--seed")
     parser.add_argument("--image", type=input_path, default="data/images/demo.png")
     parser.add_argument(
         "--out", type=output_path, help="folder (default: runs/demo/ and the image's name)"
@@ -63,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "image_path": str(image),
     }
-    with results_folder(wanted, ["run.json", NOTEBOOK.name, *FILES.values()]) as out:
+    with command.results_folder(wanted, ["run.json", NOTEBOOK.name, *FILES.values()]) as out:
         status = execute(NOTEBOOK, parameters | {"out_dir": str(out)}, out)
     if status != 0:
         return status

@@ -298,7 +298,7 @@ def end_with_parent() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command.command_parser("make_dataset", __doc__)
+    parser = command.command_parser("make_dataset", __doc__, "--seed", "--workers")
     source = parser.add_mutually_exclusive_group(required=True)
     folder = dict(type=input_path, metavar="FOLDER")
     count = dict(type=command.positive, metavar="COUNT")
@@ -310,7 +310,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     out = dict(type=command.output_path, required=True, metavar="FOLDER")
     add("--out", **out, help="the dataset folder; it may exist already")
-    add("--seed", type=command.seed, default=0, help="of the first procedural object (default 0)")
     add("--family", choices=list(FAMILIES), help="only this family (default: all, mixed)")
     ids = dict(type=input_path, metavar="FILE")
     add("--ids", **ids, help="of --scans and --objaverse: only these, one id a line")
@@ -323,7 +322,6 @@ def build_parser() -> argparse.ArgumentParser:
     ring = dict(nargs=2, type=command.number(-90, 90), default=LEVEL, metavar=("LOW", "HIGH"))
     add("--ring", **ring, help="range of the ring's elevation (default 15 15; paper: -5 30)")
     add("--supersample", type=whole(1, 16), default=2, help="rays per pixel and axis (default 2)")
-    add("--workers", type=whole(1, 1000), default=1, help="processes (default 1)")
     add("--retry", action="store_true", help="try again what an earlier run left out")
     return parser
 
