@@ -35,8 +35,8 @@ from ..cameras import orbit_cameras
 from ..system import command
 from ..system.command import exit_code, input_path, whole
 from ..system.errors import UserError
-from ..system.files import UNREADABLE, parse_json, read_plain
-from ..system.paths import atomic_path, check_id, reason, remove_leftovers, resolve
+from ..system.files import explained, parse_json, read_plain
+from ..system.paths import atomic_path, check_id, remove_leftovers, resolve
 from .dataset import (
     RING,
     RING_ELEVATION,
@@ -194,15 +194,13 @@ def skipped_rows(folder: Path) -> list[dict]:
     path = Path(folder) / SKIPPED
     if not os.path.lexists(path):
         return []
-    try:
+    with explained(f"{path} cannot be read", "delete it"):
         rows = [parse_json(line) for line in read_plain(path, MAX_SKIPPED).splitlines()]
         for row in rows:
             check_id(row["id"])
             if not isinstance(row["reason"], str):
                 raise UserError("a reason is no text")
-    except UNREADABLE as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}); delete it.") from error
-    return rows
+        return rows
 
 
 def _write_lists(out: Path, rows: dict[str, dict], reasons: dict[str, str]) -> None:

@@ -35,7 +35,7 @@ from ..stages import build_stage, initial, starting_models
 from ..system import command
 from ..system.command import check_writable, exit_code, input_path, output_path
 from ..system.errors import UserError
-from ..system.paths import reason
+from ..system.files import explained
 from ..system.provenance import commit, hardware
 from ..training import train
 from ..vae import encode_scaled
@@ -345,11 +345,8 @@ def weights_fingerprint(folder: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """A file that an earlier run left in --work; UserError where it is damaged."""
-    try:
+    with explained(f"{path} is damaged", "delete its folder, and the run is made again", path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        advice = "delete its folder, and the run is made again"
-        raise UserError(f"{path} is damaged ({reason(error)}); {advice}.") from error
 
 
 # ---------------------------------------------------------------- the results file

@@ -31,6 +31,7 @@ from ..decoder import build_decoder
 from ..lora import load_lora
 from ..system.command import check_writable, command_parser, exit_code, output_path
 from ..system.errors import MissingFile, UserError
+from ..system.files import explained
 from ..system.paths import check_readable, reason
 from .checkpoint import builders, load_model, save_model
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
@@ -47,6 +48,7 @@ FOLDERS = {
     "feature_extractor": "feature_extractor/preprocessor_config.json",
 }
 DINO_FILES = ("config.json", "model.safetensors")
+AGAIN = "fetch or copy it again"
 Place = str | Path  # a file or folder here, or a name on the Hub
 
 # ---------------------------------------------------------- what would be downloaded
@@ -170,20 +172,14 @@ class Weights:
     """
 
     def __init__(self, *files: Path):
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         self.name = str(files[0])
         self.handles, self.shapes = {}, {}
         with ExitStack() as opened:
             for file in files:
-                check_readable(file)
-                try:
+                with explained(f"{file} is damaged or no safetensors file", AGAIN, file):
                     handle = opened.enter_context(safe_open(file, framework="pt"))
-                except (SafetensorError, OSError) as error:
-                    raise UserError(
-                        f"{file} is damaged or no safetensors file ({reason(error)}); "
-                        "fetch or copy it again."
-                    ) from error
                 for key in handle.keys():
                     self.handles[key] = handle
                     self.shapes[key] = tuple(handle.get_slice(key).get_shape())
@@ -379,11 +375,8 @@ def read_settings(files: list[Path]) -> dict:
     """A JSON file of settings, {} if there is none. UserError where it is damaged."""
     if not files:
         return {}
-    try:
+    with explained(f"{files[0]} cannot be read", AGAIN, files[0]):
         return dict(json.loads(files[0].read_text()))
-    except (ValueError, TypeError) as error:
-        why = reason(error)
-        raise UserError(f"{files[0]} cannot be read ({why}); fetch or copy it again.") from error
 
 
 def load_dino(dino: Place, config: Config, download: bool) -> nn.Module | None:
@@ -401,14 +394,9 @@ def load_dino(dino: Place, config: Config, download: bool) -> nn.Module | None:
             )
     from transformers import Dinov2Model
 
-    from ..lora import REFUSED
-
-    try:
+    with explained(f"DINOv2 in {folder} cannot be read", "copy it again"):
         options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
         model, report = cast(Any, Dinov2Model).from_pretrained(folder, **options)
-    except REFUSED as error:
-        why = reason(error)
-        raise UserError(f"DINOv2 in {folder} cannot be read ({why}); copy it again.") from error
     if report["missing_keys"] or model.config.hidden_size != config.dino_width:
         built_for = f"{config.name!r} is built for {DINO}"
         raise UserError(f"{folder} is no DINOv2 of width {config.dino_width}; {built_for}.")
