@@ -32,7 +32,7 @@ from .system import command
 from .system.command import check_writable, exit_code, input_path, output_path
 from .system.paths import BEST, folder_name
 
-COMMANDS = {  # the module of each
+COMMANDS = {  # the module of each, with a `build_parser` and a `run`
     "demo": "course.demo",
     "run": "course.run",
     "train": "train",
@@ -61,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in COMMANDS:
-        return import_module(f"gsv3d_lib.{COMMANDS[given[0]]}").main(given[1:])
+        module = import_module(f"gsv3d_lib.{COMMANDS[given[0]]}")
+        return exit_code(module.run, module.build_parser(), given[1:])
     return exit_code(run, build_parser(), given)
 
 

@@ -35,7 +35,7 @@ from .data.examples import ring_frames
 from .lora import load_lora
 from .stages import STAGES, is_trained, orbits_for, run_stage, take_over, with_steps
 from .system import command
-from .system.command import check_writable, exit_code, input_path, output_path
+from .system.command import check_writable, input_path, output_path
 from .system.errors import MissingFile, UserError
 from .system.paths import atomic_path, place_whole, remove_leftovers
 from .training import PRECISIONS
@@ -71,10 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
     export = "only copy the finished weights, in half precision, to this folder"
     add("--export", type=output_path, help=export)
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:

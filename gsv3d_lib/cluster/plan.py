@@ -34,7 +34,7 @@ from ..config import Config, preset
 from ..lora import add_lora
 from ..rendering import rendering_with
 from ..stages import STAGES, build_stage, schedule_of
-from ..system.command import command_parser, exit_code, number, whole
+from ..system.command import command_parser, number, whole
 from ..system.errors import UserError
 from ..training import Stage
 from ..weights.checkpoint import builders
@@ -514,10 +514,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--float32", action="store_true", help="no autocast to bfloat16")
     add("--tflops", type=number(1e-3, 1e6), default=100.0, help="of one GPU (an assumption)")
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -68,7 +68,7 @@ from ..data.examples import (
     vae_fingerprint,
 )
 from ..encoders import dino_features
-from ..system.command import check_writable, command_parser, exit_code, output_path, positive, whole
+from ..system.command import check_writable, command_parser, output_path, positive, whole
 from ..system.errors import MissingFile, UserError
 from ..system.files import (
     UNREADABLE,
@@ -529,10 +529,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--share", default="0/1", metavar="K/N", help="write every N-th file from the K-th on")
     add("--check", action="store_true", help="only read every byte of --out, name damaged files")
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int | None:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from ..system import command
-from ..system.command import check_writable, exit_code, input_path, output_path
+from ..system.command import check_writable, input_path, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.paths import BEST, ROOT, find, folder_name, from_repository
 from .notebook import execute
@@ -27,10 +27,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=output_path, help="folder (default: runs/demo/ and the image's name)"
     )
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from ..config import parse_setting, preset
-from ..system.command import check_writable, command_parser, exit_code, input_path, output_path
+from ..system.command import check_writable, command_parser, input_path, output_path
 from ..system.errors import UserError
 from .notebook import execute
 from .parameters import (
@@ -60,10 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=output_path, help="folder (default: runs/NN-PARAMS)")
     add("--check", action="store_true", help="only check what can be checked without running")
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int:

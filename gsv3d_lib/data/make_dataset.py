@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from ..cameras import orbit_cameras
 from ..system import command
-from ..system.command import exit_code, input_path, whole
+from ..system.command import input_path, whole
 from ..system.errors import UserError
 from ..system.files import explained, parse_json, read_plain
 from ..system.paths import atomic_path, check_id, remove_leftovers, resolve
@@ -322,10 +322,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--supersample", type=whole(1, 16), default=2, help="rays per pixel and axis (default 2)")
     add("--retry", action="store_true", help="try again what an earlier run left out")
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from ..data.dataset import FRONT, RING, ViewTensors, load_views
 from ..data.examples import relative_cameras
 from ..pipeline import GSV3DPipeline
 from ..rendering import render
-from ..system.command import check_writable, command_parser, exit_code, input_path, output_path
+from ..system.command import check_writable, command_parser, input_path, output_path
 from ..system.errors import UserError
 from ..system.paths import atomic_path
 from ..system.provenance import commit, hardware
@@ -88,10 +88,6 @@ def build_parser() -> argparse.ArgumentParser:
     made = "measure LPIPS with these files of tools/convert_lpips.py"
     add("--lpips", type=input_path, nargs="+", default=[], help=made)
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def check_out(out: Path) -> None:

@@ -33,7 +33,7 @@ from ..data.examples import Orbits, load_orbits, relative_cameras, ring_frames
 from ..pipeline import GSV3DPipeline
 from ..stages import build_stage, initial, starting_models
 from ..system import command
-from ..system.command import check_writable, exit_code, input_path, output_path
+from ..system.command import check_writable, input_path, output_path
 from ..system.errors import UserError
 from ..system.files import explained
 from ..system.provenance import commit, hardware
@@ -561,10 +561,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=command.batch, help="of every arm's training")
     add("--sampling-steps", type=command.sampler_steps, default=10)
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..system import command
-from ..system.command import check_writable, exit_code, input_path, output_path
+from ..system.command import check_writable, input_path, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.files import read_json
 from ..system.paths import BEST
@@ -46,10 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lora-scales", type=scale, nargs="+", default=[1.0], help="for pictures")
     add("--objects", type=input_path, help="dataset folder of a results file")
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
-from .command import command_parser, exit_code
+from .command import command_parser
 from .paths import BEST, ROOT, TINY, has_repository
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -35,10 +35,6 @@ class Finding(NamedTuple):
 
 def build_parser() -> argparse.ArgumentParser:
     return command_parser("doctor", __doc__)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(_: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..config import Config, preset
 from ..decoder import build_decoder
 from ..lora import load_lora
-from ..system.command import check_writable, command_parser, exit_code, output_path
+from ..system.command import check_writable, command_parser, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.files import explained
 from ..system.paths import check_readable, reason
@@ -451,10 +451,6 @@ def build_parser() -> argparse.ArgumentParser:
     out = "convert into OUT/weights, where training at scale `paper` finds it"
     add("--out", type=output_path, help=out)
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:
