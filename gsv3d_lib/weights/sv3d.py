@@ -18,7 +18,6 @@ import argparse
 import json
 import re
 import warnings
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +31,7 @@ from ..lora import load_lora
 from ..system.command import check_writable, command_parser, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.files import explained
-from ..system.paths import check_readable, reason
+from ..system.paths import reason
 from .checkpoint import builders, load_model, save_model
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
 
@@ -176,14 +175,12 @@ class Weights:
 
         self.name = str(files[0])
         self.handles, self.shapes = {}, {}
-        with ExitStack() as opened:
-            for file in files:
-                with explained(f"{file} is damaged or no safetensors file", AGAIN, file):
-                    handle = opened.enter_context(safe_open(file, framework="pt"))
-                for key in handle.keys():
-                    self.handles[key] = handle
-                    self.shapes[key] = tuple(handle.get_slice(key).get_shape())
-            opened.pop_all()  # the handles live as long as this object
+        for file in files:
+            with explained(f"{file} is damaged or no safetensors file", AGAIN, file):
+                handle = safe_open(file, framework="pt")
+            for key in handle.keys():
+                self.handles[key] = handle
+                self.shapes[key] = tuple(handle.get_slice(key).get_shape())
 
     def read(self, key: str) -> Tensor:
         return self.handles[key].get_tensor(key)
@@ -302,10 +299,9 @@ def load_backbone(
     """SV3D's own models: the configuration, and vae, clip, unet, dino in float32.
 
     source: Stability's `sv3d_p.safetensors`, a folder in diffusers' layout, or the name
-        of
-        either on the Hub.
+        of either on the Hub.
     config: by default the preset `paper`.
-    svd, dino: folder or Hub name for VAE, CLIP and scheduler that `source` lacks;
+    svd: folder or Hub name for VAE, CLIP and scheduler that `source` lacks; dino: for
         DINOv2.
     """
     config = config or preset("paper")
@@ -387,14 +383,14 @@ def load_dino(dino: Place, config: Config, download: bool) -> nn.Module | None:
         folder = [fetch(str(dino), file, download) for file in DINO_FILES][0].parent
     else:
         folder = Path(dino)
-        check_readable(*(folder / file for file in DINO_FILES))
         if missing := [file for file in DINO_FILES if not (folder / file).is_file()]:
             raise MissingFile(
                 f"{dino} has no {missing[0]}; give dino=... a copy of {DINO}, or that name itself."
             )
     from transformers import Dinov2Model
 
-    with explained(f"DINOv2 in {folder} cannot be read", "copy it again"):
+    files = [folder / file for file in DINO_FILES]
+    with explained(f"DINOv2 in {folder} cannot be read", "copy it again", *files):
         options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
         model, report = cast(Any, Dinov2Model).from_pretrained(folder, **options)
     if report["missing_keys"] or model.config.hidden_size != config.dino_width:
