@@ -28,17 +28,11 @@ import sys
 import time
 from importlib import import_module
 
-from .system.command import (
-    check_writable,
-    command_parser,
-    exit_code,
-    input_path,
-    output_path,
-    results_folder,
-)
+from .system import command
+from .system.command import check_writable, exit_code, input_path, output_path
 from .system.paths import BEST, folder_name
 
-COMMANDS = {  # the module of each
+COMMANDS = {  # the module of each, with a `build_parser` and a `run`
     "demo": "course.demo",
     "run": "course.run",
     "train": "train",
@@ -57,8 +51,7 @@ SAMPLING = ("--elevation", "--steps", "--guidance", "--seed", "--no-lora", "--no
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    parser = command_parser("", __doc__, "--weights", *SAMPLING, weights=BEST)
+    parser = command.command_parser("", __doc__, "--weights", *SAMPLING, weights=BEST)
     add = parser.add_argument
     add("image", type=input_path, help="PNG, JPEG, WebP or BMP; its alpha channel is the mask")
     add("--out", type=output_path, help="folder (default: runs/object/ and the image's name)")
@@ -68,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in COMMANDS:
-        return import_module(f"gsv3d_lib.{COMMANDS[given[0]]}").main(given[1:])
+        module = import_module(f"gsv3d_lib.{COMMANDS[given[0]]}")
+        return exit_code(module.run, module.build_parser(), given[1:])
     return exit_code(run, build_parser(), given)
 
 
@@ -90,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     count = f"{len(result.gaussians):,} Gaussians"
     print(f"image at {result.elevation:.0f} degrees -> {count} in {seconds:.1f} s")
-    with results_folder(out, FILES.values()) as folder:
+    with command.results_folder(out, FILES.values()) as folder:
         for kind, path in save_object(
             result.gaussians, folder, result.image, result.elevation
         ).items():

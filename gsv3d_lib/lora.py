@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .system.errors import MissingFile, UserError
-from .system.paths import atomic_path, check_readable, reason
+from .system.files import explained
+from .system.paths import atomic_path
 
 if TYPE_CHECKING:
     from .unet import SV3DUNet
@@ -31,8 +32,6 @@ Module = TypeVar("Module", bound=nn.Module)
 
 IDLE = (".attn2.to_q.", ".attn2.to_k.")  # in the names of layers that cannot change any result
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-# what safetensors, peft and torch raise for files that do not fit
-REFUSED = (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -80,24 +79,16 @@ def load_lora(unet: SV3DUNet, folder: str | Path) -> SV3DUNet:
         raise MissingFile(
             f"No LoRA at {path}; train one with `make train-tiny` or pass lora=False (--no-lora)."
         )
-    check_readable(path)
-    try:
+    fault = f"The LoRA at {path} cannot be read or does not fit"
+    with explained(fault, "copy or train it again", path):
         with safe_open(path, "pt") as file:
             stored = len(file.keys())
         options: dict[str, Any] = dict(prefix=None, weight_name=path.name, adapter_name="default")
         unet.load_lora_adapter(str(folder), **options)
-    except REFUSED as error:
-        raise misfit(path, reason(error)) from error
-    expected = len(lora_parameters(unet))
-    if stored != expected:
-        raise misfit(path, f"it has {stored} tensors, this U-Net's LoRA {expected}")
+        expected = len(lora_parameters(unet))
+        if stored != expected:
+            raise UserError(f"it has {stored} tensors, this U-Net's LoRA {expected}")
     return unet
-
-
-def misfit(path: Path, why: str) -> UserError:
-    return UserError(
-        f"The LoRA at {path} cannot be read or does not fit ({why}); copy or train it again."
-    )
 
 
 def set_lora_scale(unet: SV3DUNet, scale: float) -> None:

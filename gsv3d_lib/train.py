@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -35,16 +34,8 @@ from .data.dataset import ViewTensors, load_views
 from .data.examples import ring_frames
 from .lora import load_lora
 from .stages import STAGES, is_trained, orbits_for, run_stage, take_over, with_steps
-from .system.command import (
-    check_writable,
-    command_parser,
-    exit_code,
-    input_path,
-    number,
-    output_path,
-    positive,
-    training_seed,
-)
+from .system import command
+from .system.command import check_writable, input_path, output_path
 from .system.errors import MissingFile, UserError
 from .system.paths import atomic_path, place_whole, remove_leftovers
 from .training import PRECISIONS
@@ -53,8 +44,7 @@ from .weights.run_folder import read_metrics
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    parser = command_parser("train", __doc__, "--preset", "--gpus", "--limit")
+    parser = command.command_parser("train", __doc__, "--preset", "--gpus", "--limit")
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     data = [input_path("data/cache/procedural")]
@@ -63,13 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--shards", type=input_path, metavar="FOLDER", help=shards)
     add("--out", type=output_path, default="runs/tiny", help="checkpoints, curves and weights")
     add("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    add("--steps", type=positive, help="the number of steps of the named stages")
+    add("--steps", type=command.positive, help="the number of steps of the named stages")
     minutes = "of training for each named stage, in all; with --steps whatever ends first"
-    add("--minutes", type=number(0.01, 1e6), default=0.0, help=minutes)
+    add("--minutes", type=command.number(0.01, 1e6), default=0.0, help=minutes)
     setting = "one field of the preset, such as stage1.lr=1e-4"
     add("--set", action="append", default=[], metavar="NAME=VALUE", help=setting)
     seed = "of weights, examples and noise (default: the preset's)"
-    add("--seed", type=training_seed, help=seed)
+    add("--seed", type=command.training_seed, help=seed)
     init = "a checkpoint whose weights the stages start from"
     add("--init", type=input_path, metavar="FOLDER", help=init)
     precision = "auto: bf16 on a GPU, fp32 on a CPU"
@@ -81,10 +71,6 @@ def build_parser() -> argparse.ArgumentParser:
     export = "only copy the finished weights, in half precision, to this folder"
     add("--export", type=output_path, help=export)
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -172,7 +158,3 @@ def export_weights(run: Path, folder: Path) -> None:
     shutil.copyfile(weights / "gsv3d.json", folder / "gsv3d.json")
     with atomic_path(folder / "curves.json") as path:
         path.write_text(json.dumps({stage: read_metrics(Path(run) / stage) for stage in STAGES}))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,9 +6,15 @@ from importlib import import_module
 from pathlib import Path
 
 from gsv3d_lib.__main__ import COMMANDS
+from gsv3d_lib.__main__ import main as door
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "gsv3d_lib"
+
+
+def call(name: str, arguments: list[str]) -> int:
+    """The exit status of `python -m gsv3d_lib NAME ARGUMENTS`."""
+    return door([name, *arguments])
 
 
 def module_file(name: str) -> Path:

@@ -75,9 +75,11 @@ def lines_of(path: Path) -> int:
 
 
 def test_the_library_does_not_grow():
-    """The goal is 13,500 lines; the bound only ever comes down."""
+    """Lines of the library, the exercises apart. The goal is 13,500; the bound only
+    ever comes down.
+    """
     counted = [path for path in MODULES if "exercises" not in path.parts]
-    assert sum(map(lines_of, counted)) <= 20_500
+    assert sum(map(lines_of, counted)) <= 17_200
     assert sum(map(lines_of, LIBRARY.glob("*.py"))) <= 5_000
 
 

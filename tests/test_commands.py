@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from command_world import call
 from tiny_world import object_views, tiny_config
 
 from gsv3d_lib import train
@@ -15,7 +16,6 @@ from gsv3d_lib.config import preset
 from gsv3d_lib.data.dataset import write_index, write_object
 from gsv3d_lib.decoder import build_decoder
 from gsv3d_lib.encoders import build_clip, build_dino
-from gsv3d_lib.evaluation import evaluate, experiments
 from gsv3d_lib.unet import build_unet
 from gsv3d_lib.vae import build_vae
 from gsv3d_lib.weights.checkpoint import save_model
@@ -67,9 +67,7 @@ def run(command: str, place, capsys, *arguments: str) -> tuple[int, str]:
         for a in arguments
     ]
     try:
-        status = {"evaluate": evaluate, "experiments": experiments, "train": train}[command].main(
-            paths
-        )
+        status = call(command, paths)
     except SystemExit as ended:  # argparse's own
         status = ended.code
     lines = [

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from command_world import call
 from test_pipeline import write_geometry
 from tiny_world import ball_views, object_views, tiny_config
 
@@ -51,7 +52,7 @@ def run(place, work, name, *more) -> int:
         str(work / "work"),
     ]
     out = ["--out", str(work / f"{name}.json")]
-    return ex.main([name, *paths, *out, "--steps", "2", "--sampling-steps", "1", *more])
+    return call("experiments", [name, *paths, *out, "--steps", "2", "--sampling-steps", "1", *more])
 
 
 def command(place, work, name, *more) -> dict:

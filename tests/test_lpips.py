@@ -7,18 +7,17 @@ import json
 import os
 import pickle
 import tarfile
-from functools import partial
 from pathlib import Path
 
 import convert_lpips
 import numpy as np
 import pytest
 import torch
+from command_world import call
 from convert_lpips import convert, read_arrays
 from safetensors.torch import load_file, save_file
 from tiny_world import ball_views, one_sentence
 
-from gsv3d_lib.evaluation.evaluate import main
 from gsv3d_lib.evaluation.lpips import LPIPS, SMALLEST, load_lpips
 from gsv3d_lib.evaluation.protocol import Judge, other_views, recognised
 from gsv3d_lib.evaluation.report import table
@@ -366,10 +365,8 @@ def test_the_table_has_a_column_for_it_only_where_it_was_measured():
 
 
 def test_an_evaluation_without_the_weights_it_asks_for_ends_at_once(tmp_path, capsys):
-    run = partial(
-        main, ["--objects", "nowhere", "--out", str(tmp_path / "r.json"), "--lpips", str(tmp_path)]
-    )
-    assert run() == 2
+    words = ["--objects", "nowhere", "--out", str(tmp_path / "r.json"), "--lpips", str(tmp_path)]
+    assert call("evaluate", words) == 2
     said = capsys.readouterr().err
     assert said.startswith("gsv3d: No LPIPS weights at") and said.count("\n") == 1
 

@@ -6,15 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import trimesh
+from command_world import call
 
 from gsv3d_lib.data import make_dataset as md
 from gsv3d_lib.data.dataset import list_objects, load_views, read_object
 from gsv3d_lib.system.paths import WRITER
+
+make = partial(call, "make_dataset")
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def test_the_ring_is_the_one_of_the_shared_objects(shared_objects):
 
 
 def test_a_procedural_dataset_reads_back(tmp_path):
-    md.main(
+    make(
         [
             "--procedural",
             "2",
@@ -137,14 +141,14 @@ def test_84_views_are_a_ring_and_68_others(tmp_path):
 
 def test_left_out_meshes_are_noted_and_tried_again_only_when_asked(meshes, tmp_path, capsys):
     command = ["--meshes", str(meshes), "--size", "16", "--out", str(tmp_path / "set")]
-    md.main(command)
+    make(command)
     assert "1 were left out; skipped.jsonl says why" in capsys.readouterr().out
     (noted,) = md.skipped_rows(tmp_path / "set")
     assert noted["id"] == "broken" and noted["reason"].startswith("Cannot read broken.glb")
     trimesh.creation.box().export(meshes / "broken.glb")  # mended
-    md.main(command)
+    make(command)
     assert len(list_objects(tmp_path / "set")) == 2
-    md.main([*command, "--retry"])
+    make([*command, "--retry"])
     assert len(list_objects(tmp_path / "set")) == 3 and not (tmp_path / "set" / md.SKIPPED).exists()
 
 
@@ -217,15 +221,15 @@ def test_leftovers_of_a_killed_run_are_removed(meshes, tmp_path):
 def test_notes_that_are_none_are_one_sentence(meshes, tmp_path, capsys, line):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / md.SKIPPED).write_text(line + "\n")
-    assert md.main(["--meshes", str(meshes), "--size", "16", "--out", str(tmp_path / "set")]) == 2
+    assert make(["--meshes", str(meshes), "--size", "16", "--out", str(tmp_path / "set")]) == 2
     assert "skipped.jsonl cannot be read" in capsys.readouterr().err
 
 
 def test_seeds_and_counts_have_bounds(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):  # argparse's own
-        md.main(["--procedural", "1", "--seed", "-5", "--out", str(tmp_path / "set")])
+        make(["--procedural", "1", "--seed", "-5", "--out", str(tmp_path / "set")])
     assert "--seed: must be 0 or more" in capsys.readouterr().err
-    assert md.main(["--procedural", "1000000000", "--out", str(tmp_path / "set")]) == 2
+    assert make(["--procedural", "1000000000", "--out", str(tmp_path / "set")]) == 2
     assert "at most 1,000,000 objects" in capsys.readouterr().err
 
 
@@ -242,7 +246,7 @@ def test_ids_stay_apart(tmp_path):
 def test_an_empty_or_missing_folder_is_refused(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="no mesh file"):
         md.mesh_jobs(tmp_path)
-    assert md.main(["--meshes", str(tmp_path / "none"), "--out", str(tmp_path / "set")]) == 2
+    assert make(["--meshes", str(tmp_path / "none"), "--out", str(tmp_path / "set")]) == 2
     assert "There is no folder" in capsys.readouterr().err
 
 
@@ -265,12 +269,12 @@ def test_what_fits_no_mesh_is_said_once_and_noted_for_none(
     meshes, tmp_path, capsys, more, sentence
 ):
     with pytest.raises(SystemExit, match="2"):  # some are argparse's own, which ends by itself
-        sys.exit(md.main(["--meshes", str(meshes), "--out", str(tmp_path / "set"), *more]))
+        sys.exit(make(["--meshes", str(meshes), "--out", str(tmp_path / "set"), *more]))
     assert sentence in capsys.readouterr().err and not (tmp_path / "set").exists()
 
 
 def test_an_out_that_is_a_file_is_one_sentence(meshes, capsys):
-    assert md.main(["--meshes", str(meshes), "--out", str(meshes / "a box.ply")]) == 2
+    assert make(["--meshes", str(meshes), "--out", str(meshes / "a box.ply")]) == 2
     assert "a box.ply is no folder that you may write to" in capsys.readouterr().err
 
 

@@ -62,11 +62,7 @@ def test_an_object_is_placed_with_its_gaussians(notebook):
 
 @pytest.mark.parametrize(
     ("stub", "name"),
-    [
-        ("spearman", "rank_correlation"),
-        ("coverage", "coverage"),
-        ("clean_mask", "clean_mask"),
-    ],
+    [("spearman", "rank_correlation"), ("coverage", "coverage"), ("clean_mask", "clean_mask")],
 )
 def test_stubs_are_not_written_and_solutions_are_right(notebook, stub, name, capsys):
     check = getattr(exercises, f"check_{name}")

@@ -9,6 +9,7 @@ import browser_world as world
 import numpy as np
 import pytest
 import torch
+from command_world import call
 from PIL import Image
 
 from gsv3d_lib.cameras import orbit_cameras
@@ -112,13 +113,13 @@ def test_gallery_of_files_and_folders(tmp_path, capsys):
     scene(30).save_ply(tmp_path / "runs/mug/object.ply")
     scene(40).save_ply(tmp_path / "mine.ply")
     wanted = [str(tmp_path / "runs"), str(tmp_path / "mine.ply"), "--out", str(tmp_path / "a.html")]
-    assert gallery.main(wanted) == 0
+    assert call("gallery", wanted) == 0
     page = (tmp_path / "a.html").read_text()
     items = json.loads(re.search(r'type="application/json">(.*?)</script>', page)[1])
     assert [item["name"] for item in items] == ["mug", "mine"]
     assert [item["views"]["count"] for item in items] == [gallery.VIEWS] * 2
     assert "2 objects in" in capsys.readouterr().out
-    assert gallery.main(wanted) == 2 and "is there already" in capsys.readouterr().err
+    assert call("gallery", wanted) == 2 and "is there already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_gallery_of_files_and_folders(tmp_path, capsys):
 )
 def test_what_a_gallery_cannot_show_is_said(tmp_path, capsys, make, said):
     make(tmp_path / "thing.json")
-    assert gallery.main([str(tmp_path / "thing.json"), "--out", str(tmp_path / "a.html")]) == 2
+    assert call("gallery", [str(tmp_path / "thing.json"), "--out", str(tmp_path / "a.html")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "a.html").exists()
 
 

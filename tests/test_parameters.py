@@ -6,8 +6,9 @@ import resource
 import time
 
 import pytest
+from command_world import call
 
-from gsv3d_lib.course import parameters, run
+from gsv3d_lib.course import parameters
 from gsv3d_lib.course.parameters import (
     RULES,
     check_parameters,
@@ -96,13 +97,13 @@ def test_indices_may_be_zero():
     ],
 )
 def test_check_finds_what_a_run_would(words, message, capsys):
-    assert run.main([*words, "--check"]) == 2
+    assert call("run", [*words, "--check"]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
 
 
 def test_check_writes_nothing(tmp_path, capsys):
-    assert run.main(["00", "--check", "--set", "steps=3", "--out", str(tmp_path / "out")]) == 0
+    assert call("run", ["00", "--check", "--set", "steps=3", "--out", str(tmp_path / "out")]) == 0
     assert "1 parameters fit" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_world import call
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_world import (
@@ -241,8 +242,9 @@ def test_finished_stages_are_not_trained_again(run, tmp_path, monkeypatch, capsy
     write_index(tmp_path / "data", [{"id": "balls"}])
     monkeypatch.setattr(train, "preset", lambda name: CONFIG)
     before = {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
-    train.main(
-        ["--data", str(tmp_path / "data"), "--out", str(run), "--stages", "vae", "diffusion"]
+    call(
+        "train",
+        ["--data", str(tmp_path / "data"), "--out", str(run), "--stages", "vae", "diffusion"],
     )
     assert capsys.readouterr().out.count("to train again delete it") == 2
     assert before == {path: path.stat().st_mtime_ns for path in (run / "weights").rglob("*")}
@@ -260,7 +262,7 @@ def test_steps_override_one_stage():
 def test_exported_weights_are_half_the_size_and_nearly_the_same(
     run, weights, pipe, picture, tmp_path
 ):
-    train.main(["--out", str(run), "--export", str(tmp_path)])
+    call("train", ["--out", str(run), "--export", str(tmp_path)])
     sizes = [sum(f.stat().st_size for f in p.rglob("*.safetensors")) for p in (weights, tmp_path)]
     assert 0.48 < sizes[1] / sizes[0] < 0.6
     shipped = GSV3DPipeline.from_pretrained(tmp_path, device="cpu")
@@ -281,14 +283,14 @@ def test_an_export_keeps_what_the_run_took_over(tmp_path):
     estimator.parent.mkdir(parents=True)
     estimator.write_bytes(b"as it was")
     checkpoint.save_config(CONFIG, tmp_path / "run/weights")
-    train.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
+    call("train", ["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
     assert (tmp_path / "shipped/elevation/elevation.safetensors").read_bytes() == b"as it was"
 
 
 def test_an_export_does_not_keep_the_lora_of_another_run(tmp_path):
     checkpoint.save_config(CONFIG, tmp_path / "run/weights")
     (tmp_path / "shipped/lora").mkdir(parents=True)
-    train.main(["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
+    call("train", ["--out", str(tmp_path / "run"), "--export", str(tmp_path / "shipped")])
     assert not (tmp_path / "shipped/lora").exists()
 
 
@@ -837,7 +839,7 @@ def test_two_files_of_one_lpips_net_are_refused(weights, tmp_path, capsys):
         "--out",
         str(tmp_path / "scores.json"),
     ]
-    assert ev.main([*arguments, "--lpips", str(path), str(path)]) == 2
+    assert call("evaluate", [*arguments, "--lpips", str(path), str(path)]) == 2
     assert "one file for each kind of net; got alex, alex" in capsys.readouterr().err
     assert not (tmp_path / "scores.json").exists()
 
@@ -861,7 +863,7 @@ def test_the_evaluation_command_writes_what_it_prints(weights, tmp_path, capsys)
         "--lpips",
         str(lpips),
     ]
-    ev.main([*arguments, "--out", str(out), "--steps", "1", "--guidance", "1"])
+    call("evaluate", [*arguments, "--out", str(out), "--steps", "1", "--guidance", "1"])
     record = json.loads(out.read_text())
     assert record["objects"] == 1 and record["rows"][0]["id"] == "balls"
     ablations = {"generated_without_lora", "generated_without_projection"}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_world import check_commands, module_file, options_of
+from command_world import call, check_commands, module_file, options_of
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -249,8 +249,8 @@ def test_import_is_light_and_public_names_resolve():
 
 def test_doctor_finds_nothing_broken_here(capsys, monkeypatch):
     # a GPU without a compiler would be a finding
-    monkeypatch.setattr(doctor, "has_cuda", lambda: False)
-    assert doctor.main([]) == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert call("doctor", []) == 0
     report = capsys.readouterr().out
     assert report.startswith("ok    Python 3.") and report.endswith(
         "Everything that GSV3D needs is here.\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from command_world import call
 from PIL import Image
 
 from gsv3d_lib import __main__ as command
@@ -199,11 +200,11 @@ def test_every_picture_of_the_demo_has_a_folder(instant, tmp_path, monkeypatch, 
     picture = Image.open(ROOT / "data/images/mug.png")
     for name in ("my.png", "-a b 'ü'.png", "con.png", "x" * 251 + ".png"):
         picture.save(tmp_path / name)
-        assert demo.main([f"--image={name}"]) == 0
+        assert call("demo", [f"--image={name}"]) == 0
     (tmp_path / "other").mkdir()
     picture.save(tmp_path / "other/my.jpg".replace("jpg", "png"))
-    assert demo.main(["--image=other/my.png"]) == 0
-    assert demo.main(["--image=my.png"]) == 0
+    assert call("demo", ["--image=other/my.png"]) == 0
+    assert call("demo", ["--image=my.png"]) == 0
     assert f"The results lie in {tmp_path / 'runs/demo/my-3'}" in capsys.readouterr().out
     written = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/demo/*/run.json")}
     assert written["my"] == written["my-3"] == str(tmp_path / "my.png")
@@ -214,7 +215,7 @@ def test_every_picture_of_the_demo_has_a_folder(instant, tmp_path, monkeypatch, 
 def test_a_name_that_is_no_text_is_one_sentence(instant, tmp_path, capsys):
     picture = os.fsencode(tmp_path) + b"/\xff.png"
     shutil.copy(ROOT / "data/images/mug.png", picture)
-    assert demo.main(["--image", os.fsdecode(picture)]) == 2
+    assert call("demo", ["--image", os.fsdecode(picture)]) == 2
     assert "is not valid UTF-8: rename it" in capsys.readouterr().err and not instant
 
 
@@ -232,7 +233,7 @@ def test_what_stops_the_notebook_is_a_sentence_if_it_can_be_mended(tmp_path, mon
     nbformat.write(notebook, tmp_path / "a.ipynb")
     monkeypatch.setattr(demo, "NOTEBOOK", tmp_path / "a.ipynb")
     out = tmp_path / "{out} %d"
-    assert demo.main(["--image", str(ROOT / "data/images/mug.png"), "--out", str(out)]) == 2
+    assert call("demo", ["--image", str(ROOT / "data/images/mug.png"), "--out", str(out)]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == "gsv3d: turntable.mp4 is not there."
     assert sorted(os.listdir(out)) == ["a.ipynb", "run.json"]
 

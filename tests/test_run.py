@@ -15,6 +15,7 @@ import nbformat
 import pytest
 import refresh
 import yaml
+from command_world import call
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 from tiny_world import object_views
@@ -70,7 +71,7 @@ def test_wrong_parameters_are_named_before_anything_runs(
     monkeypatch.setattr(run, "find_notebooks", lambda _: [notebook])
     (tmp_path / "given.yaml").write_text(yaml.dump(given))
     options = ["03", "--params", str(tmp_path / "given.yaml"), "--out", str(tmp_path / "out")]
-    assert run.main(options) == 2
+    assert call("run", options) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -120,9 +121,10 @@ def test_a_run_is_recorded(notebook, tmp_path):
 SLOW = """
 import sys
 from pathlib import Path
+from gsv3d_lib.__main__ import main
 from gsv3d_lib.course import run
 run.find_notebooks = lambda _: [Path(sys.argv[1])]
-sys.exit(run.main(["03", "--out", sys.argv[2]]))
+sys.exit(main(["run", "03", "--out", sys.argv[2]]))
 """
 
 
@@ -210,7 +212,7 @@ def test_a_failing_cell_is_one_sentence_and_the_rest_is_kept(
     notebook, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(run, "find_notebooks", lambda _: [notebook])
-    assert run.main(["03", "--set", "divisor=0", "--out", str(tmp_path / "out")]) == 1
+    assert call("run", ["03", "--set", "divisor=0", "--out", str(tmp_path / "out")]) == 1
     assert "stopped: division by zero" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "out" / notebook.name).is_file()
     assert (
@@ -396,7 +398,7 @@ def test_a_real_notebook_runs_from_a_parameter_file(tmp_path):
     """02, the quickest that trains: other steps than its default, through papermill."""
     parameters = tmp_path / "fit.yaml"
     parameters.write_text("steps: 320\nseed: 0\n")
-    assert run.main(["03", "--params", str(parameters), "--out", str(tmp_path / "out")]) == 0
+    assert call("run", ["03", "--params", str(parameters), "--out", str(tmp_path / "out")]) == 0
     executed = nbformat.read(tmp_path / "out" / "03_gaussian_splatting.ipynb", as_version=4)
     (injected,) = [c for c in executed.cells if "injected-parameters" in c.metadata.get("tags", [])]
     assert "steps = 320" in injected.source
@@ -453,10 +455,8 @@ def test_the_demo_gives_notebook_00_what_it_knows(tmp_path, monkeypatch):
         "execute",
         lambda path, parameters, out: asked.update(parameters | {"path": path}) or 0,
     )
-    assert (
-        demo.main(["--image", "data/images/mug.png", "--elevation", "auto", "--out", str(tmp_path)])
-        == 0
-    )
+    words = ["--image", "data/images/mug.png", "--elevation", "auto", "--out", str(tmp_path)]
+    assert call("demo", words) == 0
     declared = parameters.declared_parameters(asked.pop("path"))
     parameters.check_parameters(asked, declared)  # raises for a name it does not have
     assert (ROOT / asked["weights"] / "gsv3d.json").is_file() and -10 <= asked["elevation"] <= 40
@@ -483,7 +483,8 @@ def test_training_takes_fields_of_the_preset(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(train, "load_views", lambda *_, **__: None)
     monkeypatch.setattr(train, "run_stage", lambda name, config, *_, **__: seen.append(config))
-    train.main(
+    call(
+        "train",
         [
             "--out",
             str(tmp_path),
@@ -495,8 +496,8 @@ def test_training_takes_fields_of_the_preset(tmp_path, monkeypatch, capsys):
             "lambda_pixel=0.0",
             "--set",
             "dino=none",
-        ]
+        ],
     )
     assert (seen[0].lambda_pixel, seen[0].dino, seen[0].vae_schedule.steps) == (0.0, "none", 7)
-    assert train.main(["--out", str(tmp_path), "--set", "lambda_pixl=0.0"]) == 2
+    assert call("train", ["--out", str(tmp_path), "--set", "lambda_pixl=0.0"]) == 2
     assert "no field 'lambda_pixl'" in capsys.readouterr().err

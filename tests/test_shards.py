@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command_world import call
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_world import object_views, one_sentence, tiny_config
@@ -468,10 +469,11 @@ def test_the_command_writes_checks_and_explains(data, tmp_path, capsys):
     data.dino.save_pretrained(weights / "dino")
     checkpoint.save_config(CONFIG, weights)
     out = str(tmp_path / "out")
-    shards.main(["--weights", str(weights), "--data", str(data.folder), "--out", out, "--features"])
+    words = ["--weights", str(weights), "--data", str(data.folder), "--out", out, "--features"]
+    call("shards", words)
     assert "5 objects, 1 shards" in capsys.readouterr().out
     assert shards.open_shards(out).orbits(data.vae, data.dino).orbit(0, 0, 4)["features"].ndim == 2
-    assert shards.main(["--out", out, "--check"]) == 0
+    assert call("shards", ["--out", out, "--check"]) == 0
     assert "is as it was written" in capsys.readouterr().out
     for wrong, sentence in (
         (["--share", "1-2"], "--share takes K/N"),
@@ -486,8 +488,9 @@ def test_the_command_writes_checks_and_explains(data, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit, match="2"):  # one is argparse's own, which ends by itself
             sys.exit(
-                shards.main(
-                    ["--weights", str(weights), "--data", str(data.folder), "--out", out, *wrong]
+                call(
+                    "shards",
+                    ["--weights", str(weights), "--data", str(data.folder), "--out", out, *wrong],
                 )
             )
         assert sentence in capsys.readouterr().err

@@ -7,17 +7,20 @@ import gzip
 import json
 import shutil
 import sys
+from functools import partial
 
 import fetch_objaverse
 import numpy as np
 import pytest
 import trimesh
+from command_world import call
 from PIL import Image
 
 from gsv3d_lib.data import make_dataset as md
 from gsv3d_lib.data import sources
 from gsv3d_lib.data.dataset import list_objects, read_object
 
+make = partial(call, "make_dataset")
 RED = (200, 30, 20)
 
 
@@ -39,7 +42,7 @@ def scans(tmp_path):
 
 def test_scans_are_rendered_with_their_textures_wherever_these_lie(scans, tmp_path):
     assert [job.id for job in sources.scan_jobs(scans)] == ["Mug", "Toy_Bus"]
-    md.main(["--scans", str(scans), "--size", "32", "--out", str(tmp_path / "set")])
+    make(["--scans", str(scans), "--size", "32", "--out", str(tmp_path / "set")])
     rows = list_objects(tmp_path / "set")
     assert {row["licence"] for row in rows} == {"CC-BY-4.0"} and rows[0][
         "source"
@@ -150,9 +153,7 @@ def test_a_catalogue_does_not_choose_where_is_written(tmp_path, key):
     catalogue = {key: row("CC0", path=str(tmp_path / "b.glb"))}
     fetch_objaverse.write_catalogue(tmp_path / "c.json", catalogue)
     out = tmp_path / "a" / "b" / "set"
-    assert (
-        md.main(["--objaverse", str(tmp_path / "c.json"), "--size", "16", "--out", str(out)]) == 0
-    )
+    assert make(["--objaverse", str(tmp_path / "c.json"), "--size", "16", "--out", str(out)]) == 0
     (made,) = list_objects(out)
     assert made["id"] == sources.plain_id(key)
     written = {path for path in tmp_path.rglob("*") if path.suffix in (".webp", ".npz")}
@@ -201,7 +202,7 @@ def test_downloaded_objects_become_jobs_with_their_licence(tmp_path):
         sources.objaverse_jobs(path)
     fetched = {"b": row("CC0", path=str(tmp_path / "b.glb"))}
     fetch_objaverse.write_catalogue(path, CATALOGUE | fetched)
-    md.main(
+    make(
         [
             "--objaverse",
             str(path),

@@ -17,6 +17,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from command_world import call
 from diffusers import AutoencoderKL, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import (
     _resize_with_antialiasing,
@@ -959,7 +960,7 @@ def test_nothing_is_fetched_unless_asked(hub, capsys):
             fetch("open/model", "config.json", download=False)
     with pytest.raises(FileNotFoundError, match="stabilityai/sv3d is not on this machine"):
         GSV3DPipeline.from_sv3d("stabilityai/sv3d")
-    assert sv3d.main(["stabilityai/sv3d"]) == 0
+    assert call("sv3d", ["stabilityai/sv3d"]) == 0
     assert "Nothing was fetched; add --download" in capsys.readouterr().out
     assert hub.asked == []
     assert fetch("open/model", "config.json", download=True).read_bytes() == b"{}"
@@ -985,7 +986,7 @@ def test_gated_and_missing_repositories_say_what_to_do(hub, capsys):
             fetch(repo, file, download=True)
         assert "\n" not in str(caught.value)
     assert sv3d.find("open/model", "vae", download=True) == []  # so that SVD's will be asked for
-    assert sv3d.main(["gated/model", "--download"]) == 2
+    assert call("sv3d", ["gated/model", "--download"]) == 2
     assert capsys.readouterr().err.startswith("gsv3d: gated/model is gated")
 
 
@@ -1018,7 +1019,7 @@ def test_the_plan_has_files_sizes_licences_and_gates(models, folder, dino, tmp_p
         (SVD, FOLDERS["vae"]),
         (SVD, FOLDERS["clip"]),
     ]
-    assert sv3d.main(["stabilityai/sv3d"]) == 0
+    assert call("sv3d", ["stabilityai/sv3d"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"stabilityai/sv3d/{SINGLE}: 9.37 GB, gated, Stability AI Community License"
     assert lines[-2] == "3 files to download, 9.72 GB as far as known."

@@ -53,13 +53,7 @@ from gsv3d_lib.system.command import (
 from gsv3d_lib.system.errors import MissingFile, UserError
 from gsv3d_lib.system.paths import atomic_path
 from gsv3d_lib.training import BETAS, CLIP_NORM, Stage, learning_rate, update_average
-from gsv3d_lib.weights.checkpoint import (
-    builders,
-    load_config,
-    load_dino,
-    load_model,
-    save_model,
-)
+from gsv3d_lib.weights.checkpoint import builders, load_config, load_dino, load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE = 15_000_000  # bytes of a file that comes back: 16 MiB are allowed

@@ -16,7 +16,6 @@ buffers. benchmarks/memory.py holds the plan against measurements.
 from __future__ import annotations
 
 import argparse
-import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -35,7 +34,7 @@ from ..config import Config, preset
 from ..lora import add_lora
 from ..rendering import rendering_with
 from ..stages import STAGES, build_stage, schedule_of
-from ..system.command import command_parser, exit_code, number, whole
+from ..system.command import command_parser, number, whole
 from ..system.errors import UserError
 from ..training import Stage
 from ..weights.checkpoint import builders
@@ -504,7 +503,6 @@ def remarks(config: Config, step: Plan) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("plan", __doc__, "--preset", "--gpus", preset="paper", gpus=4)
     add = parser.add_argument
     add("--stage", default="stage2", choices=[*PLANNED, "inference"])
@@ -516,10 +514,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--float32", action="store_true", help="no autocast to bfloat16")
     add("--tflops", type=number(1e-3, 1e6), default=100.0, help="of one GPU (an assumption)")
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -535,7 +529,3 @@ def run(args: argparse.Namespace) -> None:
     step = plan(config, args.stage, micro_batch=micro_batch, **options)
     cards = report_cards(config, args.stage, **options)
     print(report(step), cards, remarks(config, step), sep="\n\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,7 +29,6 @@ import io
 import itertools
 import json
 import math
-import sys
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable
@@ -69,17 +68,18 @@ from ..data.examples import (
     vae_fingerprint,
 )
 from ..encoders import dino_features
-from ..system.command import (
-    check_writable,
-    command_parser,
-    exit_code,
-    output_path,
-    positive,
-    whole,
-)
+from ..system.command import check_writable, command_parser, output_path, positive, whole
 from ..system.errors import MissingFile, UserError
-from ..system.files import UNREADABLE, Field, check_shape, check_values, read_json, webp_facts
-from ..system.paths import atomic_path, check_id, check_readable, reason, remove_leftovers
+from ..system.files import (
+    UNREADABLE,
+    Field,
+    check_shape,
+    check_values,
+    explained,
+    read_json,
+    webp_facts,
+)
+from ..system.paths import atomic_path, check_id, check_readable, remove_leftovers
 
 FORMAT = 2
 SHARD_SIZE = 64  # objects in a file: 10 MB at 64 px, about a gigabyte at 576 px
@@ -257,12 +257,9 @@ def read_index(folder: str | Path) -> dict:
             f"{folder} is a dataset folder, which `train --data` reads; "
             "make shards of it with `python -m gsv3d_lib shards`."
         )
-    try:
+    with explained(f"{path} cannot be read as shards", f"delete it and {AGAIN}"):
         index = read_json(path)
         check_index(index)
-    except UNREADABLE as error:
-        why = f"{path} cannot be read as shards ({reason(error)})"
-        raise UserError(f"{why}; delete it and {AGAIN}.") from error
     for shard in index["shards"]:
         file = path.with_name(shard["file"])
         found = file.stat().st_size if file.is_file() else None
@@ -319,18 +316,11 @@ class ShardFiles:
         """
         shard = bisect_right(self.firsts, item) - 1
         path = self.folder / self.index["shards"][shard]["file"]
-        try:
+        with explained(f"Shard {path} is damaged", f"delete it and {AGAIN}", path):
             found = how(self._open(path), f"{item - self.firsts[shard]}.{name}")
             check_shape(name, found.numpy().dtype.str[1:], found.shape, field)
             check_values(name, found, field)
             return found
-        except UNREADABLE as error:
-            check_readable(path)
-            raise UserError(_damaged(path, error)) from error
-
-
-def _damaged(path: Path, error: Exception | str) -> str:
-    return f"Shard {path} is damaged ({' '.join(str(error).split())}); delete it and {AGAIN}."
 
 
 # ---------------------------------------------------------------- pictures and depth
@@ -521,7 +511,8 @@ def check_shards(folder: str | Path) -> list[str]:
             with safe_open(path, "pt") as file:
                 if digest({name: file.get_tensor(name) for name in file.keys()}) == notes["digest"]:
                     continue
-        problems.append(_damaged(path, "its bytes are not those that were written"))
+        why = "its bytes are not those that were written"
+        problems.append(f"Shard {path} is damaged ({why}); delete it and {AGAIN}.")
     return problems
 
 
@@ -529,7 +520,6 @@ def check_shards(folder: str | Path) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("shards", __doc__, "--weights", "--data", weights=None)
     add = parser.add_argument
     add("--out", type=output_path, required=True, metavar="FOLDER", help="the folder of shards")
@@ -539,10 +529,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--share", default="0/1", metavar="K/N", help="write every N-th file from the K-th on")
     add("--check", action="store_true", help="only read every byte of --out, name damaged files")
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -579,7 +565,3 @@ def write_from_checkpoint(args: argparse.Namespace) -> dict | None:
     numbers = {"copies": args.copies or config.copies, "share": share, "dino": dino}
     numbers["seed"] = config.seed if args.seed is None else args.seed
     return write_shards(args.data, vae, args.out, config.image_size, **numbers)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,18 +8,11 @@ Every run has a folder of its own: runs/demo/my, then runs/demo/my-2, ...
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-from ..system.command import (
-    check_writable,
-    command_parser,
-    exit_code,
-    input_path,
-    output_path,
-    results_folder,
-)
+from ..system import command
+from ..system.command import check_writable, input_path, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.paths import BEST, ROOT, find, folder_name, from_repository
 from .notebook import execute
@@ -28,17 +21,12 @@ NOTEBOOK = ROOT / "notebooks" / "00_from_one_image_to_3d.ipynb"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    parser = command_parser("demo", __doc__, "--elevation", "--seed")
+    parser = command.command_parser("demo", __doc__, "--elevation", "--seed")
     parser.add_argument("--image", type=input_path, default="data/images/demo.png")
     parser.add_argument(
         "--out", type=output_path, help="folder (default: runs/demo/ and the image's name)"
     )
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "image_path": str(image),
     }
-    with results_folder(wanted, ["run.json", NOTEBOOK.name, *FILES.values()]) as out:
+    with command.results_folder(wanted, ["run.json", NOTEBOOK.name, *FILES.values()]) as out:
         status = execute(NOTEBOOK, parameters | {"out_dir": str(out)}, out)
     if status != 0:
         return status
@@ -86,7 +74,3 @@ def check_text(path: Path) -> None:
         raise UserError(
             f"{name} is not valid UTF-8: rename it, or set a locale of UTF-8."
         ) from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

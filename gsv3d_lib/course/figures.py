@@ -7,8 +7,7 @@ bright, and what is not there is white.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -50,36 +49,32 @@ STYLE = {
 }
 
 
-@contextmanager
-def style() -> Iterator[ModuleType]:
-    """Yields matplotlib.pyplot, which draws in this module's style within the block."""
+def styled() -> ModuleType:
+    """matplotlib.pyplot, in this module's style from now on.
+
+    It looks up sizes when titles and legends are made, which may be long after.
+    """
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(STYLE):
-        yield plt
+    plt.rcParams.update(STYLE)
+    return plt
 
 
 def finished(figure: Figure) -> Figure:
     """Takes the figure out of pyplot's hands, else a notebook would show it twice."""
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
+    styled().close(figure)
     return figure
 
 
 def panels(rows: int = 1, columns: int = 1, width: float = WIDTH, height: float = 2.6, **options):
     """Empty axes in this module's style -> (figure, one axis or an array of them).
 
-    Return the figure and it shows once. The style stays on for the session: matplotlib
-    looks up the sizes of titles and legends when those are made.
+    Return the figure and it shows once.
     width: of the whole figure; height: of one row; both in inches.
     options: of `matplotlib.pyplot.subplots`.
     """
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    size = (width, height * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+    options = {"figsize": (width, height * rows), "layout": "constrained"} | options
+    figure, axes = styled().subplots(rows, columns, **options)
     return finished(figure), axes
 
 
@@ -112,22 +107,19 @@ def image_grid(
     rows = -(-len(shown) // columns)
     title_rows = 0 if titles is None else rows if len(titles) > columns else 1
     tallest = max(image.shape[0] / image.shape[1] for image in shown)
-    size = (width, width / columns * tallest * rows + 0.25 * title_rows)
-    with style() as plt:
-        figure, axes = plt.subplots(
-            rows, columns, figsize=size, squeeze=False, layout="constrained"
-        )
-        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.03, wspace=0.01, hspace=0.01)
-        for axis in axes.flat:
-            _clear(axis)
-        for axis, image in zip(axes.flat, shown, strict=False):  # the last row may be short
-            image = image.squeeze(-1) if image.shape[-1] == 1 else image
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-        for axis, title in zip(axes.flat, titles or (), strict=False):
-            axis.set_title(title)
-        for axis, title in zip(axes[:, 0], row_titles or (), strict=False):
-            axis.set_ylabel(title)
-        return finished(figure)
+    height = width / columns * tallest + 0.25 * title_rows / rows
+    figure, axes = panels(rows, columns, width, height, squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.03, wspace=0.01, hspace=0.01)
+    for axis in axes.flat:
+        _clear(axis)
+    for axis, image in zip(axes.flat, shown, strict=False):  # the last row may be short
+        image = image.squeeze(-1) if image.shape[-1] == 1 else image
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+    for axis, title in zip(axes.flat, titles or (), strict=False):
+        axis.set_title(title)
+    for axis, title in zip(axes[:, 0], row_titles or (), strict=False):
+        axis.set_ylabel(title)
+    return figure
 
 
 def _to_array(image: Tensor) -> np.ndarray:
@@ -207,18 +199,14 @@ def plot_metrics(
         raise UserError("There are no curves to draw: no row has a number but step and time.")
     columns = min(3, len(keys))
     rows = -(-len(keys) // columns)
-    size = (width * columns / 3 if columns < 3 else width, 2.3 * rows)
-    with style() as plt:
-        figure, axes = plt.subplots(
-            rows, columns, figsize=size, squeeze=False, layout="constrained"
-        )
-        for axis in axes.flat[len(keys) :]:
-            axis.set_visible(False)
-        for axis, key in zip(axes.flat, keys, strict=False):
-            _plot_key(axis, tables, key, smoothing)
-        if len(tables) > 1:
-            axes[0, 0].legend(handlelength=1.2)
-        return finished(figure)
+    figure, axes = panels(rows, columns, width * columns / 3, 2.3, squeeze=False)
+    for axis in axes.flat[len(keys) :]:
+        axis.set_visible(False)
+    for axis, key in zip(axes.flat, keys, strict=False):
+        _plot_key(axis, tables, key, smoothing)
+    if len(tables) > 1:
+        axes[0, 0].legend(handlelength=1.2)
+    return figure
 
 
 def _read_rows(source: str | Path | list[dict]) -> list[dict]:
@@ -292,18 +280,17 @@ def plot_ellipsoids(
     x, y, z = camera.positions()[0].tolist()
     elevation = np.degrees(np.arctan2(z, np.hypot(x, y)))
     view = {"elev": elevation, "azim": np.degrees(np.arctan2(y, x))}
-    with style() as plt:
-        figure = plt.figure(figsize=(2.3 * columns, 2.3 * rows))
-        for i in range(count):
-            space = figure.add_subplot(rows, columns, i + 1, projection="3d")
-            _draw_ellipsoid(space, gaussians.select([i]).detach(), view)
-            space.set_title(titles[i] if titles else "one standard deviation", pad=-2)
-            if footprints:
-                place = 2 if count == 1 else count + i + 1
-                picture = figure.add_subplot(rows, columns, place)
-                _draw_footprint(picture, gaussians.select([i]).detach(), camera)
-        figure.subplots_adjust(0.03, 0.19 / rows, 0.97, 1 - 0.13 / rows, 0.2, 0.22)
-        return finished(figure)
+    figure = finished(styled().figure(figsize=(2.3 * columns, 2.3 * rows)))
+    for i in range(count):
+        space = figure.add_subplot(rows, columns, i + 1, projection="3d")
+        _draw_ellipsoid(space, gaussians.select([i]).detach(), view)
+        space.set_title(titles[i] if titles else "one standard deviation", pad=-2)
+        if footprints:
+            place = 2 if count == 1 else count + i + 1
+            picture = figure.add_subplot(rows, columns, place)
+            _draw_footprint(picture, gaussians.select([i]).detach(), camera)
+    figure.subplots_adjust(0.03, 0.19 / rows, 0.97, 1 - 0.13 / rows, 0.2, 0.22)
+    return figure
 
 
 def _draw_ellipsoid(axis, gaussian: Gaussians, view: dict[str, float]) -> None:
@@ -359,20 +346,17 @@ def plot_rays(
     """
     count = len(depths)
     ends = (float(depths.min()) - 0.25, float(depths.max()) + 0.25)
-    size = (0.75 * WIDTH, 1.75 * count + 0.35)
-    with style() as plt:
-        figure, axes = plt.subplots(
-            count, 2, figsize=size, width_ratios=[7, 1], squeeze=False, layout="constrained"
-        )
-        for r, (ray, swatch) in enumerate(axes):
-            order = depths[r].argsort()
-            pixel = _draw_ray(ray, depths[r][order], alphas[r][order], colors[order], ends)
-            ray.set_title(titles[r] if titles else "")
-            ray.set_xlabel("depth z along the ray" if r == count - 1 else "")
-            swatch.imshow(pixel.reshape(1, 1, 3).numpy())
-            swatch.set_title("pixel")
-            _clear(swatch)
-        return finished(figure)
+    height = 1.75 + 0.35 / count
+    figure, axes = panels(count, 2, 0.75 * WIDTH, height, width_ratios=[7, 1], squeeze=False)
+    for r, (ray, swatch) in enumerate(axes):
+        order = depths[r].argsort()
+        pixel = _draw_ray(ray, depths[r][order], alphas[r][order], colors[order], ends)
+        ray.set_title(titles[r] if titles else "")
+        ray.set_xlabel("depth z along the ray" if r == count - 1 else "")
+        swatch.imshow(pixel.reshape(1, 1, 3).numpy())
+        swatch.set_title("pixel")
+        _clear(swatch)
+    return figure
 
 
 def _draw_ray(axis, z: Tensor, alpha: Tensor, rgb: Tensor, ends: tuple[float, float]) -> Tensor:
@@ -402,19 +386,18 @@ def plot_stack(
 
     For example {"activations": 41.9, ...} against {"80 GB": 80, ...}.
     """
-    with style() as plt:
-        figure, axis = plt.subplots(figsize=(WIDTH, 1.6), layout="constrained")
-        start = 0.0
-        for name, size in parts.items():
-            axis.barh([0], [size], left=start, label=f"{name} {size:.1f}")
-            start += size
-        for name, value in marks.items():
-            axis.axvline(value, color=INK, linestyle=":", linewidth=1.2)
-            axis.text(value, 0.9, f" {name}", fontsize=8, va="top")
-        ends = (0, max(limit, 1.05 * start))
-        axis.set(yticks=[], ylim=(-0.5, 0.9), xlim=ends, xlabel=xlabel.format(total=start))
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-        return finished(figure)
+    figure, axis = panels(height=1.6)
+    start = 0.0
+    for name, size in parts.items():
+        axis.barh([0], [size], left=start, label=f"{name} {size:.1f}")
+        start += size
+    for name, value in marks.items():
+        axis.axvline(value, color=INK, linestyle=":", linewidth=1.2)
+        axis.text(value, 0.9, f" {name}", fontsize=8, va="top")
+    ends = (0, max(limit, 1.05 * start))
+    axis.set(yticks=[], ylim=(-0.5, 0.9), xlim=ends, xlabel=xlabel.format(total=start))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    return figure
 
 
 # ---------------------------------------------------------------- 3D

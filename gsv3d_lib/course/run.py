@@ -15,11 +15,10 @@ run" goes on from its last checkpoint. A cell's own short training starts afresh
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from ..config import parse_setting, preset
-from ..system.command import check_writable, command_parser, exit_code, input_path, output_path
+from ..system.command import check_writable, command_parser, input_path, output_path
 from ..system.errors import UserError
 from .notebook import execute
 from .parameters import (
@@ -51,7 +50,6 @@ def check_training(parameters: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("run", __doc__)
     add = parser.add_argument
     add("number", help="of the notebook, such as 05")
@@ -62,10 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=output_path, help="folder (default: runs/NN-PARAMS)")
     add("--check", action="store_true", help="only check what can be checked without running")
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,7 +88,3 @@ def run(args: argparse.Namespace) -> int:
     if status == 0:
         print(f"Done: {out / notebook.name}")
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -50,12 +50,10 @@ _SMALL = "the object is very small: crop to it for more detail."
 def cut_out(image: Image.Image, method: str = "auto", name: str = "the picture") -> Image.Image:
     """RGBA picture -> RGBA picture whose alpha marks the object.
 
-    method "auto": the picture's own alpha, if it can be a mask; else rembg, if
-    installed;
-        else "plain". "rembg" and "plain" are taken whatever the others would do.
-        "plain"
-        floods the background from the border by colour: right for product shots, wrong
-        for clutter.
+    method: "auto" takes the picture's own alpha, if it can be a mask; else rembg, if
+        installed; else "plain", which floods the background from the border by colour:
+        right for product shots, wrong for clutter. "rembg" and "plain" are taken
+        whatever the others would do.
     name: of the picture, in the warnings (`Doubt`) that say what was taken for the
         object where that is doubtful.
     Raises UserError where no object can be told from the background.

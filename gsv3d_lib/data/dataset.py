@@ -28,8 +28,8 @@ from tqdm import tqdm
 from ..cameras import Cameras, from_c2w, intrinsics, orbit_cameras
 from ..system import files
 from ..system.errors import MissingFile, UserError
-from ..system.files import UNREADABLE, Field, Table
-from ..system.paths import atomic_path, check_id, check_readable, reason, remove_leftovers
+from ..system.files import UNREADABLE, Field, Table, explained
+from ..system.paths import atomic_path, check_id, check_readable, remove_leftovers
 
 COLUMNS = 6
 RING = 16  # the first views of an object form a ring of constant elevation
@@ -85,15 +85,10 @@ def list_objects(folder: str | Path) -> list[dict]:
             f"No dataset at {folder}: index.json is missing. Make one with "
             f"`python -m gsv3d_lib make_dataset --procedural 200 --out {folder}`."
         )
-    check_readable(index)
-    try:
+    with explained(f"{index} cannot be read", "delete it and make the dataset again", index):
         rows = files.read_json(index)
         if not (isinstance(rows, dict) and "shards" in rows):
             return checked_rows(rows)
-    except UNREADABLE as error:
-        raise UserError(
-            f"{index} cannot be read ({reason(error)}); delete it and make the dataset again."
-        ) from error
     raise UserError(
         f"{folder} holds shards, which `train --shards` reads; "
         "give the dataset folder they were made from."
@@ -159,8 +154,8 @@ def read_object(folder: str | Path, id: str) -> ObjectViews:
     """
     check_id(id)
     sheet_file, array_file = object_files(folder, id)
-    check_readable(sheet_file, array_file)
-    try:
+    fault = f"Object {id!r} in {folder} cannot be read"
+    with explained(fault, "delete its files and render it again", sheet_file, array_file):
         data = files.read_plain(sheet_file, MAX_SHEET)
         width, height, alpha, moves = files.webp_facts(data[:30])
         if not alpha or moves:
@@ -174,11 +169,6 @@ def read_object(folder: str | Path, id: str) -> ObjectViews:
         check_cameras(arrays, side)
         with Image.open(io.BytesIO(data), formats=["WEBP"]) as sheet:
             rgba = split_sheet(np.asarray(sheet.convert("RGBA")), views, side, side)
-    except UNREADABLE as error:
-        raise UserError(
-            f"Object {id!r} in {folder} cannot be read ({reason(error)}); "
-            "delete its files and render it again."
-        ) from error
     depth = decode_depth(arrays["depth"], float(arrays["depth_min"]), float(arrays["depth_range"]))
     c2w, K, az, el = (arrays[name].astype("f4") for name in ("c2w", "K", "az", "el"))
     Ks = torch.from_numpy(K).expand(views, 3, 3)

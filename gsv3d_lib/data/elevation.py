@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..images import DEFAULT_FILL, prepare_condition
 from ..system.errors import UserError
-from ..system.files import UNREADABLE, Field, Table, read_tensors
-from ..system.paths import atomic_path, check_readable, reason
+from ..system.files import Field, Table, explained, read_tensors
+from ..system.paths import atomic_path
 
 SIZE = 64  # pixels of the framed picture
 CELLS = 8  # histograms per side
@@ -124,13 +124,8 @@ def load_elevation(folder: str | Path) -> Elevation | None:
     path = estimator_path(folder)
     if not os.path.lexists(path):
         return None
-    check_readable(path)
-    try:
+    with explained(f"The estimator {path} cannot be read", "copy or fit it again", path):
         return Elevation(**read_tensors(path, ESTIMATOR))
-    except UNREADABLE as error:
-        raise UserError(
-            f"The estimator {path} cannot be read ({reason(error)}); copy or fit it again."
-        ) from error
 
 
 def estimate(image, folder: str | Path) -> float:

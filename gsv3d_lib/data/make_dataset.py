@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
@@ -34,10 +33,10 @@ from tqdm import tqdm
 
 from ..cameras import orbit_cameras
 from ..system import command
-from ..system.command import exit_code, input_path, whole
+from ..system.command import input_path, whole
 from ..system.errors import UserError
-from ..system.files import UNREADABLE, parse_json, read_plain
-from ..system.paths import atomic_path, check_id, reason, remove_leftovers, resolve
+from ..system.files import explained, parse_json, read_plain
+from ..system.paths import atomic_path, check_id, remove_leftovers, resolve
 from .dataset import (
     RING,
     RING_ELEVATION,
@@ -195,15 +194,13 @@ def skipped_rows(folder: Path) -> list[dict]:
     path = Path(folder) / SKIPPED
     if not os.path.lexists(path):
         return []
-    try:
+    with explained(f"{path} cannot be read", "delete it"):
         rows = [parse_json(line) for line in read_plain(path, MAX_SKIPPED).splitlines()]
         for row in rows:
             check_id(row["id"])
             if not isinstance(row["reason"], str):
                 raise UserError("a reason is no text")
-    except UNREADABLE as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}); delete it.") from error
-    return rows
+        return rows
 
 
 def _write_lists(out: Path, rows: dict[str, dict], reasons: dict[str, str]) -> None:
@@ -299,8 +296,7 @@ def end_with_parent() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    parser = command.command_parser("make_dataset", __doc__)
+    parser = command.command_parser("make_dataset", __doc__, "--seed", "--workers")
     source = parser.add_mutually_exclusive_group(required=True)
     folder = dict(type=input_path, metavar="FOLDER")
     count = dict(type=command.positive, metavar="COUNT")
@@ -312,7 +308,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     out = dict(type=command.output_path, required=True, metavar="FOLDER")
     add("--out", **out, help="the dataset folder; it may exist already")
-    add("--seed", type=command.seed, default=0, help="of the first procedural object (default 0)")
     add("--family", choices=list(FAMILIES), help="only this family (default: all, mixed)")
     ids = dict(type=input_path, metavar="FILE")
     add("--ids", **ids, help="of --scans and --objaverse: only these, one id a line")
@@ -325,13 +320,8 @@ def build_parser() -> argparse.ArgumentParser:
     ring = dict(nargs=2, type=command.number(-90, 90), default=LEVEL, metavar=("LOW", "HIGH"))
     add("--ring", **ring, help="range of the ring's elevation (default 15 15; paper: -5 30)")
     add("--supersample", type=whole(1, 16), default=2, help="rays per pixel and axis (default 2)")
-    add("--workers", type=whole(1, 1000), default=1, help="processes (default 1)")
     add("--retry", action="store_true", help="try again what an earlier run left out")
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -359,7 +349,3 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     if options.meshes:
         return mesh_jobs(resolve(options.meshes), options.up)
     return procedural_jobs(options.procedural, options.seed, options.family)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..system.errors import MissingFile, UserError
-from ..system.files import UNREADABLE, read_json, read_plain
-from ..system.paths import plain_id, reason
+from ..system.files import explained, read_json, read_plain
+from ..system.paths import plain_id
 from .meshfiles import MESH_SUFFIXES, read_scene
 from .procedural.objects import family_of, procedural_object
 from .raycast import load_mesh, normalized
@@ -110,12 +110,8 @@ def read_ids(path: str | Path) -> list[str]:
     """The ids of a text file, one a line; what follows # does not count."""
     if not Path(path).is_file():
         raise MissingFile(f"There is no list of ids at {path}; write one id a line into it.")
-    try:
+    with explained(f"{path} is no list of ids", "write one id a line into a text file"):
         text = read_plain(path, MAX_LIST).decode("utf-8-sig")
-    except UNREADABLE as error:
-        raise UserError(
-            f"{path} is no list of ids ({reason(error)}); write one id a line into a text file."
-        ) from error
     lines = (line.split("#")[0].strip() for line in text.splitlines())
     ids = list(dict.fromkeys(line for line in lines if line))
     if not ids:
@@ -218,17 +214,13 @@ def read_catalogue(path: str | Path) -> dict[str, dict]:
             f"There is no catalogue at {path}; make it with "
             f"`python tools/fetch_objaverse.py --catalogue {path} --annotations`."
         )
-    try:
+    with explained(f"{path} is no catalogue", "delete it and make it again"):
         catalogue = read_json(path)
         if not isinstance(catalogue, dict):
             raise UserError("it holds no names")
         for uid, row in catalogue.items():
             _check_row(uid, row)
-    except UNREADABLE as error:
-        raise UserError(
-            f"{path} is no catalogue ({reason(error)}); delete it and make it again."
-        ) from error
-    return catalogue
+        return catalogue
 
 
 def _check_row(uid: str, row) -> None:

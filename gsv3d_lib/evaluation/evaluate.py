@@ -10,7 +10,6 @@ weights (`evaluation/lpips.py`).
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..data.dataset import FRONT, RING, ViewTensors, load_views
 from ..data.examples import relative_cameras
 from ..pipeline import GSV3DPipeline
 from ..rendering import render
-from ..system.command import check_writable, command_parser, exit_code, input_path, output_path
+from ..system.command import check_writable, command_parser, input_path, output_path
 from ..system.errors import UserError
 from ..system.paths import atomic_path
 from ..system.provenance import commit, hardware
@@ -81,7 +80,6 @@ def evaluate(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     common = ("--weights", "--objects", "--limit", "--steps", "--guidance", "--seed", "--no-lora")
     parser = command_parser("evaluate", __doc__, *common)
     add = parser.add_argument
@@ -90,10 +88,6 @@ def build_parser() -> argparse.ArgumentParser:
     made = "measure LPIPS with these files of tools/convert_lpips.py"
     add("--lpips", type=input_path, nargs="+", default=[], help=made)
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def check_out(out: Path) -> None:
@@ -145,7 +139,3 @@ def run(args: argparse.Namespace) -> None:
     with atomic_path(args.out.with_suffix(".md")) as path:
         path.write_text(f"`{args.command}`\n\n{text}\n", encoding="utf-8")
     print(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,19 +32,10 @@ from ..data.dataset import FRONT, Scene, ViewTensors, load_views
 from ..data.examples import Orbits, load_orbits, relative_cameras, ring_frames
 from ..pipeline import GSV3DPipeline
 from ..stages import build_stage, initial, starting_models
-from ..system.command import (
-    batch,
-    check_writable,
-    command_parser,
-    exit_code,
-    input_path,
-    output_path,
-    positive,
-    sampler_steps,
-    training_seed,
-)
+from ..system import command
+from ..system.command import check_writable, input_path, output_path
 from ..system.errors import UserError
-from ..system.paths import reason
+from ..system.files import explained
 from ..system.provenance import commit, hardware
 from ..training import train
 from ..vae import encode_scaled
@@ -355,11 +345,8 @@ def weights_fingerprint(folder: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """A file that an earlier run left in --work; UserError where it is damaged."""
-    try:
+    with explained(f"{path} is damaged", "delete its folder, and the run is made again", path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        advice = "delete its folder, and the run is made again"
-        raise UserError(f"{path} is damaged ({reason(error)}); {advice}.") from error
 
 
 # ---------------------------------------------------------------- the results file
@@ -497,16 +484,11 @@ def table(results: dict, reference: str, metrics: list[str]) -> str:
 
 
 # what is expected; experiment, arm, number; and the sign of arm minus reference then
+LONG = ("distillation_long", "rgbd")
 CLAIMS = (
-    ("distillation lowers the Chamfer distance", "distillation_long", "rgbd", "chamfer", -1),
-    ("its price is texture (detail, 1 = the truth's)", "distillation_long", "rgbd", "detail", -1),
-    (
-        "it makes the views agree (reprojection error)",
-        "distillation_long",
-        "rgbd",
-        "reprojection",
-        -1,
-    ),
+    ("distillation lowers the Chamfer distance", *LONG, "chamfer", -1),
+    ("its price is texture (detail, 1 = the truth's)", *LONG, "detail", -1),
+    ("it makes the views agree (reprojection error)", *LONG, "reprojection", -1),
     ("few views ghost (share of pixels)", "frames", "n_4", "ghosting", 1),
     ("N = 16 is best (PSNR)", "frames", "n_8", "psnr", -1),
     ("DINO helps (PSNR, true views)", "dino", "no_dino", "true_psnr", -1),
@@ -565,33 +547,25 @@ def open_world(args: argparse.Namespace) -> World:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     common = ("--weights", "--data", "--objects", "--limit", "--guidance")
     own = {"data": [input_path("data/cache/procedural")], "guidance": 1.0}
-    parser = command_parser("experiments", __doc__, *common, **own)
+    parser = command.command_parser("experiments", __doc__, *common, **own)
     add = parser.add_argument
     add("experiment", choices=EXPERIMENTS)
     add("--out", type=output_path, required=True, help="JSON file; its finished runs are kept")
     add("--work", type=output_path, default="runs/experiments", help="runs and checkpoints")
     add("--arms", nargs="+", help="only these")
     add("--ids", nargs="+", help="score only these objects")
-    add("--seeds", nargs="+", type=training_seed, default=[0, 1, 2], help="one run each")
-    add("--steps", type=positive, help="of every arm's training")
-    add("--batch", type=batch, help="of every arm's training")
-    add("--sampling-steps", type=sampler_steps, default=10)
+    add("--seeds", nargs="+", type=command.training_seed, default=[0, 1, 2], help="one run each")
+    add("--steps", type=command.positive, help="of every arm's training")
+    add("--batch", type=command.batch, help="of every arm's training")
+    add("--sampling-steps", type=command.sampler_steps, default=10)
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:
     experiment = EXPERIMENTS[args.experiment]
-    size = (
-        args.steps or experiment.defaults["steps"],
-        args.batch or experiment.defaults["batch"],
-    )
+    size = (args.steps or experiment.defaults["steps"], args.batch or experiment.defaults["batch"])
     arms = [experiment.arm(name) for name in args.arms or [arm.name for arm in experiment.arms]]
     for path in (args.out, args.work / "latents.safetensors"):
         check_writable(path)
@@ -608,7 +582,3 @@ def run(args: argparse.Namespace) -> None:
     scored = next(iter(next(iter(record["arms"].values()))["scores"].values()))
     metrics = [m for m in ("psnr", "ssim", "chamfer", "true_psnr") if m in scored]
     print(table(record, experiment.reference, metrics))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

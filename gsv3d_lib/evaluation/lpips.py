@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..system.errors import MissingFile, UserError
-from ..system.paths import check_readable
+from ..system.files import explained
 
 
 class Layer(NamedTuple):
@@ -115,16 +115,10 @@ def load_lpips(path: str | Path) -> LPIPS:
     if not path.is_file():
         maker = "`python tools/convert_lpips.py` makes such a file"
         raise MissingFile(f"No LPIPS weights at {path}; {maker}.")
-    check_readable(path)
-    try:
+    with explained(f"The LPIPS weights {path} cannot be read", "convert them again", path):
         with safe_open(path, "pt") as file:
             net = (file.metadata() or {}).get("lpips")
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"The LPIPS weights {path} cannot be read ({error}); convert them again."
-        ) from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     model = filled(net, tensors, path)
     with path.open("rb") as file:
         model.origin["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()

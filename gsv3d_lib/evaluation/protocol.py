@@ -24,8 +24,7 @@ from ..gaussians import Gaussians
 from ..pipeline import Generation, GSV3DPipeline
 from ..rendering import Rendering, render
 from ..system.errors import UserError
-from ..system.files import UNREADABLE, Field, Table, read_npz
-from ..system.paths import check_readable, reason
+from ..system.files import Field, Table, explained, read_npz
 from ..vae import encode_scaled
 from .baselines import AverageObject, flat_card
 from .consistency import detail, ghosting, reprojection_error, split_agreement, view_depths
@@ -82,15 +81,12 @@ def load_truth(folder: Path, id: str) -> Truth | None:
     path = Path(folder) / f"{id}.geometry.npz"
     if not os.path.lexists(path):
         return None
-    check_readable(path)
-    try:
+    advice = "without the file its object gets no mesh scores"
+    with explained(f"{path} cannot be read", advice, path):
         arrays = read_npz(path, GEOMETRY)
         points = arrays["points"].astype("f4")
         if len(points) < NUM_POINTS:
             raise UserError(f"it holds {len(points)} points, fewer than {NUM_POINTS}")
-    except UNREADABLE as error:
-        advice = "without the file its object gets no mesh scores"
-        raise UserError(f"{path} cannot be read ({reason(error)}); {advice}.") from error
     chosen = np.random.default_rng(0).choice(len(points), NUM_POINTS, replace=False)
     grid = None
     if "occupancy" in arrays:

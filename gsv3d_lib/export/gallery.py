@@ -17,7 +17,6 @@ views beside what is made of them now.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
@@ -25,15 +24,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..system.command import (
-    check_writable,
-    command_parser,
-    exit_code,
-    input_path,
-    number,
-    output_path,
-    positive,
-)
+from ..system import command
+from ..system.command import check_writable, input_path, output_path
 from ..system.errors import MissingFile, UserError
 from ..system.files import read_json
 from ..system.paths import BEST
@@ -45,25 +37,15 @@ SIZE = 128  # their side in pixels
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    parser = command_parser("gallery", __doc__)
-    parser.add_argument(
-        "things", type=input_path, nargs="+", help="PLYs, pictures, folders, results files"
-    )
-    parser.add_argument("--out", type=output_path, default="gallery.html")
-    parser.add_argument(
-        "--weights", type=input_path, nargs="+", default=[input_path(BEST)], help="for pictures"
-    )
-    parser.add_argument(
-        "--lora-scales", type=number(-10, 10), nargs="+", default=[1.0], help="for pictures"
-    )
-    parser.add_argument("--objects", type=input_path, help="dataset folder of a results file")
-    parser.add_argument("--limit", type=positive, default=12, help="objects of a results file")
+    parser = command.command_parser("gallery", __doc__, "--limit", limit=12)
+    add = parser.add_argument
+    add("things", type=input_path, nargs="+", help="PLYs, pictures, folders, results files")
+    add("--out", type=output_path, default="gallery.html")
+    add("--weights", type=input_path, nargs="+", default=[input_path(BEST)], help="for pictures")
+    scale = command.number(-10, 10)
+    add("--lora-scales", type=scale, nargs="+", default=[1.0], help="for pictures")
+    add("--objects", type=input_path, help="dataset folder of a results file")
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -176,7 +158,3 @@ def with_views(item: Item) -> Item:
     item.views = turntable_frames(item.gaussians, SIZE, VIEWS, item.elevation)
     item.caption = item.caption or f"{len(item.gaussians.prune()):,} Gaussians"
     return item
-
-
-if __name__ == "__main__":
-    sys.exit(main())

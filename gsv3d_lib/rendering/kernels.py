@@ -81,8 +81,7 @@ def private_folder() -> Path | None:
     """A folder for compiled code in the system's temporary one, of this user alone.
 
     numba unpickles what it finds in its folder, so one that another user made or may
-    write
-    to is not taken: then None.
+    write to is not taken: then None.
     """
     if not hasattr(os, "getuid"):  # Windows: its temporary folder is the user's own
         return Path(tempfile.gettempdir()) / "gsv3d-numba"

@@ -1,6 +1,6 @@
 """The manner of all commands: how they end, where they write, what options mean.
 
-Every `main` is `exit_code(run, parser, arguments)`. Its statuses: 0; 1 where the
+A command is `exit_code(run, parser, arguments)`. Its statuses: 0; 1 where the
 command found something bad (a failing notebook, a damaged shard); 2 with one sentence
 on stderr for what the user can mend (argparse's own for options, `UserError`) and for
 what the machine did (a full disk, no permission, no memory); 130 after Ctrl-C; 141

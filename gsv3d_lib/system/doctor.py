@@ -13,14 +13,13 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
-from .command import command_parser, exit_code
+from .command import command_parser
 from .paths import BEST, ROOT, TINY, has_repository
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -35,12 +34,7 @@ class Finding(NamedTuple):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     return command_parser("doctor", __doc__)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(_: argparse.Namespace) -> int:
@@ -50,8 +44,10 @@ def run(_: argparse.Namespace) -> int:
     except PackageNotFoundError:
         findings = [Finding(BROKEN, "gsv3d-lib is not installed; run `make install`.")]
     if all(finding.mark != BROKEN for finding in findings):  # else imports would fail
+        import torch
+
         findings += [device_finding(), kernels_finding(), *optional_findings()]
-        findings += [gsplat_finding(has_cuda(), has_nvcc(), has_compiled_kernels())]
+        findings += [gsplat_finding(torch.cuda.is_available(), has_nvcc(), has_compiled_kernels())]
         findings += [checkpoint_finding(ROOT / name) for name in (TINY, BEST) if has_repository()]
     print(f"{GOOD}  Python {platform.python_version()} on {platform.platform(terse=True)}.")
     for finding in findings:
@@ -82,19 +78,10 @@ def device_finding() -> Finding:
 
     if torch.cuda.is_available():
         return Finding(GOOD, f"torch {torch.__version__} uses {torch.cuda.get_device_name()}.")
-    cpu = f"torch {torch.__version__} has {usable_cores()} CPU core(s) and no CUDA GPU"
+    # those that this process may use, which can be fewer than the machine has
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = f"torch {torch.__version__} has {cores} CPU core(s) and no CUDA GPU"
     return Finding(FALLBACK, f"{cpu}: enough for the notebooks and to train `tiny`.")
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def has_nvcc() -> bool:
@@ -136,8 +123,6 @@ def optional_findings() -> list[Finding]:
     absent = []
     if not (importlib.util.find_spec("rembg") and importlib.util.find_spec("onnxruntime")):
         absent.append("photos need a plain background (`pip install -e '.[rembg]'` lifts that)")
-    if not importlib.util.find_spec("DracoPy"):
-        absent.append("no Draco-compressed glTF (`pip install -e '.[render]'`)")
     if not any(map(shutil.which, BROWSERS)):
         absent.append("no browser tests and no static plotly pictures (install Chromium)")
     findings = [Finding(FALLBACK, f"Optional: {sentence}.") for sentence in absent]
@@ -160,7 +145,3 @@ def checkpoint_finding(folder: Path) -> Finding:
         return Finding(GOOD, f"The shipped weights are in {name}.")
     advice = "fetch the whole repository, or train your own with `make train-tiny`"
     return Finding(FALLBACK, f"{name} lacks {', '.join(lacking)}; {advice}.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

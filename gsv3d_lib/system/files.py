@@ -15,7 +15,8 @@ import os
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
@@ -25,11 +26,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import MissingFile, UserError
+from .paths import check_readable, reason
 
 MAX_ARRAYS = 1 << 29  # bytes of the arrays of one .npz: 84 views of 576 px are a tenth of it
 MAX_JSON = 1 << 29  # bytes: all of Objaverse's catalogue is half of it
 HEADER = 10_000  # bytes of an array's header that are read; numpy's own bound
-# raised by zipfile, numpy, PIL and torch for files that are not what their names say
+# raised by zipfile, numpy, PIL, torch, peft for files that are not what they are named
 UNREADABLE = (
     *(OSError, LookupError, ValueError, TypeError, RuntimeError, EOFError, MemoryError),
     *(TokenError, zipfile.BadZipFile, zlib.error, SafetensorError),
@@ -53,6 +55,20 @@ class Field:
 
 
 Table = dict[str, Field]
+
+
+@contextmanager
+def explained(fault: str, advice: str, *paths: Path) -> Iterator[None]:
+    """What fails within, as reading a damaged file does, becomes a UserError.
+
+    Its sentence is "FAULT (why); ADVICE."
+    paths: files that are read. The OSError of one that may not be opened stays.
+    """
+    check_readable(*paths)
+    try:
+        yield
+    except UNREADABLE as error:
+        raise UserError(f"{fault} ({reason(error)}); {advice}.") from error
 
 
 # ---------------------------------------------------------------- pictures

@@ -22,10 +22,13 @@ from torch import nn
 from ..config import Config, preset
 from ..lora import save_lora
 from ..system.errors import MissingFile, UserError
+from ..system.files import explained
 from ..system.paths import atomic_path, check_readable, find, from_repository, place_whole, reason
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
+
+COPY = "copy it again from a whole checkpoint"
 
 
 def builders() -> dict[str, Callable[..., nn.Module]]:
@@ -101,19 +104,12 @@ def load_config(folder: str | Path) -> Config:
         advice = " The shipped one is data/checkpoints/tiny; `make train-tiny` makes your own."
         advice = from_repository(folder) or advice
         raise MissingFile(f"{folder} is no GSV3D checkpoint: gsv3d.json is missing.{advice}")
-    try:
-        stored = json.loads(path.read_text())
+    with explained(f"{path} cannot be read", COPY, path):
+        stored = dict(json.loads(path.read_text()))
         base = preset(stored["name"])
         fields = {f.name: f for f in dataclasses.fields(Config)}
         values = {n: _typed(getattr(base, n), value) for n, value in stored.items() if n in fields}
         return dataclasses.replace(base, **values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    why = reason(error)
-    return UserError(f"{path} cannot be read ({why}); copy it again from a whole checkpoint.")
 
 
 def _typed(like, value):
@@ -128,11 +124,9 @@ def trained_steps(folder: Path) -> dict[str, int]:
     path = Path(folder) / "gsv3d.json"
     if not path.is_file():
         return {}
-    try:
-        record = json.loads(path.read_text()).get("trained", {})
+    with explained(f"{path} cannot be read", COPY, path):
+        record = dict(dict(json.loads(path.read_text())).get("trained", {}))
         return {stage: int(steps) for stage, steps in record.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise unreadable(path, error) from error
 
 
 # ---------------------------------------------------------------- writing

@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import warnings
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,9 +28,10 @@ from torch import Tensor, nn
 from ..config import Config, preset
 from ..decoder import build_decoder
 from ..lora import load_lora
-from ..system.command import check_writable, command_parser, exit_code, output_path
+from ..system.command import check_writable, command_parser, output_path
 from ..system.errors import MissingFile, UserError
-from ..system.paths import check_readable, reason
+from ..system.files import explained
+from ..system.paths import reason
 from .checkpoint import builders, load_model, save_model
 from .sv3d_names import ORIGINAL, Pieces, diffusers_pieces
 
@@ -48,6 +47,7 @@ FOLDERS = {
     "feature_extractor": "feature_extractor/preprocessor_config.json",
 }
 DINO_FILES = ("config.json", "model.safetensors")
+AGAIN = "fetch or copy it again"
 Place = str | Path  # a file or folder here, or a name on the Hub
 
 # ---------------------------------------------------------- what would be downloaded
@@ -171,24 +171,16 @@ class Weights:
     """
 
     def __init__(self, *files: Path):
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         self.name = str(files[0])
         self.handles, self.shapes = {}, {}
-        with ExitStack() as opened:
-            for file in files:
-                check_readable(file)
-                try:
-                    handle = opened.enter_context(safe_open(file, framework="pt"))
-                except (SafetensorError, OSError) as error:
-                    raise UserError(
-                        f"{file} is damaged or no safetensors file ({reason(error)}); "
-                        "fetch or copy it again."
-                    ) from error
-                for key in handle.keys():
-                    self.handles[key] = handle
-                    self.shapes[key] = tuple(handle.get_slice(key).get_shape())
-            opened.pop_all()  # the handles live as long as this object
+        for file in files:
+            with explained(f"{file} is damaged or no safetensors file", AGAIN, file):
+                handle = safe_open(file, framework="pt")
+            for key in handle.keys():
+                self.handles[key] = handle
+                self.shapes[key] = tuple(handle.get_slice(key).get_shape())
 
     def read(self, key: str) -> Tensor:
         return self.handles[key].get_tensor(key)
@@ -307,10 +299,9 @@ def load_backbone(
     """SV3D's own models: the configuration, and vae, clip, unet, dino in float32.
 
     source: Stability's `sv3d_p.safetensors`, a folder in diffusers' layout, or the name
-        of
-        either on the Hub.
+        of either on the Hub.
     config: by default the preset `paper`.
-    svd, dino: folder or Hub name for VAE, CLIP and scheduler that `source` lacks;
+    svd: folder or Hub name for VAE, CLIP and scheduler that `source` lacks; dino: for
         DINOv2.
     """
     config = config or preset("paper")
@@ -380,11 +371,8 @@ def read_settings(files: list[Path]) -> dict:
     """A JSON file of settings, {} if there is none. UserError where it is damaged."""
     if not files:
         return {}
-    try:
+    with explained(f"{files[0]} cannot be read", AGAIN, files[0]):
         return dict(json.loads(files[0].read_text()))
-    except (ValueError, TypeError) as error:
-        why = reason(error)
-        raise UserError(f"{files[0]} cannot be read ({why}); fetch or copy it again.") from error
 
 
 def load_dino(dino: Place, config: Config, download: bool) -> nn.Module | None:
@@ -395,21 +383,16 @@ def load_dino(dino: Place, config: Config, download: bool) -> nn.Module | None:
         folder = [fetch(str(dino), file, download) for file in DINO_FILES][0].parent
     else:
         folder = Path(dino)
-        check_readable(*(folder / file for file in DINO_FILES))
         if missing := [file for file in DINO_FILES if not (folder / file).is_file()]:
             raise MissingFile(
                 f"{dino} has no {missing[0]}; give dino=... a copy of {DINO}, or that name itself."
             )
     from transformers import Dinov2Model
 
-    from ..lora import REFUSED
-
-    try:
+    files = [folder / file for file in DINO_FILES]
+    with explained(f"DINOv2 in {folder} cannot be read", "copy it again", *files):
         options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
         model, report = cast(Any, Dinov2Model).from_pretrained(folder, **options)
-    except REFUSED as error:
-        why = reason(error)
-        raise UserError(f"DINOv2 in {folder} cannot be read ({why}); copy it again.") from error
     if report["missing_keys"] or model.config.hidden_size != config.dino_width:
         built_for = f"{config.name!r} is built for {DINO}"
         raise UserError(f"{folder} is no DINOv2 of width {config.dino_width}; {built_for}.")
@@ -453,7 +436,6 @@ def load_sv3d(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
     parser = command_parser("sv3d", __doc__)
     add = parser.add_argument
     source = f"{SINGLE}, a folder in diffusers' layout, or the name of either on the Hub"
@@ -465,10 +447,6 @@ def build_parser() -> argparse.ArgumentParser:
     out = "convert into OUT/weights, where training at scale `paper` finds it"
     add("--out", type=output_path, help=out)
     return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return exit_code(run, build_parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -497,7 +475,3 @@ def convert(source: Place, run: Path, config: Config | None = None, **options) -
     for name, model in models.items():
         if model is not None:
             save_model(model, Path(run) / "weights", name, config)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

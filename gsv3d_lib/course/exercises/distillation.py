@@ -241,16 +241,12 @@ def check_heal(solution, z: Tensor, truth: Tensor, gradient, scores) -> None:
     depth, pictures = found["depth_l1"], found["vae_3d"]
     reached = f"depth L1 {depth:.3f} and VAE against 3D {pictures:.1f} dB with {calls} calls"
     good_depth, good_pictures = depth <= HEAL_DEPTH, pictures >= HEAL_PICTURES
-    expect(
-        good_depth or good_pictures,
-        f"Both are missed: {reached}. More steps, or larger ones.",
-    )
+    expect(good_depth or good_pictures, f"Both are missed: {reached}. More steps, or larger ones.")
     expect(
         good_pictures,
         f"The object is there, its pictures are not: {reached}. Hold the latents closer.",
     )
     expect(
-        good_depth,
-        f"The pictures are there, the object is not: {reached}. Give L_3D more weight.",
+        good_depth, f"The pictures are there, the object is not: {reached}. Give L_3D more weight."
     )
     print(f"{reached[0].upper()}{reached[1:]}.")

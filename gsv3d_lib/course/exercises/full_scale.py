@@ -158,8 +158,7 @@ def check_plan_training(solution) -> None:
         expect(1 <= orbits <= ORBITS, f"Between 1 and {ORBITS} orbits are on the device at once.")
         bytes_needed = row["weights"] + row["trained"] + orbits * row["activations"]
         expect(
-            bytes_needed <= card * 1e9,
-            f"{bytes_needed / 1e9:.1f} GB do not fit into {card} GB.",
+            bytes_needed <= card * 1e9, f"{bytes_needed / 1e9:.1f} GB do not fit into {card} GB."
         )
         views = best["row"]["frames"]
         expect(
