@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import io
+import warnings
 from collections.abc import Callable
 
 import ipywidgets
@@ -31,7 +32,8 @@ class Explorer(ipywidgets.VBox):
         bundle = super()._repr_mimebundle_(**kwargs)
         try:
             page = self.page()
-        except Exception:  # the live explorer says it, at the value where it happens
+        except Exception as error:  # the live explorer goes on, and says it at that value
+            warnings.warn(f"No frames are stored: {type(error).__name__}: {error}", stacklevel=2)
             return bundle
         title = "Explorer with frames drawn beforehand"
         return bundle | {"text/html": framed(page, self.height, title)}
