@@ -186,12 +186,12 @@ def finish(app, error):
 
 def make_gallery(path):
     """The bundled pictures, each made by both shipped checkpoints."""
-    from gsv3d_lib.export.gallery import main
+    from gsv3d_lib.__main__ import main
 
     names = ["mug", "chair", "car", "face", "house"]
     pictures = [str(ROOT / f"data/images/{name}.png") for name in names]
     weights = [str(ROOT / f"data/checkpoints/{name}") for name in ("small", "tiny")]
-    if main([*pictures, "--weights", *weights, "--out", str(path)]):
+    if main(["gallery", *pictures, "--weights", *weights, "--out", str(path)]):
         raise RuntimeError("the gallery could not be made")
 
 

@@ -143,8 +143,7 @@ def triangular_guidance(num_frames: int, peak: float) -> Tensor:
     """Guidance scale per frame [N]: 1 at both ends, up to `peak` between.
 
     This is the form in Stability's code. Where N is even the peak falls between two
-    frames:
-    with N = 16 and peak 2.5 the largest scale is 2.4.
+    frames: with N = 16 and peak 2.5 the largest scale is 2.4.
     """
     return 1 + (peak - 1) * (1 - (2 * torch.linspace(0, 1, num_frames) - 1).abs())
 

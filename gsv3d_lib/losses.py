@@ -115,8 +115,7 @@ def rendering_loss(
     """L_3D of one object on Q target views, input and novel alike, by equation (1).
 
     rgb [Q, H, W, 3] on white, depth and alpha [Q, H, W, 1]: the truth. Returns the
-    loss,
-    and the terms for the log: always PSNR in dB, depth and alpha.
+    loss, and the terms for the log: always PSNR in dB, depth and alpha.
     """
     expected = (len(cameras), cameras.height, cameras.width)
     if rgb.shape != (*expected, 3) or not depth.shape == alpha.shape == (*expected, 1):

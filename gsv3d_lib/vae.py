@@ -78,8 +78,8 @@ def start_linear(vae: GroupedVAE) -> None:
     """Zero the last layer of every residual branch: training starts linear.
 
     So it starts as a plain linear codec, nearly without sampling noise (deviation
-    0.05). Measured on 64 px
-    objects: as good after 1,000 images as after 3,500 otherwise.
+    0.05). Measured on 64 px objects: as good after 1,000 images as after 3,500
+    otherwise.
     """
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
