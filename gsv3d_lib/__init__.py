@@ -76,6 +76,7 @@ What is not the paper lies in wings:
 
     course/figures.py           figures of the notebooks
     course/widgets.py           explorers and viewers
+    course/frames.py            an explorer without a kernel: frames drawn beforehand
     course/parameters.py        parameters of notebooks, checked
     course/notebook.py          a notebook through papermill, with a record
     course/run.py               the command that runs one with other parameters
