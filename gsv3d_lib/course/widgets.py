@@ -5,8 +5,6 @@ so it can be looked at and tested without any widget. Where it fails, its messag
 shown under the picture.
 """
 
-from __future__ import annotations
-
 import html
 import io
 from collections.abc import Callable
