@@ -21,8 +21,6 @@ is overwritten.
     doctor        what this machine has, and what falls back
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

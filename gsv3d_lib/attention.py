@@ -1,7 +1,5 @@
 """Scaled dot-product attention, and where mixed precision must leave it alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar

@@ -6,8 +6,6 @@ But the front is known. Where the input shows background, no Gaussian can stand
 (`carve`). The Gaussians that the input shows take its colours (`paint`).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

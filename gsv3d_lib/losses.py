@@ -7,8 +7,6 @@ and depth (docs/method.md); all others are this project's and off in the preset 
 To add one, write a function of `Seen` and `Truth` and name it in `TERMS`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple

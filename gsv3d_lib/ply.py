@@ -8,8 +8,6 @@ at most 1e-6, and every further one changes nothing. Opacities 0 and 1 have the 
 up.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rotations as unit quaternions (w, x, y, z) and as matrices."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

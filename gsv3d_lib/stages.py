@@ -6,8 +6,6 @@
 stage draws and minimises is in `pretraining.py`, `stage1.py` and `distillation.py`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence

@@ -17,8 +17,6 @@ named stages from another checkpoint's weights and takes over what they do not t
 once, with that checkpoint's encoders.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

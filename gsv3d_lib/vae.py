@@ -6,8 +6,6 @@ Latents have 4 channels at an eighth of the size. The network is diffusers'
 is *concatenated as a condition* is not.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

@@ -1,7 +1,5 @@
 """A training as a job: its command, its folder, and what would make it fail."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -5,8 +5,6 @@ in processes of its own, because a notebook's kernel can neither become several
 processes nor be killed and resumed as a job can.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -13,8 +13,6 @@ The rasteriser cannot run without numbers; a stand-in has its outputs and, rough
 buffers. benchmarks/memory.py holds the plan against measurements.
 """
 
-from __future__ import annotations
-
 import argparse
 import weakref
 from collections.abc import Iterable, Iterator

@@ -5,8 +5,6 @@
 Every run has a folder of its own: runs/demo/my, then runs/demo/my-2, ...
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from pathlib import Path

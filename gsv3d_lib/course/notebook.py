@@ -5,8 +5,6 @@ so a killed run keeps what it had. What a stopped run had written is kept beside
 one.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

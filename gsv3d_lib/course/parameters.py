@@ -5,8 +5,6 @@ number. Here names, types and ranges are checked, the files and folders that a n
 reads, and, in `run.check_training`, the training that it would start.
 """
 
-from __future__ import annotations
-
 import ast
 import math
 from collections import Counter

@@ -12,8 +12,6 @@ objects and finished stages are not made again, and the training of the section 
 run" goes on from its last checkpoint. A cell's own short training starts afresh.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -5,8 +5,6 @@ tested without any widget. With a kernel every value can be reached. A stored no
 and the website keep a page of frames that were drawn beforehand.
 """
 
-from __future__ import annotations
-
 import html
 import io
 import warnings

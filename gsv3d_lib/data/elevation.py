@@ -7,8 +7,6 @@ it in closed form. No network takes part, so it stays valid when the networks ar
 trained again. Not in the paper, which takes the elevation as given.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ the last of the N (SV3D's order). So the world of the Gaussians is turned such t
 input image was taken from azimuth 0.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import astuple, dataclass

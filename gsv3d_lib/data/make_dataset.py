@@ -12,8 +12,6 @@ rendered, or that kills the process which tries, is left out and noted in
 of meshes are in `data/sources.py`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

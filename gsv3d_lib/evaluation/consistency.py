@@ -6,8 +6,6 @@ ask the truth only for where the object is and how much texture it has. All are 
 project's own definitions (docs/protocol.md).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -7,8 +7,6 @@ The protocol is that of `evaluation/protocol.py`. LPIPS is measured where --lpip
 weights (`evaluation/lpips.py`).
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from dataclasses import replace

@@ -10,8 +10,6 @@ All arms of a seed see the same examples, the same noise and the same sampler se
 their differences are paired twice: by seed and by object.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import hashlib

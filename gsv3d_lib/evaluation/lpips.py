@@ -15,8 +15,6 @@ file it has none). One command makes a safetensors file of them:
         --out data/cache/lpips/alex.safetensors
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import NamedTuple

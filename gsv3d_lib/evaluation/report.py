@@ -1,7 +1,5 @@
 """What an evaluation says: averages, tables, and a contact sheet."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

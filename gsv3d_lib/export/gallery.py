@@ -14,8 +14,6 @@ else for its pictures. A results file of `evaluate` stands for its objects: the 
 views beside what is made of them now.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from functools import cache

@@ -4,8 +4,6 @@ It loads nothing, so it works offline, from file:// and inside a notebook's fram
 page itself is in `web`; here its numbers are packed.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import html

@@ -1,7 +1,5 @@
 """Numbers that a user gives, checked before anything heavy runs: one sentence each."""
 
-from __future__ import annotations
-
 import math
 import operator
 

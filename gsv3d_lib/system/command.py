@@ -8,8 +8,6 @@ where the reader of its output went away (`| head`). Any other exception is a bu
 ours and keeps its traceback.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

@@ -6,8 +6,6 @@ Nothing is compiled or downloaded. Exits with 1 only where something is missing 
 library cannot do without; a missing GPU is not.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

@@ -7,8 +7,6 @@ between our own functions, which are plain ValueErrors: a command that trips ove
 has a bug.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 

@@ -6,8 +6,6 @@ to be a large one is refused before it takes memory. The errors are fragments su
 "az holds nan"; callers say which file it was, and what to do.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

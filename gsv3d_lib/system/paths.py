@@ -15,8 +15,6 @@ An installed package without the repository has no `data` and no `notebooks`
 (`from_repository` says so), and the working directory stands for the repository.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import platform

@@ -1,7 +1,5 @@
 """What made a result: the commit, the machine, the versions that numbers depend on."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version

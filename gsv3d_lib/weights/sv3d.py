@@ -12,8 +12,6 @@ by name, names and shapes are compared, and only then is anything read. docs/wei
 has files, sizes and licences.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -4,8 +4,6 @@ This library's models have the latter. Each function gives, for the names in a f
 name -> (stored name, how to make our tensor of the stored one).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

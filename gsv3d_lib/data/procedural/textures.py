@@ -4,8 +4,6 @@ A texture maps points [P, 3] to colours [P, 3] in 0..1. Textures nest:
 `checkers(noise(...), RED, 0.2)`.
 """
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Callable
 
