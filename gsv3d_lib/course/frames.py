@@ -18,7 +18,7 @@ from torch import Tensor
 
 DPI = 80
 STOPS = 12  # values of one slider
-MOST_FRAMES = 48  # beyond this the page moves one control at a time
+MOST_FRAMES = 64  # beyond this the page moves one control at a time
 PAGE = Path(__file__).parent / "web" / "frames.html"
 
 
