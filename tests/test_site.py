@@ -219,7 +219,7 @@ SETTLED = """() => window.MathJax?.Hub?.queue.pending === 0
 
 @pytest.mark.parametrize("number", ["02", "03", "07", "08"])
 def test_equations_are_drawn(page, site, address, number):
-    """Matrices under a number, fonts of every alphabet; the fixture sees missing ones."""
+    """Matrices under a number, and fonts of every alphabet."""
     path = next((site / "notebooks").glob(f"{number}_*.html"))
     page.goto(f"{address}/notebooks/{path.name}")
     page.wait_for_function(SETTLED, timeout=120_000)
