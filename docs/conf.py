@@ -13,6 +13,8 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from docutils import nodes
+
 import gsv3d_lib
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +48,7 @@ exclude_patterns = ["docs/_static/**", "docs/examples/**", "**/.ipynb_checkpoint
 
 html_theme = "furo"
 html_title = "GSV3D, to learn from"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_js_files = ["figures.js"]
 html_css_files = ["site.css"]
@@ -71,12 +74,30 @@ MATHJAX = Path(find_spec("jupyter_server_mathjax").origin).parent / "static"
 MATHJAX_PARTS = ["MathJax.js", "config", "extensions", "fonts", "jax"]
 myst_update_mathjax = False
 mathjax_path = "mathjax/MathJax.js?config=TeX-AMS-MML_HTMLorMML-full"
+# MathJax asks for fonts that are not packed, and for about:blank, which is no font.
+NO_FONT = {"font-family": "none", "src": "local('-')"}
 mathjax2_config = {
     "jax": ["input/TeX", "output/HTML-CSS"],
-    "HTML-CSS": {"availableFonts": [], "webFont": "STIX-Web", "imageFont": None},
+    "HTML-CSS": {
+        "availableFonts": [],
+        "webFont": "STIX-Web",
+        "imageFont": None,
+        "styles": {"@font-face": NO_FONT},
+    },
+    "NativeMML": {"styles": {f"@font-face /*{k}*/": NO_FONT for k in range(1, 9)}},
     "messageStyle": "none",
     "showMathMenu": False,
 }
+
+
+def with_own_environment(app, doctree, docname):
+    """Sphinx puts a matrix and its equation into `split`, where \\tag is an error."""
+    for node in doctree.findall(nodes.math_block):
+        text = f"\\begin{{equation*}}{node.astext().strip()}\\end{{equation*}}"
+        if not node.get("no-wrap"):
+            node.children = [nodes.Text(text)]
+            node["no-wrap"] = True
+
 
 # ---------------------------------------------------------------- the reference
 
@@ -209,5 +230,6 @@ def setup(app):
     app.connect("autodoc-skip-member", without_builtins)
     app.connect("source-read", modules_of_wing)
     app.connect("source-read", interactive_figures)
+    app.connect("doctree-resolved", with_own_environment)
     app.connect("build-finished", finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

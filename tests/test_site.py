@@ -189,6 +189,7 @@ def page(browser, address):
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
     page.on("response", lambda r: problems.append(r.url) if r.status >= 400 else None)
     foreign = f"https?://(?!{address.split('//')[1]})"
     page.on("request", lambda r: problems.append(r.url) if re.match(foreign, r.url) else None)
@@ -204,20 +205,26 @@ def test_a_walk_through_the_site(page, address):
     page.wait_for_url("**/notebooks/00_*.html")
     figure = page.locator(".plotly-figure").first
     figure.scroll_into_view_if_needed()
-    figure.locator("canvas, svg.main-svg").first.wait_for(state="attached", timeout=60_000)
-    world.expect_splats(page.locator("iframe[srcdoc]").first)
+    figure.locator("canvas, svg.main-svg").first.wait_for(state="attached", timeout=120_000)
+    world.expect_splats(page.locator("iframe[srcdoc]").first, patience=60)
     page.locator(".sidebar-search").first.fill("back-projection")
     page.locator(".sidebar-search").first.press("Enter")
     page.wait_for_url("**/search.html*")
     page.locator("#search-results li").first.wait_for(timeout=60_000)
 
 
-def test_equations_are_drawn(page, site, address):
-    path = next((site / "notebooks").glob("03_*.html"))
+SETTLED = """() => window.MathJax?.Hub?.queue.pending === 0
+  && !document.querySelector(".MathJax_Processing")"""
+
+
+@pytest.mark.parametrize("number", ["02", "03", "07", "08"])
+def test_equations_are_drawn(page, site, address, number):
+    """Matrices under a number, and fonts of every alphabet."""
+    path = next((site / "notebooks").glob(f"{number}_*.html"))
     page.goto(f"{address}/notebooks/{path.name}")
-    page.locator(".MathJax .math").first.wait_for(timeout=60_000)
-    page.wait_for_function("() => !document.querySelector('.MathJax_Processing')", timeout=60_000)
-    assert page.locator(".merror, .noError").count() == 0
+    page.wait_for_function(SETTLED, timeout=120_000)
+    assert page.locator(".MathJax .math").count() > 20
+    assert page.locator(".merror, .noError").all_inner_texts() == []
 
 
 def test_the_gallery_of_the_site(page, address):
