@@ -216,6 +216,8 @@ def figures_of(notebook: nbformat.NotebookNode) -> Iterator[tuple[int, str]]:
                 yield number, ".js-plotly-plot"
             elif "image/png" in data:
                 yield number, "img"
+            elif "Explorer with frames" in data.get("text/html", ""):
+                yield number, ".gsv3d-explorer"  # live here; the frames are for readers
             elif "<iframe" in data.get("text/html", ""):
                 yield number, "iframe"
 
