@@ -67,7 +67,8 @@ def report(config: Config, stages: list[str], gpus: int = 1) -> str:
             continue
         micro = schedule.micro_batch or max(1, schedule.batch // gpus)
         with torch.enable_grad():  # a notebook may have switched it off
-            half, whole = (plan(config, stage, gpus, micro, half=half) for half in (True, False))
+            halves = tqdm((True, False), desc=stage, leave=False)
+            half, whole = (plan(config, stage, gpus, micro, half=half) for half in halves)
         total = half.flops * schedule.steps / 1e15
         memory = f"{half.memory / GB:9.1f}{whole.memory / GB:9.1f}"
         lines.append(f"{line}{memory}{half.flops / 1e12:12.3g}{total:14.3g}")
