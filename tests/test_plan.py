@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
+from command_world import call
 from tiny_world import ball_views, randn, random_orbits, tiny_config
 
-from gsv3d_lib.__main__ import main
 from gsv3d_lib.cluster.plan import (
     Ledger,
     Meter,
@@ -164,7 +164,7 @@ def test_the_advice_fits_the_card_with_as_little_as_possible():
 
 
 def test_the_command_prints_what_fits(capsys):
-    main("plan --preset tiny --stage stage1 --gpus 1 --frames 4 --float32".split())
+    call("plan", "--preset tiny --stage stage1 --gpus 1 --frames 4 --float32".split())
     report = capsys.readouterr().out
     for words in (
         "24 GB      4            off",
@@ -181,5 +181,5 @@ def test_the_command_prints_what_fits(capsys):
         ("--tflops 0", "--tflops: must be a number from 0.001"),
     ):
         with pytest.raises(SystemExit, match="2"):  # some are argparse's own, which ends by itself
-            sys.exit(main(["plan", *wrong.split()]))
+            sys.exit(call("plan", wrong.split()))
         assert sentence in capsys.readouterr().err

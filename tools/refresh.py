@@ -13,7 +13,6 @@ it was.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from gsv3d_lib.course.parameters import NOTEBOOKS, find_notebooks
 from gsv3d_lib.system.command import check_writable, exit_code, output_path
+from gsv3d_lib.system.doctor import usable_cores
 from gsv3d_lib.system.paths import BEST, ROOT, atomic_path, find
 
 MEASURED = re.compile(r"<!-- measured -->.*?<!-- /measured -->")
@@ -85,9 +85,7 @@ def marked(sentence: str) -> str:
 def refresh(path: Path, out: Path) -> str:
     """Run one notebook and write it to `out`; returns what was measured."""
     notebook, seconds, peak = run_notebook(path)
-    # those that this process may use, which can be fewer than the machine has
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    sentence = stated(seconds, peak, cores)
+    sentence = stated(seconds, peak, usable_cores())
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = MEASURED.sub(lambda _: marked(sentence), cell.source)

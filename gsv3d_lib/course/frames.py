@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import itertools
 import json
@@ -33,11 +32,10 @@ def frames_page(draw: Callable, width: int, controls: dict) -> str:
         values.index(spec[2]) if isinstance(spec, tuple) else 0
         for values, spec in zip(stops.values(), controls.values())
     ]
-    places = list(itertools.product(*(range(len(values)) for values in stops.values())))
-    grid = len(places) <= MOST_FRAMES
-    if not grid:
-        away = [sum(here != home for here, home in zip(place, start)) for place in places]
-        places = [place for place, count in zip(places, away) if count <= 1]
+    every = [range(len(values)) for values in stops.values()]
+    grid = math.prod(map(len, every)) <= MOST_FRAMES
+    alone = ((*start[:k], at, *start[k + 1 :]) for k, places in enumerate(every) for at in places)
+    places = itertools.product(*every) if grid else dict.fromkeys(alone)
     frames = {}
     for place in places:
         chosen = {name: values[at] for (name, values), at in zip(stops.items(), place)}
@@ -85,6 +83,7 @@ def _text(value) -> str:
 
 def _webp(image: Figure | Tensor) -> str:
     """A frame as a WebP picture in text."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png(image))).convert("RGB").save(buffer, "WEBP", quality=70)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    from ..export.page import webp_address
+
+    pixels = Image.open(io.BytesIO(png(image))).convert("RGB")
+    return webp_address(np.asarray(pixels), quality=70)

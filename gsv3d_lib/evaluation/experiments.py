@@ -482,7 +482,6 @@ def table(results: dict, reference: str, metrics: list[str]) -> str:
 
 
 # what is expected; experiment, arm, number; and the sign of arm minus reference then
-LONG = ("distillation_long", "rgbd")
 CLAIMS = (
     ("distillation lowers the Chamfer distance", "distillation_long", "rgbd", "chamfer", -1),
     ("its price is texture (detail, 1 = the truth's)", "distillation_long", "rgbd", "detail", -1),

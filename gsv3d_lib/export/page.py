@@ -79,11 +79,11 @@ def page_of(items: Sequence[Item], title: str = "GSV3D", azimuth: float = 0.0) -
         shown = {"name": item.name, "elevation": item.elevation, "caption": item.caption}
         if item.image is not None:
             picture = (item.image.detach().cpu().clamp(0, 1) * 255).round().byte().numpy()
-            shown["input"] = _webp(picture)
+            shown["input"] = webp_address(picture)
         if item.views is not None:
             shown["views"] = {
                 "count": len(item.views),
-                "source": _webp(np.concatenate(list(item.views), axis=1)),
+                "source": webp_address(np.concatenate(list(item.views), axis=1)),
             }
         if item.gaussians is not None:
             drawn = item.gaussians.check("the Gaussians to save").prune()
@@ -138,10 +138,10 @@ def _radius(gaussians: Gaussians) -> float:
     return float(np.quantile(distances, 0.98)) if len(distances) else 0.0
 
 
-def _webp(pixels: np.ndarray) -> str:
+def webp_address(pixels: np.ndarray, quality: int = 85) -> str:
     """uint8 [H, W, 3] -> an address that holds the picture."""
     data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "WEBP", quality=85)
+    Image.fromarray(pixels).save(data, "WEBP", quality=quality)
     return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
 
 

@@ -76,10 +76,13 @@ def device_finding() -> Finding:
 
     if torch.cuda.is_available():
         return Finding(GOOD, f"torch {torch.__version__} uses {torch.cuda.get_device_name()}.")
-    # those that this process may use, which can be fewer than the machine has
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = f"torch {torch.__version__} has {cores} CPU core(s) and no CUDA GPU"
+    cpu = f"torch {torch.__version__} has {usable_cores()} CPU core(s) and no CUDA GPU"
     return Finding(FALLBACK, f"{cpu}: enough for the notebooks and to train `tiny`.")
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def has_nvcc() -> bool:
