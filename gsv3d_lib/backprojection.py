@@ -3,7 +3,8 @@
 The U-Net carries the input's texture to the other views as well as it can, and the
 decoder fuses views that do not quite agree. So even the front of the object is blurred.
 But the front is known. Where the input shows background, no Gaussian can stand
-(`carve`). The Gaussians that the input shows take its colours (`paint`).
+(`carve`). The Gaussians that the input shows take its colours (`paint`). They are
+larger than a pixel, so the finest texture comes on Gaussians of its own (`cover`).
 """
 
 from dataclasses import replace
@@ -12,19 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cameras import Cameras, read_at
+from .cameras import Cameras, ray_grid, read_at
 from .gaussians import Gaussians
 from .images import VISIBLE_ALPHA
 from .rendering import SURFACE_ALPHA, render
 
 SHOWS = 0.01  # a Gaussian is seen where its weights sum to this many pixels or more
 BEHIND = 0.05  # and no further behind the surface; chosen on unseen procedural objects
+# Where `cover` trusts the depth; chosen, as its Gaussians are, on held-out objects.
+SOLID = 0.9  # at least so much of the pixel is covered
+FACING = 0.3  # cosine between the surface's normal and the ray, or more
+COVER_SCALE = 0.35  # standard deviation of its Gaussians, in pixels
+COVER_OPACITY = 0.95
 
 
 def back_project(
     gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor | None = None
 ) -> Gaussians:
-    """`carve`, then `paint`. Without a mask nothing is carved and all is object.
+    """`carve`, `paint`, then `cover`. Without a mask nothing is carved.
 
     camera: the one that took the input.
     image: the input [H, W, 3] in [0, 1] on white.
@@ -42,9 +48,11 @@ def back_project(
         camera = camera.to(gaussians.means, copy=True)
         image = image.to(gaussians.means, copy=True)
         if mask is None:
-            return paint(gaussians, camera, image, torch.ones_like(image[..., :1]))
-        mask = mask.to(gaussians.means, copy=True)
-        return paint(carve(gaussians, camera, mask), camera, image, mask)
+            mask = torch.ones_like(image[..., :1])
+        else:
+            mask = mask.to(gaussians.means, copy=True)
+            gaussians = carve(gaussians, camera, mask)
+        return cover(paint(gaussians, camera, image, mask), camera, image, mask)
 
 
 def carve(gaussians: Gaussians, camera: Cameras, mask: Tensor) -> Gaussians:
@@ -86,3 +94,30 @@ def paint(
     seen = (z <= surface + behind)[:, None] & (weight >= SHOWS)
     painted = (light / weight.clamp(min=SHOWS)).clamp(0, 1)
     return replace(gaussians, colors=torch.where(seen, painted, gaussians.colors))
+
+
+def cover(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor) -> Gaussians:
+    """The same scene, and a small Gaussian for every pixel of the image [H, W, 3].
+
+    It stands on the rendered surface and has the pixel's colour. Pixels without a solid
+    surface that faces the camera get none, nor do those on the rim of the mask [H, W,
+    1]: a wrong depth there would be seen from the side.
+    """
+    _, depth, alpha = render(gaussians, camera)
+    origins, rays = ray_grid(camera, camera.height, camera.width)
+    distance = depth[0] / (rays[0] @ camera.viewmats[0, 2, :3])[..., None]  # from z-depth
+    points = origins[0] + distance * rays[0]
+    down, right = torch.gradient(points, dim=(0, 1))
+    normals = F.normalize(torch.linalg.cross(right, down), dim=-1)
+    facing = (normals * F.normalize(rays[0], dim=-1)).sum(-1).abs()
+    chosen = (alpha[0, ..., 0] >= SOLID) & (facing >= FACING) & (mask[..., 0] >= SOLID)
+    means = points[chosen]
+    pixels = depth[0][chosen] / camera.Ks[0, 0, 0]  # the side of one, where it stands
+    layer = Gaussians(
+        means=means,
+        quats=means.new_tensor([1.0, 0, 0, 0]).expand(len(means), 4),
+        scales=(COVER_SCALE * pixels).expand(len(means), 3),
+        opacities=means.new_full((len(means),), COVER_OPACITY),
+        colors=image[chosen],
+    )
+    return Gaussians.concatenate([gaussians, layer])

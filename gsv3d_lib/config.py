@@ -93,7 +93,7 @@ VALUES = {
     **each("image_size clip_size dino_size", counts(8, 4096)),
     **each(LOSS_WEIGHTS, Numbers(0, 1e6)),
     **each("unet_attention checkpointing", Choice((True, False))),
-    **each("cond_dropout roll_frames", Numbers(0, 1)),
+    **each("cond_dropout roll_frames sampled_share", Numbers(0, 1)),
     **each("num_frames target_views", counts(1, 1024)),
     **each("clip_patch dino_patch", counts(1, 4096)),
     **each("vae_clip view_counts", counts(1, RING_VIEWS)),
@@ -221,6 +221,7 @@ class Config:
     # ---- losses [paper: RGB + depth, L_2D + lambda_3D L_3D; weights ours]
     copies: int = 1  # variants of each object: mirrored, recoloured; latents are cached for all
     view_counts: tuple[int, ...] = (16,)  # stage 1 draws N of each step from these
+    sampled_share: float = 0.0  # of stage 1's orbits, made by the U-Net, as in use [ours]
     target_views: int = 4  # views rendered per object and step, input and novel
     lambda_rgb: float = 1.0
     lambda_depth: float = 0.5

@@ -53,7 +53,8 @@ class Generation:
     elevation: float  # degrees, of its camera, as given or estimated
     latents: Tensor  # [N, 4, h, w], scaled
     cameras: Cameras  # the N views of the orbit
-    gaussians: Gaussians
+    gaussians: Gaussians  # the decoder's, N equal shares; then those of `cover`
+    decoded: int  # how many the decoder made
 
 
 @dataclass(frozen=True)
@@ -229,9 +230,10 @@ class GSV3DPipeline:
             callback=callback,
         )[0]
         gaussians = self.gaussians_from(latents, cameras, rgb).check_finite("the object")
+        decoded = len(gaussians)
         if back_projection:  # from the last view of the orbit, which is the input's
             gaussians = back_project(gaussians, cameras[-1], rgb, mask)
-        return Generation(rgb, elevation, latents, cameras, gaussians)
+        return Generation(rgb, elevation, latents, cameras, gaussians, decoded)
 
     def condition_image(
         self, image: ImageSource, mask: Tensor | None = None

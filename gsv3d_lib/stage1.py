@@ -1,4 +1,8 @@
-"""Stage 1: the Gaussian Splatting Decoder learns from latents of true views."""
+"""Stage 1: the Gaussian Splatting Decoder learns from latents of true views.
+
+In use the latents are the U-Net's, smoother and less consistent than true ones. With
+`sampled_share` the decoder meets such orbits in its training already [ours].
+"""
 
 from __future__ import annotations
 
@@ -12,28 +16,43 @@ from .cameras import batch_cameras
 from .config import Config
 from .data.dataset import RING
 from .data.examples import Example, Orbits, draw, ring_frames
-from .encoders import condition_features
+from .diffusion import sample
+from .encoders import condition_features, orbit_condition
 from .losses import LOSS_FIELDS, pixel_loss, target_loss
 from .training import Stage
 
 if TYPE_CHECKING:
-    from transformers import Dinov2Model
+    from transformers import CLIPVisionModelWithProjection, Dinov2Model
 
     from .decoder import GaussianDecoder
+    from .unet import SV3DUNet
 
 
 class DecoderStage(Stage):
-    """The decoder alone, on true latents, scored on input and novel views."""
+    """The decoder alone, on given latents, scored on input and novel views.
+
+    unet, clip: what makes the share `sampled_share` of the orbits; without them all
+        latents are those of the true views.
+    """
 
     FIELDS = ("image_size", "decoder_*", "dino*", "object_radius", "scale_range", "copies")
     FIELDS += ("view_counts", "target_views", "lambda_pixel", *LOSS_FIELDS)
+    FIELDS += ("sampled_share", "sampling_steps")
 
     def __init__(
-        self, decoder: GaussianDecoder, dino: Dinov2Model | None, orbits: Orbits, config: Config
+        self,
+        decoder: GaussianDecoder,
+        dino: Dinov2Model | None,
+        orbits: Orbits,
+        config: Config,
+        unet: SV3DUNet | None = None,
+        clip: CLIPVisionModelWithProjection | None = None,
     ):
         super().__init__()
         self.decoder = decoder
         self.dino = dino.requires_grad_(False) if dino is not None else None
+        self.unet = unet.requires_grad_(False) if unet is not None else None
+        self.clip = clip.requires_grad_(False) if clip is not None else None
         self.orbits = orbits
         self.config = config
 
@@ -45,6 +64,10 @@ class DecoderStage(Stage):
         views = torch.randperm(self.orbits.views.rgb.shape[1], generator=generator)
         orbit = self.orbits.orbit(item, start, frames)
         orbit |= self.orbits.targets(item, start, views[: config.target_views])
+        if self.unet is not None:  # whole orbits only: the U-Net knows no others
+            sampled = torch.rand((), generator=generator) < config.sampled_share
+            seed = 1 + draw(generator, 2**31)
+            orbit["seed"] = seed * (sampled and frames == config.num_frames)
         return orbit | self._own_pixels(item, start, frames) if config.lambda_pixel else orbit
 
     def _own_pixels(self, item: int, start: int, frames: int) -> Example:
@@ -63,7 +86,8 @@ class DecoderStage(Stage):
 
     def forward(self, batch: Example) -> tuple[Tensor, dict[str, Tensor]]:
         cameras = batch_cameras(batch["azimuth"], batch["elevation"], self.config.image_size)
-        scenes = self.decoder(batch["latents"], cameras, condition_features(self.dino, batch))
+        latents = batch["latents"] if self.unet is None else self._some_sampled(batch)
+        scenes = self.decoder(latents, cameras, condition_features(self.dino, batch))
         loss, metrics = target_loss(scenes, batch, self.config)
         if self.config.lambda_pixel:
             own = zip(scenes, cameras, batch["own_rgb"], batch["own_depth"], batch["own_alpha"])
@@ -71,6 +95,19 @@ class DecoderStage(Stage):
             loss = loss + self.config.lambda_pixel * pixel
             metrics["pixel"] = pixel.detach()
         return loss, metrics
+
+    def _some_sampled(self, batch: Example) -> Tensor:
+        """The latents, the U-Net's own where an example has a seed; without guidance."""
+        latents = batch["latents"].clone()
+        for b in batch["seed"].nonzero()[:, 0].tolist():
+            parts = ("image", "image_latent", "azimuth", "elevation")
+            one: Example = {name: batch[name][b : b + 1] for name in parts}
+            one["keep"] = torch.ones_like(one["azimuth"][:, 0])
+            condition = orbit_condition(one, self.clip, self.config)
+            generator = torch.Generator().manual_seed(int(batch["seed"][b]))
+            options = {"generator": generator, "guidance": 1.0, "progress": False}
+            latents[b] = sample(self.unet, condition, self.config, **options)[0]
+        return latents
 
     def products(self):
         return {"decoder": self.decoder}

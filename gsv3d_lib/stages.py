@@ -8,7 +8,7 @@ stage draws and minimises is in `pretraining.py`, `stage1.py` and `distillation.
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,8 @@ class StageSpec:
     trains: tuple[str, ...]  # the folders of a checkpoint that it makes
     schedule: str  # the field of `Config` that says how long and how fast
     needs: tuple[str, ...] = ()  # the stages whose weights it reads
+    # models that some configurations add, by the name under which `make` takes them
+    extras: Callable[[Config], tuple[str, ...]] = lambda config: ()
 
 
 UNET = ("unet", "clip")  # the U-Net, and the CLIP tower that learns along with it
@@ -56,7 +58,14 @@ STAGES = {
     "vae": StageSpec(VAEStage, ("vae",), ("vae",), "vae_schedule"),
     "dino": StageSpec(DINOStage, ("dino",), ("dino",), "dino_schedule"),
     "diffusion": StageSpec(DiffusionStage, UNET, UNET, "diffusion_schedule", ("vae",)),
-    "stage1": StageSpec(DecoderStage, ("decoder", "dino"), ("decoder",), "stage1", ("vae", "dino")),
+    "stage1": StageSpec(
+        DecoderStage,
+        ("decoder", "dino"),
+        ("decoder",),
+        "stage1",
+        ("vae", "dino"),
+        extras=lambda config: UNET if config.sampled_share else (),
+    ),
     "stage2": StageSpec(DistillationStage, (*UNET, "decoder", "dino"), ("lora",), "stage2", BELOW),
 }
 
@@ -90,7 +99,8 @@ def build_stage(
         if config.checkpointing and part in models:
             cast(Any, models[part]).enable_gradient_checkpointing()
     spec = STAGES[name]
-    return spec.make(*(models[part] for part in spec.models), data, config)
+    extras = {part: models[part] for part in spec.extras(config)}
+    return spec.make(*(models[part] for part in spec.models), data, config, **extras)
 
 
 def run_stage(
@@ -125,7 +135,7 @@ def starting_models(
     """
     spec = STAGES[name]
     models = {}
-    for part in spec.models:
+    for part in (*spec.models, *spec.extras(config)):
         if part in spec.trains:
             models[part] = initial(part, config, init)
         elif part == "dino":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_world import one_sentence, randn
 
-from gsv3d_lib.backprojection import back_project, carve, paint
+from gsv3d_lib.backprojection import COVER_SCALE, back_project, carve, cover, paint
 from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.rendering import render
@@ -56,7 +56,7 @@ def test_colours_are_the_means_of_the_image_over_the_footprints():
 def test_only_the_visible_side_is_painted_and_nothing_else_changes():
     # in front, hidden behind it, outside the picture
     scene = balls([0.5, 0.0, 0.0], [-0.5, 0.0, 0.0], [0.0, 0.0, 5.0])
-    painted = back_project(scene, CAMERA, BLUE.expand(SIZE, SIZE, 3))
+    painted = back_project(scene, CAMERA, BLUE.expand(SIZE, SIZE, 3)).select(slice(3))
     assert torch.allclose(painted.colors[0], BLUE, atol=1e-5)
     assert torch.equal(painted.colors[1:], scene.colors[1:])
     for name in ("means", "quats", "scales", "opacities"):
@@ -87,9 +87,54 @@ def test_what_stands_on_the_background_is_carved_away():
         carve(scene, CAMERA, mask).opacities, scene.opacities * torch.tensor([0.0, 1, 1, 0])
     )
     image = 1 - mask * (1 - BLUE)  # a blue half
-    both = back_project(scene, CAMERA, image, mask)
+    both = back_project(scene, CAMERA, image, mask).select(slice(4))
     assert torch.equal(both.opacities, carve(scene, CAMERA, mask).opacities)
     assert torch.allclose(both.colors[1], BLUE, atol=1e-5)  # its rim on white took no white
+
+
+def checkered(size: int) -> torch.Tensor:
+    """[size, size, 3], fields of 5 pixels, black and white: finer than any ball."""
+    places = torch.arange(size) // 5
+    return ((places[:, None] + places) % 2).float()[..., None].expand(-1, -1, 3)
+
+
+def test_every_pixel_of_a_solid_front_gets_a_gaussian_of_its_own():
+    """They lie on the rendered surface; none where that is thin or off the mask."""
+    scene, image = balls(*5 * [[0.0, 0.0, 0.0]], size=0.3), checkered(SIZE)
+    mask = torch.zeros(SIZE, SIZE, 1)
+    mask[:, SIZE // 2 :] = 1
+    covered = cover(scene, CAMERA, image, mask)
+    layer = covered.select(slice(5, None))
+    seen = render(scene, CAMERA)
+    assert 20 < len(layer) <= (seen.alpha[0] * mask >= 0.9).sum()
+    local = layer.means @ CAMERA.viewmats[0, :3, :3].T + CAMERA.viewmats[0, :3, 3]
+    u, v, _ = (local @ CAMERA.Ks[0].T / local[:, 2:]).unbind(-1)
+    column, row = u.floor().long(), v.floor().long()
+    assert (column >= SIZE // 2).all()
+    assert torch.allclose(torch.stack([u - column, v - row]), torch.tensor(0.5), atol=1e-3)
+    assert torch.allclose(local[:, 2:], seen.depth[0, row, column], atol=1e-5)
+    assert torch.equal(layer.colors, image[row, column])
+    pixel = local[:, 2] / CAMERA.Ks[0, 0, 0]
+    assert torch.allclose(layer.scales, COVER_SCALE * pixel[:, None].expand(-1, 3))
+    assert torch.equal(covered.select(slice(5)).means, scene.means)
+
+
+def test_a_cover_shows_what_paint_cannot():
+    scene, image = balls(*5 * [[0.0, 0.0, 0.0]], size=0.3), checkered(SIZE)
+    everywhere = torch.ones(SIZE, SIZE, 1)
+    painted = paint(scene, CAMERA, image, everywhere)
+    solid = render(scene, CAMERA).alpha[0, ..., 0] >= 0.9
+    errors = [
+        (render(x, CAMERA).rgb[0] - image)[solid].pow(2).mean()
+        for x in (painted, cover(painted, CAMERA, image, everywhere))
+    ]
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_an_empty_scene_is_not_covered():
+    scene = balls([0.0, 0.0, 0.0], opacity=0.0)
+    covered = cover(scene, CAMERA, checkered(SIZE), torch.ones(SIZE, SIZE, 1))
+    assert len(covered) == 1
 
 
 def test_a_nan_is_named_before_anything_is_drawn():

@@ -285,6 +285,9 @@ def test_card_formulas_are_the_metrics():
     assert TABLE.get("lpips") == (weights if "lpips" in measured else None)
     stated = CARD["back_projection"]
     assert (stated["behind"], stated["shows_px"]) == (backprojection.BEHIND, backprojection.SHOWS)
+    cover = {"solid": backprojection.SOLID, "facing": backprojection.FACING}
+    cover |= {"scale_px": backprojection.COVER_SCALE, "opacity": backprojection.COVER_OPACITY}
+    assert stated["cover"] == cover
     assert (stated["background_alpha"], stated["margin_px"]) == (backprojection.VISIBLE_ALPHA, 1)
     assert CARD["reprojection"]["occluded"] == consistency.OCCLUDED
     assert CARD["reprojection"]["alpha_threshold"] == mesh.SURFACE_ALPHA

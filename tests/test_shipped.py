@@ -93,9 +93,9 @@ def stored(folder) -> dict:
 def test_a_checkpoint_is_whole_and_small(folder, pipe):
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 40e6
     assert pipe.config.name == folder.name and pipe.estimator is not None
-    scene = pipe(PICTURE, num_frames=2, steps=2, progress=False)
+    made = pipe.generate(PICTURE, num_frames=2, steps=2, progress=False)
     side = pipe.config.latent_size * pipe.config.decoder_upsample // pipe.config.decoder_patch
-    assert len(scene) == 2 * side**2
+    assert made.decoded == 2 * side**2
 
 
 def test_the_weights_make_what_they_made_when_they_were_shipped(pipe, stored):

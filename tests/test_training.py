@@ -34,6 +34,7 @@ from gsv3d_lib.cameras import orbit_cameras, ray_grid
 from gsv3d_lib.config import Schedule, preset
 from gsv3d_lib.data.examples import load_orbits
 from gsv3d_lib.decoder import build_decoder
+from gsv3d_lib.diffusion import sample
 from gsv3d_lib.encoders import build_clip, build_dino, orbit_condition
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.losses import foreground_l1, pixel_loss, rendering_loss
@@ -239,6 +240,42 @@ def test_a_checkpoint_beyond_the_steps_is_refused(whole, force):
 
 def identity(stage: Stage) -> dict:
     return run_identity(stage, LINE, 0, "no")
+
+
+def sampled_decoder_stage(share: float) -> DecoderStage:
+    config = CONFIG.replace(sampled_share=share, view_counts=(4,))
+    torch.manual_seed(0)
+    parts = build_decoder(config), build_dino(config), random_orbits(ball_views()), config
+    return DecoderStage(*parts, unet=shake(build_unet(config)), clip=build_clip(config))
+
+
+def test_a_share_of_the_decoders_orbits_is_the_unets_own():
+    """They are what `sample` makes of the example's condition; the others stay true."""
+    stage = sampled_decoder_stage(0.5)
+    batch = draw_batch(stage, 0, 0, 16)
+    seeds = batch["seed"]
+    assert 3 <= (seeds > 0).sum() <= 13 and len(set(seeds.tolist())) > 3
+    seen = []
+    stage.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    loss, _ = stage(batch)
+    loss.backward()
+    kept = (seen[0] == batch["latents"]).flatten(1).all(1)
+    assert torch.equal(kept, seeds == 0)
+    b = int(seeds.argmax())
+    one = {name: part[b : b + 1] for name, part in batch.items()} | {"keep": torch.ones(1)}
+    condition = orbit_condition(one, stage.clip, stage.config)
+    noise = torch.Generator().manual_seed(int(seeds[b]))
+    options = {"generator": noise, "guidance": 1.0, "progress": False}
+    assert torch.equal(seen[0][b], sample(stage.unet, condition, stage.config, **options)[0])
+    assert all(p.grad is None for part in (stage.unet, stage.clip) for p in part.parameters())
+
+
+def test_short_orbits_are_never_sampled_and_without_a_share_nothing_changes():
+    stage = sampled_decoder_stage(1.0)
+    assert (draw_batch(stage, 0, 0, 4)["seed"] > 0).all()
+    stage.config = stage.config.replace(view_counts=(2,))  # the U-Net makes whole orbits
+    assert (draw_batch(stage, 0, 0, 4)["seed"] == 0).all()
+    assert "seed" not in draw_batch(decoder_stage(), 0, 0, 1)
 
 
 def test_the_identity_names_configuration_data_and_frozen_models():

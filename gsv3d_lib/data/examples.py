@@ -50,6 +50,7 @@ class Example(TypedDict, total=False):
     noise: Tensor  # [N, 4, h, w]
     sigma: Tensor  # []
     keep: Tensor  # [], 0 where the condition is dropped
+    seed: Tensor  # [], of the latents that the U-Net makes; 0 where they are the true ones
     # what is rendered (`Orbits.targets`)
     target_rgb: Tensor  # [Q, S, S, 3]
     target_depth: Tensor  # [Q, S, S, 1], z-depth, 0 = nothing

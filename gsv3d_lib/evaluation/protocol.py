@@ -149,7 +149,8 @@ def view_scores(pipe: GSV3DPipeline, made: Generation) -> dict[str, float]:
     def decode(latents, cameras):
         return pipe.gaussians_from(latents, cameras, made.image).to("cpu")
 
-    depth, alpha = view_depths(made.gaussians, made.cameras)
+    own = made.gaussians.select(slice(made.decoded))
+    depth, alpha = view_depths(own, made.cameras)
     scores = {"reprojection": reprojection_error(depth, alpha, made.cameras)}
     return scores | split_agreement(decode, made.latents, made.cameras)
 
