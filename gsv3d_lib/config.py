@@ -372,7 +372,7 @@ TINY = Config(
 SMALL = TINY.replace(
     name="small", image_size=128,
     # 64 x 64 Gaussians a view
-    decoder_patch=2, decoder_upsample=8,
+    decoder_patch=2, decoder_upsample=8, decoder_refiner=(96, 64, 32),
     # on unseen procedural objects 3 steps are better than 2, 4, 6 and 8
     sampling_steps=3,
     vae_schedule=Schedule(steps=3000, batch=16, lr=1e-3, ema=0.999, weight_decay=0.0),

@@ -97,7 +97,7 @@ class DecoderStage(Stage):
         return loss, metrics
 
     def _some_sampled(self, batch: Example) -> Tensor:
-        """The latents, the U-Net's own where an example has a seed; without guidance."""
+        """The latents, with the U-Net's own where there is a seed; no guidance."""
         latents = batch["latents"].clone()
         for b in batch["seed"].nonzero()[:, 0].tolist():
             parts = ("image", "image_latent", "azimuth", "elevation")

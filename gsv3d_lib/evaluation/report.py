@@ -102,8 +102,9 @@ def cells(scores: dict[str, float | None], columns) -> str:
 
 def comparison(*records: Path) -> str:
     """Markdown: the means of results files, and a row of the paper's numbers."""
-    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "depth_l1": "depth L1"}
-    names |= {"chamfer": "CD", "f_score": "F-score", "iou": "volume IoU"}
+    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "lpips_vgg": "LPIPS (VGG16)"}
+    names |= {"depth_l1": "depth L1", "chamfer": "CD", "f_score": "F-score", "iou": "volume IoU"}
+    names["recognised"] = "recognised"
     lines = [f"| | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
     for path in records:
         record = json.loads(Path(path).read_text())
