@@ -67,7 +67,7 @@ What is not the paper lies in wings:
     evaluation/baselines.py     a flat card, and the average object
     evaluation/report.py        tables and contact sheets
     evaluation/evaluate.py      the command that measures a checkpoint
-    evaluation/experiments.py   the paper's claims, trained and compared
+    evaluation/experiments.py   what the trained claims of the paper say
 
     cluster/plan.py             memory and time before a training starts
     cluster/job.py              a training's command, and what would fail

@@ -16,7 +16,6 @@ is overwritten.
     plan          memory and time of a training before it starts
     evaluate      a checkpoint measured on a dataset
     gallery       one page for many objects, two side by side
-    experiments   the paper's claims, trained and compared
     sv3d          SV3D's published weights, converted
     doctor        what this machine has, and what falls back
 """
@@ -39,7 +38,6 @@ COMMANDS = {  # the module of each, with a `build_parser` and a `run`
     "plan": "cluster.plan",
     "evaluate": "evaluation.evaluate",
     "gallery": "export.gallery",
-    "experiments": "evaluation.experiments",
     "sv3d": "weights.sv3d",
     "doctor": "system.doctor",
 }

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import run_experiments
 from command_world import call
 from tiny_world import object_views, tiny_config
 
@@ -67,7 +68,10 @@ def run(command: str, place, capsys, *arguments: str) -> tuple[int, str]:
         for a in arguments
     ]
     try:
-        status = call(command, paths)
+        if command == "experiments":
+            status = run_experiments.main(paths)
+        else:
+            status = call(command, paths)
     except SystemExit as ended:  # argparse's own
         status = ended.code
     lines = [

@@ -8,15 +8,15 @@ import shutil
 
 import numpy as np
 import pytest
+import run_experiments as ex
 import torch
-from command_world import call
 from test_pipeline import write_geometry
 from tiny_world import ball_views, object_views, tiny_config
 
 from gsv3d_lib import stages
 from gsv3d_lib.config import Schedule, preset
 from gsv3d_lib.data.dataset import write_index, write_object
-from gsv3d_lib.evaluation import experiments as ex
+from gsv3d_lib.evaluation.experiments import holds
 from gsv3d_lib.evaluation.metrics import bootstrap_interval
 
 # Two steps must move what four digits show, hence the learning rate.
@@ -52,7 +52,7 @@ def run(place, work, name, *more) -> int:
         str(work / "work"),
     ]
     out = ["--out", str(work / f"{name}.json")]
-    return call("experiments", [name, *paths, *out, "--steps", "2", "--sampling-steps", "1", *more])
+    return ex.main([name, *paths, *out, "--steps", "2", "--sampling-steps", "1", *more])
 
 
 def command(place, work, name, *more) -> dict:
@@ -304,4 +304,4 @@ def test_a_world_scores_only_the_objects_that_were_named(place):
 def test_a_claim_holds_where_the_interval_and_every_seed_say_so(interval, seeds, word):
     difference = {"low": interval[0], "high": interval[1], "seeds": seeds}
     opposite = {"low": -interval[1], "high": -interval[0], "seeds": [-s for s in seeds]}
-    assert ex.holds(difference, 1) == ex.holds(opposite, -1) == word
+    assert holds(difference, 1) == holds(opposite, -1) == word

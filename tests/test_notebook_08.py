@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_experiments
 import torch
 import trimesh
 from notebook_world import accepts, definitions, rejects
@@ -20,7 +21,7 @@ from gsv3d_lib.config import preset
 from gsv3d_lib.course.exercises import evaluation as exercises
 from gsv3d_lib.data import dataset, make_dataset
 from gsv3d_lib.data.raycast import render_mesh
-from gsv3d_lib.evaluation import consistency, experiments, metrics, protocol
+from gsv3d_lib.evaluation import consistency, metrics, protocol
 from gsv3d_lib.evaluation.lpips import LPIPS
 from gsv3d_lib.export import mesh
 from gsv3d_lib.gaussians import Gaussians
@@ -298,7 +299,7 @@ def test_card_formulas_are_the_metrics():
 
 
 def test_card_states_how_experiments_are_run():
-    stated, parser = CARD["experiments"], experiments.build_parser()
+    stated, parser = CARD["experiments"], run_experiments.build_parser()
     assert parser.get_default("seeds") == stated["seeds"]
     assert parser.get_default("sampling_steps") == stated["sampler"]["steps"]
     for path in sorted((ROOT / "data" / "results").glob("*.json")):
