@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from gsv3d_lib.data.dataset import FRONT, RING, Scene, load_views
-from gsv3d_lib.data.examples import relative_cameras
+from gsv3d_lib.data.dataset import FRONT, Scene, load_views
+from gsv3d_lib.data.examples import relative_cameras, views_from_front
 from gsv3d_lib.evaluation.protocol import generate
 from gsv3d_lib.pipeline import GSV3DPipeline
 from gsv3d_lib.rendering import render
@@ -32,7 +32,7 @@ GAP = 6  # pixels between objects
 
 def row_of(pipe: GSV3DPipeline, scene: Scene, **options) -> Tensor:
     """The result of one object from four sides [S, 4 S, 3]."""
-    sides = torch.tensor([(FRONT + angle * RING // 360) % RING for angle in ANGLES])
+    sides = views_from_front(*ANGLES)
     made = generate(pipe, scene, **options)
     views = render(made.gaussians, relative_cameras(scene, FRONT, sides)).rgb.clamp(0, 1)
     return torch.cat([*views], dim=1)

@@ -22,7 +22,7 @@ from ..system.errors import UserError
 from ..system.files import Field, Table
 from ..system.paths import atomic_path, remove_leftovers
 from ..vae import encode
-from .dataset import RING, Scene, ViewTensors, read_cache
+from .dataset import FRONT, RING, Scene, ViewTensors, read_cache
 
 # What the file of `load_orbits` holds, for M variants.
 LATENTS: Table = {
@@ -220,6 +220,11 @@ def relative_cameras(scene: Scene, start: int, chosen: Tensor) -> Cameras:
     """Cameras of views `chosen` in the result's world: view `start` has azimuth 0."""
     azimuths = relative_azimuths(scene, start, chosen)
     return orbit_cameras(azimuths, scene.elevations[chosen], scene.rgb.shape[1])
+
+
+def views_from_front(*angles: int) -> Tensor:
+    """Indices of the ring views at these degrees from the front view."""
+    return torch.tensor([(FRONT + angle * RING // 360) % RING for angle in angles])
 
 
 def ring_frames(start: int, num_frames: int) -> Tensor:

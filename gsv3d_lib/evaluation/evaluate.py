@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.dataset import FRONT, RING, ViewTensors, load_views
-from ..data.examples import relative_cameras
+from ..data.examples import relative_cameras, views_from_front
 from ..pipeline import GSV3DPipeline
 from ..rendering import render
 from ..system.command import check_writable, command_parser, input_path, output_path
@@ -26,7 +26,7 @@ from ..system.paths import atomic_path
 from ..system.provenance import commit, hardware
 from .baselines import AverageObject
 from .lpips import load_lpips
-from .protocol import Judge, evaluate_vae, generate, load_truth, recognised, side_views
+from .protocol import Judge, evaluate_vae, generate, load_truth, recognised
 from .report import averages, save_json, save_sheet, strip, table
 
 
@@ -56,7 +56,7 @@ def evaluate(
         truth = load_truth(folder, id)
         made = generate(pipe, scene, seed, **options)
         strips.append(strip(made.gaussians, scene))
-        sides = side_views(scene)
+        sides = views_from_front(90, 270)
         seen = render(made.gaussians, relative_cameras(scene, FRONT, sides))
         made_sides.append(seen.rgb.clamp(0, 1))
         true_sides.append(scene.rgb[sides])

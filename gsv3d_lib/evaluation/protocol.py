@@ -170,11 +170,6 @@ def turn_about_z(degrees: float) -> np.ndarray:
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]], "f4")
 
 
-def side_views(scene: Scene) -> Tensor:
-    """Indices of the two ring views at 90 and 270 degrees from the input."""
-    return torch.tensor([(FRONT + RING // 4) % RING, (FRONT + 3 * RING // 4) % RING])
-
-
 @torch.no_grad()
 def recognised(made: Tensor, true: Tensor, net: LPIPS) -> list[float]:
     """How often a made side looks most like its own true one, among those of all.

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.dataset import FRONT, RING, Scene
-from ..data.examples import relative_cameras
+from ..data.dataset import FRONT, Scene
+from ..data.examples import relative_cameras, views_from_front
 from ..gaussians import Gaussians
 from ..rendering import render
 from ..system.paths import atomic_path
@@ -32,7 +32,7 @@ def strip(gaussians: Gaussians, scene: Scene) -> Tensor:
 
     The input; then truth, result and error at three ring views.
     """
-    chosen = torch.tensor([(FRONT + angle * RING // 360) % RING for angle in SHEET_ANGLES])
+    chosen = views_from_front(*SHEET_ANGLES)
     truth = scene.rgb[chosen]
     result = render(gaussians, relative_cameras(scene, FRONT, chosen)).rgb.clamp(0, 1)
     error = 1 - (result - truth).abs()
