@@ -6,7 +6,7 @@ In use the latents are the U-Net's, smoother and less consistent than true ones.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,15 +98,16 @@ class DecoderStage(Stage):
 
     def _some_sampled(self, batch: Example) -> Tensor:
         """The latents, with the U-Net's own where there is a seed; no guidance."""
+        unet, clip = cast("SV3DUNet", self.unet), cast("CLIPVisionModelWithProjection", self.clip)
         latents = batch["latents"].clone()
         for b in batch["seed"].nonzero()[:, 0].tolist():
             parts = ("image", "image_latent", "azimuth", "elevation")
-            one: Example = {name: batch[name][b : b + 1] for name in parts}
+            one = cast("Example", {name: batch[name][b : b + 1] for name in parts})
             one["keep"] = torch.ones_like(one["azimuth"][:, 0])
-            condition = orbit_condition(one, self.clip, self.config)
+            condition = orbit_condition(one, clip, self.config)
             generator = torch.Generator().manual_seed(int(batch["seed"][b]))
             options = {"generator": generator, "guidance": 1.0, "progress": False}
-            latents[b] = sample(self.unet, condition, self.config, **options)[0]
+            latents[b] = sample(unet, condition, self.config, **options)[0]
         return latents
 
     def products(self):
