@@ -243,10 +243,15 @@ def test_check_guided_step():
     for sentence, wrong in WRONG_STEPS.items():
         assert rejects(checks.check_guided_step, wrong, sentence)
 
+    def in_place(z, *rest):
+        return z.copy_(right_step(z, *rest))
 
-def draw_with(first=80.0, last=0, slope=lambda z, d, s, t: (z - d) / s):
+    assert rejects(checks.check_guided_step, in_place, "changed the z")
+
+
+def draw_with(first=None, last=0, slope=lambda z, d, s, t: (z - d) / s):
     def draw_samples(denoise, levels, count):
-        z = first * torch.randn(count, dtype=torch.float64)
+        z = (first or levels[0]) * torch.randn(count, dtype=torch.float64)
         for s, t in zip(levels[: -1 - last], levels[1:]):
             z = z + (t - s) * slope(z, denoise(z, s), s, t)
         return z
@@ -259,6 +264,7 @@ def test_the_seeded_bug_is_told_and_found(cells, capsys):
     assert "samples have deviation 0.006, the data have 0.5" in capsys.readouterr().out
     assert accepts(checks.check_draw_samples, draw_with())
     assert rejects(checks.check_draw_samples, draw_with(first=40.0), "have deviation 0.24")
+    assert rejects(checks.check_draw_samples, draw_with(first=80.0), "begin at 20, not at 80")
     assert rejects(checks.check_draw_samples, draw_with(last=60), "have deviation")
     assert rejects(
         checks.check_draw_samples, draw_with(slope=lambda z, d, s, t: (z - d) / t), "inf or nan"
@@ -290,7 +296,7 @@ def test_check_heun_sample():
     assert accepts(checks.check_heun_sample, heun_with())
     wrong = {
         "That is Euler": euler_alone,
-        "Which point": heun_with(second="end"),
+        "At which point, and at which noise level": heun_with(second="end"),
         "nan: at noise level 0": heun_with(last="heun"),
         "two per step": heun_with(calls=2),
         "not a solver": lambda denoise, z, levels: z,

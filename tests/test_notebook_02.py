@@ -144,10 +144,17 @@ def test_from_opengl_checker():
 
 
 def rays_with(
-    half=0.5, unit=True, world=True, transpose=False, scaled=True, order="right", indexing="ij"
+    half=0.5,
+    unit=True,
+    world=True,
+    transpose=False,
+    scaled=True,
+    order="right",
+    indexing="ij",
+    late=0.0,
 ):
     def latent_rays(K, c2w, size, grid):
-        at = (torch.arange(grid) + half) * (size / grid if scaled else 1)
+        at = (torch.arange(grid) + half) * (size / grid if scaled else 1) + late
         v, u = torch.meshgrid(at, at, indexing=indexing)
         d = torch.stack([u, v, torch.ones_like(u)], -1) @ torch.linalg.inv(K).T
         if world:
@@ -168,6 +175,7 @@ def test_latent_rays_checker():
         "moment first": dict(order="d first"),
         "origin itself": dict(order="origin"),
         "half pixel": dict(half=0.0),
+        "half a pixel of the IMAGE": dict(half=0.0, late=0.5),
         "grid indices": dict(scaled=False),
         "unit length": dict(unit=False),
         "camera's frame": dict(world=False),
@@ -193,6 +201,18 @@ def crop_with(before=1.0, after=0.0, focal=True, swap=False, offset=0.0, last=Fa
     return crop_camera
 
 
+def square_crop(K, left, top, scale):
+    answer = crop_with()(K, left, top, scale)
+    answer[1, 1] = answer[0, 0]
+    return answer
+
+
+def unmoved_crop(K, left, top, scale):
+    answer = crop_with()(K, left, top, scale)
+    answer[:2, 2] /= scale
+    return answer
+
+
 def test_crop_checker():
     assert accepts(checks.check_crop, crop_with())
     wrong = {
@@ -204,6 +224,8 @@ def test_crop_checker():
         "sign of the crop": crop_with(before=-1.0),
         "f is in pixels too": crop_with(focal=False),
         "last row": crop_with(last=True),
+        "two focal lengths differ": square_crop,
+        "principal point is in pixels too": unmoved_crop,
         "No half pixel": crop_with(offset=0.5),
         "new pixel": crop_with(offset=3.0),
         "changed the K": lambda K, left, top, scale: K.mul_(2),
@@ -238,22 +260,26 @@ def test_the_seeded_bug_is_told_and_found(cells, capsys):
     assert rejects(raising, draw_with(torch.ceil), "lies in row 40")
     assert rejects(raising, draw_with(across=True), "lies in row 40")
     assert rejects(raising, draw_with(frame=False), "outside of the picture")
+    assert rejects(raising, draw_with(torch.trunc), "u = -0.4 is outside")
     assert rejects(raising, draw_with(front=False), "behind the camera")
 
 
 # ---------------------------------------------------------------- build
 
 
-def carve_with(agree="all", across=False, offset=0.0):
+def carve_with(agree="all", across=False, offset=0.0, inside=True, inverted=False):
     def carve(masks, viewmats, Ks, points):
         if across:
             masks = masks.mT
         seen = []
         for mask, viewmat, K in zip(masks, viewmats, Ks):
+            viewmat = viewmat.inverse() if inverted else viewmat
             local = points @ viewmat[:3, :3].T + viewmat[:3, 3]
             uv = (local @ K.T)[:, :2] / local[:, 2:] + offset
-            column, row = uv.floor().long().clamp(0, mask.shape[-1] - 1).unbind(-1)
-            seen.append(mask[row, column])
+            pixels = uv.floor().long()
+            column, row = pixels.clamp(0, mask.shape[-1] - 1).unbind(-1)
+            there = (pixels == torch.stack([column, row], -1)).all(-1) | (not inside)
+            seen.append(mask[row, column] & there)
         seen = torch.stack(seen)
         share = seen.float().mean(0)
         return {"all": share == 1, "any": share > 0, "vote": share > 0.5, "share": share}[agree]
@@ -268,6 +294,9 @@ def test_carve_checker():
         "views vote": carve_with("vote"),
         "Rows and columns": carve_with(across=True),
         "IoU 0.8.; reach 0.9": carve_with(offset=1.5),
+        "take the floor": carve_with(offset=0.5),
+        "moved to the edge": carve_with(inside=False),
+        "do not invert them": carve_with(inverted=True),
         "True and False": carve_with("share"),
     }
     for sentence, solution in wrong.items():

@@ -215,7 +215,6 @@ def test_stub_is_not_written_yet(notebook, capsys, name):
 def test_right_answers_are_accepted(notebook):
     assert accepts(splatting.check_splat_extent, splatting.extents)
     assert accepts(splatting.check_expected_depth, splatting.depth_of)
-    assert accepts(splatting.check_depth_gradient, splatting.depth_gradient_of)
 
     def by_the_hint(alphas, depths):
         before = notebook["transmittance"](alphas)
@@ -244,6 +243,7 @@ def test_checker_of_extent_explains():
     assert rejects(check, of(logarithm, lambda c: sigmas(c) ** 2), "take the root")
     assert rejects(check, of(logarithm, lambda c: sigmas(c).flip(-1)), "exchanged")
     assert rejects(check, of(lambda o: 4.5 + 0 * o, sigmas), "3 standard deviations")
+    assert rejects(check, of(lambda o: 3.33**2 / 2 + 0 * o, sigmas), "3.33 is rounded")
     assert rejects(check, of(lambda o: logarithm(o) / 2, sigmas), "forgot the 2")
     assert rejects(check, of(lambda o: math.log(255) + 0 * o, sigmas), "ignores the opacity")
     assert rejects(check, of(logarithm, lambda c: torch.linalg.eigvalsh(c).sqrt()), "eigenvalues")
@@ -273,6 +273,8 @@ def test_checker_of_depth_explains(notebook):
     assert rejects(check, mean(right, plain), "divides by the sum of the weights")
     assert rejects(check, mean(plain, plain), "forgot the transmittance")
     assert rejects(check, mean(late, late), "off by one")
+    backward = lambda a, z: mean(right, right)(a.flip(-1), z.flip(-1))  # noqa: E731
+    assert rejects(check, backward, "from far to near")
     assert rejects(check, lambda a, z: (right(a) * z).sum(-1), "did not divide")
     assert rejects(check, lambda a, z: (right(a) * z).sum(-1) / right(a).sum(-1), "0 by 0")
     assert rejects(check, lambda a, z: (right(a) * z).sum() / right(a).sum(), "shape")
@@ -311,6 +313,17 @@ def test_checker_of_depth_gradient_explains(notebook):
     assert rejects(check, solution(one_minus=False), "forgot 1 / ")
     assert rejects(check, solution(own=True), "begins at i \\+ 1")
     assert rejects(check, solution(behind=False), "own term")
+    assert rejects(check, splatting.depth_gradient_of, "autograd's answer")
+
+    def switched_on(alphas, depths):
+        with torch.enable_grad():
+            return splatting.depth_gradient_of(alphas, depths)
+
+    def jacobian(alphas, depths):
+        return torch.autograd.functional.jacobian(lambda a: splatting.depth_of(a, depths), alphas)
+
+    assert rejects(check, switched_on, "autograd's answer")
+    assert rejects(check, jacobian, "autograd's answer")
 
 
 # ------------------------------------------------------ the bug and the build
@@ -331,6 +344,11 @@ def test_the_seeded_bug_is_told_and_found(notebook, capsys):
     assert rejects(check, lambda means, v: means.norm(dim=-1).argsort(), "nearest")
     assert rejects(check, depths, "is the nearest|returned")
 
+    def by_distance(means, viewmat):
+        return (means @ viewmat[:3, :3].T + viewmat[:3, 3]).norm(dim=-1).argsort()
+
+    assert rejects(check, by_distance, "Sort by z-depth|is the nearest")
+
 
 def test_thin_out_checker():
     check = splatting.check_thin_out
@@ -344,7 +362,18 @@ def test_thin_out_checker():
     def opaque(scene, cameras):
         return scene.select(scene.opacities.topk(1200).indices)
 
+    def far_and_opaque(scene, cameras):
+        return scene.select((scene.means.norm(dim=-1) * scene.opacities).topk(1200).indices)
+
+    def too_few(scene, cameras):
+        opaque = scene.select(
+            ((scene.scales[:, 0] > 0.04) & (scene.opacities < 0.97)).nonzero()[:, 0]
+        )
+        return opaque.select(slice(900))
+
     assert accepts(check, seen)
+    assert rejects(check, far_and_opaque, "outside of all pictures")
+    assert rejects(check, too_few, "You may keep 40 %")
     assert rejects(check, opaque, "lie hidden inside")
     assert rejects(check, lambda scene, cameras: scene.select(slice(1200)), "reach 40")
     assert rejects(check, lambda scene, cameras: scene, "100 % are kept")

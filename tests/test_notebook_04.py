@@ -162,6 +162,8 @@ def test_roll_checker():
     assert rejects(check, only("latents", "elevation"), "takes its own along")
     assert rejects(check, only(*every, step=-1), "other way")
     assert rejects(check, only("latents", "azimuth"), "elevation")
+    flat = lambda orbit, k: orbit | {n: orbit[n].roll(k) for n in every}  # noqa: E731
+    assert rejects(check, flat, "roll along dimension 0")
     assert rejects(check, only(*every, "image"), "condition view and stays")
 
     def anew(orbit, k):
@@ -179,7 +181,7 @@ def test_input_checker(cells):
 
     assert accepts(check, right)
     assert rejects(check, cells["unet_input"], "0.12 times its strength")
-    assert rejects(check, lambda n, i, s: right(n, 0.18215 * i, s), "0.18 times")
+    assert rejects(check, lambda n, i, s: right(n, 0.18215 * i, s), "0.18215 is not applied again")
     assert rejects(check, lambda n, i, s: right(n * 2, i, s), "multiplied by c_in")
     assert rejects(check, lambda n, i, s: right(n, i, s).roll(4, 1), "image comes last")
 
@@ -201,5 +203,11 @@ def test_strangers_checker(cells):
     assert accepts(check, right)
     assert rejects(check, lambda *ring: errors(*ring).topk(2).indices.tolist(), "36 are wanted")
     assert rejects(check, lambda *ring: [0, 8], "36 are wanted")
+
+    def without_depth(rgb, depth, cameras):
+        to_next = (rgb - rgb.roll(-1, 0)).pow(2).mean((1, 2, 3))
+        return torch.minimum(to_next, to_next.roll(1)).topk(2).indices.tolist()
+
+    assert rejects(check, without_depth, "36 are wanted")
     assert rejects(check, lambda *ring: [3, 3], "two different views")
     assert rejects(check, lambda *ring: [3, 16], "0 to 15")

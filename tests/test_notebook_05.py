@@ -157,6 +157,28 @@ def test_neighbours_checker():
 
     assert rejects(check, behind, "behind the softmax")
 
+    def by_hand(mask, axis=-1):
+        """The softmax over one axis of scores that `mask` has changed."""
+
+        def attend(q, k, v, reach):
+            return mask(q @ k.mT / 4, checks.ring_steps(8) <= reach).softmax(axis) @ v
+
+        return attend
+
+    def minus_inf(scores, seen):
+        return scores.masked_fill(~seen, -torch.inf)
+
+    assert accepts(check, by_hand(minus_inf))
+    assert rejects(check, by_hand(minus_inf, axis=-2), "wrong axis")
+    assert rejects(check, by_hand(lambda scores, seen: scores * seen), "gets -inf")
+    assert rejects(check, masked(lambda n, r: checks.ring_steps(n) > r), "mask is inverted")
+
+    def ahead(n, reach):
+        return (torch.arange(n) - torch.arange(n)[:, None]) % n <= reach
+
+    assert rejects(check, masked(ahead), "both sides")
+    assert rejects(check, masked(lambda n, r: ahead(n, r).mT), "both sides")
+
 
 def test_average_checker():
     check = checks.check_average
@@ -172,6 +194,16 @@ def test_average_checker():
         return mean
 
     assert rejects(check, constant, "constant")
+    assert rejects(check, lambda w, d: checks.average_of(w, 1.0), "without a bound")
+
+    def from_zeros(weights, decay):
+        return checks.average_of(torch.cat([0 * weights[:1], weights[1:]]), decay)
+
+    def in_place(weights, decay):
+        return weights[0].copy_(checks.average_of(weights, decay))
+
+    assert rejects(check, from_zeros, "not as zeros")
+    assert rejects(check, in_place, "clone of row 0")
 
 
 def test_bug_checker(cells):
@@ -180,6 +212,11 @@ def test_bug_checker(cells):
     assert rejects(check, cells["group_by_place"], "several orbits")
     assert rejects(check, lambda x, n: x.reshape(-1, n, x.shape[-1]), "places are mixed")
     assert rejects(check, lambda x, n: x, "shape")
+
+    def half_mended(x, views):
+        return x.unflatten(0, (-1, views)).permute(1, 2, 0, 3).flatten(0, 1)
+
+    assert rejects(check, half_mended, "order of the axes")
 
 
 def trainer(lr=0.03, decay=0.98, zero=True, steps=True):
@@ -212,6 +249,9 @@ def test_training_checker():
     assert rejects(check, trainer(decay=0.0), "average the weights")
     assert rejects(check, trainer(steps=False), "have not moved")
     assert rejects(check, trainer(lr=0.01, zero=False), "set to zero")
+    assert rejects(check, trainer(lr=1.0), "is the rate small enough|larger rate")
+    one_batch = lambda net, draw, count: trainer()(net, lambda step: draw(0), count)  # noqa: E731
+    assert rejects(check, one_batch, "the same batch every time")
     assert rejects(check, lambda net, draw, steps: 3, "Return the network")
 
 

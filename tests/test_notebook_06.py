@@ -234,6 +234,8 @@ def test_depth_checker():
     assert rejects(
         check, depth_solution(distance=lambda z, cos: z * cos), "multiplied by the cosine"
     )
+    clamped = depth_solution(last=lambda u: u.logit().clamp(-3, 3))
+    assert rejects(check, clamped, "no clamp")
     assert rejects(check, depth_solution(last=lambda u: u), "sigmoid of the logit")
     assert rejects(check, depth_solution(last=lambda u: 2 * u - 1), r"2 sigmoid\(x\) - 1")
     assert rejects(
@@ -263,6 +265,20 @@ def test_dino_checker():
     assert rejects(check, dino_solution(tau_t=1.0), "not sharpened")
     assert rejects(check, dino_solution(factor=1.0), "sum of both directions")
     assert rejects(check, dino_solution(keep_gradient=True), "gradient for the teacher")
+    assert rejects(check, dino_solution(tau_s=1.0), "student lacks its temperature")
+    assert rejects(check, dino_solution(factor=1.5), "summed over the B pairs")
+    assert rejects(check, dino_solution(factor=0.1), "mean over the K numbers")
+    right = dino_solution()
+    late = lambda s, t, center: right(s, t, 0.05 * center)  # noqa: E731
+    assert rejects(check, late, "centre comes before the temperature")
+    both = lambda s, t, center: right(s - center, t, center)  # noqa: E731
+    assert rejects(check, both, "only the teacher is centred")
+
+    def one_way(a):
+        return lambda s, t, center: right(s[[a, a]], t[[1 - a, 1 - a]], center)
+
+    assert rejects(check, one_way(0), "one direction of the two")
+    assert rejects(check, one_way(1), "one direction of the two")
 
 
 def test_the_cost_of_attention_as_the_notebook_counts_it():
@@ -277,7 +293,7 @@ def test_the_cost_of_attention_as_the_notebook_counts_it():
 def test_average_checker(notebook):
     check = checks.check_average
 
-    def averaging(start=torch.clone, share=lambda decay: 1 - decay):
+    def averaging(start=torch.clone, share=lambda decay: 1 - decay, lerp=torch.Tensor.lerp_):
         def average_of_training(net, batches, decay):
             optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
             average = [start(p.detach()) for p in net.parameters()]
@@ -285,16 +301,19 @@ def test_average_checker(notebook):
                 optimizer.zero_grad()
                 (net(x) - y).pow(2).mean().backward()
                 optimizer.step()
-                for mean, p in zip(average, net.parameters()):
-                    mean.lerp_(p.detach(), share(decay))
+                pairs = zip(average, net.parameters())
+                average = [lerp(mean, p.detach(), share(decay)) for mean, p in pairs]
             return average
 
         return average_of_training
 
     assert accepts(check, averaging())
     assert rejects(check, notebook["average_of_training"], "nothing old is kept")
-    assert rejects(check, averaging(share=lambda decay: decay), "keeps the share")
-    assert rejects(check, averaging(start=torch.zeros_like), "keeps the share")
+    assert rejects(check, averaging(share=lambda decay: decay), "keeps 1 - decay")
+    assert rejects(check, averaging(start=torch.zeros_like), "begins as zeros")
+    shared = averaging(start=lambda p: p, lerp=torch.lerp)
+    assert rejects(check, shared, "still the parameter itself")
+    assert rejects(check, averaging(share=lambda decay: 0.5), "keeps the share")
     assert rejects(check, lambda net, batches, decay: [net.weight], "One tensor per parameter")
 
 

@@ -123,6 +123,7 @@ def test_lambda_for_turn():
         "across g_2D": lambda a, b, d: ratio(a, b) * math.tan(math.radians(d)),
         "only at its largest": lambda a, b, d: ratio(a, b) * math.sin(math.radians(d)),
         "upside down": lambda a, b, d: 1 / (ratio(a, b) * math.tan(math.radians(d))),
+        r"turns by 30.0\d+ degrees": lambda a, b, d: 1.001 * checks.lambda_for_turn(a, b, d),
         "your weight turns by": lambda a, b, d: 1.5 * checks.lambda_for_turn(a, b, d),
     }
     for match, solution in wrong.items():
@@ -153,8 +154,23 @@ def test_train_averaged(cells, capsys):
     def not_in_place(weights, gradient, steps, lr, decay):
         return checks.train_averaged(weights.clone(), gradient, steps, lr, decay)
 
+    def averaging(start=torch.clone, late=True):
+        def train_averaged(weights, gradient, steps, lr, decay):
+            average = start(weights)
+            for _ in range(steps):
+                before = weights.clone()
+                weights -= lr * gradient(weights)
+                average = average.lerp(weights if late else before, 1 - decay)
+            return average
+
+        return train_averaged
+
+    assert accepts(checks.check_train_averaged, averaging())
     wrong = {
         "nothing was averaged": raw,
+        "begins as zeros": averaging(start=torch.zeros_like),
+        "still the parameter itself": averaging(start=lambda weights: weights),
+        "average before the step": averaging(late=False),
         "keeps 1 - decay": swapped,
         "moving average of the weights": late,
         "never moves": still,
@@ -194,7 +210,11 @@ def test_heal():
             z = z - 0.1 * gradient(z)
         return z
 
+    def from_truth(z, truth, gradient):
+        return truth - 0.1 * gradient(truth)
+
     wrong = {
+        "Begin at z": from_truth,
         "Both are missed": lambda z, truth, gradient: truth + 5,
         "its pictures are not": lambda z, truth, gradient: truth - 1.5,
         "the object is not": lambda z, truth, gradient: truth + 0.9,

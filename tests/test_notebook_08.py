@@ -159,17 +159,34 @@ def both_ways(a, b):
         (lambda a, b: sum(x.mean() for x in both_ways(a, b)), "half of their sum"),
         (lambda a, b: sum(x.sum() for x in both_ways(a, b)) / 2, "mean over the points"),
         (lambda a, b: exercises.chamfer_loss(a, b).detach(), "no gradient"),
+        (lambda a, b: max(x.mean() for x in both_ways(a, b)), "the larger of both ways"),
+        (lambda a, b: torch.cdist(a, b).mean(), "mean of all distances"),
+        (lambda a, b: torch.cat(both_ways(a, b)).mean(), "one mean over both sets"),
+        (lambda a, b: chamfer_by_root(a, b, 0), "the gradient is inf or nan"),
     ],
 )
 def test_chamfer_loss_rejects(wrong, hint):
     assert rejects(exercises.check_chamfer_loss, wrong, hint)
 
 
-def rounds(points, depth, camera):
-    local = points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
-    u, v, z = (local @ camera.Ks[0].T).unbind(-1)
-    column, row = (u / z).round().long(), (v / z).round().long()
-    return depth[row.clamp(0, 15), column.clamp(0, 15)]
+def chamfer_by_root(a, b, inside):
+    distances = (((a[:, None] - b[None]) ** 2).sum(-1) + inside).sqrt()
+    return (distances.min(1).values.mean() + distances.min(0).values.mean()) / 2
+
+
+def test_chamfer_loss_accepts_a_root_with_a_tiny_number_inside():
+    assert accepts(exercises.check_chamfer_loss, lambda a, b: chamfer_by_root(a, b, 1e-12))
+
+
+def reads(pixel):
+    def depth_seen(points, depth, camera):
+        local = points @ camera.viewmats[0, :3, :3].T + camera.viewmats[0, :3, 3]
+        u, v, z = (local @ camera.Ks[0].T).unbind(-1)
+        column, row = pixel(u / z).long(), pixel(v / z).long()
+        inside = (row >= 0) & (row < 16) & (column >= 0) & (column < 16)
+        return torch.where(inside, depth[row.clamp(0, 15), column.clamp(0, 15)], 0)
+
+    return depth_seen
 
 
 def test_the_seeded_bug_is_told_and_its_repair_accepted(notebook, capsys):
@@ -182,7 +199,8 @@ def test_the_seeded_bug_is_told_and_its_repair_accepted(notebook, capsys):
 @pytest.mark.parametrize(
     ("wrong", "hint"),
     [
-        (rounds, "half a pixel further on"),
+        (reads(torch.round), "half a pixel further on"),
+        (reads(torch.clone), "take the floor first"),
         (lambda p, d, c: exercises.depth_seen(p, d.T, c), "Rows and columns are swapped"),
         (lambda p, d, c: exercises.depth_seen(p, d, c).clamp(min=1), "its depth is 0"),
     ],
@@ -197,6 +215,7 @@ def test_depth_seen_rejects(wrong, hint):
         (lambda: [(45.0 * k, 15.0) for k in range(8)], "No camera looks from below"),
         (lambda: [(45.0 * k, 80.0 if k % 2 else -15.0) for k in range(8)][:7], "you took 7"),
         (lambda: [(0.0, 40.0 - 10 * k) for k in range(8)], "is seen by no camera"),
+        (lambda: [(math.radians(a), e) for a, e in exercises.eight_cameras()], "not in radians"),
         (lambda: [(45.0 * k, 90.0) for k in range(8)], "within -85 and 85"),
     ],
 )

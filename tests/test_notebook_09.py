@@ -130,6 +130,10 @@ def test_stubs_are_not_written_and_solutions_are_right(notebook, name, capsys):
     [
         (lambda f, b, tf, tb: psnr(b, f) - psnr(tb, tf), "mirror the back view"),
         (lambda f, b, tf, tb: psnr(b.flip(0), f) - psnr(tb.flip(0), tf), "upside down"),
+        (lambda f, b, tf, tb: psnr(b.flip(2), f) - psnr(tb.flip(2), tf), "swaps the colours"),
+        (lambda f, b, tf, tb: psnr(b.flip(0, 1), f) - psnr(tb.flip(0, 1), tf), "half a turn"),
+        (lambda f, b, tf, tb: psnr(b.flip(1), f) - psnr(tb, tf), "mirror the true one too"),
+        (lambda f, b, tf, tb: psnr(b, f) - psnr(tb.flip(1), tf), "mirror the result's too"),
         (lambda f, b, tf, tb: psnr(b.flip(1), f), "subtract the truth's own"),
         (lambda *v: -exercises.janus_excess(*v), "sign is turned"),
         (lambda f, b, tf, tb: psnr(b.flip(1), f) / psnr(tb.flip(1), tf), "not the ratio"),
@@ -152,6 +156,54 @@ def test_kept_power_rejects(wrong, hint):
     assert rejects(exercises.check_kept_power, wrong, hint)
 
 
+def by_rings(length=torch.hypot, last=0.5, holds_upper=True, shift=False, ratios=False, count=None):
+    """Written anew, with one thing as a learner may have it."""
+
+    def kept(image, truth, bands=4):
+        line = torch.fft.fftfreq(len(truth))
+        radius = length(line[:, None].expand(len(line), -1), line[None].expand(len(line), -1))
+        radius = torch.fft.fftshift(radius) if shift else radius
+        made, true = (torch.fft.fft2(x).abs() ** 2 for x in (image, truth))
+        edges = torch.linspace(0, last, (count or bands) + 1)
+        shares = []
+        for low, high in zip(edges[:-1], edges[1:], strict=True):
+            upper = (radius > low) & (radius <= high)
+            lower = (radius >= low) & (radius < high) & (radius > 0)
+            ring = upper if holds_upper else lower
+            share = made[ring].sum() / true[ring].sum()
+            shares.append((made[ring] / true[ring]).mean() if ratios else share)
+        return torch.stack(shares)
+
+    return kept
+
+
+def with_corners(image, truth, bands=4):
+    def inside(x, y):
+        return torch.hypot(x, y).clamp(max=0.5)
+
+    return by_rings(inside)(image, truth, bands)
+
+
+def test_kept_power_accepts_one_written_anew():
+    assert accepts(exercises.check_kept_power, by_rings())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (by_rings(lambda x, y: torch.maximum(x.abs(), y.abs())), "rings are squares"),
+        (with_corners, "belong to no ring"),
+        (by_rings(last=math.sqrt(0.5)), "up to 0.707"),
+        (by_rings(holds_upper=False), "holds its upper end"),
+        (by_rings(shift=True), "fftshift"),
+        (by_rings(ratios=True), "mean of the ratios"),
+        (by_rings(count=4), "with bands=5"),
+    ],
+)
+def test_kept_power_rejects_other_rings(wrong, hint):
+    assert rejects(exercises.check_kept_power, wrong, hint)
+
+
 def test_the_seeded_bug_is_told_and_its_repair_accepted(notebook, capsys):
     check = exercises.check_spread_of_ray
     assert not check(notebook["spread_of_ray"])
@@ -159,11 +211,18 @@ def test_the_seeded_bug_is_told_and_its_repair_accepted(notebook, capsys):
     assert accepts(check, exercises.spread_of_ray)
 
 
+def normalises_the_mean_alone(weights, depths):
+    mean = (weights * depths).sum(-1) / weights.sum(-1)
+    return ((weights * depths**2).sum(-1) - mean**2).clamp(min=0).sqrt()
+
+
 @pytest.mark.parametrize(
     ("wrong", "hint"),
     [
         (lambda w, z: (w * (z - z.mean(-1, keepdim=True)) ** 2).sum(-1).sqrt(), "spread 0"),
         (lambda w, z: exercises.spread_of_ray(w, z) ** 2, "the spread is 0.5"),
+        (lambda w, z: exercises.spread_of_ray(w, z) * w.sum(-1).sqrt(), "and in the squares"),
+        (normalises_the_mean_alone, "and in the squares"),
         (lambda w, z: exercises.spread_of_ray(w, z) / 0, "inf or nan"),
     ],
 )

@@ -3,11 +3,13 @@ errors.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from notebook_world import accepts, definitions, rejects
+from scipy.stats import t as student
 
 from gsv3d_lib.course.exercises import claims as exercises
 from gsv3d_lib.evaluation import experiments, metrics
@@ -102,7 +104,7 @@ def resampled(
 @pytest.mark.parametrize(
     ("options", "hint"),
     [
-        ({"paired": False}, "breaks the pairs"),
+        ({"paired": False}, "break the pairs"),
         ({"replace": False}, "with replacement"),
         ({"quantiles": (0.05, 0.95)}, "too narrow"),
         ({"quantiles": (0.005, 0.995)}, "too wide"),
@@ -111,6 +113,30 @@ def resampled(
 )
 def test_ratio_interval_rejects(options, hint):
     assert rejects(exercises.check_ratio_interval, lambda a, b: resampled(a, b, **options), hint)
+
+
+def quantiles_of(function):
+    """An interval from resampled objects, by another function than a ratio of means."""
+
+    def interval(ours, theirs):
+        i = np.random.default_rng(1).integers(len(ours), size=(4000, len(ours)))
+        return tuple(np.quantile(function(ours[i], theirs[i]), [0.025, 0.975]))
+
+    return interval
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (quantiles_of(lambda a, b: a.mean(1) - b.mean(1)), "the ratio is 0.5; yours lies around"),
+        (quantiles_of(lambda a, b: b.mean(1) / a.mean(1)), "the ratio is 0.5; yours lies around"),
+        (quantiles_of(lambda a, b: a.mean(1) / b.mean()), "one mean that stays"),
+        (quantiles_of(lambda a, b: np.median(a, 1) / np.median(b, 1)), "a median"),
+        (lambda a, b: tuple(np.quantile(a / b, [0.025, 0.975])), "objects' own ratios"),
+    ],
+)
+def test_ratio_interval_rejects_other_numbers(wrong, hint):
+    assert rejects(exercises.check_ratio_interval, wrong, hint)
 
 
 def test_ratio_interval_accepts_another_generator():
@@ -159,16 +185,50 @@ def test_the_seeded_bug_is_told_and_its_repair_accepted(notebook, capsys):
             "three differences",
         ),
         (lambda a, b: np.array([a[k] - b.get(k, 0) for k in a]), "Only objects that both have"),
+        (lambda a, b: np.array([a[k] - b[k] for k in sorted({*a} & {*b})]), "the order of ours"),
+        (lambda a, b: np.array([a[k] - b[k] for k in b if k in a]), "the order of ours"),
+        (lambda a, b: [a[k] - b[k] for k in a if k in b], "NumPy array"),
     ],
 )
 def test_paired_differences_rejects(wrong, hint):
     assert rejects(exercises.check_paired_differences, wrong, hint)
 
 
+def by_errors(differences, errors):
+    """The mean against so many standard errors."""
+    parts = [differences.mean(axis=axis) for axis in (0, 1)]
+    error = np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts))
+    return int(np.sign(differences.mean())) * int(abs(differences.mean()) > errors * error)
+
+
+def t_test(means):
+    error = means.std(ddof=1) / np.sqrt(len(means))
+    return int(np.sign(means.mean())) * int(abs(means.mean()) > student.ppf(0.975, 2) * error)
+
+
+def welch(differences):
+    """The degrees of freedom by Satterthwaite: 5 % false alarms, nearly exactly."""
+    parts = [differences.mean(axis=axis) for axis in (0, 1)]
+    squares = np.array([part.var(ddof=1) / len(part) for part in parts])
+    freedom = squares.sum() ** 2 / sum(squares**2 / [len(part) - 1 for part in parts])
+    return by_errors(differences, student.ppf(0.975, freedom))
+
+
+@pytest.mark.parametrize(
+    "right", [welch, *(partial(by_errors, errors=errors) for errors in (2.3, 2.4, 2.6, 3.0))]
+)
+def test_judge_accepts_what_keeps_the_rates(right):
+    assert accepts(exercises.check_judge, right)
+
+
 @pytest.mark.parametrize(
     ("wrong", "hint"),
     [
         (lambda d: np.sign(d.mean()), "false alarms are allowed"),
+        (lambda d: by_errors(d, 1.96), "more standard errors than 1.96"),
+        (lambda d: by_errors(d, 4.0), "real differences are to be found"),
+        (lambda d: np.sign(d.mean()) * (abs(d.mean()) > 0.5), "not with a fixed number"),
+        (lambda d: t_test(d.mean(axis=1)), "other objects do"),
         (lambda d: int(metrics.bootstrap_interval(d.mean(0), 200)[0] > 0), "false alarms"),
         (lambda d: 0, "real differences are to be found"),
         (lambda d: max(exercises.judge(d), 0), "of those below zero"),

@@ -8,10 +8,12 @@ import pytest
 import torch
 from notebook_world import accepts, definitions, rejects
 from scipy import ndimage
+from scipy.spatial import Delaunay
 from scipy.stats import spearmanr
 
 from gsv3d_lib.course.exercises import open_problems as exercises
 from gsv3d_lib.gaussians import Gaussians
+from gsv3d_lib.rotations import multiply_quaternions, rotation_matrices
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,16 @@ def test_stubs_are_not_written_and_solutions_are_right(notebook, stub, name, cap
     assert accepts(check, getattr(exercises, name))
 
 
+def ranked(a, b, ranks):
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]).double())[0, 1]
+
+
+def test_tied_ranks_are_spearmans():
+    a, b = torch.randint(0, 5, (2, 60), generator=torch.Generator().manual_seed(0))
+    expected = spearmanr(a.numpy(), b.numpy()).statistic
+    assert exercises.rank_correlation(a, b) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("wrong", "hint"),
     [
@@ -80,6 +92,9 @@ def test_stubs_are_not_written_and_solutions_are_right(notebook, stub, name, cap
             lambda a, b: torch.corrcoef(torch.stack([a.argsort(), b.argsort()]).double())[0, 1],
             "argsort of that",
         ),
+        (lambda a, b: ranked(a, b, lambda x: x.argsort().argsort()), "share the mean"),
+        (lambda a, b: ranked(a, b, lambda x: x.unique(return_inverse=True)[1]), "share the mean"),
+        (lambda a, b: ranked(a, b, lambda x: (x[:, None] > x).sum(1)), "share the mean"),
     ],
 )
 def test_rank_correlation_rejects(wrong, hint):
@@ -90,12 +105,18 @@ def inside(samples, truth):
     return exercises.coverage(samples, truth)[0]
 
 
+def between_quantiles(samples, truth):
+    low, high = samples.quantile(torch.tensor([0.025, 0.975]), dim=0)
+    return ((truth >= low) & (truth <= high)).double().mean()
+
+
 @pytest.mark.parametrize(
     ("wrong", "hint"),
     [
         (lambda s, t: (inside(s, t), 1.0), "Even a perfect sampler misses some"),
         (lambda s, t: (inside(s, t), 1 - 1 / len(s)), "smallest or the largest of 4"),
         (lambda s, t: (1 - inside(s, t) + 0.1, 0.5), "Two of four truths"),
+        (lambda s, t: (between_quantiles(s, t), (len(s) - 1) / (len(s) + 1)), "no quantiles"),
         (lambda s, t: inside(s, t), "Return .measured, expected."),
     ],
 )
@@ -108,6 +129,22 @@ def test_the_seeded_bug_is_told_and_its_repair_accepted(notebook, capsys):
     assert not check(notebook["turned_about_z"])
     assert "each Gaussian turns with it" in capsys.readouterr().out
     assert accepts(check, exercises.turned)
+
+
+def about_z(degrees):
+    half = math.radians(degrees) / 2
+    return torch.tensor([[math.cos(half), 0.0, 0.0, math.sin(half)]])
+
+
+def by_quaternion(gaussians, degrees, quats):
+    return dataclasses.replace(exercises.turned(gaussians, degrees), quats=quats)
+
+
+def turned_scales(gaussians, degrees):
+    turn = rotation_matrices(about_z(degrees))[0]
+    means = exercises.turned(gaussians, degrees).means
+    scales = (gaussians.scales @ turn.T).abs()
+    return dataclasses.replace(gaussians, means=means, scales=scales)
 
 
 def backwards(gaussians, degrees):
@@ -127,12 +164,30 @@ def backwards(gaussians, degrees):
             lambda g, angle: dataclasses.replace(exercises.turned(g, angle), quats=g.quats),
             "along x",
         ),
-        (backwards, "along x|together are 90"),
+        (backwards, "along x|leaning"),
+        (
+            lambda g, angle: by_quaternion(g, angle, multiply_quaternions(g.quats, about_z(angle))),
+            "on the left",
+        ),
+        (
+            lambda g, angle: by_quaternion(
+                g, angle, multiply_quaternions(about_z(-angle), g.quats)
+            ),
+            "the other",
+        ),
+        (lambda g, angle: by_quaternion(g, angle, about_z(angle)), "do not replace it"),
+        (turned_scales, "its scales stay"),
         (lambda g, angle: g.means, "Return Gaussians"),
     ],
 )
 def test_turned_rejects(wrong, hint):
     assert rejects(exercises.check_turned, wrong, hint)
+
+
+def convex_hull(mask):
+    inside = np.argwhere(mask)
+    everywhere = np.argwhere(np.ones_like(mask))
+    return (Delaunay(inside).find_simplex(everywhere) >= 0).reshape(mask.shape)
 
 
 def test_turning_turns_the_covariance():
@@ -149,6 +204,8 @@ def test_turning_turns_the_covariance():
         (lambda mask: mask, "reach 0.95"),
         (ndimage.binary_fill_holes, "reach 0.95"),
         (ndimage.binary_opening, "reach 0.95"),
+        (lambda mask: ndimage.median_filter(mask, 5), "reach 0.95"),
+        (lambda mask: convex_hull(exercises.clean_mask(mask)), "reach 0.95"),
         (lambda mask: mask.astype(float), "boolean mask"),
     ],
 )

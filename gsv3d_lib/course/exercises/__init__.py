@@ -11,7 +11,7 @@ One module per notebook. A checker is a function `check_NAME(solution)` under
         expect_shape(result, (2,))
         expect_close(result, [1.0, 0.5], "The first has nothing in front: start at 1.")
 
-A stub returns None, and the checker then says that it is not written yet.
+A stub returns None or `...`, and the checker then says that it is not written yet.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def checker(check: Callable) -> Callable:
         try:
             check(solution, **options)
         except _NotWritten:
-            todo = "not written yet. Replace the `...` and run the cell again."
+            todo = "not written yet: it returns nothing. Replace the `...`, or add the `return`."
             return Verdict(False, f"○ {name}: {todo}")
         except Wrong as wrong:
             return Verdict(False, f"✗ {wrong}")
@@ -73,7 +73,7 @@ def checker(check: Callable) -> Callable:
 
 
 def ask(solution: Callable, *arguments, **options):
-    """The learner's answer. An error inside is one sentence, None `_NotWritten`."""
+    """The learner's answer. An error is a sentence; None or `...` is `_NotWritten`."""
     try:
         answer = solution(*arguments, **options)
     except Exception as error:
@@ -81,7 +81,7 @@ def ask(solution: Callable, *arguments, **options):
         raise Wrong(
             f"{_name(solution)}({given}) stops with {type(error).__name__}: {error}"
         ) from error
-    if answer is None:
+    if answer is None or answer is ...:
         raise _NotWritten
     return answer
 

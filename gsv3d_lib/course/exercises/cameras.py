@@ -147,6 +147,7 @@ def _expect_grid(answer: Tensor, camera: Cameras, directions: Tensor) -> None:
     long = local / local[..., 2:]
     corners = _directions(camera, offset=0.0)
     unscaled = _directions(camera, offset=0.5, step=1.0)
+    early = _directions(camera, offset=0.5 * GRID / SIZE)
     _expect_not(
         answer,
         {
@@ -156,6 +157,9 @@ def _expect_grid(answer: Tensor, camera: Cameras, directions: Tensor) -> None:
             (
                 "You used grid indices with the K of the image: a cell is size / grid pixels wide."
             ): unscaled @ rotation.mT,
+            (
+                "You added half a pixel of the IMAGE: add half a cell, (j + 0.5) * size / grid."
+            ): early @ rotation.mT,
             (
                 "The directions are in the camera's frame; rotate them into "
                 "the world with c2w[:3, :3]."
@@ -197,7 +201,7 @@ def cropped(K: Tensor, left: float, top: float, scale: float) -> Tensor:
 @checker
 def check_crop(solution) -> None:
     """K [3, 3], left, top, scale -> K of the cropped and resized picture [3, 3]."""
-    K = torch.tensor([[105.0, 0.0, 64.0], [0.0, 105.0, 60.0], [0.0, 0.0, 1.0]])
+    K = torch.tensor([[105.0, 0.0, 64.0], [0.0, 90.0, 60.0], [0.0, 0.0, 1.0]])
     left, top, scale = 16.0, 24.0, 2.0
     given = K.clone()
     answer = ask(solution, given, left, top, scale)
@@ -209,6 +213,9 @@ def check_crop(solution) -> None:
     focal[:2, :2] = K[:2, :2]
     whole = K * scale
     whole[:2, 2] = truth[:2, 2]
+    square, unmoved = truth.clone(), truth.clone()
+    square[1, 1] = truth[0, 0]
+    unmoved[:2, 2] = truth[:2, 2] / scale
     mistakes = {
         "That is K as it was.": K,
         "The crop is missing: cutting columns off moves the principal point.": cropped(
@@ -224,6 +231,8 @@ def check_crop(solution) -> None:
         ),
         "f is in pixels too: a picture of twice as many pixels has twice the focal length.": focal,
         "The last row of K is 0, 0, 1 and stays so.": whole,
+        "The two focal lengths differ here: K[0, 0] belongs to u, K[1, 1] to v.": square,
+        "The principal point is in pixels too: after the crop, resize it like f.": unmoved,
     }
     _expect_not(answer, mistakes)
     half = truth.clone()
@@ -242,10 +251,8 @@ def check_draw_points(solution) -> None:
     point falls in the pixel.
     """
     camera = orbit_cameras([40.0], [25.0], SIZE)
-    one = camera.c2w()[0]
     at = torch.tensor([[20.7, 40.2], [50.3, 10.9], [-3.0, 30.0]])  # u, v; the last is outside
-    local = torch.cat([at, torch.ones(3, 1)], -1) @ torch.linalg.inv(camera.Ks[0]).mT
-    points = 3.0 * local @ one[:3, :3].mT + one[:3, 3]
+    points = _points_at(camera, at)
     for u, v in at[:2].tolist():
         place = points[(at[:, 0] == u)]
         answer = ask(solution, place, camera.viewmats[0], camera.Ks[0], SIZE)
@@ -258,9 +265,23 @@ def check_draw_points(solution) -> None:
         )
     answer = ask(solution, points, camera.viewmats[0], camera.Ks[0], SIZE)
     expect(answer.sum() == 2, "A point outside of the picture should not be drawn.")
+    beside = _points_at(camera, torch.tensor([[-0.4, 30.0]]))
+    answer = ask(solution, beside, camera.viewmats[0], camera.Ks[0], SIZE)
+    expect(
+        answer.sum() == 0,
+        "A point at u = -0.4 is outside of the picture; yours is drawn in column 0. "
+        "`long` cuts towards 0; `floor` goes down.",
+    )
+    one = camera.c2w()[0]
     behind = one[:3, 3] + one[:3, 2] @ torch.diag(-torch.ones(3))
     answer = ask(solution, behind[None], camera.viewmats[0], camera.Ks[0], SIZE)
     expect(answer.sum() == 0, "A point behind the camera should not be drawn.")
+
+
+def _points_at(camera: Cameras, at: Tensor) -> Tensor:
+    """World points [P, 3] that fall on pixels at [P, 2], (u, v), at z-depth 3."""
+    local = torch.cat([at, torch.ones(len(at), 1)], -1) @ torch.linalg.inv(camera.Ks[0]).mT
+    return 3.0 * local @ camera.c2w()[0, :3, :3].mT + camera.c2w()[0, :3, 3]
 
 
 # ------------------------------ build: an object carved out of silhouettes
@@ -330,6 +351,27 @@ def check_carve(solution) -> None:
         > 0.5,
     }
     close = max(mistakes, key=lambda hint: overlap(answer, mistakes[hint]))
-    told = close if overlap(answer, mistakes[close]) > 0.97 and reached < GOAL else ""
+    told = close if overlap(answer, mistakes[close]) > 0.97 else ""
+    if not answer.any():
+        told = "Nothing is left. The matrices go from world to camera: do not invert them."
     expect(reached >= GOAL, f"IoU {reached:.2f}; reach {GOAL}. {told}".strip())
+    _expect_pixels(solution)
     print(f"IoU with the true object: {reached:.3f}; the goal was {GOAL}.")
+
+
+def _expect_pixels(solution) -> None:
+    """One view decides: of one pixel, then of the whole picture."""
+    camera = orbit_cameras([40.0], [25.0], SIZE)
+    view = camera.viewmats, camera.Ks
+    one = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+    one[0, 40, 20] = True
+    kept = ask(solution, one, *view, _points_at(camera, torch.tensor([[20.7, 40.2]])))
+    expect(
+        kept.all(), "A point at (u, v) = (20.7, 40.2) lies in row 40, column 20: take the floor."
+    )
+    outside = torch.tensor([[-3.0, 30.0], [30.0, SIZE + 3.0]])
+    kept = ask(solution, one | True, *view, _points_at(camera, outside))
+    expect(
+        not kept.any(),
+        "A point outside of a picture is in no silhouette; yours is moved to the edge and kept.",
+    )

@@ -11,6 +11,7 @@ from . import ask, checker, expect, expect_close
 SEEDS, OBJECTS = 3, 40  # of a simulated experiment
 TRAINING, NOISE = 0.3, 0.5  # deviations between trainings, and of each number; objects have 1
 FALSE_ALARMS, FOUND = 0.05, 0.8  # shares that the judge has to reach
+NOTHING, EFFECTS = 4000, 1000  # simulated experiments without and with a difference
 
 
 def ratio_interval(
@@ -63,10 +64,16 @@ def check_ratio_interval(solution) -> None:
     theirs = rng.uniform(1.0, 3.0, 40)
     low, high = pair(ask(solution, 0.5 * theirs, theirs))
     expect(low <= high, "The first number should be the lower end.")
+    half = "Ours is exactly half of theirs on every object"
+    expect(
+        abs((low + high) / 2 - 0.5) < 0.2,
+        f"{half}, so the ratio is 0.5; yours lies around {(low + high) / 2:.2g}. Divide the mean "
+        "of ours by the mean of theirs.",
+    )
     expect(
         high - low < 1e-6,
-        "Ours is exactly half of theirs on every object, so the ratio cannot move; you resampled "
-        "the two arrays separately, which breaks the pairs.",
+        f"{half}, so the ratio cannot move, and yours does. Resample both means with the same "
+        "objects: separate draws, or one mean that stays, break the pairs.",
     )
     expect_close(low, 0.5, "Ours is half of theirs on every object: the ratio is 0.5.")
     theirs = np.exp(rng.normal(size=40))
@@ -74,9 +81,15 @@ def check_ratio_interval(solution) -> None:
     low, high = pair(ask(solution, ours, theirs))
     right_low, right_high = ratio_interval(ours, theirs)
     expect(high - low > 1e-6, "The interval has no width: draw the objects with replacement.")
+    ratios = ours / theirs
+    expect(
+        not np.allclose([low, high], np.quantile(ratios, [0.025, 0.975])),
+        "These are quantiles of the objects' own ratios: draw objects anew, and take means.",
+    )
     expect(
         right_low - 0.2 < (low + high) / 2 < right_high + 0.2,
-        "That is the mean of the ratios per object; divide the mean of ours by the mean of theirs.",
+        "That is the mean of the ratios per object, or has a median in it; divide the mean of "
+        "ours by the mean of theirs.",
     )
     width, right_width = high - low, right_high - right_low
     expect(
@@ -124,7 +137,8 @@ def check_paired_differences(solution) -> None:
     """(ours by object, theirs by object) -> differences [O]."""
     ours = {"cup": 1.0, "car": 5.0, "hat": 9.0}
     theirs = {"hat": 8.0, "cup": 0.0, "car": 4.0}
-    answer = np.asarray(ask(solution, ours, theirs), dtype=float)
+    answer = ask(solution, ours, theirs)
+    expect(isinstance(answer, np.ndarray), "Return a NumPy array.")
     expect(answer.shape == (3,), f"Three objects have three differences; got {answer.shape}.")
     expect(
         np.allclose(answer, 1.0),
@@ -133,25 +147,52 @@ def check_paired_differences(solution) -> None:
     )
     answer = np.asarray(ask(solution, {**ours, "dog": 3.0}, {**theirs, "fox": 7.0}), dtype=float)
     expect(answer.shape == (3,), "Only objects that both have make a pair.")
+    answer = ask(
+        solution, {"hat": 9.0, "cup": 1.0, "car": 5.0}, {"cup": 0.0, "car": 3.0, "hat": 6.0}
+    )
+    expect(
+        np.allclose(answer, [3.0, 1.0, 2.0]),
+        "The differences stand in the order of ours: not sorted, and not in the order of theirs.",
+    )
 
 
 @checker
 def check_judge(solution) -> None:
     """(differences [S, O]) -> 1, -1 or 0, tried on simulated experiments."""
     rng = np.random.default_rng(0)
-    nothing = [ask(solution, simulated(0.0, rng)) for _ in range(400)]
-    expect(set(nothing) <= {-1, 0, 1}, "Return 1, -1 or 0.")
-    alarms = np.mean([word != 0 for word in nothing])
-    found = np.mean([ask(solution, simulated(1.0, rng)) == 1 for _ in range(200)])
-    lost = np.mean([ask(solution, simulated(-1.0, rng)) == -1 for _ in range(100)])
+    tables = [simulated(0.5, rng) for _ in range(100)]
+    words = [ask(solution, table) for table in tables]
+    expect(set(words) <= {-1, 0, 1}, "Return 1, -1 or 0.")
+    scaled = [ask(solution, 10 * table) for table in tables]
+    expect(
+        # a judge that draws numbers may change a few verdicts
+        np.mean(np.not_equal(words, scaled)) <= 0.1,
+        "All differences ten times as large get other verdicts: compare the mean with its "
+        "standard error, not with a fixed number.",
+    )
+    alarms = 1 - share(solution, 0, NOTHING, rng)
+    found, lost = (share(solution, sign, EFFECTS, rng) for sign in (1, -1))
     measured = f"False alarms {alarms:.1%}, found {found:.0%}"
     expect(
-        alarms <= FALSE_ALARMS,
-        f"{measured}: at most {FALSE_ALARMS:.0%} false alarms are allowed. "
-        "Another training moves the mean of all objects at once.",
+        alarms <= FALSE_ALARMS + two_errors(FALSE_ALARMS, NOTHING),
+        f"{measured}: at most {FALSE_ALARMS:.0%} false alarms are allowed. Other trainings move "
+        "the mean and other objects do; the standard error needs both. Three trainings know "
+        "their part badly, so take more standard errors than 1.96.",
     )
-    expect(found >= FOUND, f"{measured}: {FOUND:.0%} of the real differences are to be found.")
-    expect(lost >= FOUND, f"{measured}, but only {lost:.0%} of those below zero.")
+    least = FOUND - two_errors(FOUND, EFFECTS)
+    expect(found >= least, f"{measured}: {FOUND:.0%} of the real differences are to be found.")
+    expect(lost >= least, f"{measured}, but only {lost:.0%} of those below zero.")
+
+
+def share(solution, effect: int, count: int, rng: np.random.Generator) -> float:
+    """How often the judge says `effect`, which is true: 1, -1 or 0."""
+    words = [ask(solution, simulated(effect, rng)) for _ in range(count)]
+    return np.mean([word == effect for word in words])
+
+
+def two_errors(share: float, count: int) -> float:
+    """Two standard errors of a share that was measured in `count` experiments."""
+    return 2 * np.sqrt(share * (1 - share) / count)
 
 
 def simulated(effect: float, rng: np.random.Generator) -> np.ndarray:

@@ -123,6 +123,11 @@ def check_depth_logits(solution) -> None:
             "Put through `ray_distance`, your logits should place the means at the given z-depth."
         )
         expect_close(placed * cosine, depth, hint, tolerance=2e-4)
+        edge = cosine * (away + radius * torch.linspace(-0.98, 0.98, 24).reshape(4, 6, 1))
+        answer = ask(solution, edge, origins, directions, forward, radius)
+        expect_shape(answer, edge.shape)
+        hint = "Right inside the ball, wrong near its edge, where logits are large: no clamp."
+        expect_close(ray_distance(answer, origins, radius) * cosine, edge, hint, tolerance=2e-4)
 
 
 # ---------------------------------------------------------------- exercise 3
@@ -178,8 +183,23 @@ def check_dino_loss(solution) -> None:
             "The targets are not sharpened: divide the centred logits by 0.05 before the "
             "softmax.": _cross(student, centred.softmax(-1)),
             "That is the sum of both directions; take their mean.": 2 * _cross(student, sharp),
+            "The student lacks its temperature: divide its logits by 0.1.": _cross(
+                student, sharp, 1.0
+            ),
+            "You summed over the B pairs; take their mean.": 3 * _cross(student, sharp),
+            "You took the mean over the K numbers; sum over them, and average over the "
+            "pairs.": _cross(student, sharp) / 5,
+            "The centre comes before the temperature: (teacher - center) / 0.05.": _cross(
+                student, (raw / TEACHER_TEMPERATURE - center).softmax(-1)
+            ),
+            "You centred the student, too; only the teacher is centred.": _cross(
+                student - center, sharp
+            ),
         },
     )
+    one_way = [F.cross_entropy(student[a] / STUDENT_TEMPERATURE, sharp[1 - a]) for a in (0, 1)]
+    hint = "That is one direction of the two; take the mean of both."
+    expect(not any(same(answer, loss) for loss in one_way), hint)
     expect_close(
         answer,
         dino_loss_of(student, teacher, center),
@@ -201,6 +221,32 @@ def check_dino_loss(solution) -> None:
 # ---------------------------------------------------------------- find the bug
 
 
+def averaged(start: Tensor, rows: Tensor, keep: float) -> Tensor:
+    """The moving average of rows [K, P] that begins as `start` [P]."""
+    for row in rows:
+        start = start.lerp(row, 1 - keep)
+    return start
+
+
+def average_mistakes(path: Tensor, decay: float) -> dict[str, Tensor]:
+    """Typical wrong averages of weights [K + 1, P], row 0 before training."""
+    first, rows = path[0], path[1:]
+    return {
+        "The average begins as zeros; begin with a copy of the first weights.": averaged(
+            0 * first, rows, decay
+        ),
+        "Your average keeps 1 - decay of itself and takes decay of the weights.": averaged(
+            first, rows, 1 - decay
+        ),
+        "The start is still the parameter itself, which the first step moves: clone it.": averaged(
+            rows[0], rows, decay
+        ),
+        "You average before the step; take the weights after it.": averaged(
+            first, path[:-1], decay
+        ),
+    }
+
+
 @checker
 def check_average(solution) -> None:
     """net, pairs of inputs and targets, decay -> the average of each of its tensors."""
@@ -209,14 +255,15 @@ def check_average(solution) -> None:
     net = nn.Linear(3, 3)
     with torch.no_grad():
         net.weight.copy_(torch.eye(3)), net.bias.fill_(1.0)
-    truth = [p.detach().clone() for p in net.parameters()]
     copy = nn.Linear(3, 3)
     copy.load_state_dict(net.state_dict())
+    path = [_flat(copy.parameters())]
     for x, y in batches:
         slopes = torch.autograd.grad((copy(x) - y).pow(2).mean(), list(copy.parameters()))
         with torch.no_grad():
-            for mean, p, slope in zip(truth, copy.parameters(), slopes, strict=True):
-                mean.lerp_(p.sub_(0.1 * slope), 0.1)
+            for p, slope in zip(copy.parameters(), slopes, strict=True):
+                p.sub_(0.1 * slope)
+        path.append(_flat(copy.parameters()))
     answer = ask(solution, net, batches, 0.9)
     expect(len(answer) == 2, f"One tensor per parameter is 2 here; got {len(answer)}.")
     last = all(same(mean, p) for mean, p in zip(answer, copy.parameters(), strict=True))
@@ -225,8 +272,16 @@ def check_average(solution) -> None:
         "The average equals the last weights in every number: nothing old is kept. What does "
         "`detach()` share with the parameter?",
     )
-    for mean, right in zip(answer, truth, strict=True):
-        expect_close(mean, right, "The average keeps the share `decay` at every step.")
+    for mean, p in zip(answer, copy.parameters(), strict=True):
+        expect_shape(mean, p.shape, "an average")
+    mean, path = _flat(answer), torch.stack(path)
+    expect_not(mean, average_mistakes(path, 0.9))
+    truth = averaged(path[0], path[1:], 0.9)
+    expect_close(mean, truth, "The average keeps the share `decay` at every step.")
+
+
+def _flat(tensors) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 # ---------------------------------------------------------------- build

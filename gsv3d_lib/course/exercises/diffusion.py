@@ -106,10 +106,12 @@ def check_guided_step(solution) -> None:
     z, weight = 4 * z, torch.tensor([1.0, 2.5, 1.5])
     sigma, then = torch.tensor(4.0), torch.tensor(1.5)
     right = guided_step(z, v, v_null, weight, sigma, then)
+    given = z.clone()
     answer = ask(
-        solution, z.clone(), v.clone(), v_null.clone(), weight.clone(), sigma.clone(), then.clone()
+        solution, given, v.clone(), v_null.clone(), weight.clone(), sigma.clone(), then.clone()
     )
     expect_shape(answer, z.shape)
+    expect(torch.equal(given, z), "You changed the z that was given; make a new tensor.")
 
     column, row = weight[:, None, None, None], weight
     guided = v_null + column * (v - v_null)
@@ -164,9 +166,9 @@ MEAN, SPREAD = 0.4, 0.5
 HIGHEST = 80.0
 
 
-def levels_down(steps: int) -> Tensor:
-    """Karras' noise levels [steps + 1] from HIGHEST to 0.002, then 0, in float64."""
-    ends = torch.tensor([HIGHEST, 0.002], dtype=torch.float64) ** (1 / 7)
+def levels_down(steps: int, highest: float = HIGHEST) -> Tensor:
+    """Karras' noise levels [steps + 1] from the highest to 0.002, then 0; float64."""
+    ends = torch.tensor([highest, 0.002], dtype=torch.float64) ** (1 / 7)
     ramp = torch.lerp(ends[0], ends[1], torch.linspace(0, 1, steps, dtype=torch.float64))
     return torch.cat([ramp**7, torch.zeros(1, dtype=torch.float64)])
 
@@ -184,16 +186,21 @@ def end_of_path(z: Tensor) -> Tensor:
 @checker
 def check_draw_samples(solution) -> None:
     """denoise, levels [steps + 1], count -> samples [count] of the data."""
+    _expect_samples(solution, HIGHEST)
+    _expect_samples(solution, HIGHEST / 4, " Here the levels begin at 20, not at 80.")
+
+
+def _expect_samples(solution, highest: float, told: str = "") -> None:
     torch.manual_seed(0)
-    samples = ask(solution, denoise_normal, levels_down(100), 4000)
+    samples = ask(solution, denoise_normal, levels_down(100, highest), 4000)
     expect_shape(samples, (4000,), "the samples")
     expect(torch.isfinite(samples).all(), "The samples hold inf or nan.")
     mean, spread = samples.mean().item(), samples.std().item()
     expect(
         abs(spread - SPREAD) < 0.04,
-        f"The samples have deviation {spread:.3f}, the data have {SPREAD}.",
+        f"The samples have deviation {spread:.3f}, the data have {SPREAD}.{told}",
     )
-    expect(abs(mean - MEAN) < 0.04, f"The samples have mean {mean:.2f}, the data {MEAN}.")
+    expect(abs(mean - MEAN) < 0.04, f"The samples have mean {mean:.2f}, the data {MEAN}.{told}")
 
 
 @checker
@@ -227,6 +234,10 @@ def check_heun_sample(solution) -> None:
             f"with 32 steps: not a solver of (1.11) yet."
         ),
     )
-    euler = "That is Euler's method." if len(calls) < 200 else "Which point has the second slope?"
+    euler = (
+        "That is Euler's method."
+        if len(calls) < 200
+        else "At which point, and at which noise level, is the second slope?"
+    )
     expect(slope <= -1.8, f"slope {slope:.2f}; reach -1.8. {euler}")
     print(f"slope {slope:.2f}; the goal was -1.8. Error with 128 steps: {errors[1]:.1e}.")

@@ -105,27 +105,34 @@ def check_object_psnr(solution) -> None:
 def check_chamfer_loss(solution) -> None:
     """(points [N, 3], points [M, 3]) -> scalar tensor with a gradient."""
     a = torch.tensor([[0.0, 0, 0], [1, 0, 0]])
-    b = torch.tensor([[0.0, 0.2, 0]])
-    there, back = (0.2 + math.hypot(1, 0.2)) / 2, 0.2
+    b = torch.tensor([[0.0, 0.2, 0], [0, 0.5, 0], [0, 0.6, 0]])
+    distances = torch.cdist(a, b)
+    ways = [distances.min(dim=1).values, distances.min(dim=0).values]
+    there, back = (float(way.mean()) for way in ways)
     answer = ask(solution, a, b)
     expect(
         isinstance(answer, Tensor), "Return a tensor: a plain number has no gradient to minimise."
     )
     value = number(answer)
-    squared = ((0.04 + 1.04) / 2 + 0.04) / 2
+    squared = sum(float(way.square().mean()) for way in ways) / 2
     hints = {
-        there: "You only went from the prediction to the truth; add the way back.",
+        there: "You only went from the prediction to the truth, or took the larger of both ways; "
+        "add the way back.",
         back: "You only went from the truth to the prediction; add the other direction.",
         there / 2: "You halved one direction without adding the other.",
         squared: "These are squared distances: take the root before the mean.",
         2
         * squared: "These are squared distances: take the root before the mean, and halve the sum.",
         there + back: "You added the two directions; equation (8.5) takes half of their sum.",
-        there + back / 2: "You summed over the points; take the mean over the points of each set.",
+        there
+        + 1.5 * back: "You summed over the points; take the mean over the points of each set.",
+        (2 * there + 3 * back) / 5: "You took one mean over both sets; take a mean for each set.",
+        float(distances.mean()): "You took the mean of all distances; each point needs its "
+        "nearest one only.",
     }
     for wrong, hint in hints.items():
         expect(abs(value - wrong) > 1e-4, hint)
-    expect_close(value, (there + back) / 2, "Two points against one give another value.")
+    expect_close(value, (there + back) / 2, "Two points against three give another value.")
     generator = torch.Generator().manual_seed(0)
     a, b = (
         torch.randn(64, 3, generator=generator).requires_grad_(),
@@ -145,6 +152,13 @@ def check_chamfer_loss(solution) -> None:
     expect(
         (gradient.norm(dim=1) > 0).all(),
         "Some predicted points receive no gradient: each needs its own nearest truth.",
+    )
+    met = b.clone().requires_grad_()
+    gradient = torch.autograd.grad(ask(solution, met, b), met)[0]
+    expect(
+        torch.isfinite(gradient).all(),
+        "Where a predicted point lies on a true one, the gradient is inf or nan: the root has no "
+        "slope at 0. `torch.cdist` knows that; a root of your own needs a tiny number inside.",
     )
 
 
@@ -173,6 +187,12 @@ def check_depth_seen(solution) -> None:
         float(ask(solution, beside, numbers, camera)) == 0,
         "A point that falls outside the picture was not seen: its depth is 0.",
     )
+    left = points[:1] - 3.0 * 3.9 / camera.Ks[0, 0, 0] * rotation[:1]  # at u = -0.4
+    expect(
+        float(ask(solution, left, numbers, camera)) == 0,
+        "A point at u = -0.4 falls outside the picture, so its depth is 0. `long` alone cuts "
+        "towards 0: take the floor first.",
+    )
 
 
 def ring_from(directions: list[tuple[float, float]]) -> float:
@@ -200,6 +220,11 @@ def check_eight_cameras(solution) -> None:
     expect(len(directions) == VIEWS, f"Take {VIEWS} cameras; you took {len(directions)}.")
     flat = max(abs(elevation) for _, elevation in directions)
     expect(flat <= 85, "Keep elevations within -85 and 85 degrees.")
+    azimuths = [azimuth for azimuth, _ in directions]
+    expect(
+        not 0 < max(azimuths) - min(azimuths) < 7,
+        "All azimuths lie within 7 degrees: they are to be in degrees, not in radians.",
+    )
     lowest = min(elevation for _, elevation in directions)
     try:
         distance = ring_from(directions)

@@ -30,8 +30,12 @@ def kept_power(image: Tensor, truth: Tensor, bands: int = 4) -> Tensor:
     """
     line = torch.fft.fftfreq(len(truth))
     radius = (line[:, None] ** 2 + line[None] ** 2).sqrt()
+    return _by_ring(image, truth, radius, torch.linspace(0, 0.5, bands + 1))
+
+
+def _by_ring(image: Tensor, truth: Tensor, radius: Tensor, edges: Tensor) -> Tensor:
+    """Power of the image over that of the truth, between each two edges."""
     powers = [torch.fft.fft2(x).abs() ** 2 for x in (image, truth)]
-    edges = torch.linspace(0, 0.5, bands + 1)
     rings = [(radius > a) & (radius <= b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
     return torch.stack([powers[0][ring].sum() / powers[1][ring].sum() for ring in rings])
 
@@ -69,6 +73,15 @@ def check_janus_excess(solution) -> None:
             back.flip(0), front
         )
         - psnr(true_back.flip(0), true_front),
+        "That turns the picture by half a turn: mirror left and right, the second dimension "
+        "only.": psnr(back.flip(0, 1), front) - psnr(true_back.flip(0, 1), true_front),
+        "That swaps the colours: mirror the second dimension, not the third.": psnr(
+            back.flip(2), front
+        )
+        - psnr(true_back.flip(2), true_front),
+        "You mirror the result's back alone: mirror the true one too.": psnr(back.flip(1), front)
+        - psnr(true_back, true_front),
+        "You mirror the true back alone: mirror the result's too.": psnr(back, front) - truth,
         "Some objects have equal sides in truth: subtract the truth's own similarity.": psnr(
             back.flip(1), front
         ),
@@ -84,6 +97,10 @@ def check_janus_excess(solution) -> None:
 @checker
 def check_kept_power(solution) -> None:
     """(image [S, S], truth [S, S], bands) -> shares [bands]."""
+    noise = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0))
+    answer = ask(solution, *noise, 5)
+    expect_shape(answer, (5,), "with bands=5, the answer")
+    expect_not(answer, other_rings(*noise), rtol=1e-4, atol=1e-5)
     x = torch.arange(32.0)
     waves = [torch.cos(2 * math.pi * k * x / 32)[None].expand(32, 32) for k in (2, 6, 10, 14)]
     truth = sum(waves)
@@ -108,15 +125,47 @@ def check_kept_power(solution) -> None:
         "The mean of the picture is no texture: leave frequency 0 out.",
         1e-3,
     )
+    answer = ask(solution, *noise, 5)
+    expect_close(answer, kept_power(*noise, 5), "Five rings of noise have other shares.", 1e-3)
+
+
+def other_rings(image: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Shares in five rings as typical mistakes have them, by what to say."""
+    line = torch.fft.fftfreq(len(truth))
+    radius = (line[:, None] ** 2 + line[None] ** 2).sqrt()
+    square = torch.maximum(line[:, None].abs(), line[None].abs()).expand_as(radius)
+    edges = torch.linspace(0, 0.5, 6)
+    corners = torch.cat([edges[:-1], torch.ones(1)])
+    below = torch.cat([edges[:1], edges[1:] - 1e-6])
+    ratio = (torch.fft.fft2(image).abs() / torch.fft.fft2(truth).abs()) ** 2
+    rings = [(radius > a) & (radius <= b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return {
+        "Your rings are squares: the length of a frequency is the root of fx² + fy².": _by_ring(
+            image, truth, square, edges
+        ),
+        "The corners lie beyond 0.5 cycles a pixel: they belong to no ring.": _by_ring(
+            image, truth, radius, corners
+        ),
+        "Your rings go up to 0.707, the corner; the last one ends at 0.5.": _by_ring(
+            image, truth, radius, edges * math.sqrt(2)
+        ),
+        "A ring holds its upper end, not its lower one: (low, high].": _by_ring(
+            image, truth, radius, below
+        ),
+        "`fftshift` moved the frequencies of one side only: `fft2` and `fftfreq` agree "
+        "without it.": _by_ring(image, truth, torch.fft.fftshift(radius), edges),
+        "That is the mean of the ratios; divide the sum of the image's power by the sum of the "
+        "truth's.": torch.stack([ratio[ring].mean() for ring in rings]),
+    }
 
 
 @checker
 def check_spread_of_ray(solution) -> None:
     """(weights [..., K], depths [..., K]) -> spread [...]."""
-    weights = torch.tensor([[0.3, 0.3, 0.0], [0.5, 0.0, 0.5]])
-    depths = torch.tensor([[2.0, 2.0, 9.0], [2.0, 9.0, 3.0]])
+    weights = torch.tensor([[0.3, 0.3, 0.0], [0.5, 0.0, 0.5], [0.3, 0.3, 0.0]])
+    depths = torch.tensor([[2.0, 2.0, 9.0], [2.0, 9.0, 3.0], [2.0, 3.0, 9.0]])
     answer = ask(solution, weights, depths)
-    expect_shape(answer, (2,))
+    expect_shape(answer, (3,))
     expect(torch.isfinite(answer).all(), "The answer holds inf or nan.")
     expect(
         float(answer[0]) < 1e-3,
@@ -125,6 +174,13 @@ def check_spread_of_ray(solution) -> None:
     )
     expect_close(
         answer[1], 0.5, "Half the weight at depth 2 and half at 3: the spread is 0.5.", 1e-3
+    )
+    expect_close(
+        answer[2],
+        0.5,
+        "Weights 0.3 and 0.3 at depths 2 and 3 spread by 0.5 too: divide by the sum of the "
+        "weights in the mean and in the squares.",
+        1e-3,
     )
 
 

@@ -67,10 +67,15 @@ def check_accumulate(accumulate: Callable) -> None:
     x = torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0])
     truth = x.pow(2).mean()  # d/dw of mean((w x)^2) / 2 at w = 1
     largest = []
+    done = []  # losses whose gradient was taken
+    waiting = []  # losses whose gradient was not, at each new one
 
     def loss_of(weight, part):
+        waiting.append(len(largest) - len(done))
         largest.append(len(part))
-        return (weight * part).pow(2).mean() / 2
+        loss = (weight * part).pow(2).mean() / 2
+        loss.register_hook(lambda gradient: done.append(gradient))
+        return loss
 
     hints = {
         5: "In one part this is the plain gradient of the mean loss.",
@@ -79,7 +84,8 @@ def check_accumulate(accumulate: Callable) -> None:
     }
     for size, hint in hints.items():
         weight = torch.ones((), requires_grad=True)
-        largest.clear()
+        for seen in (largest, done, waiting):
+            seen.clear()
         answer = ask(accumulate, loss_of, weight, x, size)
         filled = (
             isinstance(answer, Tensor)
@@ -93,6 +99,17 @@ def check_accumulate(accumulate: Callable) -> None:
         expect(
             sum(largest) == 5,
             f"The parts hold {sum(largest)} of 5 examples: the last part may be smaller.",
+        )
+        expect(
+            max(waiting) == 0,
+            "One backward for all parts keeps all of them in memory: call it after each part.",
+        )
+        last = x.split(size)[-1]
+        alone = [last.pow(2).mean(), last.pow(2).sum() / 5]
+        expect(
+            size == 5 or all(not torch.isclose(weight.grad, value) for value in alone),
+            "Only the last part is left: gradients add up by themselves, so do not empty "
+            "weight.grad between the parts.",
         )
         expect_close(weight.grad, truth, hint)
 
@@ -113,6 +130,12 @@ def check_starts_needed(solution) -> None:
     expect(
         last == 3, f"The last start need not end at a checkpoint: 100, 100, 50 are 3, not {last}."
     )
+    rest = ask(solution, 250, 36.0, 1.5, 100, 0.0)
+    expect(rest == 2, f"A start has time for 150 steps, 100 are kept: 100, 150 are 2, not {rest}.")
+    down = ask(solution, 380, 36.0, 1.8, 100, 0.0)
+    expect(down == 3, f"Of 180 steps 100 are kept, not 200: 100, 100, 180 are 3, not {down}.")
+    short = ask(solution, 60, 36.0, 0.8, 100, 0.0)
+    expect(short == 1, f"60 steps end in the first start, without a checkpoint: 1, not {short}.")
     never = ask(solution, 1000, 36.0, 0.5, 100, 0.0)
     expect(never == 0, f"50 steps a start never reach the checkpoint at 100: 0, not {never}.")
 
@@ -141,6 +164,17 @@ def check_draw_noise(solution) -> None:
         not torch.equal(torch.stack(alone), torch.stack(other)),
         "Step 3 and step 4 draw the same noise.",
     )
+    another = ask(solution, 1, 3, 0, 1, 4)
+    expect(
+        not torch.equal(torch.stack(alone), torch.stack(another)),
+        "Seed 0 and seed 1 draw the same noise.",
+    )
+    drawn = torch.stack([*alone, *other, *another])
+    expect(
+        len(drawn.unique(dim=0)) == len(drawn),
+        "Some examples share their noise: a sum of seed, step and index is the same number for "
+        "several of them. Mix the three, as `hash` does.",
+    )
 
 
 @checker
@@ -160,6 +194,7 @@ def check_plan_training(solution) -> None:
         expect(
             bytes_needed <= card * 1e9, f"{bytes_needed / 1e9:.1f} GB do not fit into {card} GB."
         )
+        more = orbits < ORBITS and bytes_needed + row["activations"] <= card * 1e9
         views = best["row"]["frames"]
         expect(
             row["frames"] == views,
@@ -169,6 +204,11 @@ def check_plan_training(solution) -> None:
             row["flops"] == best["row"]["flops"],
             f"Another row with N = {views} fits into {card} GB and needs fewer operations.",
         )
+        expect(not more, f"More than {orbits} orbits fit into {card} GB at once.")
         used = answer["steps"] * row["flops"] / FLOPS / 3600 / hours
-        expect(used <= 1, f"{answer['steps']:,} steps take {used:.2f} times the hours given.")
+        expect(
+            used <= 1,
+            f"{answer['steps']:,} steps take {used * hours:.2f} hours, and {hours:g} are given. "
+            "Round down.",
+        )
         expect(used >= USED, f"The plan uses only {used:.0%} of the hours.")

@@ -110,6 +110,8 @@ def check_roll(solution) -> None:
             {
                 "The frames do not move.": orbit["latents"],
                 "They move the other way: the last frames come first.": moved,
+                "Without `dims`, torch.roll rolls all numbers in one row: roll along "
+                "dimension 0.": orbit["latents"].roll(frames),
             },
         )
         stay = "The azimuths are as before; each frame takes its own along, none is counted anew."
@@ -136,6 +138,8 @@ def check_input(solution) -> None:
         scaled, expected = noisy / (sigma**2 + 1) ** 0.5, image.expand(3, -1, -1, -1)
         expect_not(answer, {"The image comes last.": torch.cat([expected, scaled], 1)})
         expect_close(answer[:, :4], scaled, "The noisy latents are multiplied by c_in.")
+        again = "The orbit's latents are scaled already: 0.18215 is not applied again."
+        expect_not(answer[:, 4:], {again: 0.18215 * expected})
         faint = (answer[:, 4:].norm() / expected.norm()).item()
         expect(
             abs(faint - 1) < 0.01,
@@ -168,7 +172,8 @@ def ring_with_strangers(seed: int) -> tuple[Tensor, Tensor, Cameras, set[int]]:
     generator = torch.Generator().manual_seed(seed)
     cameras = orbit_cameras(torch.arange(16) * 22.5, 15.0, 24)
     waves, shift = (
-        3 * torch.randn(2, 3, 3, generator=generator),
+        # so fine that neighbours differ as much as strangers, pixel by pixel
+        9 * torch.randn(2, 3, 3, generator=generator),
         torch.rand(2, 3, generator=generator),
     )
     rgb, depth = painted_ball(cameras, waves[0], 6 * shift[0])

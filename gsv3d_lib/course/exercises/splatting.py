@@ -14,7 +14,7 @@ from ...cameras import Cameras, orbit_cameras
 from ...gaussians import Gaussians
 from ...rendering import render
 from ...rendering.plain import ALPHA_MIN, composite
-from . import ask, checker, expect, expect_close, expect_not, expect_shape
+from . import Wrong, ask, checker, expect, expect_close, expect_not, expect_shape
 
 _expect_not = partial(expect_not, atol=1e-3)
 
@@ -56,6 +56,8 @@ def check_splat_extent(solution) -> None:
         "That is the whole width; asked for is the half, from the centre to the edge.": 2 * truth,
     }
     _expect_not(answer, mistakes)
+    rounded = "3.33 is rounded and belongs to opacity 1: solve for the edge with the opacity."
+    expect_not(answer, {rounded: 3.33 * sigmas}, rtol=1e-5, atol=1e-5)
     expect_close(
         answer, truth, "At the edge of the box, opacity * exp(-d^2 / (2 Sigma_xx)) should be 1/255."
     )
@@ -135,6 +137,9 @@ def check_expected_depth(solution) -> None:
         (
             "That is the plain mean of the depths; nearer and more opaque Gaussians count more."
         ): depths.mean(),
+        "You composited from far to near; the first Gaussian is the nearest.": depth_of(
+            alphas.flip(0), depths.flip(0)
+        ),
     }
     _expect_not(answer, mistakes)
     expect_close(
@@ -182,9 +187,10 @@ def depth_gradient_of(alphas: Tensor, depths: Tensor) -> Tensor:
 def check_depth_gradient(solution) -> None:
     """alphas [K], depths [K], near to far -> dD/dalpha [K] of the expected depth D."""
     alphas, depths = torch.tensor([[0.4, 0.5, 0.8], [2.0, 3.0, 5.0]], dtype=torch.float64)
-    answer = ask(solution, alphas, depths)
+    answer = _ask_without_autograd(solution, alphas, depths)
     expect_shape(answer, (3,), "the gradient")
-    _expect_not(answer, _gradient_mistakes(alphas, depths))
+    # autograd.functional takes what has no gradient for a constant
+    _expect_not(answer, {NO_AUTOGRAD: torch.zeros(3)} | _gradient_mistakes(alphas, depths))
     expect_close(
         answer,
         depth_gradient_of(alphas, depths),
@@ -193,14 +199,28 @@ def check_depth_gradient(solution) -> None:
 
     draw = partial(torch.rand, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     alphas, depths = 0.05 + 0.8 * draw(), 3 + draw().sort().values
-    answer = ask(solution, alphas, depths)
+    answer = _ask_without_autograd(solution, alphas, depths)
     expect_close(answer, depth_gradient_of(alphas, depths), "Right for 3 Gaussians, wrong for 7.")
-    answer = ask(solution, alphas, torch.full_like(depths, 3.0))
+    answer = _ask_without_autograd(solution, alphas, torch.full_like(depths, 3.0))
     expect_close(
         answer,
         torch.zeros(7),
         "Where all depths are equal, no alpha can change the expected depth.",
     )
+
+
+NO_AUTOGRAD = "That is autograd's answer: derive the gradient, and write it out."
+
+
+def _ask_without_autograd(solution, *arguments) -> Tensor:
+    try:
+        # not no_grad: a learner's enable_grad would undo it
+        with torch.inference_mode():
+            return ask(solution, *arguments)
+    except Wrong as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise Wrong(NO_AUTOGRAD) from error
 
 
 def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
@@ -247,7 +267,7 @@ def _gradient_mistakes(alphas: Tensor, depths: Tensor) -> dict[str, Tensor]:
 
 @checker
 def check_near_to_far(solution) -> None:
-    """means [G, 3], viewmat [4, 4] -> indices [G], nearest first."""
+    """means [G, 3], viewmat [4, 4] -> indices [G] by z-depth, nearest first."""
     means = 0.5 * torch.randn(6, 3, generator=torch.Generator().manual_seed(3))
     for azimuth, elevation in ((0.0, 0.0), (40.0, 30.0), (200.0, -20.0)):
         viewmat = orbit_cameras([azimuth], [elevation], 32).viewmats[0]
@@ -263,6 +283,14 @@ def check_near_to_far(solution) -> None:
             f"From azimuth {azimuth:.0f}, elevation {elevation:.0f} Gaussian {int(z.argmin())} is "
             f"the nearest; yours begins with {int(answer[0])}.",
         )
+    camera = orbit_cameras([40.0], [30.0], 32)
+    local = torch.tensor([[1.5, 0.0, 3.0], [0.0, 0.0, 3.2]])
+    means = (local - camera.viewmats[0, :3, 3]) @ camera.viewmats[0, :3, :3]
+    answer = ask(solution, means, camera.viewmats[0])
+    expect(
+        answer.tolist() == [0, 1],
+        "Sort by z-depth: your order is that of the distance from the camera's centre.",
+    )
 
 
 # ------------------------------------------------------ build
@@ -272,8 +300,8 @@ SHARE, GOAL = 0.4, 40.0  # of the Gaussians, and dB
 
 @cache
 def crowded_scene() -> tuple[Gaussians, Cameras]:
-    """3,000 Gaussians and 8 cameras: an opaque shell, an opaque inside that nobody
-    sees, and faint ones all around.
+    """3,000 Gaussians and 8 cameras: an opaque shell, opaque ones inside of it or
+    outside of all pictures, and faint ones all around.
     """
     generator = torch.Generator().manual_seed(0)
     direction = torch.nn.functional.normalize(torch.randn(3000, 3, generator=generator), dim=-1)
@@ -284,9 +312,9 @@ def crowded_scene() -> tuple[Gaussians, Cameras]:
     quats = torch.tensor([[1.0, 0, 0, 0]]).repeat(3000, 1)
     colors = torch.rand(3000, 3, generator=generator)
     order = torch.randperm(3000, generator=generator)
-    scene = Gaussians(
-        direction * radius[:, None], quats, scales[:, None].repeat(1, 3), opacity, colors
-    )
+    means = direction * radius[:, None]
+    means[1700:2000, 2] = -2.0  # far below what the cameras show
+    scene = Gaussians(means, quats, scales[:, None].repeat(1, 3), opacity, colors)
     return scene.select(order), orbit_cameras(torch.arange(8) * 45.0, 20.0, 64)
 
 
@@ -302,6 +330,9 @@ def check_thin_out(solution) -> None:
         error = (render(answer, cameras).rgb - render(scene, cameras).rgb).square().mean().item()
     reached = -10 * math.log10(max(error, 1e-12))
     hidden = (answer.means.norm(dim=-1) < 0.4).float().mean().item()
+    unseen = (answer.means[:, 2] < -1.5).float().mean().item()
     told = f" {100 * hidden:.0f} % of yours lie hidden inside." if hidden > 0.2 else ""
+    told += f" {100 * unseen:.0f} % are outside of all pictures." if unseen > 0.2 else ""
+    told += f" You may keep {100 * SHARE:.0f} %." if kept < SHARE - 0.01 else ""
     expect(reached >= GOAL, f"{reached:.1f} dB; reach {GOAL:.0f}.{told}")
     print(f"{reached:.1f} dB with {100 * kept:.0f} %; the goal was {GOAL:.0f} dB.")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ask, checker, expect, expect_close, expect_not, expect_shape
+from . import ask, checker, expect, expect_close, expect_not, expect_shape, same
 
 # ---------------------------------------------------------------- exercise 1
 
@@ -41,8 +41,20 @@ def check_neighbours(solution) -> None:
         answer = ask(solution, q, k, v, reach)
         expect_shape(answer, v.shape)
         seen = ring_steps(8) <= reach
-        weights = (q @ k.mT / 4).softmax(-1)
+        scores = q @ k.mT / 4
+        weights = scores.softmax(-1)
+        ahead = (torch.arange(8) - torch.arange(8)[:, None]) % 8
+        both = "A view has neighbours on both sides; yours looks to one side."
         mistakes = {
+            both: _masked(q, k, v, ahead <= reach),
+            f"{both} ": _masked(q, k, v, ahead.mT <= reach),
+            "The mask is inverted: True means that a view is seen.": _masked(q, k, v, ~seen),
+            "A score of 0 is still seen: what may not be seen gets -inf.": (
+                (scores * seen).softmax(-1) @ v
+            ),
+            "The softmax runs over the wrong axis: the weights of one query add up to 1.": (
+                scores.masked_fill(~seen, -torch.inf).softmax(-2) @ v
+            ),
             "The ring is open: view 0 and the last view are neighbours.": _masked(
                 q, k, v, gap <= reach
             ),
@@ -77,29 +89,41 @@ def average_of(weights: Tensor, decay: float, first: int = 0) -> Tensor:
 def check_average(solution) -> None:
     """weights [K + 1, P], decay -> the average after K steps [P]."""
     weights = torch.randn(31, 5, generator=torch.Generator().manual_seed(0))
-    for decay in (0.7, 0.9):
-        answer = ask(solution, weights.clone(), decay)
+    # after 30 steps the start is forgotten, after 2 it is not
+    for decay, rows in ((0.7, weights), (0.9, weights), (0.9, weights[:3])):
+        given = rows.clone()
+        answer = ask(solution, given, decay)
         expect_shape(answer, (5,))
-        constant, swapped = weights[0], weights[0]
-        for k, row in enumerate(weights[1:]):
-            keep = min(decay, (1 + k) / (10 + k))
-            constant = decay * constant + (1 - decay) * row
-            swapped = (1 - keep) * swapped + keep * row
-        mistakes = {
-            "Those are the last weights; nothing is averaged.": weights[-1],
-            "That is the plain mean; the moving average weighs late steps more.": weights.mean(0),
-            "The roles are exchanged: the average keeps the share d, the new weights get 1 - d.": (
-                swapped
-            ),
-            "The first step has number 0, so its decay is 1/10.": average_of(weights, decay, 1),
-        }
-        expect_not(answer, mistakes)
         expect(
-            not torch.allclose(answer.double(), constant.double(), atol=1e-6),
-            "The decay is constant: it begins at 1/10 and grows up to d.",
+            torch.equal(given, rows),
+            "You changed the weights that were given: begin with a clone of row 0.",
         )
-        truth = average_of(weights, decay)
+        truth = average_of(rows, decay)
+        mistakes = _average_mistakes(rows, decay)
+        tight = dict(rtol=1e-5, atol=1e-5)
+        apart = {hint: x for hint, x in mistakes.items() if not same(x, truth, **tight)}
+        expect_not(answer, apart, **tight)
         expect_close(answer, truth, "d times the average plus 1 - d times the row.", 1e-5)
+
+
+def _average_mistakes(rows: Tensor, decay: float) -> dict[str, Tensor]:
+    constant, swapped = rows[0], rows[0]
+    for k, row in enumerate(rows[1:]):
+        keep = min(decay, (1 + k) / (10 + k))
+        constant = decay * constant + (1 - decay) * row
+        swapped = (1 - keep) * swapped + keep * row
+    from_zeros = torch.cat([0 * rows[:1], rows[1:]])
+    return {
+        "Those are the last weights; nothing is averaged.": rows[-1],
+        "That is the plain mean; the moving average weighs late steps more.": rows.mean(0),
+        "The roles are exchanged: the average keeps the share d, the new weights get 1 - d.": (
+            swapped
+        ),
+        "The first step has number 0, so its decay is 1/10.": average_of(rows, decay, 1),
+        "The decay grows without a bound: d is its largest value.": average_of(rows, 1.0),
+        "The average begins as row 0, not as zeros.": average_of(from_zeros, decay),
+        "The decay is constant: it begins at 1/10 and grows up to d.": constant,
+    }
 
 
 # ---------------------------------------------------------------- find the bug
@@ -111,6 +135,9 @@ def check_group_by_place(solution) -> None:
     for batch, views, places in ((1, 4, 3), (2, 3, 4), (3, 2, 2)):
         x = torch.arange(float(batch * views * places * 2)).reshape(batch * views, places, 2)
         answer = ask(solution, x, views)
+        half_mended = x.unflatten(0, (batch, views)).permute(1, 2, 0, 3).flatten(0, 1)
+        hint = "Orbits and views have changed places: the order of the axes has to follow."
+        expect(not isinstance(answer, Tensor) or not same(answer, half_mended), hint)
         expect_shape(answer, (batch * places, views, 2))
         truth = x.unflatten(0, (batch, views)).transpose(1, 2).flatten(0, 1)
         mixed = x.unflatten(0, (views, batch)).permute(1, 2, 0, 3).flatten(0, 1)
@@ -185,10 +212,16 @@ def check_training(solution) -> None:
     expect(not still, "The weights have not moved: zero_grad, backward, step, in this order.")
     loss = plane_loss(trained)
     expect(
+        loss <= GOAL or len(set(drawn)) > 1,
+        "You drew one and the same batch every time: give `draw` the number of the step.",
+    )
+    expect(
         math.isfinite(loss) and loss < before,
-        f"The loss rose from {before:.3f} to {loss:.3f}: are old gradients set to zero each step?",
+        f"The loss rose from {before:.3f} to {loss:.3f}: are old gradients set to zero each step, "
+        "and is the rate small enough?",
     )
     expect(
         loss <= GOAL,
-        f"It reaches {loss:.3f}, and {GOAL} is wanted: let the rate fall, and average the weights.",
+        f"It reaches {loss:.3f}, and {GOAL} is wanted: try a larger rate at the start, let it "
+        "fall, and average the weights.",
     )
