@@ -1,6 +1,7 @@
 """Depth maps of known shapes must come back as those shapes."""
 
 import json
+import math
 import struct
 
 import numpy as np
@@ -15,7 +16,7 @@ from gsv3d_lib.evaluation.metrics import (
     surface_points,
     volume_iou,
 )
-from gsv3d_lib.export.mesh import front_depth, fuse_depth_maps, fuse_mesh, save_mesh, sphere_cameras
+from gsv3d_lib.export.mesh import front_depth, fuse_depth_maps, fuse_mesh, save_mesh, surrounding_cameras
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.rendering import render
 
@@ -39,7 +40,7 @@ def box(origins, directions, half=(0.6, 0.45, 0.3)):
 
 def views_of(distance, color=(0.8, 0.3, 0.1), cameras=None):
     """Exact RGB-D of a shape given by its ray distance: rgb, depth, alpha, cameras."""
-    cameras = cameras or sphere_cameras(VIEWS, SIZE)
+    cameras = cameras or surrounding_cameras(VIEWS, SIZE)
     origins, directions = ray_grid(cameras, cameras.height, cameras.width)
     length = distance(origins, directions)[..., None]
     alpha = torch.isfinite(length).float()
@@ -125,8 +126,16 @@ def test_small_floaters_are_removed_and_equal_parts_kept():
     assert with_part.bounds[1, 0] == pytest.approx(0.95, abs=0.03) and with_part.body_count == 2
 
 
+def test_no_camera_stands_lower_than_asked():
+    heights = surrounding_cameras(64, 32, lowest=-10.0).positions()[:, 2] / 3.509
+    assert heights.min() > math.sin(math.radians(-10))
+    # evenly over what is left: a third of the cameras above a third of its height
+    top = 1 - (1 + math.sin(math.radians(10))) / 4
+    assert (heights > top).sum() == 16
+
+
 def test_cameras_surround_the_object_at_its_distance():
-    positions = sphere_cameras(64, 32).positions()
+    positions = surrounding_cameras(64, 32).positions()
     assert torch.allclose(positions.norm(dim=-1), torch.tensor(3.509))
     assert positions.mean(0).norm() < 0.1
     nearest = torch.cdist(positions, positions).fill_diagonal_(9).amin(1)
@@ -153,6 +162,17 @@ def test_gaussians_on_a_sphere_become_a_sphere():
     assert mesh.is_watertight and np.abs(radii - 0.61).mean() < 0.02
     assert mesh.volume == pytest.approx(4 / 3 * np.pi * 0.61**3, rel=0.08)
     assert np.abs(mesh.visual.vertex_colors[:, :3] / 255 - (0.1, 0.5, 0.9)).max() < 0.05
+
+
+def test_what_is_open_from_below_is_closed():
+    # no loss has seen the bottom, so a model may leave it out
+    scene = gaussian_ball(6000)
+    dome = scene.select(scene.means[:, 2] > -0.3)
+    solid = fuse_mesh(dome, num_views=24, colors=False)
+    cap = math.pi * 0.3**2 * (0.6 - 0.3 / 3)  # of the ball, below z = -0.3
+    expected = 4 / 3 * math.pi * 0.6**3 - cap
+    assert solid.is_watertight
+    assert solid.volume == pytest.approx(expected, rel=0.2)
 
 
 def test_front_depth_separates_two_surfaces():
@@ -185,7 +205,7 @@ def test_nothing_to_mesh_is_one_clear_error():
 
 
 def test_wrong_input_is_named():
-    rgb, depth, alpha, cameras = views_of(ball, cameras=sphere_cameras(4, 16))
+    rgb, depth, alpha, cameras = views_of(ball, cameras=surrounding_cameras(4, 16))
     with pytest.raises(ValueError, match=r"4 cameras of \(16, 16\) pixels"):
         fuse_depth_maps(rgb[:3], depth[:3], alpha[:3], cameras)
     with pytest.raises(ValueError, match="at least 8 points per axis, got 4"):

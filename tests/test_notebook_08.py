@@ -90,7 +90,7 @@ def test_shape_metrics_equal_the_library(notebook):
 
 def test_fusion_equals_the_library(notebook):
     ball = trimesh.creation.icosphere(subdivisions=3, radius=0.7)
-    around = mesh.sphere_cameras(6, 48)
+    around = mesh.surrounding_cameras(6, 48)
     depth = render_mesh(ball, around, 1)[1]
     library = mesh.fuse(depth, (depth > 0).astype("f4"), around, 24)
     line = torch.linspace(-mesh.EXTENT, mesh.EXTENT, 24)

@@ -1,6 +1,6 @@
 """Gaussians -> triangle mesh.
 
-Depth is rendered from all around and fused into a grid of signed distances, whose
+Depth is rendered from all around, but not from below, and fused into a grid of signed distances, whose
 surface is extracted by marching cubes. This is truncated signed distance fusion
 (Curless and Levoy 1996), as close relatives of the paper do it for their Chamfer and
 IoU numbers.
@@ -39,6 +39,9 @@ TRUNCATION = 3.0
 BACKGROUND_WEIGHT = 0.25
 # A pixel whose depths spread more than this (standard deviation) sees two surfaces.
 MIXED_DEPTH = 0.1
+# Elevation in degrees. No training view stands lower: from further below the Gaussians
+# are open or covered with what no loss has ever seen, and such a view would vote too.
+LOWEST_VIEW = -10.0
 MIN_COMPONENT = 0.01  # pieces with less than this share of the solid's volume are floaters
 FORMATS = (".glb", ".obj", ".ply")
 FLOAT, UNSIGNED_INT, VERTICES, INDICES = 5126, 5125, 34962, 34963  # glTF's numbers of OpenGL
@@ -60,13 +63,14 @@ def fuse_mesh(
     """A closed triangle mesh of the Gaussians, in the same z-up world.
 
     resolution: grid points per axis over [-1.05, 1.05].
-    num_views: cameras around the object. size: pixels a side.
+    num_views: cameras around the object, none lower than LOWEST_VIEW. size: pixels a
+        side. What no camera sees, as the middle of a bottom, counts as solid.
     colors: False where only the shape is wanted.
     Raises NoSurface when the Gaussians show no surface from any side.
     """
     if len(gaussians) == 0:
         raise UserError("There are no Gaussians to make a mesh of: prune less.")
-    cameras = sphere_cameras(num_views, size)
+    cameras = surrounding_cameras(num_views, size, LOWEST_VIEW)
     with torch.no_grad():
         rgb, depth, alpha = render(gaussians, cameras)
         depth = front_depth(gaussians, cameras, depth)
@@ -104,10 +108,14 @@ def front_and_spread(gaussians: Gaussians, camera: Cameras) -> tuple[Tensor, Ten
     return mean - (variance * far / (1 - far)).sqrt() + row[3], variance.sqrt(), alpha
 
 
-def sphere_cameras(num_views: int, size: int) -> Cameras:
-    """Cameras spread evenly over the sphere, on a Fibonacci spiral without poles."""
+def surrounding_cameras(num_views: int, size: int, lowest: float = -90.0) -> Cameras:
+    """Cameras spread evenly over the sphere, on a Fibonacci spiral without poles.
+
+    lowest: elevation in degrees below which no camera stands.
+    """
     index = torch.arange(num_views, dtype=torch.float64)
-    elevations = torch.rad2deg(torch.asin(1 - (2 * index + 1) / num_views))
+    span = 1 - math.sin(math.radians(lowest))  # equal steps of the height: equal areas
+    elevations = torch.rad2deg(torch.asin(1 - span * (index + 0.5) / num_views))
     azimuths = index * (180 * (3 - math.sqrt(5))) % 360
     return orbit_cameras(azimuths, elevations, size)
 
