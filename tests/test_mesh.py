@@ -16,7 +16,13 @@ from gsv3d_lib.evaluation.metrics import (
     surface_points,
     volume_iou,
 )
-from gsv3d_lib.export.mesh import front_depth, fuse_depth_maps, fuse_mesh, save_mesh, surrounding_cameras
+from gsv3d_lib.export.mesh import (
+    front_depth,
+    fuse_depth_maps,
+    fuse_mesh,
+    save_mesh,
+    surrounding_cameras,
+)
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.rendering import render
 

@@ -1,9 +1,9 @@
 """Gaussians -> triangle mesh.
 
-Depth is rendered from all around, but not from below, and fused into a grid of signed distances, whose
-surface is extracted by marching cubes. This is truncated signed distance fusion
-(Curless and Levoy 1996), as close relatives of the paper do it for their Chamfer and
-IoU numbers.
+Depth is rendered from all around, but not from below, and fused into a grid of signed
+distances, whose surface is extracted by marching cubes. This is truncated signed
+distance fusion (Curless and Levoy 1996), as close relatives of the paper do it for
+their Chamfer and IoU numbers.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ TRUNCATION = 3.0
 BACKGROUND_WEIGHT = 0.25
 # A pixel whose depths spread more than this (standard deviation) sees two surfaces.
 MIXED_DEPTH = 0.1
-# Elevation in degrees. No training view stands lower: from further below the Gaussians
-# are open or covered with what no loss has ever seen, and such a view would vote too.
-LOWEST_VIEW = -10.0
+LOWEST_VIEW = -10.0  # degrees, as in training: what is lower is open or was never judged
 MIN_COMPONENT = 0.01  # pieces with less than this share of the solid's volume are floaters
 FORMATS = (".glb", ".obj", ".ply")
 FLOAT, UNSIGNED_INT, VERTICES, INDICES = 5126, 5125, 34962, 34963  # glTF's numbers of OpenGL
@@ -63,8 +61,7 @@ def fuse_mesh(
     """A closed triangle mesh of the Gaussians, in the same z-up world.
 
     resolution: grid points per axis over [-1.05, 1.05].
-    num_views: cameras around the object, none lower than LOWEST_VIEW. size: pixels a
-        side. What no camera sees, as the middle of a bottom, counts as solid.
+    num_views: cameras around the object, none below LOWEST_VIEW. size: pixels a side.
     colors: False where only the shape is wanted.
     Raises NoSurface when the Gaussians show no surface from any side.
     """
@@ -253,8 +250,8 @@ def _vertex_colors(
     colors, weights = np.zeros((count, 3)), np.zeros((count, 1))
     points = np.column_stack([mesh.vertices, np.ones(count)])
     tolerance = TRUNCATION * 2 * EXTENT / 96
-    places = cameras.positions().cpu().numpy()
-    images = zip(rgb, depth, alpha, _projections(cameras), places, strict=True)
+    views = _projections(cameras), cameras.positions().cpu().numpy()
+    images = zip(rgb, depth, alpha, *views, strict=True)
     for rgb_view, depth_view, alpha_view, projection, position in images:
         u, v, z = projection @ points.T
         pixels = _nearest_pixels(u / z, v / z, *depth_view.shape).clip(max=depth_view.size - 1)
