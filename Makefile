@@ -49,8 +49,8 @@ test: $(INSTALLED) ## every test and every notebook, offline
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadscope \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests $(NOTEBOOKS)
 
-lab: $(INSTALLED) ## JupyterLab on the notebooks
-	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_from_one_image_to_3d.ipynb
+lab: $(INSTALLED) ## JupyterLab on the notebooks; its options in ARGS: --no-browser, in a container --allow-root
+	$(PY) -m jupyterlab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_from_one_image_to_3d.ipynb $(ARGS)
 
 notebooks: $(INSTALLED) ## run every notebook in place: outputs, time and memory; and the pictures of the README
 	$(PY) tools/refresh.py
