@@ -50,6 +50,13 @@ def claims() -> str:
     return claims(RESULTS)
 
 
+def sweep() -> str:
+    from gsv3d_lib.evaluation.experiments import table
+
+    metrics = ["chamfer", "iou", "f_score", "psnr", "ssim", "ghosting"]
+    return table(record("distillation_sweep"), "lambda_0", metrics)
+
+
 def benchmark(name: str):
     """The module of a benchmark, which makes tables of its results file itself."""
     folder = str(ROOT / "benchmarks")
@@ -78,7 +85,7 @@ def data_cost() -> str:
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {},
     "docs/map.md": {"map": module_map},
-    "docs/results.md": {"results": results, "claims": claims},
+    "docs/results.md": {"results": results, "claims": claims, "sweep": sweep},
     "docs/performance.md": {
         section: partial(performance, section)
         for section in ("steps", "generation", "products", "comparisons")
