@@ -34,6 +34,7 @@ from ..system.paths import atomic_path, check_id, check_readable, remove_leftove
 COLUMNS = 6
 RING = 16  # the first views of an object form a ring of constant elevation
 RING_ELEVATION = 15.0  # degrees
+RANDOM_ELEVATIONS = (-10.0, 40.0)  # degrees, of the free views that follow the ring
 FRONT = 12  # of the ring, azimuth 270 degrees: the input of the evaluation
 # Degrees between a ring view and azimuth 22.5 k: 0 but for photographs. Beyond, the
 # views of an orbit are no longer in order.

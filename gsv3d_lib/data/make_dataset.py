@@ -36,6 +36,7 @@ from ..system.errors import UserError
 from ..system.files import explained, parse_json, read_plain
 from ..system.paths import atomic_path, check_id, remove_leftovers, resolve
 from .dataset import (
+    RANDOM_ELEVATIONS,
     RING,
     RING_ELEVATION,
     ObjectViews,
@@ -52,7 +53,6 @@ from .sources import Job, mesh_jobs, objaverse_jobs, procedural_jobs, read_ids, 
 
 LEVEL = (RING_ELEVATION, RING_ELEVATION)  # range of the ring's elevation: all objects alike
 RANDOM_VIEWS = 8
-RANDOM_ELEVATIONS = (-10.0, 40.0)  # degrees
 INDEX_EVERY = 20  # objects between two writings of the index: what a killed run may lose
 SKIPPED = "skipped.jsonl"
 MAX_SKIPPED = 1 << 28  # bytes of that file

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..gaussians import Gaussians
 from ..system import command
 from ..system.command import check_writable, input_path, output_path
 from ..system.errors import MissingFile, UserError
@@ -86,8 +87,6 @@ def items_of(thing: Path, args: argparse.Namespace) -> Iterator[Item]:
 
 
 def item_of_ply(path: Path) -> Item:
-    from ..gaussians import Gaussians
-
     # a demo's folder has the object's name, and its PLY has everyone's
     name = path.parent.name if path.stem == "object" else path.stem
     return with_views(Item(name, Gaussians.load_ply(path)))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..cameras import Cameras, orbit_cameras
+from ..data.dataset import RANDOM_ELEVATIONS
 from ..gaussians import Gaussians
 from ..rendering import SURFACE_ALPHA, render
 from ..system.errors import UserError
@@ -39,7 +40,7 @@ TRUNCATION = 3.0
 BACKGROUND_WEIGHT = 0.25
 # A pixel whose depths spread more than this (standard deviation) sees two surfaces.
 MIXED_DEPTH = 0.1
-LOWEST_VIEW = -10.0  # degrees, as in training: what is lower is open or was never judged
+LOWEST_VIEW = RANDOM_ELEVATIONS[0]  # as in training: lower down it is open, or never judged
 MIN_COMPONENT = 0.01  # pieces with less than this share of the solid's volume are floaters
 FORMATS = (".glb", ".obj", ".ply")
 FLOAT, UNSIGNED_INT, VERTICES, INDICES = 5126, 5125, 34962, 34963  # glTF's numbers of OpenGL

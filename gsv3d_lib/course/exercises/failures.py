@@ -28,15 +28,24 @@ def kept_power(image: Tensor, truth: Tensor, bands: int = 4) -> Tensor:
     """Grey pictures [S, S] -> the share of the truth's power that the image has in
     each of `bands` equal ranges of frequency, from 0 to half a cycle a pixel [bands].
     """
-    line = torch.fft.fftfreq(len(truth))
-    radius = (line[:, None] ** 2 + line[None] ** 2).sqrt()
-    return _by_ring(image, truth, radius, torch.linspace(0, 0.5, bands + 1))
+    return _by_ring(image, truth, _radius(len(truth)), torch.linspace(0, 0.5, bands + 1))
+
+
+def _radius(size: int) -> Tensor:
+    """Frequencies of `fft2` in cycles a pixel [size, size]."""
+    line = torch.fft.fftfreq(size)
+    return (line[:, None] ** 2 + line[None] ** 2).sqrt()
+
+
+def _rings(radius: Tensor, edges: Tensor) -> list[Tensor]:
+    """Masks [S, S] of the frequencies between each two edges."""
+    return [(radius > a) & (radius <= b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def _by_ring(image: Tensor, truth: Tensor, radius: Tensor, edges: Tensor) -> Tensor:
     """Power of the image over that of the truth, between each two edges."""
     powers = [torch.fft.fft2(x).abs() ** 2 for x in (image, truth)]
-    rings = [(radius > a) & (radius <= b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    rings = _rings(radius, edges)
     return torch.stack([powers[0][ring].sum() / powers[1][ring].sum() for ring in rings])
 
 
@@ -131,14 +140,12 @@ def check_kept_power(solution) -> None:
 
 def other_rings(image: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """Shares in five rings as typical mistakes have them, by what to say."""
-    line = torch.fft.fftfreq(len(truth))
-    radius = (line[:, None] ** 2 + line[None] ** 2).sqrt()
+    line, radius = torch.fft.fftfreq(len(truth)), _radius(len(truth))
     square = torch.maximum(line[:, None].abs(), line[None].abs()).expand_as(radius)
     edges = torch.linspace(0, 0.5, 6)
     corners = torch.cat([edges[:-1], torch.ones(1)])
     below = torch.cat([edges[:1], edges[1:] - 1e-6])
     ratio = (torch.fft.fft2(image).abs() / torch.fft.fft2(truth).abs()) ** 2
-    rings = [(radius > a) & (radius <= b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
     return {
         "Your rings are squares: the length of a frequency is the root of fx² + fy².": _by_ring(
             image, truth, square, edges
@@ -155,7 +162,7 @@ def other_rings(image: Tensor, truth: Tensor) -> dict[str, Tensor]:
         "`fftshift` moved the frequencies of one side only: `fft2` and `fftfreq` agree "
         "without it.": _by_ring(image, truth, torch.fft.fftshift(radius), edges),
         "That is the mean of the ratios; divide the sum of the image's power by the sum of the "
-        "truth's.": torch.stack([ratio[ring].mean() for ring in rings]),
+        "truth's.": torch.stack([ratio[ring].mean() for ring in _rings(radius, edges)]),
     }
 
 
