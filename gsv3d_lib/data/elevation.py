@@ -21,12 +21,12 @@ from ..images import DEFAULT_FILL, prepare_condition
 from ..system.errors import UserError
 from ..system.files import Field, Table, explained, read_tensors
 from ..system.paths import atomic_path
+from .dataset import RANDOM_ELEVATIONS
 
 SIZE = 64  # pixels of the framed picture
 CELLS = 8  # histograms per side
 BINS = 9  # directions of an edge
 FEATURES = CELLS * CELLS * BINS
-RANGE = (-10.0, 40.0)  # degrees, of the free views of `make_dataset`: nothing else is ever answered
 INK = 0.05  # a pixel that is darker than white by this belongs to the object
 # What the file of an estimator holds.
 ESTIMATOR: Table = {
@@ -104,8 +104,8 @@ class Elevation:
         return self.from_features(both_sides(images.cpu().float()))
 
     def from_features(self, features: Tensor) -> Tensor:
-        """[B, 2, 576] -> [B]"""
-        return (self.bias + (features - self.mean) @ self.weights).mean(1).clamp(*RANGE)
+        """[B, 2, 576] -> degrees [B], never beyond those of the free views."""
+        return (self.bias + (features - self.mean) @ self.weights).mean(1).clamp(*RANDOM_ELEVATIONS)
 
     def save(self, folder: str | Path) -> None:
         """Write into a checkpoint folder."""
