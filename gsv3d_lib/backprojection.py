@@ -16,12 +16,11 @@ from torch import Tensor
 from .cameras import Cameras, ray_grid, read_at
 from .gaussians import Gaussians
 from .images import VISIBLE_ALPHA
-from .rendering import SURFACE_ALPHA, render
+from .rendering import render
 
 SHOWS = 0.01  # a Gaussian is seen where its weights sum to this many pixels or more
-BEHIND = 0.05  # and no further behind the surface; chosen on unseen procedural objects
 # Where `cover` trusts the depth; chosen, as its Gaussians are, on held-out objects.
-SOLID = 0.9  # at least so much of the pixel is covered
+SOLID = 0.7  # at least so much of the pixel is covered
 FACING = 0.3  # cosine between the surface's normal and the ray, or more
 COVER_SCALE = 0.35  # standard deviation of its Gaussians, in pixels
 COVER_OPACITY = 0.95
@@ -68,32 +67,27 @@ def carve(gaussians: Gaussians, camera: Cameras, mask: Tensor) -> Gaussians:
     return replace(gaussians, opacities=gaussians.opacities * inside)
 
 
-def paint(
-    gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor, behind: float = BEHIND
-) -> Gaussians:
+def paint(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor) -> Gaussians:
     """Colours from the image [H, W, 3] for the Gaussians that the camera sees.
 
     A rendered picture is linear in the colours: C(p) = sum_g w_g(p) c_g + background.
     So one backward pass of sum_p C(p) X(p) to the colours gives sum_p w_g(p) X(p) for
     every Gaussian at once: a picture X summed over its footprint, with occlusion. The
     new colour is the sum of alpha times colour over the sum of alpha (mask [H, W, 1]).
-    behind: what lies this much further back than the rendered depth only shines through
-        the surface by accident, and keeps its colour.
+    What only shines through a half-transparent front is painted too: it is mixed into
+    every picture of that front, from other sides as well.
     """
     with torch.enable_grad():
         colors = gaussians.colors.detach().requires_grad_()
-        rgb, depth, alpha = render(replace(gaussians, colors=colors), camera)
+        rgb = render(replace(gaussians, colors=colors), camera).rgb
 
     def footprint_sums(picture: Tensor) -> Tensor:  # [H, W, 3] -> [G, 3]
         return torch.autograd.grad(rgb, colors, picture[None], retain_graph=True)[0]
 
     light = footprint_sums(image - (1 - mask))  # premultiplied: off white, alpha times colour
     weight = footprint_sums(mask.expand_as(image).contiguous())
-    surface_depth = torch.where(alpha[0] >= SURFACE_ALPHA, depth[0], 0)
-    z, surface = read_at(gaussians.means, surface_depth, camera)
-    seen = (z <= surface + behind)[:, None] & (weight >= SHOWS)
     painted = (light / weight.clamp(min=SHOWS)).clamp(0, 1)
-    return replace(gaussians, colors=torch.where(seen, painted, gaussians.colors))
+    return replace(gaussians, colors=torch.where(weight >= SHOWS, painted, gaussians.colors))
 
 
 def cover(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor) -> Gaussians:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_world import one_sentence, randn
 
-from gsv3d_lib.backprojection import COVER_SCALE, back_project, carve, cover, paint
+from gsv3d_lib.backprojection import COVER_SCALE, SOLID, back_project, carve, cover, paint
 from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.rendering import render
@@ -28,6 +28,13 @@ def balls(*places, size: float = 0.15, opacity: float = 0.98) -> Gaussians:
     )
 
 
+def behind_a_wall(layers: int) -> Gaussians:
+    """A small ball, one out of sight, and large ones in front of the first."""
+    small = balls([-0.5, 0.0, 0.0], [0.0, 0.0, 5.0], size=0.05)
+    wall = balls(*layers * [[0.5, 0.0, 0.0]], size=0.4, opacity=0.8)
+    return Gaussians.concatenate([small, wall])
+
+
 def random_scene(count: int = 12) -> Gaussians:
     scene = balls(*(0.4 * randn(count, 3)).tolist(), size=0.1, opacity=0.6)
     return replace(scene, colors=randn(count, 3, seed=1).sigmoid())
@@ -42,7 +49,7 @@ def test_colours_are_the_means_of_the_image_over_the_footprints():
         randn(SIZE, SIZE, 3, seed=2).sigmoid(),
         randn(SIZE, SIZE, 1, seed=3).sigmoid(),
     )
-    painted = paint(scene, CAMERA, mask * color + 1 - mask, mask, behind=100.0)
+    painted = paint(scene, CAMERA, mask * color + 1 - mask, mask)
     for g in range(len(scene)):
         alone = replace(scene, colors=torch.zeros(len(scene), 3))
         alone.colors[g] = 1
@@ -54,21 +61,20 @@ def test_colours_are_the_means_of_the_image_over_the_footprints():
 
 
 def test_only_the_visible_side_is_painted_and_nothing_else_changes():
-    # in front, hidden behind it, outside the picture
-    scene = balls([0.5, 0.0, 0.0], [-0.5, 0.0, 0.0], [0.0, 0.0, 5.0])
-    painted = back_project(scene, CAMERA, BLUE.expand(SIZE, SIZE, 3)).select(slice(3))
-    assert torch.allclose(painted.colors[0], BLUE, atol=1e-5)
-    assert torch.equal(painted.colors[1:], scene.colors[1:])
+    # hidden behind the others, outside the picture, a wall in front
+    scene = behind_a_wall(8)
+    painted = back_project(scene, CAMERA, BLUE.expand(SIZE, SIZE, 3)).select(slice(len(scene)))
+    assert torch.equal(painted.colors[:2], scene.colors[:2])
+    assert torch.allclose(painted.colors[2:5], BLUE, atol=1e-5)
     for name in ("means", "quats", "scales", "opacities"):
         assert torch.equal(getattr(painted, name), getattr(scene, name))
 
 
-def test_what_shines_through_from_behind_keeps_its_colour():
-    scene = balls([0.5, 0.0, 0.0], [-0.5, 0.0, 0.0], opacity=0.8)
-    blue, everywhere = BLUE.expand(SIZE, SIZE, 3), torch.ones(SIZE, SIZE, 1)
-    near, all_of_it = (paint(scene, CAMERA, blue, everywhere, behind=b) for b in (0.05, 2.0))
-    assert torch.equal(near.colors[1], scene.colors[1])
-    assert torch.allclose(all_of_it.colors[1], BLUE, atol=1e-5)
+def test_what_shines_through_is_painted():
+    """Half-transparent, the ball behind is a part of every picture of the front."""
+    scene, blue = behind_a_wall(1), BLUE.expand(SIZE, SIZE, 3)
+    painted = paint(scene, CAMERA, blue, torch.ones(SIZE, SIZE, 1))
+    assert torch.allclose(painted.colors[0], BLUE, atol=1e-5)
 
 
 def test_what_stands_on_the_background_is_carved_away():
@@ -106,7 +112,7 @@ def test_every_pixel_of_a_solid_front_gets_a_gaussian_of_its_own():
     covered = cover(scene, CAMERA, image, mask)
     layer = covered.select(slice(5, None))
     seen = render(scene, CAMERA)
-    assert 20 < len(layer) <= (seen.alpha[0] * mask >= 0.9).sum()
+    assert 20 < len(layer) <= (seen.alpha[0] * mask >= SOLID).sum()
     local = layer.means @ CAMERA.viewmats[0, :3, :3].T + CAMERA.viewmats[0, :3, 3]
     u, v, _ = (local @ CAMERA.Ks[0].T / local[:, 2:]).unbind(-1)
     column, row = u.floor().long(), v.floor().long()
