@@ -54,9 +54,9 @@ from ..data.dataset import (
     ViewTensors,
     check_once,
     list_all,
+    load_object,
     object_files,
     read_object,
-    resize_views,
 )
 from ..data.examples import (
     Orbits,
@@ -465,13 +465,13 @@ def encode_object(
     variants: of this object.
     number: of views that it must have.
     """
-    rgb, alpha, depth, azimuths, elevations = columns = resize_views(read_object(folder, id), size)
+    views = load_object(folder, id, size)
+    rgb, alpha, depth = views.rgb[0], views.alpha[0], views.depth[0]
     if len(rgb) != number:
         counts = f"{id} has {len(rgb)}, others {number}"
         raise UserError(f"Objects of one training have equally many views; {counts}.")
-    views = ViewTensors([id], *(column[None] for column in columns))
     alone = [replace(variant, index=0) for variant in variants]
-    tensors = {"azimuths": azimuths, "elevations": elevations}
+    tensors = {"azimuths": views.azimuths[0], "elevations": views.elevations[0]}
     for k in range(len(rgb)):
         packed = {"rgba": pack_picture(rgb[k], alpha[k]), "depth": pack_depth(depth[k, ..., 0])}
         for name, data in packed.items():

@@ -401,6 +401,11 @@ def load_views(
     return ViewTensors([id for _, id in rows], **columns)
 
 
+def load_object(folder: str | Path, id: str, size: int) -> ViewTensors:
+    """One object of a dataset folder, its views of `size` pixels."""
+    return ViewTensors([id], **_read_columns([(Path(folder), id)], size, progress=False))
+
+
 def _read_columns(rows: list[tuple[Path, str]], size: int, progress: bool) -> dict[str, Tensor]:
     """The columns of `ViewTensors`, filled in place.
 

@@ -107,7 +107,7 @@ def items_of_picture(path: Path, args: argparse.Namespace) -> Iterator[Item]:
 
 def items_of_results(path: Path, args: argparse.Namespace) -> Iterator[Item]:
     """The true views of each object, and what is made of its front now."""
-    from ..data.dataset import ViewTensors, read_object, resize_views
+    from ..data.dataset import load_object
     from ..evaluation.protocol import generate
 
     rows = read_json(path)
@@ -116,8 +116,7 @@ def items_of_results(path: Path, args: argparse.Namespace) -> Iterator[Item]:
         raise UserError(f"{path} needs --objects, and rows with ids: `evaluate` writes such files.")
     pipe = pipeline(args.weights[0])
     for row in tqdm(rows[: args.limit], desc=path.stem, mininterval=5):
-        columns = resize_views(read_object(args.objects, row["id"]), pipe.config.image_size)
-        scene = ViewTensors([row["id"]], *(column[None] for column in columns)).scene(0)
+        scene = load_object(args.objects, row["id"], pipe.config.image_size).scene(0)
         made = generate(pipe, scene, seed=0)
         yield true_item(row["id"], scene)
         yield with_views(
