@@ -196,11 +196,3 @@ def test_pyramids_stand_where_the_cameras_are_and_span_the_image():
 
 def test_plotly_without_gaussians():
     assert len(figures.plotly_gaussians(scene(0)).data[0].x) == 0
-
-
-def test_a_stack_shows_what_it_was_given():
-    (axis,) = figures.plot_stack(
-        {"a": 1.0, "b": 2.5}, {"card": 3.0}, "{total:.1f} GB", limit=2
-    ).axes
-    assert axis.get_xlabel() == "3.5 GB" and axis.get_xlim()[1] > 3.5
-    assert [patch.get_x() for patch in axis.patches] == [0.0, 1.0]

@@ -421,6 +421,50 @@ def test_an_object_over_more_than_half_of_the_border_is_not_inverted(turn, radiu
         assert overlap(on_colour(truth, (230, 230, 228)), truth) > 0.95
 
 
+def before(wall: np.ndarray, thing: Image.Image) -> Image.Image:
+    """A thing on a grained table before a wall [128, 128, 3]; the frame cuts others."""
+    grain = np.random.default_rng(0).normal(0, 6, (128, 16, 1)).repeat(8, 1)
+    scene = wall.astype(float)
+    scene[70:] = (np.array([140, 100, 70]) + grain)[70:]
+    picture = Image.fromarray(scene.clip(0, 255).astype(np.uint8)).convert("RGBA")
+    for other in (
+        disc(128, (30, 120, 60), 0.12, at=(0.0, 0.5)),
+        disc(128, (220, 190, 30), 0.1, at=(1.0, 0.55)),
+        thing,
+    ):
+        picture = Image.alpha_composite(picture, other)
+    return picture.convert("RGB")
+
+
+WALLS = {
+    "plain": np.full((128, 128, 3), (150, 190, 200)),
+    "stripes": np.array([(60, 90, 200), (200, 220, 120), (120, 60, 140), (230, 230, 210)])[
+        np.arange(128) // 8 % 4
+    ][None].repeat(128, 0),
+}
+
+
+@pytest.mark.parametrize("colour", [(200, 40, 30), (240, 240, 245), (40, 40, 90)])
+@pytest.mark.parametrize("wall", WALLS)
+def test_a_thing_on_a_table_before_a_wall_is_cut_out(wall, colour):
+    thing = disc(128, colour, radius=0.22, at=(0.48, 0.55))
+    picture = before(WALLS[wall], thing)
+    with pytest.warns(Doubt, match="the background is not plain"):
+        assert overlap(picture, thing) > 0.93
+    large = picture.resize((1024, 1024), Image.Resampling.BICUBIC)
+    with pytest.warns(Doubt, match="the background is not plain"):
+        assert overlap(large, thing.resize((1024, 1024))) > 0.87  # blurred edges
+
+
+@pytest.mark.parametrize("corner", [(20, 30, 108, 128), (4, 10, 124, 128)])
+def test_a_logo_on_a_box_that_reaches_the_border_is_not_the_object(corner):
+    box = Image.new("RGBA", (128, 128))
+    box.paste((150, 40, 30, 255), corner)
+    logo = disc(128, (250, 220, 60), radius=0.12, at=(0.5, 0.6))
+    picture = Image.alpha_composite(Image.new("RGBA", (128, 128), (225, 228, 230)), box)
+    assert overlap(Image.alpha_composite(picture, logo).convert("RGB"), box) > 0.85
+
+
 def test_small_and_thin_objects_are_found():
     small = disc(1500, radius=0.014)
     with pytest.warns(Doubt, match="very small"):

@@ -379,27 +379,6 @@ def _draw_ray(axis, z: Tensor, alpha: Tensor, rgb: Tensor, ends: tuple[float, fl
     return (composite(alpha, rgb) + (1 - float(weights.sum()))).clamp(0, 1)
 
 
-def plot_stack(
-    parts: dict[str, float], marks: dict[str, float], xlabel: str, limit: float
-) -> Figure:
-    """One bar made of parts, beside marked values.
-
-    For example {"activations": 41.9, ...} against {"80 GB": 80, ...}.
-    """
-    figure, axis = panels(height=1.6)
-    start = 0.0
-    for name, size in parts.items():
-        axis.barh([0], [size], left=start, label=f"{name} {size:.1f}")
-        start += size
-    for name, value in marks.items():
-        axis.axvline(value, color=INK, linestyle=":", linewidth=1.2)
-        axis.text(value, 0.9, f" {name}", fontsize=8, va="top")
-    ends = (0, max(limit, 1.05 * start))
-    axis.set(yticks=[], ylim=(-0.5, 0.9), xlim=ends, xlabel=xlabel.format(total=start))
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    return figure
-
-
 # ---------------------------------------------------------------- 3D
 
 

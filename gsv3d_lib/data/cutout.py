@@ -3,8 +3,9 @@
 There are two ways. `_by_own_alpha` takes the picture's alpha channel, if it can be a
 mask: a mask has an outside, and what it leaves is no picture of its own. Otherwise
 `_by_colour` finds a plain background: it has the colour of the border, hangs together
-with it, and surrounds the object. In both, the object is the largest piece with what
-belongs to it; specks do not count.
+with it, and surrounds the object. The object is the largest piece with what belongs to
+it; specks do not count. Where the background is not plain, the object is the largest
+thing in colours that the border hardly has (`_unlike_border`).
 """
 
 import importlib.util
@@ -20,6 +21,8 @@ from ..system.errors import Doubt, UserError
 VISIBLE_ALPHA = 0.1  # fainter pixels (halos, compression noise) do not count
 MAX_NOISE = 0.06  # of a plain backdrop: the median distance of its colours from their fit
 MIN_CONTRAST = 0.06  # of the RGB cube's side: above JPEG noise
+COLOUR_BINS = 24  # along each side of the RGB cube
+RARE = 1e-3  # a colour that fewer of the border's pixels have
 
 _NOT_PLAIN = (
     "The picture's background is not plain, so the object cannot be cut out by colour: "
@@ -44,6 +47,10 @@ _REACHES = (
     "the object seems to reach the border; "
     "of the two sides, the one around the other was taken for the background."
 )
+_CLUTTER = (
+    "the background is not plain; the largest thing whose colours the picture's border hardly "
+    "has was taken for the object."
+)
 _SMALL = "the object is very small: crop to it for more detail."
 
 
@@ -51,8 +58,9 @@ def cut_out(image: Image.Image, method: str = "auto", name: str = "the picture")
     """RGBA picture -> RGBA picture whose alpha marks the object.
 
     method: "auto" takes the picture's own alpha, if it can be a mask; else rembg, if
-        installed; else "plain", which floods the background from the border by colour:
-        right for product shots, wrong for clutter. "rembg" and "plain" are taken
+        installed; else "plain", which goes by the colours of the border: right for
+        product shots, often right for a table before a wall, wrong where the object
+        has the colours of what is around it. "rembg" and "plain" are taken
         whatever the others would do.
     name: of the picture, in the warnings (`Doubt`) that say what was taken for the
         object where that is doubtful.
@@ -258,6 +266,11 @@ def _on_backdrop(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
         choices.append((backdrop, distance, background))
     shares = [float(_border_values(background).mean()) for *_, background in choices]
     two_plain = len(shares) == 2 and sum(shares) > 0.85
+    if two_plain or not shares or shares[0] < 0.7:
+        thing = _unlike_border(rgb, [background for *_, background in choices])
+        if thing.any():
+            behind = _opaque(np.dstack([rgb, ~ndimage.binary_dilation(thing, iterations=2)]))
+            return _matted(rgb, thing, behind, _distance(rgb, behind)), [_CLUTTER]
     if not shares or (shares[0] < 0.5 and not two_plain):
         raise UserError(_NOT_PLAIN)
     if two_plain:
@@ -273,13 +286,53 @@ def _on_backdrop(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
         raise UserError(_ONE_COLOUR)
     if mask.sum() < 1e-3 * mask.size:
         doubts.append(_SMALL)
+    return _matted(rgb, mask, backdrop, distance), doubts + apart
+
+
+def _matted(
+    rgb: np.ndarray, mask: np.ndarray, backdrop: np.ndarray, distance: np.ndarray
+) -> np.ndarray:
+    """The object of a mask, bool [H, W] -> rgba [H, W, 4], its edge unmixed."""
     cut = np.zeros((*mask.shape, 4), np.float32)
     box = box_of(mask)
     alpha = _soften_edge(mask[box], distance[box])[..., None]
     tint = (1 - alpha) * backdrop[box]  # of the backdrop, in the edge
     colours = (rgb[box] - tint) / np.maximum(alpha, 1e-3)
     cut[box] = np.concatenate([colours, alpha], axis=-1).clip(0, 1)
-    return cut, doubts + apart
+    return cut
+
+
+def _unlike_border(rgb: np.ndarray, grounds: list[np.ndarray]) -> np.ndarray:
+    """[H, W, 3] -> the largest thing in colours that the border hardly has, [H, W].
+
+    The border shows what is behind, plain or not: a table and a wall, other things.
+    What reaches it is cut by the frame, and not what was photographed. Nor is what lies
+    on one plain ground (bool [H, W] each): a logo on a box that fills the picture.
+    """
+    every = max(1, max(rgb.shape) // 512)
+    plain = [ground[::every, ::every] for ground in grounds]
+    bins = tuple(np.moveaxis((rgb[::every, ::every] * (COLOUR_BINS - 1e-3)).astype(int), -1, 0))
+    border = tuple(_border_values(channel) for channel in bins)
+    counts = np.zeros((COLOUR_BINS,) * 3)
+    np.add.at(counts, border, 1 / len(border[0]))
+    rare = ndimage.gaussian_filter(counts, 0.7, mode="constant")[bins] < RARE
+    rare &= ~np.any(plain, axis=0)
+    reach = max(1, round(0.006 * min(rare.shape)))  # specks and the grain of wood are thinner
+    rare = ndimage.binary_closing(rare, iterations=reach) | rare
+    labels, count = _label(ndimage.binary_opening(rare, iterations=reach))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    sizes[np.append(_border_values(labels), 0)] = 0
+    if sizes.max() < 0.01 * rare.size:
+        return np.zeros(rgb.shape[:2], bool)
+    # with what is thin about it, such as legs
+    thing = ndimage.binary_dilation(labels == sizes.argmax(), iterations=reach, mask=rare)
+    rim = ndimage.binary_dilation(thing, iterations=2) & ~thing
+    if any(ground[rim].mean() > 0.9 for ground in plain):
+        return np.zeros(rgb.shape[:2], bool)
+    holes, count = _label(~thing)
+    sizes = np.bincount(holes.ravel(), minlength=count + 1)
+    thing |= (sizes < 0.03 * thing.sum())[holes]  # parts in the border's colours; not a handle's
+    return thing.repeat(every, 0).repeat(every, 1)[: rgb.shape[0], : rgb.shape[1]]
 
 
 def _surrounds(ground: np.ndarray) -> float:
