@@ -4,13 +4,15 @@ The U-Net carries the input's texture to the other views as well as it can, and 
 decoder fuses views that do not quite agree. So even the front of the object is blurred.
 But the front is known. Where the input shows background, no Gaussian can stand
 (`carve`). The Gaussians that the input shows take its colours (`paint`). They are
-larger than a pixel, so the finest texture comes on Gaussians of its own (`cover`).
+larger than a pixel, so the finest texture comes on Gaussians of its own (`cover`),
+which also close holes in the front.
 """
 
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from .cameras import Cameras, ray_grid, read_at
@@ -21,6 +23,7 @@ from .rendering import render
 SHOWS = 0.01  # a Gaussian is seen where its weights sum to this many pixels or more
 # Where `cover` trusts the depth; chosen, as its Gaussians are, on held-out objects.
 SOLID = 0.7  # at least so much of the pixel is covered
+HOLE = 0.4  # so much or less, where the input shows the object, and there is a hole
 FACING = 0.3  # cosine between the surface's normal and the ray, or more
 COVER_SCALE = 0.35  # standard deviation of its Gaussians, in pixels
 COVER_OPACITY = 0.95
@@ -29,7 +32,7 @@ COVER_OPACITY = 0.95
 def back_project(
     gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor | None = None
 ) -> Gaussians:
-    """`carve`, `paint`, then `cover`. Without a mask nothing is carved.
+    """`carve`, `paint`, then `cover`. Without a mask nothing is carved, no hole known.
 
     camera: the one that took the input.
     image: the input [H, W, 3] in [0, 1] on white.
@@ -46,12 +49,12 @@ def back_project(
         gaussians = gaussians.to(gaussians.means, copy=True).detach().check_finite("the object")
         camera = camera.to(gaussians.means, copy=True)
         image = image.to(gaussians.means, copy=True)
-        if mask is None:
-            mask = torch.ones_like(image[..., :1])
-        else:
-            mask = mask.to(gaussians.means, copy=True)
+        masked = mask is not None
+        mask = mask if masked else torch.ones_like(image[..., :1])
+        mask = mask.to(gaussians.means, copy=True)
+        if masked:
             gaussians = carve(gaussians, camera, mask)
-        return cover(paint(gaussians, camera, image, mask), camera, image, mask)
+        return cover(paint(gaussians, camera, image, mask), camera, image, mask, holes=masked)
 
 
 def carve(gaussians: Gaussians, camera: Cameras, mask: Tensor) -> Gaussians:
@@ -90,23 +93,34 @@ def paint(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor) ->
     return replace(gaussians, colors=torch.where(weight >= SHOWS, painted, gaussians.colors))
 
 
-def cover(gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor) -> Gaussians:
+def cover(
+    gaussians: Gaussians, camera: Cameras, image: Tensor, mask: Tensor, holes: bool = True
+) -> Gaussians:
     """The same scene, and a small Gaussian for every pixel of the image [H, W, 3].
 
-    It stands on the rendered surface and has the pixel's colour. Pixels without a solid
-    surface that faces the camera get none, nor do those on the rim of the mask [H, W,
-    1]: a wrong depth there would be seen from the side.
+    It stands on the rendered surface and has the pixel's colour. Other pixels than
+    those of a solid surface that faces the camera get none, nor do those on the rim of
+    the mask [H, W, 1]: a wrong depth there would be seen from the side.
+    holes: where the mask shows the object and next to nothing was rendered, a Gaussian
+        stands as far away as the nearest solid surface in the picture.
     """
-    _, depth, alpha = render(gaussians, camera)
+    _, depth, alpha = (picture[0, ..., 0] for picture in render(gaussians, camera))
+    inside = mask[..., 0] >= SOLID
+    solid = inside & (alpha >= SOLID)
+    hole = inside & (alpha <= HOLE) & (holes and bool(solid.any()))
+    if hole.any():  # row and column of the nearest solid pixel
+        nearest = distance_transform_edt(~solid.cpu(), return_distances=False, return_indices=True)
+        row, column = torch.as_tensor(nearest, device=depth.device)
+        depth = torch.where(hole, depth[row, column], depth)
     origins, rays = ray_grid(camera, camera.height, camera.width)
-    distance = depth[0] / (rays[0] @ camera.viewmats[0, 2, :3])[..., None]  # from z-depth
-    points = origins[0] + distance * rays[0]
+    distance = depth / (rays[0] @ camera.viewmats[0, 2, :3])  # from z-depth
+    points = origins[0] + distance[..., None] * rays[0]
     down, right = torch.gradient(points, dim=(0, 1))
     normals = F.normalize(torch.linalg.cross(right, down), dim=-1)
     facing = (normals * F.normalize(rays[0], dim=-1)).sum(-1).abs()
-    chosen = (alpha[0, ..., 0] >= SOLID) & (facing >= FACING) & (mask[..., 0] >= SOLID)
+    chosen = hole | (solid & (facing >= FACING))
     means = points[chosen]
-    pixels = depth[0][chosen] / camera.Ks[0, 0, 0]  # the side of one, where it stands
+    pixels = depth[chosen][:, None] / camera.Ks[0, 0, 0]  # the side of one, where it stands
     layer = Gaussians(
         means=means,
         quats=means.new_tensor([1.0, 0, 0, 0]).expand(len(means), 4),

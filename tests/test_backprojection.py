@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_world import one_sentence, randn
 
-from gsv3d_lib.backprojection import COVER_SCALE, SOLID, back_project, carve, cover, paint
+from gsv3d_lib.backprojection import COVER_SCALE, HOLE, SOLID, back_project, carve, cover, paint
 from gsv3d_lib.cameras import orbit_cameras
 from gsv3d_lib.gaussians import Gaussians
 from gsv3d_lib.rendering import render
@@ -109,7 +109,7 @@ def test_every_pixel_of_a_solid_front_gets_a_gaussian_of_its_own():
     scene, image = balls(*5 * [[0.0, 0.0, 0.0]], size=0.3), checkered(SIZE)
     mask = torch.zeros(SIZE, SIZE, 1)
     mask[:, SIZE // 2 :] = 1
-    covered = cover(scene, CAMERA, image, mask)
+    covered = cover(scene, CAMERA, image, mask, holes=False)
     layer = covered.select(slice(5, None))
     seen = render(scene, CAMERA)
     assert 20 < len(layer) <= (seen.alpha[0] * mask >= SOLID).sum()
@@ -132,9 +132,27 @@ def test_a_cover_shows_what_paint_cannot():
     solid = render(scene, CAMERA).alpha[0, ..., 0] >= 0.9
     errors = [
         (render(x, CAMERA).rgb[0] - image)[solid].pow(2).mean()
-        for x in (painted, cover(painted, CAMERA, image, everywhere))
+        for x in (painted, cover(painted, CAMERA, image, everywhere, holes=False))
     ]
     assert errors[1] < 0.6 * errors[0]
+
+
+def test_a_hole_in_the_front_is_closed_at_the_depth_of_its_rim():
+    scene, image = balls(*5 * [[0.0, 0.0, 0.0]], size=0.3), checkered(SIZE)
+    seen = render(scene, CAMERA)
+    solid = seen.alpha[0, ..., 0] >= SOLID
+    mask = torch.zeros(SIZE, SIZE, 1)
+    mask[SIZE // 4 : 3 * SIZE // 4, SIZE // 4 : 3 * SIZE // 4] = 1  # wider than the ball
+    closed = back_project(scene, CAMERA, image, mask)
+    after = render(closed, CAMERA)
+    missing = mask[..., 0].bool() & (seen.alpha[0, ..., 0] <= HOLE)
+    assert missing.any()
+    assert (after.alpha[0, ..., 0][missing] > 0.7).all()
+    near, far = seen.depth[0, ..., 0][solid].aminmax()
+    depth = after.depth[0, ..., 0][missing]
+    assert near - 1e-3 <= depth.min() and depth.max() <= far + 1e-3
+    # without a mask nobody knows where the object is
+    assert (render(back_project(scene, CAMERA, image), CAMERA).alpha[0, 0, 0] == 0).all()
 
 
 def test_an_empty_scene_is_not_covered():
