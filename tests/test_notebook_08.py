@@ -305,6 +305,7 @@ def test_card_formulas_are_the_metrics():
     stated = CARD["back_projection"]
     assert stated["shows_px"] == backprojection.SHOWS
     cover = {"solid": backprojection.SOLID, "facing": backprojection.FACING}
+    cover |= {"hole": backprojection.HOLE}
     cover |= {"scale_px": backprojection.COVER_SCALE, "opacity": backprojection.COVER_OPACITY}
     assert stated["cover"] == cover
     assert (stated["background_alpha"], stated["margin_px"]) == (backprojection.VISIBLE_ALPHA, 1)
