@@ -32,7 +32,7 @@ _ONE_COLOUR = "No object found: the picture is one plain colour; give one that s
 # Doubts. Each goes on from "In <picture> ".
 _BY_COLOUR = (
     "the background is not transparent and was removed by colour, which takes shadows for the "
-    "object and works for plain backgrounds only; look at the result, or give a transparent PNG, "
+    "object and works best on plain backgrounds; look at the result, or give a transparent PNG, "
     "or pip install 'rembg[cpu]'."
 )
 _TRIMMED = "the transparency only trims the picture; the object was cut out of the rest, by colour."
