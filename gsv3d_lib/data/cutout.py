@@ -201,18 +201,18 @@ def _with_its_pieces(mask: np.ndarray, share: float) -> tuple[np.ndarray, list[s
 # ------------------------------------------------ by the colour of a plain background
 
 
-def _by_colour(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _by_colour(rgb: np.ndarray, framed: bool = False) -> tuple[np.ndarray, list[str]]:
     """[H, W, 3] -> (rgba [H, W, 4], doubts); uniform bars and frames are taken off."""
     inner = _inside_frame(rgb)
     if rgb[inner].shape != rgb.shape:
         try:
-            found, doubts = _by_colour(rgb[inner])
+            found, doubts = _by_colour(rgb[inner], framed=True)
         except UserError:
             return _on_backdrop(rgb)  # it is no picture in a frame, but a box on a backdrop
         cut = np.zeros((*rgb.shape[:2], 4), np.float32)
         cut[inner] = found
         return cut, [_FRAME, *(doubt for doubt in doubts if doubt != _FRAME)]
-    return _on_backdrop(rgb)
+    return _on_backdrop(rgb, framed)
 
 
 def _inside_frame(rgb: np.ndarray) -> tuple[slice, slice]:
@@ -252,7 +252,7 @@ def _start_below(rgb: np.ndarray, depth: int, across: slice) -> int:
     return depth + int(arrived.argmax())
 
 
-def _on_backdrop(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _on_backdrop(rgb: np.ndarray, framed: bool = False) -> tuple[np.ndarray, list[str]]:
     """[H, W, 3] -> (rgba [H, W, 4], doubts).
 
     The border shows one plain colour; or two, of which one is the object's. Of two, the
@@ -266,7 +266,7 @@ def _on_backdrop(rgb: np.ndarray) -> tuple[np.ndarray, list[str]]:
         choices.append((backdrop, distance, background))
     shares = [float(_border_values(background).mean()) for *_, background in choices]
     two_plain = len(shares) == 2 and sum(shares) > 0.85
-    if two_plain or not shares or shares[0] < 0.7:
+    if not framed and (not shares or shares[0] < 0.6):  # within a frame it may be a print
         thing = _unlike_border(rgb, [background for *_, background in choices])
         if thing.any():
             behind = _opaque(np.dstack([rgb, ~ndimage.binary_dilation(thing, iterations=2)]))
