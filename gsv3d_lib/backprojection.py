@@ -50,8 +50,7 @@ def back_project(
         camera = camera.to(gaussians.means, copy=True)
         image = image.to(gaussians.means, copy=True)
         masked = mask is not None
-        mask = mask if masked else torch.ones_like(image[..., :1])
-        mask = mask.to(gaussians.means, copy=True)
+        mask = mask.to(image, copy=True) if masked else torch.ones_like(image[..., :1])
         if masked:
             gaussians = carve(gaussians, camera, mask)
         return cover(paint(gaussians, camera, image, mask), camera, image, mask, holes=masked)

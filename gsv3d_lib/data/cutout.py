@@ -47,10 +47,7 @@ _REACHES = (
     "the object seems to reach the border; "
     "of the two sides, the one around the other was taken for the background."
 )
-_CLUTTER = (
-    "the background is not plain; the largest thing whose colours the picture's border hardly "
-    "has was taken for the object."
-)
+_CLUTTER = "the background is not plain; what is unlike the border was taken for the object."
 _SMALL = "the object is very small: crop to it for more detail."
 
 
